@@ -1,0 +1,77 @@
+"""Made-up pictures that can be learnt: coloured shapes in places, and sentences that tell them. Needs no files."""
+
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from clipx.data.plan import digest
+from clipx.data.sample import Data, Sample
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
+SHAPES = ("circle", "square", "triangle", "bar")
+PLACES = {"upper left": (0, 0), "upper right": (1, 0), "lower left": (0, 1), "lower right": (1, 1)}
+
+
+class Dummy:
+    """Deterministic pictures of coloured shapes on a grey ground.
+
+    Args:
+        samples: how many.
+        size: side of a picture, pixels.
+        seed: another seed draws other pictures.
+    """
+
+    def __init__(self, samples: int, size: int, seed: int):
+        self.size, self.seed = size, seed
+        self.sizes = [samples]
+        self.id = f"dummy {samples} {size} {seed}"
+
+    def keys(self) -> np.ndarray:
+        return np.array([f"{self.seed}-{sample}".encode() for sample in range(self.sizes[0])])
+
+    def locate(self, sample: int) -> str:
+        return f"dummy/{self.seed}-{sample}"
+
+    def read(self, sample: int) -> Sample:
+        draw = digest(self.seed, "dummy", sample)
+        colour, shape, place = COLOURS[draw % 8], SHAPES[draw // 8 % 4], list(PLACES)[draw // 32 % 4]
+        grey = 96 + draw // 128 % 64
+        image = Image.new("RGB", (self.size, self.size), (grey, grey, grey))
+        paint(ImageDraw.Draw(image), shape, colour, PLACES[place], self.size / 2)
+        file = BytesIO()
+        image.save(file, "png")
+        return Sample(f"{self.seed}-{sample}", file.getvalue(), [f"a {colour} {shape} in the {place}"])
+
+
+def paint(draw: ImageDraw.ImageDraw, shape: str, colour: str, place: tuple[int, int], half: float) -> None:
+    """Draw a shape into one quarter of the picture; ``half`` is the quarter's side in pixels."""
+    left, top = (half * (corner + 0.15) for corner in place)
+    right, bottom = left + 0.7 * half, top + 0.7 * half
+    if shape == "circle":
+        draw.ellipse((left, top, right, bottom), fill=colour)
+    elif shape == "triangle":
+        draw.polygon(((left, bottom), (right, bottom), ((left + right) / 2, top)), fill=colour)
+    else:
+        draw.rectangle((left, top, right, bottom if shape == "square" else top + 0.2 * half), fill=colour)
+
+
+def open_dummy(
+    samples: int = 4096,
+    val_samples: int = 256,
+    size: int = 64,
+    shuffle_window: int = 131_072,
+    max_skipped: float = 0.01,
+    crop: tuple[float, float] = (0.9, 1.0),
+) -> Data:
+    """Made-up training and validation pictures.
+
+    Args:
+        samples: for training.
+        val_samples: for validation; other pictures.
+        size: side of a picture, pixels.
+        shuffle_window: samples among which the plan shuffles.
+        max_skipped: share of the samples that may be bad before the run ends.
+        crop: share of a training picture's area that is kept, least and most.
+    """
+    return Data(Dummy(samples, size, seed=0), Dummy(val_samples, size, seed=1), shuffle_window, max_skipped, crop)

@@ -1,0 +1,88 @@
+"""A folder of pictures as a source: images/ and captions.txt, as they are."""
+
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from clipx.data.index import DataError
+from clipx.data.sample import BadSample, Data, Sample, hold_out
+
+LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
+
+
+class Folder:
+    """Pictures and what captions.txt says of them; one shard.
+
+    Args:
+        root: has images/ and captions.txt; several lines for one picture are several captions.
+
+    Raises:
+        DataError: one of the two is not there, or a line is not FILENAME<TAB>CAPTION.
+    """
+
+    def __init__(self, root: Path):
+        listing = root / "captions.txt"
+        if not listing.is_file() or not (root / "images").is_dir():
+            raise DataError(f"data.root={root} needs {LAYOUT}; for shards (*.tar) use data=shards")
+        self.images = root / "images"
+        self.captions = read_listing(listing)
+        self.names = list(self.captions)
+        self.sizes = [len(self.names)]
+        self.id = f"{listing.name} {blake2b(listing.read_bytes(), digest_size=16).hexdigest()}"
+
+    def keys(self) -> np.ndarray:
+        return np.array([name.encode() for name in self.names])
+
+    def locate(self, sample: int) -> str:
+        return f"{self.images.name}/{self.names[sample]}"
+
+    def read(self, sample: int) -> Sample:
+        name = self.names[sample]
+        try:
+            return Sample(name, (self.images / name).read_bytes(), self.captions[name])
+        except FileNotFoundError as error:
+            raise BadSample("is named in captions.txt, but there is no such file") from error
+
+
+def read_listing(path: Path) -> dict[str, list[str]]:
+    """Captions by file name, in the order of captions.txt."""
+    captions: dict[str, list[str]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.partition("\t")
+        if not tab or not name.strip() or not caption.strip():
+            raise DataError(f"{path}, line {number}: {line[:60]!r} is not FILENAME<TAB>CAPTION")
+        captions.setdefault(name.strip(), []).append(caption.strip())
+    if not captions:
+        raise DataError(f"{path} is empty; it needs lines FILENAME<TAB>CAPTION")
+    return captions
+
+
+def open_folder(
+    root: str,
+    val: float | str = 0.02,
+    shuffle_window: int = 131_072,
+    max_skipped: float = 0.01,
+    crop: tuple[float, float] = (0.9, 1.0),
+) -> Data:
+    """A folder of pictures, and its validation set.
+
+    Args:
+        root: has images/ and captions.txt.
+        val: the share of the pictures held out for validation, or another directory of the same layout.
+        shuffle_window: samples among which the plan shuffles.
+        max_skipped: share of the samples that may be bad before the run ends.
+        crop: share of a training picture's area that is kept, least and most.
+
+    Raises:
+        DataError: a directory has not that layout.
+    """
+    source = Folder(Path(root))
+    split = (source, Folder(Path(val))) if isinstance(val, str) else hold_out(source, val)
+    return Data(*split, shuffle_window, max_skipped, crop)

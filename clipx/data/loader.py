@@ -1,0 +1,196 @@
+"""From the plan to chunks: workers read, decode and tokenise; their number changes nothing in what they deliver."""
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipx.data.images import decode, eval_crop, to_tensor, train_crop
+from clipx.data.index import DataError
+from clipx.data.plan import Place, Plan, digest
+from clipx.data.sample import BadSample, Sample, Source
+from clipx.errors import UserError
+from clipx.tokenizer import SimpleTokenizer
+
+MOST_IN_CHUNK = 256         # samples that pass from a worker at once
+TRIES = 64                  # bad samples in a row for one position before the run ends
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A bad sample that was met."""
+
+    position: int           # in the plan
+    sample: int             # its id
+    place: str              # file and key
+    reason: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples that stand side by side in the plan.  N pictures, M captions (M = N in training)."""
+
+    images: Tensor          # (N, 3, S, S) uint8
+    tokens: Tensor          # (M, L) int64, cut to the longest caption
+    lengths: Tensor         # (M,) int64, tokens of each caption
+    captions: list[str]     # M
+    owners: Tensor          # (M,) int64, the row in ``images`` that each caption belongs to
+    position: int           # of the first sample
+    samples: Tensor         # (N,) int64, ids in their source
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pin_memory(self) -> "Chunk":
+        return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory())
+
+
+class Reader(Dataset):
+    """Ranges of positions to chunks."""
+
+    def __init__(self, source: Source, size: int, tokenizer: SimpleTokenizer):
+        self.source, self.size, self.tokenizer = source, size, tokenizer
+
+    def __getitem__(self, positions: range) -> Chunk | UserError:
+        try:
+            return self.chunk(positions)
+        except UserError as error:      # as a value: on its way out of a worker, an exception gathers tracebacks
+            return error
+
+    def chunk(self, positions: range) -> Chunk:
+        raise NotImplementedError
+
+    def pack(
+        self, positions: range, images: list[Image.Image], captions: list[list[str]], samples: list[int],
+        skipped: list[Skipped],
+    ) -> Chunk:
+        flat = [caption for several in captions for caption in several]
+        tokens = self.tokenizer(flat)
+        lengths = tokens.argmax(dim=-1) + 1
+        return Chunk(
+            images=torch.stack([to_tensor(image) for image in images]),
+            tokens=tokens[:, : int(lengths.max())].contiguous(),
+            lengths=lengths,
+            captions=flat,
+            owners=torch.repeat_interleave(torch.tensor([len(several) for several in captions])),
+            position=positions.start,
+            samples=torch.tensor(samples),
+            skipped=skipped,
+        )
+
+
+class TrainReader(Reader):
+    """Chunks for training: in the plan's order, one caption and one random crop a picture.
+
+    Both depend on the seed and on source, epoch and id of the sample, on nothing else.
+
+    Args:
+        source: the samples.
+        plan: their order.
+        size: side of a picture, pixels.
+        tokenizer: for the captions.
+        crop: share of the area that a crop keeps, least and most.
+    """
+
+    def __init__(self, source: Source, plan: Plan, size: int, tokenizer: SimpleTokenizer, crop: tuple[float, float]):
+        super().__init__(source, size, tokenizer)
+        self.plan, self.crop = plan, crop
+
+    def chunk(self, positions: range) -> Chunk:
+        images, captions, samples, skipped = [], [], [], []
+        for position in positions:
+            place, sample, picture = self.take(position, skipped)
+            rng = random.Random(digest(self.plan.seed, "crop", *place))
+            images.append(train_crop(picture, self.size, self.crop, rng))
+            captions.append([sample.captions[digest(self.plan.seed, "caption", *place) % len(sample.captions)]])
+            samples.append(place.sample)
+        return self.pack(positions, images, captions, samples, skipped)
+
+    def take(self, position: int, skipped: list[Skipped]) -> tuple[Place, Sample, Image.Image]:
+        """The sample at a position, or, where it is bad, the first good one of its substitutes."""
+        for attempt in range(TRIES):
+            place = self.plan.substitute(position, attempt) if attempt else self.plan[position]
+            try:
+                sample = self.source.read(place.sample)
+                return place, sample, decode(sample.picture)
+            except BadSample as error:
+                skipped.append(Skipped(position, place.sample, self.source.locate(place.sample), str(error)))
+        worst = skipped[-1]
+        raise DataError(f"{TRIES} samples in a row are bad, the last of them {worst.place}: {worst.reason}")
+
+
+class EvalReader(Reader):
+    """Chunks for evaluation: in the source's order, the middle of each picture, all of its captions."""
+
+    def chunk(self, positions: range) -> Chunk:
+        images, captions, samples, skipped = [], [], [], []
+        for position in positions:
+            try:
+                sample = self.source.read(position)
+                images.append(eval_crop(decode(sample.picture), self.size))
+            except BadSample as error:
+                skipped.append(Skipped(position, position, self.source.locate(position), str(error)))
+                continue
+            captions.append(sample.captions)
+            samples.append(position)
+        if not images:
+            raise DataError(f"{skipped[0].place} to {skipped[-1].place}: no picture can be used: {skipped[0].reason}")
+        return self.pack(positions, images, captions, samples, skipped)
+
+
+def read(reader: Reader, ranges: Iterable[range], workers: int, pin: bool) -> Iterator[Chunk]:
+    """The chunks of some ranges, in their order.
+
+    Args:
+        reader: makes a chunk of a range.
+        ranges: may be endless.
+        workers: processes that read ahead; 0 reads in this one.
+        pin: put the chunks into page-locked memory, for copies that overlap.
+    """
+    loader = DataLoader(
+        reader, batch_size=None, sampler=ranges, num_workers=workers, collate_fn=as_it_is, pin_memory=pin,
+        generator=torch.Generator(),        # the default one would advance torch's global random state
+    )
+    for chunk in loader:
+        if isinstance(chunk, UserError):
+            raise chunk
+        yield chunk
+
+
+def as_it_is(chunk: Chunk) -> Chunk:
+    return chunk
+
+
+def train_ranges(position: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
+    """The positions that one rank reads, chunk by chunk, without end.
+
+    Args:
+        position: of the first sample of the next global batch.
+        batch_size: samples of a global batch; ``world`` divides it.
+        rank: of this process.
+        world: how many processes share a batch.
+    """
+    share = batch_size // world
+    for start in itertools.count(position + rank * share, batch_size):
+        yield from cut(range(start, start + share))
+
+
+def cut(positions: range) -> Iterator[range]:
+    """A range in pieces of a chunk's size."""
+    for start in range(positions.start, positions.stop, MOST_IN_CHUNK):
+        yield range(start, min(start + MOST_IN_CHUNK, positions.stop))
+
+
+def steps(chunks: Iterator[Chunk], share: int) -> Iterator[list[Chunk]]:
+    """Chunks gathered into steps of ``share`` samples."""
+    while True:
+        step = [next(chunks)]
+        while sum(map(len, step)) < share:
+            step.append(next(chunks))
+        yield step

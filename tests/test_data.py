@@ -1,0 +1,187 @@
+"""Captions, sources and what is held out."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture, write_tar
+
+from clipx.data.captions import read_captions
+from clipx.data.dummy import open_dummy
+from clipx.data.emoji import THINGS, open_emoji
+from clipx.data.folder import open_folder
+from clipx.data.images import decode
+from clipx.data.index import DataError
+from clipx.data.sample import BadSample, hold_out
+from clipx.data.shards import open_shards
+
+
+@pytest.mark.parametrize(
+    ("members", "key", "captions"),
+    [
+        ({"txt": b" a cat \n"}, None, ["a cat"]),
+        ({"txt": "导盲犬".encode(), "json": b"{}"}, None, ["导盲犬"]),
+        ({"json": b'{"caption": "one"}'}, None, ["one"]),
+        ({"json": b'{"caption": ["one", "two"]}'}, None, ["one", "two"]),
+        ({"txt": b"x", "json": b'{"alt": ["one", " "]}'}, "alt", ["one"]),
+    ],
+)
+def test_captions_come_from_txt_or_json(members: dict[str, bytes], key: str | None, captions: list[str]) -> None:
+    assert read_captions(members, key) == captions
+
+
+@pytest.mark.parametrize(
+    ("members", "key", "reason"),
+    [
+        ({}, None, "no caption"),
+        ({"txt": b"  \n"}, None, "empty"),
+        ({"txt": b"\xff\xfe"}, None, "not UTF-8"),
+        ({"json": b'{"caption": "\xff"}'}, None, "not UTF-8"),
+        ({"json": b"{"}, None, "json has no 'caption'"),
+        ({"json": b"[1]"}, "alt", "json has no 'alt'"),
+        ({"json": b'{"alt": 5}'}, "alt", "neither text"),
+        ({"json": b'{"caption": []}'}, None, "empty"),
+    ],
+)
+def test_a_sample_without_a_usable_caption_is_bad(members: dict[str, bytes], key: str | None, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        read_captions(members, key)
+
+
+def test_a_directory_with_train_and_val_uses_both(make_shards: Callable[..., Path]) -> None:
+    root = make_shards(4, folder="set/train").parent
+    make_shards(3, folder="set/val")
+    data = open_shards(str(root))
+    assert list(data.train.sizes) == [4] and list(data.val.sizes) == [3]
+    sample = data.train.read(2)
+    assert sample.key == "00002" and sample.captions[0] == "thing number 2" and decode(sample.picture).size == (40, 32)
+    assert data.train.locate(2) == "part-000.tar/00002"
+
+
+def test_globs_and_brace_lists_stand_in_for_a_directory(make_shards: Callable[..., Path]) -> None:
+    root = make_shards(4, 2, 3)
+    brace = open_shards(shards=f"{root}/part-{{000..001}}.tar", val_shards=f"{root}/part-002.tar")
+    assert list(brace.train.sizes) == [4, 2] and list(brace.val.sizes) == [3]
+    several = open_shards(shards=[f"{root}/part-00[01].tar", f"{root}/part-002.tar"], val=0)
+    assert list(several.train.sizes) == [4, 2, 3] and several.val is None
+
+
+def test_a_file_name_with_braces_is_taken_as_it_is(make_shards: Callable[..., Path]) -> None:
+    shard = make_shards(4) / "part-000.tar"
+    odd = shard.rename(shard.with_name("a{1..2} [b]~é=c.tar"))
+    assert list(open_shards(shards=str(odd), val=0).train.sizes) == [4]
+
+
+def test_a_share_is_held_out_by_key_alone(make_shards: Callable[..., Path]) -> None:
+    root = make_shards(60, 40)
+    data = open_shards(str(root), val=0.1)
+    held = {data.val.read(number).key for number in range(10)}
+    kept = {data.train.read(number).key for number in range(90)}
+    assert sum(data.val.sizes) == 10 and len(held) == 10 and sum(data.train.sizes) == 90 and not held & kept
+    assert sorted(held | kept) == [f"{number:05d}" for number in range(100)]
+    other = open_shards(str(make_shards(100, folder="one")), val=0.1)        # packed otherwise
+    assert {other.val.read(number).key for number in range(10)} == held
+    assert data.train.id != open_shards(str(root), val=0.2).train.id
+
+
+def test_no_more_than_5000_are_held_out() -> None:
+    train, val = hold_out(open_dummy(samples=30_000).train, 0.5)
+    assert sum(val.sizes) == 5000 and sum(train.sizes) == 25_000
+
+
+@pytest.mark.parametrize("words", [{}, {"root": "a", "shards": "b"}])
+def test_root_or_shards_is_given(words: dict[str, str]) -> None:
+    with pytest.raises(DataError, match="give one"):
+        open_shards(**words)
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.root=.*nowhere is not a directory"):
+        open_shards(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"data\.root=.* holds no shards"):
+        open_shards(str(tmp_path))
+    with pytest.raises(DataError, match=r"data\.shards=.*x-\{0\.\.1\}\.tar: there is no file .*x-0\.tar"):
+        open_shards(shards=str(tmp_path / "x-{0..1}.tar"))
+
+
+def test_a_shard_that_changed_since_it_was_indexed_ends_the_run(make_shards: Callable[..., Path]) -> None:
+    root = make_shards(4)
+    source = open_shards(str(root), val=0).train
+    write_tar(root / "part-000.tar", [("new.jpg", b"1" * 100_000)])
+    with pytest.raises(DataError, match=r"part-000\.tar has changed"):
+        source.read(0)
+
+
+def test_a_sample_without_a_picture_is_bad(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.txt", b"words")])
+    with pytest.raises(BadSample, match=r"no picture \(\.jpg"):
+        open_shards(str(tmp_path), val=0).train.read(0)
+
+
+def make_folder(root: Path, lines: str) -> Path:
+    (root / "images" / "sub").mkdir(parents=True)
+    for number, name in enumerate(("a.png", "b b.png", "sub/ç.png")):
+        (root / "images" / name).write_bytes(picture(number))
+    (root / "captions.txt").write_text(lines, encoding="utf-8")
+    return root
+
+
+def test_a_folder_is_read_as_it_is(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "f", "a.png\tone\nb b.png\ttwo\n\na.png\tuno\tdos\nsub/ç.png\tthree\n")
+    source = open_folder(str(root), val=0).train
+    assert list(source.sizes) == [3]
+    assert [source.read(number).captions for number in range(3)] == [["one", "uno\tdos"], ["two"], ["three"]]
+    assert source.locate(2) == "images/sub/ç.png" and source.read(0).picture == picture(0)
+
+
+def test_a_picture_that_is_not_there_is_a_bad_sample(tmp_path: Path) -> None:
+    source = open_folder(str(make_folder(tmp_path / "f", "gone.png\tone\n")), val=0).train
+    with pytest.raises(BadSample, match="no such file"):
+        source.read(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a.png one\n", r"line 1: 'a\.png one' is not FILENAME<TAB>"), ("\n", "is empty"), ("a.png\t \n", "line 1")],
+)
+def test_a_line_that_is_no_caption_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_folder(str(make_folder(tmp_path / "f", text)))
+
+
+def test_a_listing_in_another_encoding_is_named(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "f", "a.png\tone\n")
+    (root / "captions.txt").write_bytes("a.png\té\n".encode("latin-1"))
+    with pytest.raises(DataError, match="UTF-8"):
+        open_folder(str(root))
+
+
+def test_the_validation_of_a_folder_may_be_another_folder(tmp_path: Path) -> None:
+    train = make_folder(tmp_path / "a", "a.png\tone\nb b.png\ttwo\n")
+    val = make_folder(tmp_path / "b", "a.png\tone\n")
+    data = open_folder(str(train), val=str(val))
+    assert list(data.train.sizes) == [2] and list(data.val.sizes) == [1]
+    shutil.rmtree(val)
+    with pytest.raises(DataError, match="needs images/"):
+        open_folder(str(train), val=str(val))
+
+
+def test_dummy_pictures_are_the_same_each_time_and_differ_from_those_held_out() -> None:
+    a, b = open_dummy(), open_dummy()
+    assert a.train.read(7) == b.train.read(7) != a.val.read(7)
+    captions = {a.train.read(number).captions[0] for number in range(400)}
+    assert len(captions) > 80 and "a red circle in the upper left" in captions
+
+
+def test_the_embedded_pictures_are_whole() -> None:
+    data = open_emoji()
+    train, val = data.train, data.val
+    keys = np.concatenate([train.keys(), val.keys()])
+    assert len(set(keys.tolist())) == len(keys) and len(val.keys()) == round(len(keys) / 10)
+    names = THINGS.read_text().splitlines()
+    things = {sample.captions[0] for source in (train, val) for sample in map(source.read, range(sum(source.sizes)))}
+    assert things == set(names) and len(names) == len(things) and len(keys) == 3 * len(names)
+    picture = decode(val.read(0).picture)
+    assert picture.size == (64, 64)

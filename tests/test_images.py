@@ -1,0 +1,135 @@
+import io
+import random
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
+from clipx.data.images import MEAN, STD, Normalise, decode, eval_crop, get_image_transform, to_tensor, train_crop
+from clipx.data.sample import BadSample
+
+RED, BLUE = (200, 30, 40), (10, 60, 220)
+
+
+def halves(mode: str = "RGB") -> Image.Image:
+    """Red on the left, blue on the right, 60 x 40."""
+    image = Image.new("RGB", (60, 40), RED)
+    image.paste(BLUE, (30, 0, 60, 40))
+    return image.convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def corner_colours(file: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    image = decode(file)
+    assert image.mode == "RGB"
+    return image.getpixel((3, 3)), image.getpixel((image.width - 4, image.height - 4))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        encoded(halves(), "png"),
+        encoded(halves().quantize(4), "png"),
+        encoded(halves(), "webp", lossless=True),
+        encoded(halves(), "jpeg", quality=95),
+        encoded(halves("CMYK"), "jpeg", quality=95),
+        encoded(halves("RGBA"), "png"),
+    ],
+    ids=["png", "palette", "webp", "jpeg", "cmyk", "rgba"],
+)
+def test_every_kind_of_file_shows_its_colours(file: bytes) -> None:
+    for found, meant in zip(corner_colours(file), (RED, BLUE), strict=True):
+        assert np.abs(np.subtract(found, meant)).max() <= 12
+
+
+def test_grey_of_8_and_16_bits_is_grey() -> None:
+    eight = Image.new("L", (8, 8), 100)
+    sixteen = Image.fromarray(np.full((8, 8), 100 * 257, np.uint16))
+    for image in (eight, sixteen, Image.new("LA", (8, 8), (100, 255))):
+        assert decode(encoded(image, "png")).getpixel((4, 4)) == (100, 100, 100)
+
+
+def test_what_is_transparent_is_white() -> None:
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([9, 9, 9])
+    assert decode(encoded(clear, "png")).getpixel((4, 4)) == (255, 255, 255)
+    assert decode(encoded(half, "webp", lossless=True)).getpixel((4, 4)) == (127, 127, 127)
+    assert decode(encoded(palette, "png", transparency=0)).getpixel((4, 4)) == (255, 255, 255)
+    keyed = encoded(Image.new("RGB", (8, 8), (1, 2, 3)), "png", transparency=(1, 2, 3))
+    assert decode(keyed).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_picture_is_turned_as_exif_says() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6                # the camera was held upright: turn clockwise
+    image = decode(encoded(halves(), "jpeg", exif=exif, quality=95))
+    assert image.size == (40, 60)
+    assert np.abs(np.subtract(image.getpixel((20, 5)), RED)).max() <= 12
+
+
+@pytest.mark.parametrize("file", [b"", b"no picture", encoded(halves(), "png")[:90], encoded(halves(), "jpeg")[:300]])
+def test_what_does_not_decode_is_a_bad_sample(file: bytes) -> None:
+    with pytest.raises(BadSample, match="does not decode"):
+        decode(file)
+
+
+def test_a_bomb_is_a_bad_sample() -> None:
+    with pytest.raises(BadSample, match="400000000 pixels"):
+        decode(encoded(Image.new("1", (20_000, 20_000)), "png"))
+
+
+@pytest.mark.parametrize("size", [(60, 40), (41, 97), (32, 32), (300, 31)])
+def test_the_eval_transform_equals_that_of_open_clip(size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    expected = open_clip.image_transform(32, is_train=False)(image)
+    torch.testing.assert_close(get_image_transform(32)(image), expected, atol=1e-6, rtol=0)
+
+
+def test_normalised_pixels_have_the_published_mean_and_deviation() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = (torch.tensor(numbers, dtype=torch.float64).view(3, 1, 1) for numbers in (MEAN, STD))
+    expected = (pixels.double() / 255 - mean) / std
+    torch.testing.assert_close(Normalise()(pixels).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_training_crop_keeps_the_area_that_was_asked_for() -> None:
+    ramp = np.zeros((100, 100, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(100)[None], np.arange(100)[:, None]
+    shares = []
+    for seed in range(200):
+        crop = np.asarray(train_crop(Image.fromarray(ramp), 64, (0.3, 0.6), random.Random(seed))).astype(int)
+        width, height = np.ptp(crop[..., 0]) + 1, np.ptp(crop[..., 1]) + 1
+        shares.append(width * height / 10_000)
+        assert 0.7 < width / height < 1.45
+    assert 0.27 < min(shares) < 0.35 and 0.55 < max(shares) < 0.65
+
+
+def test_a_crop_depends_on_its_generator_alone() -> None:
+    a, b = (to_tensor(train_crop(halves(), 32, (0.5, 1.0), random.Random(5))) for _ in range(2))
+    assert torch.equal(a, b) and a.dtype == torch.uint8 and a.shape == (3, 32, 32)
+
+
+def test_a_very_narrow_picture_still_gives_a_square() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 200, 3), np.uint8))
+    expected = RandomResizedCrop(16, (0.9, 1.0), interpolation=InterpolationMode.BICUBIC)(image)
+    assert train_crop(image, 16, (0.9, 1.0), random.Random(0)) == expected
+    upright = image.transpose(Image.Transpose.ROTATE_90)
+    expected = RandomResizedCrop(16, (0.9, 1.0), interpolation=InterpolationMode.BICUBIC)(upright)
+    assert train_crop(upright, 16, (0.9, 1.0), random.Random(0)) == expected
+    assert eval_crop(Image.new("RGB", (400, 4)), 16).size == (16, 16)
+
+
+def test_the_training_transform_varies() -> None:
+    transform = get_image_transform(32, is_train=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    assert len({transform(image).numpy().tobytes() for _ in range(20)}) > 1    # two crops in twenty may well be equal

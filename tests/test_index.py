@@ -1,0 +1,142 @@
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import write_tar
+
+from clipx.data.index import KEY, DataError, open_indexes, scan
+
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+LONG = "a folder/" + "deep/" * 30 + "a very long name" * 8
+NAMES = ["plain", "with space", "文件夹/导盲犬", "été/ñandú", LONG]
+
+
+def shard_with(path: Path, names: list[str], format: int) -> Path:
+    members = []
+    for number, name in enumerate(names):
+        members += [(f"{name}.JPG", bytes([number]) * (number * 700)), (f"{name}.seg.txt", f"caption {name}".encode())]
+    return write_tar(path, members, format)
+
+
+def contents(shard: Path) -> dict[str, dict[str, bytes]]:
+    data = shard.read_bytes()
+    found = {}
+    for row in scan(shard):
+        members = {kind: data[row[kind][0] : sum(row[kind])] for kind in row.dtype.names[1:] if row[kind][0]}
+        found[row[KEY].decode()] = members
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")     # webdataset's own
+@pytest.mark.parametrize("format", FORMATS)
+def test_byte_ranges_hold_what_webdataset_reads(tmp_path: Path, format: int) -> None:
+    names = NAMES if format != tarfile.USTAR_FORMAT else NAMES[:4]
+    shard = shard_with(tmp_path / "x.tar", names, format)
+    expected = {
+        sample["__key__"]: {kind: data for kind, data in sample.items() if not kind.startswith("__")}
+        for sample in webdataset.WebDataset(str(shard), shardshuffle=False)
+    }
+    assert contents(shard) == expected and len(expected) == len(names)
+
+
+def test_directories_links_and_names_without_a_kind_are_passed_over(tmp_path: Path) -> None:
+    shard = tmp_path / "x.tar"
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    (tmp_path / "README").write_bytes(b"no kind")
+    with tarfile.open(shard, "w") as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(link)
+        tar.add(tmp_path / "README", "README")
+        tar.add(tmp_path / "a.jpg", "a.jpg")
+    assert contents(shard) == {"a": {"jpg": b"picture"}}
+
+
+def test_a_large_size_in_gnu_notation_is_read(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\x80" + (3).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    shard = tmp_path / "x.tar"
+    shard.write_bytes(bytes(header) + b"abc".ljust(512, b"\0") + bytes(1024))
+    assert contents(shard) == {"a": {"jpg": b"abc"}}
+
+
+def test_a_shard_without_samples_and_one_without_an_end_mark(tmp_path: Path) -> None:
+    assert contents(write_tar(tmp_path / "empty.tar", [])) == {}
+    shard = write_tar(tmp_path / "x.tar", [("a.txt", b"x")])
+    shard.write_bytes(shard.read_bytes()[:1024])
+    assert contents(shard) == {"a": {"txt": b"x"}}
+
+
+def test_members_of_one_kind_twice_make_two_samples(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("a.txt", b"2"), ("a.jpg", b"3"), ("a.txt", b"4")])
+    assert len(scan(shard)) == 2
+
+
+@pytest.mark.parametrize("kept", [1500, 2047, 700])
+def test_a_tar_that_is_cut_short_says_how_far_it_goes(tmp_path: Path, kept: int) -> None:
+    shard = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 100), ("b.jpg", b"2" * 1000)])
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"x\.tar is cut short behind its first [01] members; pack it again"):
+        scan(shard)
+
+
+def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
+    data = bytearray(shard.read_bytes())
+    data[1024 + 10] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"x\.tar is damaged behind its first 1 members"):
+        scan(shard)
+
+
+def test_names_whose_dots_are_no_kinds_are_refused(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", [(f"photo.{number}.jpg", b"1") for number in range(70)])
+    with pytest.raises(DataError, match="70 kinds of member.*keys have no dots"):
+        scan(shard)
+
+
+def test_an_index_is_made_once_and_again_when_the_shard_changes(
+    make_shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    shards = sorted(make_shards(3, 2).glob("*.tar"))
+    first = open_indexes(shards, tmp_path / "cache")
+    assert [len(index.samples) for index in first] == [3, 2]
+    files = [shard.with_name(f"{shard.name}.index") for shard in shards]
+    times = [file.stat().st_mtime_ns for file in files]
+    again = open_indexes(shards, tmp_path / "cache")
+    assert [file.stat().st_mtime_ns for file in files] == times
+    assert isinstance(again[0].samples, np.memmap) and again[0].id == first[0].id
+    write_tar(shards[0], [("new.jpg", b"1" * 20_000)])
+    assert [len(index.samples) for index in open_indexes(shards, tmp_path / "cache")] == [1, 2]
+
+
+def test_an_index_that_is_not_one_is_made_again(make_shards: Callable[..., Path], tmp_path: Path) -> None:
+    shard = make_shards(3) / "part-000.tar"
+    shard.with_name(f"{shard.name}.index").write_bytes(b"\x93NUMPY not ours")
+    assert len(open_indexes([shard], tmp_path / "cache")[0].samples) == 3
+
+
+def test_where_shards_cannot_be_written_the_index_goes_to_index_dir(
+    make_shards: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = make_shards(3) / "part-000.tar"
+    write = Path.write_bytes
+
+    def refuse(path: Path, data: bytes) -> int:        # root may write anywhere, so the file system's no is acted
+        if path.parent == shard.parent:
+            raise PermissionError(13, "read-only", str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert len(open_indexes([shard], tmp_path / "cache")[0].samples) == 3
+    assert [path.name for path in (tmp_path / "cache").rglob("*.index")] == ["part-000.tar.index"]
+    assert os.listdir(shard.parent) == ["part-000.tar"]

@@ -1,0 +1,156 @@
+import itertools
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture, write_tar
+
+from clipx.data.index import DataError
+from clipx.data.loader import Chunk, EvalReader, TrainReader, cut, read, steps, train_ranges
+from clipx.data.plan import Plan
+from clipx.data.shards import open_shards
+from clipx.tokenizer import SimpleTokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+
+TOKENIZER = SimpleTokenizer()
+
+
+def reader_of(root: Path, seed: int = 0, window: int = 64) -> TrainReader:
+    source = open_shards(str(root), val=0).train
+    return TrainReader(source, Plan(source.sizes, seed, window), 16, TOKENIZER, (0.5, 1.0))
+
+
+def batches(
+    reader: TrainReader, count: int, batch: int, workers: int = 0, start: int = 0, **shared: int
+) -> list[Chunk]:
+    return list(itertools.islice(read(reader, train_ranges(start, batch, **shared), workers, pin=False), count))
+
+
+def same(a: Chunk, b: Chunk) -> bool:
+    pairs = [(getattr(a, part.name), getattr(b, part.name)) for part in fields(Chunk)]
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+@pytest.fixture
+def shards(make_shards: Callable[..., Path]) -> Path:
+    return make_shards(9, 4, 14)
+
+
+def test_the_batches_are_the_same_with_0_1_2_and_4_workers(shards: Path) -> None:
+    reader = reader_of(shards)
+    expected = batches(reader, 8, 8)
+    for workers in (1, 2, 4):
+        found = batches(reader, 8, 8, workers)
+        assert all(same(a, b) for a, b in zip(expected, found, strict=True))
+    assert len({chunk.images.sum().item() for chunk in expected}) > 1
+
+
+def test_an_epoch_brings_every_sample_once_across_the_ends_of_batches(shards: Path) -> None:
+    chunks = batches(reader_of(shards), 27, 8)          # 27 samples: 27 batches of 8 are 8 epochs
+    ids = torch.cat([chunk.samples for chunk in chunks]).view(8, 27)
+    assert all(sorted(epoch.tolist()) == list(range(27)) for epoch in ids)
+
+
+def test_the_loader_goes_on_from_a_position_alone(shards: Path) -> None:
+    reader = reader_of(shards)
+    straight = batches(reader, 6, 5)
+    assert all(same(a, b) for a, b in zip(straight[3:], batches(reader, 3, 5, start=15), strict=True))
+
+
+def test_ranks_share_a_global_batch(shards: Path) -> None:
+    reader = reader_of(shards)
+    whole = batches(reader, 3, 8)
+    halves = [batches(reader, 3, 8, rank=rank, world=2) for rank in (0, 1)]
+    for step, chunk in enumerate(whole):
+        assert torch.equal(chunk.images, torch.cat([half[step].images for half in halves]))
+        assert halves[1][step].position == 8 * step + 4
+
+
+@pytest.mark.parametrize("sizes", [(5,), (2, 1, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("workers", [0, 4])
+def test_few_samples_and_fewer_shards_than_workers_are_no_special_case(
+    make_shards: Callable[..., Path], sizes: tuple[int, ...], workers: int
+) -> None:
+    total = sum(sizes)
+    chunks = batches(reader_of(make_shards(*sizes)), total, 4 if total > 4 else 2, workers)
+    assert sorted(torch.cat([chunk.samples for chunk in chunks]).tolist()[:total]) == list(range(total))
+
+
+def test_captions_and_crops_change_from_epoch_to_epoch_and_with_the_seed(shards: Path) -> None:
+    first, second = (batches(reader_of(shards, seed), 40, 27) for seed in (0, 1))
+
+    def of_sample(chunks: list[Chunk], number: int) -> tuple[set[str], int]:
+        rows = [(chunk, (chunk.samples == number).nonzero()[0, 0]) for chunk in chunks]
+        crops = {chunk.images[row].numpy().tobytes() for chunk, row in rows}
+        return {chunk.captions[row] for chunk, row in rows}, len(crops)
+
+    captions, crops = of_sample(first, 11)
+    assert captions == {"thing number 11", "the 11th thing of all"} and crops > 20
+    assert [c.captions for c in first] != [c.captions for c in second]
+
+
+def test_a_chunk_is_cut_to_its_longest_caption_and_tells_lengths(shards: Path) -> None:
+    chunk = batches(reader_of(shards), 1, 16)[0]
+    assert chunk.tokens.shape == (16, int(chunk.lengths.max()))
+    assert torch.equal(chunk.tokens, TOKENIZER(chunk.captions)[:, : chunk.tokens.shape[1]])
+    assert (chunk.tokens.gather(1, chunk.lengths[:, None] - 1) == 49407).all()
+
+
+def test_a_large_batch_comes_in_chunks_of_256() -> None:
+    assert [len(piece) for piece in itertools.islice(train_ranges(0, 600), 6)] == [256, 256, 88] * 2
+    assert list(cut(range(0))) == []
+
+
+def test_steps_gather_chunks(shards: Path) -> None:
+    chunks = iter(batches(reader_of(shards), 4, 8))
+    assert [[len(chunk) for chunk in step] for step in itertools.islice(steps(chunks, 16), 2)] == [[8, 8]] * 2
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path) -> Path:
+    """Forty samples; 3 does not decode, 8 has no caption, 20 no picture."""
+    members = []
+    for number in range(40):
+        members += [] if number == 20 else [(f"{number}.png", picture(number) if number != 3 else b"\x89PNG broken")]
+        members += [] if number == 8 else [(f"{number}.txt", f"thing {number}".encode())]
+    write_tar(tmp_path / "spoilt" / "x.tar", members)
+    return tmp_path / "spoilt"
+
+
+def test_a_bad_sample_is_replaced_and_told(spoilt: Path) -> None:
+    chunks = batches(reader_of(spoilt), 10, 4)
+    assert all(len(chunk) == 4 for chunk in chunks)
+    records = [record for chunk in chunks for record in chunk.skipped]
+    assert {record.place for record in records} == {"x.tar/3", "x.tar/8", "x.tar/20"}
+    reasons = {record.place: record.reason for record in records}
+    assert "does not decode" in reasons["x.tar/3"] and "no caption" in reasons["x.tar/8"]
+    assert "no picture" in reasons["x.tar/20"]
+    assert not {3, 8, 20} & set(torch.cat([chunk.samples for chunk in chunks]).tolist())
+    assert all(same(a, b) for a, b in zip(chunks, batches(reader_of(spoilt), 10, 4, workers=2), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_bad_samples_ends_with_one_line(tmp_path: Path, workers: int) -> None:
+    write_tar(tmp_path / "x.tar", [(f"{number}.png", b"broken") for number in range(8)])
+    with pytest.raises(DataError, match="^64 samples in a row are bad, the last of them x.tar/.: ") as raised:
+        batches(reader_of(tmp_path), 1, 4, workers)
+    assert "\n" not in str(raised.value)
+
+
+def test_evaluation_reads_all_captions_of_all_pictures_once(shards: Path, spoilt: Path) -> None:
+    source = open_shards(str(shards), val=0).train
+    chunks = list(read(EvalReader(source, 16, TOKENIZER), cut(range(27)), 2, pin=False))
+    assert sum(map(len, chunks)) == 27 and chunks[0].captions[:2] == ["thing number 0", "the 0th thing of all"]
+    assert chunks[0].owners[:4].tolist() == [0, 0, 1, 1]
+    bad = open_shards(str(spoilt), val=0).train
+    chunk = next(read(EvalReader(bad, 16, TOKENIZER), cut(range(40)), 0, pin=False))
+    assert len(chunk) == 37 and len(chunk.skipped) == 3 and chunk.owners.tolist() == list(range(37))
+
+
+def test_the_global_random_state_is_left_alone(shards: Path) -> None:
+    before = torch.get_rng_state()
+    batches(reader_of(shards), 2, 4, workers=1)
+    assert torch.equal(before, torch.get_rng_state())
