@@ -1,0 +1,29 @@
+"""Train CLIP on your own image-text pairs.
+
+The names below are imported when they are first used, so that ``import clipx`` costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+HOMES = {
+    "CLIP": "clipx.models.clip",
+    "clip_vit_b32": "clipx.models.clip",
+    "clip_small": "clipx.models.clip",
+    "load": "clipx.checkpoint",
+    "SimpleTokenizer": "clipx.tokenizer",
+    "get_image_transform": "clipx.data.images",
+}
+__all__ = list(HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'clipx' has no attribute {name!r}")
+    return getattr(importlib.import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *HOMES]

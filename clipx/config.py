@@ -1,0 +1,229 @@
+"""Configuration enters once, through ``command``, and becomes plain typed values in ``resolve``."""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import AfterValidator, NonNegativeInt, PositiveFloat, PositiveInt
+from tqdm import tqdm
+from yaml import YAMLError
+
+from clipx import duration, words
+from clipx.errors import UserError
+from clipx.schema import ConfigError, check_call, check_node, suggest
+
+CONF = "clipx.conf"
+Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
+
+
+@dataclass(frozen=True)
+class Train:
+    """The schema of a training run.  conf/train.yaml says what each key means and holds the defaults."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    optim: dict[str, Any]
+    sched: dict[str, Any]
+    evals: dict[str, dict[str, Any]]
+    name: str | None
+    epochs: PositiveFloat
+    max_steps: PositiveInt | None
+    stop_at: Duration | None
+    batch_size: PositiveInt
+    clip_norm: PositiveFloat | None
+    amp: Literal["none", "bf16", "fp16"]
+    grad_checkpoint: bool
+    device: str
+    workers: Literal["auto"] | NonNegativeInt
+    seed: NonNegativeInt
+    log_every: Duration
+    eval_every: Duration | None
+    save_every: Duration | None
+    keep_every: Duration | None
+    resume: str | None
+    best: str | None
+    objective: str | None
+    trust: list[str]
+    choices: dict[str, Any] = field(default_factory=dict)       # the options of the groups, for the record
+
+
+def resolve(composed: DictConfig) -> Train:
+    """Plain typed values; every node is held against the signature that it calls, and nothing is built.
+
+    Raises:
+        ConfigError: a key, a type or a value is wrong.
+    """
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value; add {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+    values = check_call(Train, plain)
+    trust = values["trust"]
+    for key in ("model", "data", "optim", "sched"):
+        values[key] = check_node(values[key], key, trust)
+    values["evals"] = {key: check_node(node, f"evals.{key}", trust) for key, node in values["evals"].items()}
+    return Train(**values)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What has another meaning in two configs, as ``key: before -> after``."""
+    old, new = flat(before), flat(after)
+    keys = [key for key in {**old, **new} if key not in words.NEUTRAL and not key.startswith("choices.")]
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return found
+
+
+def command(name: str, job: Callable[[DictConfig, Path], float | None]) -> None:
+    """The door of every Hydra command: conf/NAME.yaml, or the file in ``config=FILE``, and the words of the process.
+
+    A mistake of the user's ends in one line and exit code 1.  In a sweep a failed job does not end the others, and
+    the failures are told once more at the end.
+
+    Args:
+        name: of the command and of its primary config.
+        job: gets the composed config and the run's directory; its result is what a sweep optimises.
+    """
+    given = sys.argv[1:]
+    failures: list[str] = []
+    try:
+        saved, given = take_saved(given)
+        sweep = bool({"-m", "--multirun"} & set(given))
+        run = Job(job, saved, sweep, failures)
+        path, primary = (str(saved.parent.resolve()), saved.stem) if saved else (f"pkg://{CONF}", name)
+        with hydra_reads([f"clipx.{name}", *words.legal(given, sweep), *words.HYDRA]), console():
+            hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
+    except UserError as error:
+        failures = failures or [str(error)]
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        failures.append(explain(error, name, given))
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+@dataclass
+class Job:
+    """What Hydra calls: one run, its mistakes noted."""
+
+    job: Callable[[DictConfig, Path], float | None]
+    saved: Path | None
+    sweep: bool
+    failures: list[str]
+
+    def __call__(self, composed: DictConfig) -> float | None:
+        ran = HydraConfig.get()
+        given = OmegaConf.to_container(ran.overrides.task, resolve=False)
+        if self.saved is None:
+            chosen = {group: ran.runtime.choices[group] for group in words.GROUPS if group in ran.runtime.choices}
+            OmegaConf.update(composed, "choices", chosen, force_add=True)
+        try:
+            return self.job(composed, words.run_directory(given, composed.get("name"), self.sweep, self.saved))
+        except UserError as error:
+            self.failures.append(f"{' '.join(given)}: {error}" if self.sweep else str(error))
+            if not self.sweep:
+                return None         # told by command, in one line
+            logging.getLogger("clipx").error("failed: %s", self.failures[-1])
+            raise                   # the sweep goes on and Hydra raises it again at its end
+
+
+@contextmanager
+def hydra_reads(argv: list[str]) -> Iterator[None]:
+    """Let Hydra find these words in the process, and raise its errors instead of printing them."""
+    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    try:
+        yield
+    finally:
+        sys.argv = before[0]
+        if before[1] is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+class Console(logging.Handler):
+    """Log lines on the terminal, above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def console() -> Iterator[None]:
+    """Show what clipx logs, for as long as a command runs."""
+    logger, handler = logging.getLogger("clipx"), Console(logging.INFO)
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def take_saved(given: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The file of ``config=FILE``, and the other words.
+
+    Raises:
+        ConfigError: there is no such file, or another word chooses a group, which the file has settled.
+    """
+    files = [word.partition("=")[2] for word in given if word.startswith("config=")]
+    rest = [word for word in given if not word.startswith("config=")]
+    if not files:
+        return None, rest
+    path = Path(files[-1])
+    if not path.is_file():
+        raise ConfigError(f"config={path}: there is no such file; a run keeps its own as outputs/NAME/config.yaml")
+    for word in rest:
+        key = word.partition("=")[0]
+        if key in words.GROUPS:
+            raise ConfigError(
+                f"{word}: config={path} is a whole config, its groups are settled; change single keys "
+                f"({key}.KEY=VALUE), or leave config= out and give all words"
+            )
+    return path, rest
+
+
+def explain(error: Exception, name: str, given: Sequence[str]) -> str:
+    """What Hydra or OmegaConf says, in one line with a near match."""
+    text = first_line(error)
+    key = re.search(r"Could not override '([^']+)'", text)
+    option = re.search(r"Could not (?:find|load) '([^']+)/([^']+)'", text)
+    with hydra.initialize_config_module(CONF, version_base="1.3"):
+        if option:
+            options = GlobalHydra.instance().config_loader().get_group_options(option[1])
+            return f"{option[1]}={option[2]}: there is no such option{suggest(option[2], options)}"
+        if key:
+            return f"{key[1]}: there is no such key{suggest(key[1], known_keys(name, given))}"
+    return text
+
+
+def known_keys(name: str, given: Sequence[str]) -> list[str]:
+    """All keys that the chosen groups have."""
+    try:
+        composed = hydra.compose(name, [word for word in given if re.fullmatch(r"[a-z]+=[\w\[\],]+", word)])
+    except HydraException:
+        composed = hydra.compose(name)
+    groups = [key for key, value in composed.items() if isinstance(value, DictConfig)]
+    return [*flat(OmegaConf.to_container(composed)), *groups]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

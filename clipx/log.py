@@ -1,0 +1,170 @@
+"""What a run leaves behind for people: train.log, metrics.jsonl, summary.json, TensorBoard, and a progress bar."""
+
+import json
+import logging
+import os
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from clipx.evals.features import Features
+
+logger = logging.getLogger("clipx")
+
+SHOWN = 8           # pictures in the retrieval figure
+NEAREST = 5         # captions beside each
+MATRIX = 24         # pictures in the similarity matrix
+CELL = 44           # characters of a caption that a figure has room for
+
+
+class RunLog:
+    """The written side of a run, for the length of a ``with``; how that ends is the run's state in summary.json.
+
+    Args:
+        directory: the run's.
+        config: as text, for TensorBoard.
+        steps: the run's length, for the progress bar.
+        step: where the run goes on; what was logged behind it is dropped.
+        samples: likewise.
+        seconds: how long the run has taken before.
+        epoch_samples: samples of an epoch.
+    """
+
+    def __init__(
+        self, directory: Path, config: str, steps: int, step: int, samples: int, seconds: float, epoch_samples: int
+    ):
+        self.directory, self.config, self.epoch_samples = directory, config, epoch_samples
+        self.began = time.monotonic() - seconds
+        self.summary: dict[str, Any] = {"state": "running", "step": step, "steps": steps, "final": {}, "best": {}}
+        self.steps, self.step, self.samples = steps, step, samples
+
+    def __enter__(self) -> "RunLog":
+        cut(self.directory / "metrics.jsonl", self.samples)
+        cut(self.directory / "skipped.jsonl", self.samples)
+        self.file = logging.FileHandler(self.directory / "train.log", encoding="utf-8")
+        self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(self.file)
+        self.metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.step + 1)
+        self.tensorboard.add_text("config", f"```yaml\n{self.config}```", self.step)
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
+        self.write_summary()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        self.metrics.close()
+        self.tensorboard.close()
+        if error is not None:
+            self.summary["state"], self.summary["reason"] = "failed", str(error) or kind.__name__
+            logger.debug("".join(traceback.format_exception(error)))
+        self.write_summary()
+        logger.removeHandler(self.file)
+        self.file.close()
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, its earlier parts included."""
+        return time.monotonic() - self.began
+
+    def scalars(self, numbers: Mapping[str, float], step: int, samples: int) -> None:
+        """Write numbers by tag, to TensorBoard and as one line of metrics.jsonl."""
+        for tag, value in numbers.items():
+            self.tensorboard.add_scalar(tag, value, step)
+        epoch = round(samples / self.epoch_samples, 4)
+        head = {"step": step, "samples": samples, "epoch": epoch, "seconds": round(self.seconds, 3)}
+        self.metrics.write(json.dumps({**head, **numbers}) + "\n")
+        self.metrics.flush()
+        self.summary.update(head)
+        self.summary["final"].update(numbers)
+
+    def progress(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Move the bar and set what stands behind it."""
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()}, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def skipped(self, records: list[dict[str, Any]]) -> None:
+        """Append lines to skipped.jsonl."""
+        with (self.directory / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    def pictures(self, val: Features, step: int) -> None:
+        """Show held-out pictures with their nearest captions, and who resembles whom."""
+        self.tensorboard.add_figure("val/nearest_captions", nearest_captions(val), step)
+        self.tensorboard.add_figure("val/similarity", similarity_matrix(val), step)
+
+    def write_summary(self) -> None:
+        """Rewrite summary.json, whole or not at all."""
+        self.summary["seconds"] = round(self.seconds, 3)
+        temporary = self.directory / "summary.json.writing"
+        temporary.write_text(json.dumps(self.summary, indent=2) + "\n")
+        os.replace(temporary, self.directory / "summary.json")
+
+
+def cut(path: Path, samples: int) -> None:
+    """Drop the lines of a .jsonl file that were written behind a number of samples."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["samples"] <= samples]
+    if len(kept) < len(lines):
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+def spread(count: int, wanted: int) -> Tensor:
+    """At most ``wanted`` of ``range(count)``, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
+
+
+def nearest_captions(val: Features) -> Any:
+    """A figure: some held-out pictures, each with the captions nearest to it, its own in green."""
+    from matplotlib.figure import Figure
+
+    chosen = spread(len(val.shown), SHOWN).tolist()
+    figure = Figure(figsize=(12, 1.35 * len(chosen)), layout="tight")
+    similarity = val.images[chosen] @ val.texts.T                       # (8, M)
+    for row, picture in enumerate(chosen):
+        left, right = figure.add_subplot(len(chosen), 2, 2 * row + 1), figure.add_subplot(len(chosen), 2, 2 * row + 2)
+        left.imshow(val.shown[picture].permute(1, 2, 0).numpy())
+        left.axis("off")
+        own = val.owners == picture
+        left.set_title(short(val.captions[int(val.first[picture])]), fontsize=8)
+        right.axis("off")
+        for line, caption in enumerate(similarity[row].topk(min(NEAREST, len(val.texts))).indices.tolist()):
+            mark, colour = ("✓", "green") if own[caption] else ("  ", "black")
+            right.text(0, 0.9 - 0.2 * line, f"{similarity[row, caption]:.2f} {mark} {short(val.captions[caption])}",
+                       color=colour, fontsize=9, family="monospace", va="center")
+    return figure
+
+
+def similarity_matrix(val: Features) -> Any:
+    """A figure: cosine of some held-out pictures (rows) with the first caption of each (columns)."""
+    from matplotlib.figure import Figure
+
+    chosen = spread(len(val.images), MATRIX)
+    first = val.first[chosen]
+    cosine = (val.images[chosen] @ val.texts[first].T).numpy()          # (24, 24)
+    names = [short(val.captions[place]) for place in first.tolist()]
+    figure = Figure(figsize=(9, 8), layout="tight")
+    axes = figure.add_subplot()
+    figure.colorbar(axes.imshow(cosine, cmap="viridis"), label="cosine")
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylabel("picture of")
+    axes.set_xlabel("caption")
+    return figure
+
+
+def short(caption: str) -> str:
+    """A caption in the room that a figure has, its characters free of meaning to the plotter."""
+    return (caption if len(caption) <= CELL else caption[: CELL - 1] + "…").replace("$", r"\$")

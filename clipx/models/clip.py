@@ -1,0 +1,91 @@
+"""CLIP: two towers into one space, and the learnt temperature between them."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipx.build import build
+from clipx.models.text import TextEncoder
+from clipx.models.vision import ImageEncoder
+
+__all__ = ["CLIP", "build", "clip_small", "clip_vit_b32"]
+
+MAX_LOG_SCALE = math.log(100)       # Radford et al. 2021, section 2.5
+
+
+class CLIP(nn.Module):
+    """Contrastive image-text model.
+
+    The state dict has OpenAI's keys: the image tower under ``visual.``, the text tower at the root.
+
+    Args:
+        image: the image tower.
+        text: the text tower; its ``embed`` is the image tower's.
+
+    Source: Radford et al. 2021 (arXiv 2103.00020).
+    """
+
+    def __init__(self, image: ImageEncoder, text: TextEncoder):
+        super().__init__()
+        if image.embed != text.embed:
+            raise ValueError(f"text.embed={text.embed} is not image.embed={image.embed}; the towers share one space")
+        self.visual = image
+        self.text = text
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.register_state_dict_post_hook(text_to_root)
+        self.register_load_state_dict_pre_hook(root_to_text)
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """(B, 3, S, S) normalised floats -> (B, E) in float32 or wider; unit vectors with ``normalize``."""
+        return finish(self.visual(image), normalize)
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """(B, L) token ids, L up to the context -> (B, E) in float32 or wider; unit vectors with ``normalize``."""
+        return finish(self.text(tokens), normalize)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, S, S), (B, L) -> unit image features (B, E), unit text features (B, E), scale ()."""
+        return self.encode_image(image, True), self.encode_text(tokens, True), self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Keep the inverse temperature between 1 and 100; to be called after each optimiser step."""
+        self.logit_scale.clamp_(0, MAX_LOG_SCALE)
+
+    def set_grad_checkpoint(self, on: bool) -> None:
+        """Trade a second forward pass through the blocks for the memory of what is inside them."""
+        self.visual.transformer.grad_checkpoint = on
+        self.text.transformer.grad_checkpoint = on
+
+
+def finish(features: Tensor, normalize: bool) -> Tensor:
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return F.normalize(features, dim=-1) if normalize else features
+
+
+def text_to_root(model: CLIP, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    """Drop ``text.`` from the keys of a state dict, in place and in order."""
+    for key in list(state):
+        state[key.replace(f"{prefix}text.", prefix, 1) if key.startswith(f"{prefix}text.") else key] = state.pop(key)
+
+
+def root_to_text(model: CLIP, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    """Put ``text.`` back before a state dict is loaded."""
+    own = {f"{prefix}{name}" for name in model.text.state_dict()}
+    for key in own & state.keys():
+        state[f"{prefix}text.{key[len(prefix):]}"] = state.pop(key)
+
+
+def clip_vit_b32() -> CLIP:
+    """CLIP ViT-B/32 with fresh weights: 151,277,313 parameters, 224 px, context 77, embedding 512."""
+    return CLIP(ImageEncoder(), TextEncoder())
+
+
+def clip_small() -> CLIP:
+    """A quarter of the width of ViT-B/32's towers, half the depth: 29,418,625 parameters, 224 px, embedding 256."""
+    return CLIP(
+        ImageEncoder(width=384, depth=6, heads=6, embed=256), TextEncoder(width=256, depth=6, heads=4, embed=256)
+    )

@@ -1,0 +1,60 @@
+"""The text tower: a causal transformer that reads its feature at the end-of-text token."""
+
+import torch
+from torch import Tensor, nn
+
+from clipx.models.layers import Transformer
+
+
+class TextEncoder(nn.Module):
+    """Captions to features. (B, L) token ids -> (B, E), for any L up to ``context``.
+
+    No token sees a later one and the feature is read at the end token, so padding behind it changes nothing
+    but the time: cut it off.
+
+    Args:
+        vocab: token ids; the highest is the end token.
+        context: the most tokens a caption has, start and end included.
+        width: D, channels of a token.
+        depth: blocks.
+        heads: attention heads; divides ``width``.
+        embed: E, size of the feature.
+
+    The defaults are ViT-B/32's.  Source: Radford et al. 2021, section 2.4 and table 20 (arXiv 2103.00020).
+    """
+
+    def __init__(
+        self,
+        vocab: int = 49_408,
+        context: int = 77,
+        width: int = 512,
+        depth: int = 12,
+        heads: int = 8,
+        embed: int = 512,
+    ):
+        super().__init__()
+        self.context, self.embed = context, embed
+        self.token_embedding = nn.Embedding(vocab, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context, width))
+        self.transformer = Transformer(width, depth, heads, causal=True)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, embed))
+        self.initialise(width, depth)
+
+    def initialise(self, width: int, depth: int) -> None:
+        """OpenAI's initial weights: the residual branches shrink with depth."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, D)
+        x = self.transformer(x)                                                          # (B, L, D)
+        end = tokens.argmax(dim=-1)                                                      # (B,), the end token's place
+        x = self.ln_final(x[torch.arange(len(x), device=x.device), end])                 # (B, D)
+        return x @ self.text_projection                                                  # (B, E)

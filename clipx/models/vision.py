@@ -1,0 +1,44 @@
+"""The image tower: a Vision Transformer that reads its feature at the class token."""
+
+import torch
+from torch import Tensor, nn
+
+from clipx.models.layers import Transformer
+
+
+class ImageEncoder(nn.Module):
+    """Pictures to features. (B, 3, S, S) normalised floats -> (B, E).
+
+    Args:
+        size: side of the picture S, pixels.
+        patch: side of a patch, pixels; divides ``size``.
+        width: D, channels of a token.
+        depth: blocks.
+        heads: attention heads; divides ``width``.
+        embed: E, size of the feature.
+
+    The defaults are ViT-B/32.  Source: Radford et al. 2021, section 2.4 and table 20 (arXiv 2103.00020).
+    """
+
+    def __init__(
+        self, size: int = 224, patch: int = 32, width: int = 768, depth: int = 12, heads: int = 12, embed: int = 512
+    ):
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"patch={patch} does not divide size={size}")
+        self.size, self.embed = size, embed
+        scale = width**-0.5
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn((size // patch) ** 2 + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, depth, heads, causal=False)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, embed))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv1(image).flatten(2).transpose(1, 2)                # (B, L-1, D), row by row
+        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (B, 1, D)
+        x = torch.cat([first, x], dim=1) + self.positional_embedding    # (B, L, D)
+        x = self.transformer(self.ln_pre(x))                            # (B, L, D)
+        return self.ln_post(x[:, 0]) @ self.proj                        # (B, E)

@@ -1,0 +1,89 @@
+"""A config node is right when it fits the signature that it calls: names, types, nothing missing."""
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from clipx.build import locate
+from clipx.errors import UserError
+
+
+class ConfigError(UserError):
+    """A key, a type or a value of the configuration is wrong."""
+
+
+def check_node(node: Any, where: str, trust: Sequence[str]) -> dict[str, Any]:
+    """A node with ``_target_``, its values in the types of the signature that it calls; nested nodes likewise.
+
+    Raises:
+        ConfigError: it does not fit; the message names the key and what is right.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(f"{where}={node!r}: expected a config group's node, with a _target_")
+    target = locate(node["_target_"], where, trust)
+    plain = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    nested = {key: value for key, value in plain.items() if isinstance(value, Mapping) and "_target_" in value}
+    fitting = check_call(target, plain, f"{where}.", as_they_are=nested, partial=bool(node.get("_partial_")))
+    return {**node, **fitting, **{key: check_node(value, f"{where}.{key}", trust) for key, value in nested.items()}}
+
+
+def check_call(
+    target: Callable[..., Any],
+    values: Mapping[str, Any],
+    prefix: str = "",
+    as_they_are: Collection[str] = (),
+    partial: bool = False,
+) -> dict[str, Any]:
+    """Hold values against a signature.
+
+    Args:
+        target: a function or class with hints.
+        values: its keyword arguments.
+        prefix: what stands before their names in the config, ``model.image.`` for example.
+        as_they_are: names of values that are not converted.
+        partial: code will supply what is missing.
+
+    Returns:
+        The values in the types that are hinted.
+
+    Raises:
+        ConfigError: a name is unknown or missing, or a value does not fit its hint.
+    """
+    parameters = inspect.signature(target).parameters
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    for key in values:
+        if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            meant = suggest(key, parameters, prefix)
+            raise ConfigError(f"{prefix}{key}: {target.__name__} has no such argument{meant}")
+    for key, parameter in parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if required and key not in values and not partial:
+            raise ConfigError(f"{prefix}{key} has no value; add {prefix}{key}=...")
+    return {
+        key: value if key in as_they_are else convert(value, hints.get(key, Any), f"{prefix}{key}")
+        for key, value in values.items()
+    }
+
+
+def convert(value: Any, hint: Any, key: str) -> Any:
+    """The value in the type that is hinted; tuples become lists, which files keep.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    try:
+        converted = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].replace("Input should", "should").replace("Value error, ", "")
+        raise ConfigError(f"{key}={value!r}: {reason}") from error
+    return list(converted) if isinstance(converted, tuple) else converted
+
+
+def suggest(key: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of an error about an unknown name: what it may have been meant to be."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(known)}"

@@ -1,0 +1,50 @@
+"""open_clip's byte-pair tokenizer behind our name."""
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+
+class SimpleTokenizer:
+    """Captions to token ids: ``tokenizer(["a cat"])`` -> (1, context) int64, padded with 0.
+
+    49406 starts a caption, 49407 ends it; a caption longer than the context is cut and still ends with 49407.
+
+    Args:
+        context: the most tokens a caption has, start and end included.
+    """
+
+    def __init__(self, context: int = 77):
+        self.context = context
+
+    @cached_property
+    def bpe(self) -> Any:
+        return open_clip_tokenizer().SimpleTokenizer(context_length=self.context)
+
+    def __call__(self, captions: str | Sequence[str]) -> Tensor:
+        return self.bpe([captions] if isinstance(captions, str) else list(captions))
+
+    def trimmed(self, captions: Sequence[str]) -> Tensor:
+        """As a call, but cut to the longest caption: (B, L)."""
+        tokens = self(captions)
+        return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
+
+    def __getstate__(self) -> dict[str, Any]:       # workers read the vocabulary again
+        return {"context": self.context}
+
+
+def open_clip_tokenizer() -> ModuleType:
+    """The one file of open_clip that holds its tokenizer; importing the whole package takes six seconds."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise ImportError("the tokenizer comes with open_clip; install it with: pip install open_clip_torch")
+    file = Path(package.origin).with_name("tokenizer.py")
+    spec = importlib.util.spec_from_file_location("clipx.open_clip_tokenizer", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,85 @@
+"""The words of a command line: made fit for Hydra's grammar, and turned into the name of a run's directory."""
+
+import re
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+GROUPS = ("model", "data", "optim", "sched", "evals", "experiment")
+OUTPUTS = Path("outputs")
+MOST_LETTERS = 120          # of a directory's name
+
+# what does not change the meaning of a run: where, how fast and how closely watched
+NEUTRAL = {
+    "name", "stop_at", "device", "workers", "resume", "trust", "log_every", "eval_every", "save_every", "keep_every",
+    "data.root", "data.shards", "data.val_shards", "data.index_dir",
+}  # fmt: skip
+
+# Hydra's own directories and log files are not used: a run's directory is made when its config is known to be right
+HYDRA = [
+    "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",
+    f"hydra.sweep.dir={OUTPUTS}/.sweep", "hydra.sweep.subdir=.",
+]  # fmt: skip
+WITH_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c"}
+
+
+def legal(words: Sequence[str], sweep: bool) -> list[str]:
+    """The words, those quoted that Hydra's grammar rejects or would take for a sweep where there is none."""
+    return [
+        word if word.startswith("-") or before in WITH_VALUE else quoted(word, sweep)
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+def quoted(word: str, sweep: bool) -> str:
+    key, equals, value = word.partition("=")
+    if not equals or fits_grammar(word, sweep):
+        return word
+    parts = value.split(",") if sweep else [value]
+    return f"{key}=" + ",".join(part if fits_grammar(f"{key}={part}", sweep) else quote(part) for part in parts)
+
+
+def fits_grammar(word: str, sweep: bool) -> bool:
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    if override.is_sweep_override():
+        return sweep
+    option = override.key_or_group in GROUPS and word != "experiment=null"
+    return not option or isinstance(override.value(), (str, list))      # model=5 names an option, too
+
+
+def quote(value: str) -> str:
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)                  # backslashes count only before a quote
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+
+
+def directory_name(words: Sequence[str]) -> str:
+    """The words in the letters of a file name, later ones over earlier ones; with a hash where that loses anything."""
+    by_key = {word.partition("=")[0].lstrip("+"): word for word in words}
+    text = ",".join(sorted(word for key, word in by_key.items() if key not in NEUTRAL))
+    name = re.sub(r"[^\w.,=+~-]", "_", text)
+    if name != text or len(name) > MOST_LETTERS:
+        name = f"{name[:MOST_LETTERS]}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
+    return name
+
+
+def run_directory(words: Sequence[str], name: str | None, sweep: bool, saved: Path | None = None) -> Path:
+    """Where a run lives: the same words find it again.
+
+    Args:
+        words: the overrides of the run.
+        name: the key ``name``; in a sweep it names the sweep, else the run.
+        sweep: whether the run is a job of a sweep.
+        saved: the config file of another run that this one repeats.
+    """
+    own = directory_name(words)
+    if sweep:
+        return OUTPUTS / "sweeps" / (directory_name([name]) if name else "sweep") / (own or "default")
+    if name:
+        return OUTPUTS / directory_name([name])
+    return OUTPUTS / (",".join(filter(None, [saved.parent.name if saved else "", own])) or "default")

@@ -1,0 +1,1 @@
+"""The Hydra config groups; installed as ``clipx.conf``."""

@@ -1,0 +1,85 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipx import checkpoint, load
+from clipx.checkpoint import CheckpointError, checksum, read, save
+from clipx.data.emoji import open_emoji
+from clipx.data.images import decode
+
+CONTENT = {"model_state_dict": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1, dtype=torch.int64)}, "step": 3}
+
+
+def test_what_is_saved_is_read_without_running_code(tmp_path: Path) -> None:
+    save(tmp_path / "clip_last.pt", CONTENT)
+    found = torch.load(tmp_path / "clip_last.pt", weights_only=True)
+    assert found["step"] == 3 and found["format"] == 1
+    assert torch.equal(found["model_state_dict"]["a"], torch.arange(6.0).view(2, 3))
+    assert read(tmp_path / "clip_last.pt")["checksum"] == checksum(CONTENT)
+    assert os.listdir(tmp_path) == ["clip_last.pt"]
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "clip_last.pt", CONTENT)
+
+    def full(content: object, file: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path / "clip_last.pt", {**CONTENT, "step": 4})
+    assert read(tmp_path / "clip_last.pt")["step"] == 3
+
+
+def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "clip_last.pt"
+    save(path, CONTENT)
+    data = bytearray(path.read_bytes())
+    place = data.index(torch.arange(6.0).numpy().tobytes())
+    data[place + 5] ^= 4
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)         # does not notice
+    with pytest.raises(CheckpointError, match=r"clip_last\.pt is damaged: its checksum"):
+        read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content) if content is not None else torch.save({"weights": 1}, path)
+    with pytest.raises(CheckpointError, match=r"x\.pt is not a checkpoint"):
+        read(path)
+    with pytest.raises(CheckpointError, match="there is no such checkpoint"):
+        read(tmp_path / "y.pt")
+
+
+def test_the_checksum_sees_names_shapes_and_bytes() -> None:
+    tensor = torch.arange(6.0)
+    variants = [{"a": tensor}, {"b": tensor}, {"a": tensor.view(2, 3)}, {"a": tensor + 1}, {"a": tensor.double()}]
+    assert len({checksum(variant) for variant in variants}) == len(variants)
+    assert checksum({"a": tensor, "b": tensor + 1}) == checksum({"b": tensor + 1, "a": tensor})
+
+
+def test_a_run_loads_as_model_transform_and_tokenizer(train: Callable[..., None], tmp_path: Path) -> None:
+    train("experiment=smoke", "max_steps=2", "workers=0", "name=x")
+    model, transform, tokenizer = load(tmp_path / "outputs" / "x")
+    image = transform(decode(open_emoji().train.read(0).picture))[None]
+    with torch.no_grad():
+        features, words, scale = model(image, tokenizer(["a guide dog"]))
+    assert features.shape == words.shape == (1, 192) and not model.training and scale > 1
+    again, _, _ = load(tmp_path / "outputs" / "x" / "checkpoints" / "clip_best.pt")
+    assert torch.equal(again.encode_image(image, True), features)
+    weights = torch.load(tmp_path / "outputs/x/checkpoints/clip_best.pt", weights_only=True)["model_state_dict"]
+    again.load_state_dict(weights)
+    assert "text_projection" in weights and "visual.conv1.weight" in weights
+
+
+def test_code_that_a_checkpoint_names_is_not_called(tmp_path: Path) -> None:
+    evil = {**CONTENT, "config": {"model": {"_target_": "pathlib.Path.write_text", "self": "x", "data": "y"}}}
+    checkpoint.save(tmp_path / "evil.pt", evil)
+    with pytest.raises(Exception, match=r"model\._target_=pathlib\.Path\.write_text is not clipx's own code"):
+        load(tmp_path / "evil.pt")

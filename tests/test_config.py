@@ -1,0 +1,238 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from inspect import signature
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from conftest import ROOT, in_process
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from clipx import words
+from clipx.build import build, locate
+from clipx.config import Train, differences, resolve
+from clipx.models.text import TextEncoder
+from clipx.models.vision import ImageEncoder
+
+GROUPS = ("model", "data", "optim", "sched", "evals", "experiment")
+GIVEN = {"data=folder": ["data.root=DIR"], "data=shards": ["data.root=DIR"]}
+
+
+def every_option() -> list[str]:
+    return sorted(f"{group}={path.stem}" for group in GROUPS for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def composed(*given: str) -> Train:
+    with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
+        return resolve(hydra.compose("train", list(given)))
+
+
+@pytest.mark.parametrize("option", every_option())
+def test_every_option_of_every_group_composes_and_fits_what_it_calls(option: str) -> None:
+    given = option if not option.startswith("evals=") else f"evals=[{option.removeprefix('evals=')}]"
+    assert composed(given, *GIVEN.get(option, []))
+
+
+@pytest.mark.parametrize("option", [option for option in every_option() if option.startswith("model=")])
+def test_every_model_builds(option: str) -> None:
+    config = composed(option)
+    assert build(config.model).visual.size == config.model["image"]["size"]
+
+
+def test_every_experiment_opens_with_its_command() -> None:
+    for path in (ROOT / "conf" / "experiment").glob("*.yaml"):
+        first, *rest = path.read_text().splitlines()
+        assert first == "# @package _global_"
+        assert any(f"python -m clipx.train experiment={path.stem}" in line for line in rest if line.startswith("#"))
+
+
+def test_the_defaults_of_the_encoders_are_those_of_vit_b32() -> None:
+    node = composed("model=vit_b32").model
+    for part, target in (("image", ImageEncoder), ("text", TextEncoder)):
+        own = {key: parameter.default for key, parameter in signature(target).parameters.items()}
+        assert {key: value for key, value in node[part].items() if key != "_target_"} == own
+
+
+@pytest.mark.parametrize("option", [o for o in every_option() if o.split("=")[0] in ("data", "optim", "sched")])
+def test_the_yaml_of_a_group_restates_the_defaults_of_what_it_calls(option: str) -> None:
+    group = option.split("=")[0]
+    node = getattr(composed(option, *GIVEN.get(option, [])), group)
+    parameters = signature(locate(node["_target_"], group)).parameters
+    stated = {key for key in parameters if parameters[key].default is not parameters[key].empty}
+    assert stated <= set(node)
+    for key in stated - {"root"}:
+        default = parameters[key].default
+        assert node[key] == (list(default) if isinstance(default, tuple) else default), key
+
+
+def test_train_yaml_states_every_key_of_the_schema() -> None:
+    stated = set(yaml.safe_load((ROOT / "conf/train.yaml").read_text())) - {"defaults", "hydra"}
+    assert stated - {"evals"} == {field.name for field in fields(Train)} - {*GROUPS, "choices"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        (["optim.lr=fast"], "optim.lr='fast': should be a valid number, unable to parse string as a number"),
+        (["optim.lrr=1"], "optim.lrr: there is no such key; did you mean optim.lr?"),
+        (["max_step=5"], "max_step: there is no such key; did you mean max_steps?"),
+        (["model=smal"], "model=smal: there is no such option; did you mean small?"),
+        (["evals=[retrival]"], "evals=retrival: there is no such option; did you mean retrieval?"),
+        (["modle=tiny"], "modle: there is no such key; did you mean model?"),
+        (["+model.text.dept=3"], "model.text.dept: TextEncoder has no such argument; did you mean model.text.depth?"),
+        (["model.image.heads=5"], "model.image.heads=5 does not divide width=192"),
+        (["model.text.embed=64"], "model.text.embed=64 is not image.embed=192; the towers share one space"),
+        (["batch_size=0"], "batch_size=0: should be greater than 0"),
+        (["batch_size=2.5"], "batch_size=2.5: should be a valid integer, got a number with a fractional part"),
+        (["amp=bf17"], "amp='bf17': should be 'none', 'bf16' or 'fp16'"),
+        (["data=folder"], "data.root has no value; add data.root=..."),
+        (["sched=null"], "sched=null: there is no such option; there are warmup_cosine"),
+        (["~sched"], "sched has no value; add sched=..."),
+        (["~sched._target_"], "sched={'_partial_': True, 'warmup': 2000, 'warmup_cap': 0.1}: expected a config group's "
+                              "node, with a _target_"),
+        (["optim._target_=os.x"], "optim._target_=os.x is not clipx's own code; trust=[os] allows it to be called"),
+        (["model=5"], "model=5: there is no such option; there are small, tiny, vit_b32"),
+        (["config=no.yaml", "model=tiny"], "config=no.yaml: there is no such file; a run keeps its own as "
+                                           "outputs/NAME/config.yaml"),
+        (["config=no.yaml"], "config=no.yaml: there is no such file; a run keeps its own as outputs/NAME/config.yaml"),
+        (["seed=${sed}"], "seed: Interpolation key 'sed' not found"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_before_anything_is_built(
+    wrong: list[str], line: str, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    assert fails(*wrong) == line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_duration_is_told_what_is_right(fails: Callable[..., str]) -> None:
+    assert fails("save_every=3parsecs").startswith("save_every='3parsecs': should be a duration above 0: steps (500),")
+
+
+def test_a_mistake_costs_no_traceback_and_exit_code_1(tmp_path: Path) -> None:
+    ended = in_process("-m", "clipx.train", "optim.lr=fast", cwd=tmp_path)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr == "optim.lr='fast': should be a valid number, unable to parse string as a number\n"
+
+
+ODD = ["/a=b/c", "/with space/x", "~/x", "/été/ñ", "{0..3}", "/x-{000..012}.tar", "a,b", "it's", "(x", "[y",
+       "http://h/p?q=1&r=2", "back\\slash'quote", "ends\\", "$5", "导盲犬", "a:b", "#x", "%20", "glob(*)",
+       "choice(1,2)"]
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_odd_values_are_taken_as_they_are_written(value: str) -> None:
+    (word,) = words.legal([f"data.root={value}"], sweep=False)
+    override = OverridesParser.create().parse_override(word)
+    assert override.value() == value and not override.is_sweep_override()
+
+
+@pytest.mark.parametrize("word", ["evals=[a,b]", "x=null", "x=3", "x={a:1}", "x=${y}", "~x", "+x=1", "x='a b'"])
+def test_what_hydra_understands_is_left_alone(word: str) -> None:
+    assert words.legal([word], sweep=False) == [word]
+
+
+def test_in_a_sweep_a_comma_parts_values_and_each_is_quoted_where_it_must_be() -> None:
+    assert words.legal(["-m", "optim.lr=1e-4,5e-4", "data.root=/a=b,/c"], sweep=True) == [
+        "-m", "optim.lr=1e-4,5e-4", "data.root='/a=b',/c",
+    ]
+
+
+def test_the_value_of_an_option_is_no_override() -> None:
+    assert words.legal(["--config-dir", "/a=b"], sweep=False) == ["--config-dir", "/a=b"]
+
+
+def test_odd_paths_reach_the_data(fails: Callable[..., str]) -> None:
+    for odd in ("/no/été=x~{a,b} c", "it's,here"):
+        assert fails("data=shards", f"data.root={odd}").startswith(f"data.root={odd} is not a directory")
+
+
+def test_the_same_words_find_the_same_directory() -> None:
+    def directory(*given: str, **where: object) -> str:
+        return str(words.run_directory(list(given), where.pop("name", None), where.pop("sweep", False), **where))
+
+    assert directory("optim.lr=1e-4", "model=tiny") == "outputs/model=tiny,optim.lr=1e-4"
+    assert directory("model=tiny", "optim.lr=5e-4", "optim.lr=1e-4") == directory("optim.lr=1e-4", "model=tiny")
+    assert directory("model=tiny", "data.root=/x", "workers=3", "stop_at=5", "log_every=1") == "outputs/model=tiny"
+    assert directory() == "outputs/default"
+    assert directory("seed=1", name="mine") == "outputs/mine"
+    assert directory("seed=1", "optim.lr=1", sweep=True) == "outputs/sweeps/sweep/optim.lr=1,seed=1"
+    assert directory("seed=1", sweep=True, name="s") == "outputs/sweeps/s/seed=1"
+    assert directory("seed=1", saved=Path("outputs/x/config.yaml")) == "outputs/x,seed=1"
+
+
+def test_a_directory_name_is_bounded_and_keeps_different_words_apart() -> None:
+    names = {words.directory_name([f"model.very_long_key_{i}={'x' * 99}" for i in range(n)]) for n in (2, 3, 4)}
+    assert len(names) == 3 and max(map(len, names)) < 140
+    a, b = words.directory_name(["data.val=/x/y"]), words.directory_name(["data.val=/x_y"])
+    assert a != b and "/" not in a + b
+
+
+def test_the_meaning_of_a_run_leaves_out_where_and_how_closely_it_is_watched() -> None:
+    base = asdict(composed("data=shards", "data.root=a"))
+    other = asdict(composed("data=shards", "data.root=b", "workers=3", "name=x", "save_every=5", "stop_at=3"))
+    assert differences(base, other) == []
+    changed = asdict(composed("data=shards", "data.root=a", "optim.lr=1", "model.image.width=384"))
+    assert differences(base, changed) == ["model.image.width: 192 -> 384", "optim.lr: 0.0005 -> 1.0"]
+
+
+def test_help_and_the_composed_config_need_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    for given in (["--help"], ["--cfg", "job"]):
+        ended = in_process("-m", "clipx.train", *given, cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        assert "batch_size: 256" in ended.stdout
+
+
+def test_the_help_of_train_names_the_groups_and_how_to_begin(tmp_path: Path) -> None:
+    shown = in_process("-m", "clipx.train", "--help", cwd=tmp_path).stdout
+    assert "model: small, tiny, vit_b32" in shown and "experiment=demo" in shown and list(tmp_path.iterdir()) == []
+
+
+def test_ones_own_options_and_code_come_from_a_directory(
+    train: Callable[..., None], fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine" / "optim").mkdir(parents=True)
+    (tmp_path / "mine" / "optim" / "sgd.yaml").write_text("_target_: my_optimizers.sgd\n_partial_: true\nlr: 0.1\n")
+    (tmp_path / "my_optimizers.py").write_text(
+        "import torch\n"
+        "def sgd(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:\n"
+        "    groups = [{'params': list(model.parameters()), 'peak_lr': lr}]\n"
+        "    return torch.optim.SGD(groups, lr=lr)\n"
+    )
+    given = ["--config-dir", str(tmp_path / "mine"), "optim=sgd", "experiment=smoke", "max_steps=2", "workers=0"]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert fails(*given).startswith("optim._target_=my_optimizers.sgd is not clipx's own code; trust=[my_optimizers]")
+    train(*given, "trust=[my_optimizers]", "name=mine")
+    assert json.loads((tmp_path / "outputs/mine/summary.json").read_text())["state"] == "finished"
+
+
+def test_rooms_import_downward_only() -> None:
+    import ast
+
+    level = {"distributed": 1, "errors": 1, "build": 1, "duration": 1}
+    level |= dict.fromkeys(["loss", "optim", "sched", "models", "weights", "tokenizer", "data"], 2)
+    level |= dict.fromkeys(["loop", "checkpoint", "log", "health", "evals"], 3)
+    for path in (ROOT / "clipx").rglob("*.py"):
+        room = path.relative_to(ROOT / "clipx").parts[0].removesuffix(".py")
+        own = level.get(room, 4)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in filter(None, names):
+                package, _, rest = name.partition(".")
+                assert own == 4 or package not in ("hydra", "omegaconf"), f"{path} imports {name}"
+                other = rest.partition(".")[0]
+                if package == "clipx" and other and other != room and path.name != "__init__.py":
+                    assert level.get(other, 4) <= own, f"{path} imports {name}, which stands higher"
+                    allowed = own != 2 or level.get(other, 4) == 1 or (room, other) == ("data", "tokenizer")
+                    assert allowed, f"{path} imports {name}, which stands beside it"
+
+
+def test_importing_clipx_costs_nothing() -> None:
+    code = "import sys, clipx; assert not {'torch', 'hydra', 'numpy'} & set(sys.modules), 'imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,192 @@
+import copy
+import math
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor
+
+import clipx
+from clipx.data.emoji import open_emoji
+from clipx.data.images import decode, get_image_transform
+from clipx.loss import clip_loss
+from clipx.models.clip import CLIP, clip_small, clip_vit_b32
+from clipx.models.text import TextEncoder
+from clipx.models.vision import ImageEncoder
+from clipx.tokenizer import SimpleTokenizer
+
+
+def real_batch(size: int, count: int = 4) -> tuple[Tensor, Tensor]:
+    """Real pictures (B, 3, S, S) and their captions (B, L), trimmed."""
+    source = open_emoji().train
+    samples = [source.read(number) for number in range(count)]
+    transform = get_image_transform(size)
+    images = torch.stack([transform(decode(sample.picture)) for sample in samples])
+    return images, SimpleTokenizer().trimmed([sample.captions[-1] for sample in samples])
+
+
+def padded(tokens: Tensor) -> Tensor:
+    return torch.nn.functional.pad(tokens, (0, 77 - tokens.shape[1]))
+
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.02)
+
+
+@pytest.fixture(scope="module")
+def peer() -> torch.nn.Module:
+    model = open_clip.create_model("ViT-B-32-quickgelu")
+    perturb(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def ours(peer: torch.nn.Module) -> CLIP:
+    model = clip_vit_b32()
+    model.load_state_dict(peer.state_dict(), strict=True)
+    return model
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_models_have_the_parameters_of_their_papers() -> None:
+    assert parameters(clip_vit_b32()) == 151_277_313
+    assert parameters(clip_small()) == 29_418_625
+
+
+def test_open_clip_loads_our_weights_strictly(ours: CLIP) -> None:
+    other = open_clip.create_model("ViT-B-32-quickgelu")
+    other.load_state_dict(ours.state_dict(), strict=True)
+    a, b = other.transformer.resblocks[3], ours.text.transformer.resblocks[3]
+    assert torch.equal(a.mlp.c_fc.weight, b.mlp.c_fc.weight)
+
+
+def test_a_state_dict_loads_back_into_a_model_and_into_one_that_holds_it() -> None:
+    model, other = tiny(), tiny()
+    other.load_state_dict(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    holder, second = torch.nn.Sequential(model), torch.nn.Sequential(tiny())
+    assert "0.token_embedding.weight" in holder.state_dict()
+    second.load_state_dict(holder.state_dict())
+    assert torch.equal(second[0].text.text_projection, model.text.text_projection)
+
+
+def test_features_equal_those_of_open_clip(ours: CLIP, peer: torch.nn.Module) -> None:
+    image, tokens = real_batch(224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode_image(image), peer.encode_image(image), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.encode_text(tokens), peer.encode_text(padded(tokens)), atol=1e-5, rtol=1e-5)
+        unit, expected = ours.encode_text(tokens, True), peer.encode_text(padded(tokens), True)
+        torch.testing.assert_close(unit, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_loss_and_gradients_equal_those_of_open_clip(
+    ours: CLIP, peer: torch.nn.Module, dtype: torch.dtype, tolerance: float
+) -> None:
+    image, tokens = real_batch(224)
+    a, b = copy.deepcopy(ours).to(dtype), copy.deepcopy(peer).to(dtype)
+    loss = clip_loss(*a(image.to(dtype), tokens))
+    features = b(image.to(dtype), padded(tokens))
+    expected = open_clip.ClipLoss()(features[0], features[1], features[2])
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    loss.backward()
+    expected.backward()
+    theirs = dict(b.named_parameters())
+    for name, parameter in a.named_parameters():
+        want = theirs[name.removeprefix("text.")].grad
+        error = (parameter.grad - want).norm() / want.norm().clamp_min(1e-12)
+        assert error < tolerance, (name, error)
+
+
+def tiny(context: int = 77) -> CLIP:
+    return CLIP(
+        ImageEncoder(size=32, patch=8, width=64, depth=2, heads=1, embed=32),
+        TextEncoder(context=context, width=64, depth=2, heads=1, embed=32),
+    )
+
+
+def test_text_features_do_not_depend_on_the_padding() -> None:
+    model = tiny()
+    tokens = SimpleTokenizer()(["a guide dog", "a much longer caption about a guide dog and its work"])
+    with torch.no_grad():
+        whole, trimmed = model.encode_text(tokens), model.encode_text(tokens[:, :14])
+    torch.testing.assert_close(whole, trimmed, atol=1e-6, rtol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    image, tokens = real_batch(32)
+    model = tiny()
+    clip_loss(*model(image, tokens)).backward()
+    plain = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.set_grad_checkpoint(True)
+    clip_loss(*model(image, tokens)).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, model.parameters(), strict=True))
+
+
+def test_features_are_float32_under_autocast_and_float64_in_float64() -> None:
+    image, tokens = real_batch(32)
+    model = tiny()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(part.dtype == torch.float32 for part in model(image, tokens))
+    assert model.double().encode_image(image.double()).dtype == torch.float64
+
+
+def test_initial_weights_have_the_statistics_of_openai() -> None:
+    torch.manual_seed(0)
+    model = clip_vit_b32()
+    text, visual, width = model.text, model.visual, 512
+    block = text.transformer.resblocks[5]
+    branch = width**-0.5 * (2 * 12) ** -0.5
+    for weight, std in (
+        (text.token_embedding.weight, 0.02),
+        (text.positional_embedding, 0.01),
+        (text.text_projection, width**-0.5),
+        (block.attn.in_proj_weight, width**-0.5),
+        (block.attn.out_proj.weight, branch),
+        (block.mlp.c_fc.weight, (2 * width) ** -0.5),
+        (block.mlp.c_proj.weight, branch),
+        (visual.positional_embedding, 768**-0.5),
+        (visual.proj, 768**-0.5),
+        (visual.transformer.resblocks[0].attn.in_proj_weight, math.sqrt(2 / (768 + 3 * 768))),
+    ):
+        assert weight.std().item() == pytest.approx(std, rel=0.03)
+        assert abs(weight.mean().item()) < 0.01 * std * 10
+    attention = visual.transformer.resblocks[0].attn
+    assert not attention.in_proj_bias.any() and not attention.out_proj.bias.any()
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+
+def test_the_scale_stays_between_1_and_100() -> None:
+    model = tiny()
+    for value, kept in ((9.0, 100.0), (-2.0, 1.0)):
+        model.logit_scale.data.fill_(value)
+        model.clamp_scale()
+        assert model.logit_scale.exp().item() == pytest.approx(kept)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: ImageEncoder(size=30, patch=8), "patch=8 does not divide size=30"),
+        (lambda: ImageEncoder(width=64, heads=5), "heads=5 does not divide width=64"),
+        (lambda: CLIP(ImageEncoder(depth=1), TextEncoder(depth=1, embed=64)), "text.embed=64 is not image.embed=512"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_named(wrong: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+def test_the_public_names_are_there() -> None:
+    assert clipx.CLIP is CLIP and clipx.clip_small is clip_small
+    for name in clipx.__all__:
+        assert getattr(clipx, name).__doc__
+    with pytest.raises(AttributeError, match="clipx.*'clap'"):
+        _ = clipx.clap
