@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-GROUPS = ("model", "data", "optim", "sched", "evals", "experiment")
+GROUPS = ("model", "data", "optim", "sched", "evals", "experiment", "source")
 OUTPUTS = Path("outputs")
 MOST_LETTERS = 120          # of a directory's name
 
@@ -27,11 +27,17 @@ WITH_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-
 
 
 def legal(words: Sequence[str], sweep: bool) -> list[str]:
-    """The words, those quoted that Hydra's grammar rejects or would take for a sweep where there is none."""
-    return [
-        word if word.startswith("-") or before in WITH_VALUE else quoted(word, sweep)
-        for before, word in zip(["", *words], words, strict=False)
-    ]
+    """The words, those quoted that Hydra's grammar rejects or would take for a sweep where there is none.
+
+    Options come first: argparse wants all of the overrides in one row.
+    """
+    options, overrides = [], []
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("-") or before in WITH_VALUE:
+            options.append(word)
+        else:
+            overrides.append(quoted(word, sweep))
+    return [*options, *overrides]
 
 
 def quoted(word: str, sweep: bool) -> str:

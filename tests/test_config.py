@@ -2,7 +2,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from inspect import signature
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from clipx import words
 from clipx.build import build, locate
 from clipx.config import Train, differences, resolve
+from clipx.data.sample import Data
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 
@@ -57,16 +58,22 @@ def test_the_defaults_of_the_encoders_are_those_of_vit_b32() -> None:
         assert {key: value for key, value in node[part].items() if key != "_target_"} == own
 
 
-@pytest.mark.parametrize("option", [o for o in every_option() if o.split("=")[0] in ("data", "optim", "sched")])
+def whole_options(*groups: str) -> list[str]:
+    """Those that are no deltas of others."""
+    files = [path for group in groups for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+    return [f"{path.parent.name}={path.stem}" for path in files if "defaults:" not in path.read_text()]
+
+
+@pytest.mark.parametrize("option", whole_options("data", "optim", "sched"))
 def test_the_yaml_of_a_group_restates_the_defaults_of_what_it_calls(option: str) -> None:
     group = option.split("=")[0]
     node = getattr(composed(option, *GIVEN.get(option, [])), group)
     parameters = signature(locate(node["_target_"], group)).parameters
-    stated = {key for key in parameters if parameters[key].default is not parameters[key].empty}
-    assert stated <= set(node)
-    for key in stated - {"root"}:
-        default = parameters[key].default
-        assert node[key] == (list(default) if isinstance(default, tuple) else default), key
+    stated = {key: parameter.default for key, parameter in parameters.items()
+              if parameter.default is not parameter.empty and key != "root"}
+    if group == "data":
+        stated |= {field.name: field.default for field in fields(Data) if field.default is not MISSING}
+    assert stated == {key: tuple(node[key]) if isinstance(node[key], list) else node[key] for key in stated}
 
 
 def test_train_yaml_states_every_key_of_the_schema() -> None:
@@ -236,3 +243,9 @@ def test_rooms_import_downward_only() -> None:
 def test_importing_clipx_costs_nothing() -> None:
     code = "import sys, clipx; assert not {'torch', 'hydra', 'numpy'} & set(sys.modules), 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("given", [["--cfg", "job", "model=small"], ["model=small", "--cfg", "job", "seed=1"]])
+def test_options_may_stand_anywhere_among_the_words(given: list[str], tmp_path: Path) -> None:
+    shown = in_process("-m", "clipx.train", *given, cwd=tmp_path)
+    assert shown.returncode == 0 and yaml.safe_load(shown.stdout)["model"]["image"]["width"] == 384
