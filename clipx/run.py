@@ -15,7 +15,7 @@ import yaml
 from clipx import checkpoint
 from clipx.build import build
 from clipx.config import Train, differences
-from clipx.data.index import usable_cores
+from clipx.data.catalogue import usable_cores
 from clipx.data.loader import TrainReader, read, steps, train_ranges
 from clipx.data.plan import Plan
 from clipx.data.sample import Data
@@ -30,7 +30,6 @@ from clipx.tokenizer import SimpleTokenizer
 logger = logging.getLogger("clipx")
 
 MOST_WORKERS = 8                # that ``workers=auto`` starts
-LEAST_BAD = 10                  # bad samples that never end a run
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,7 +77,7 @@ def run(config: Train, directory: Path) -> float | None:
             evaluate=Validation(data.val, evals, tokenizer, workers, AMP[config.amp]),
             save=partial(save, directory, identity, log),
             best=config.best,
-            bad_limit=max(LEAST_BAD, int(data.max_skipped * plan.samples)),
+            bad_limit=data.bad_limit,
             device=device,
         )
         fit(

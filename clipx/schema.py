@@ -4,9 +4,10 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import Unpack
 
 from clipx.build import locate
 from clipx.errors import UserError
@@ -53,12 +54,16 @@ def check_call(
     Raises:
         ConfigError: a name is unknown or missing, or a value does not fit its hint.
     """
-    parameters = inspect.signature(target).parameters
+    parameters = dict(inspect.signature(target).parameters)
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    rest = next((key for key, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD), None)
+    known = [key for key in parameters if key != rest]
+    if get_origin(hints.get(rest)) is Unpack:                       # **how: Unpack[How], a TypedDict
+        more = typing.get_type_hints(get_args(hints[rest])[0], include_extras=True)
+        hints, known, rest = {**hints, **more}, [*known, *more], None
     for key in values:
-        if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            meant = suggest(key, parameters, prefix)
-            raise ConfigError(f"{prefix}{key}: {target.__name__} has no such argument{meant}")
+        if rest is None and key not in known:
+            raise ConfigError(f"{prefix}{key}: {target.__name__} has no such argument{suggest(key, known, prefix)}")
     for key, parameter in parameters.items():
         required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if required and key not in values and not partial:

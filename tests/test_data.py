@@ -13,9 +13,9 @@ from clipx.data.dummy import open_dummy
 from clipx.data.emoji import THINGS, open_emoji
 from clipx.data.folder import open_folder
 from clipx.data.images import decode
-from clipx.data.index import DataError
 from clipx.data.sample import BadSample, hold_out
 from clipx.data.shards import open_shards
+from clipx.data.tar import DataError
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_dummy_pictures_are_the_same_each_time_and_differ_from_those_held_out() 
 def test_the_embedded_pictures_are_whole() -> None:
     data = open_emoji()
     train, val = data.train, data.val
-    keys = np.concatenate([train.keys(), val.keys()])
-    assert len(set(keys.tolist())) == len(keys) and len(val.keys()) == round(len(keys) / 10)
+    keys = np.concatenate([source.keys(shard) for source in (train, val) for shard in range(len(source.sizes))])
+    assert len(set(keys.tolist())) == len(keys) and sum(val.sizes) == round(len(keys) / 10)
     names = THINGS.read_text().splitlines()
     things = {sample.captions[0] for source in (train, val) for sample in map(source.read, range(sum(source.sizes)))}
     assert things == set(names) and len(names) == len(things) and len(keys) == 3 * len(names)

@@ -8,7 +8,9 @@ import pytest
 import webdataset
 from conftest import write_tar
 
-from clipx.data.index import KEY, DataError, open_indexes, scan
+from clipx.data.catalogue import open_catalogue
+from clipx.data.index import KEY, make_index, read_head, read_table, scan
+from clipx.data.tar import DataError
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 LONG = "a folder/" + "deep/" * 30 + "a very long name" * 8
@@ -25,7 +27,7 @@ def shard_with(path: Path, names: list[str], format: int) -> Path:
 def contents(shard: Path) -> dict[str, dict[str, bytes]]:
     data = shard.read_bytes()
     found = {}
-    for row in scan(shard):
+    for row in scan(shard)[0]:
         members = {kind: data[row[kind][0] : sum(row[kind])] for kind in row.dtype.names[1:] if row[kind][0]}
         found[row[KEY].decode()] = members
     return found
@@ -78,15 +80,33 @@ def test_a_shard_without_samples_and_one_without_an_end_mark(tmp_path: Path) -> 
 
 def test_members_of_one_kind_twice_make_two_samples(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("a.txt", b"2"), ("a.jpg", b"3"), ("a.txt", b"4")])
-    assert len(scan(shard)) == 2
+    assert len(scan(shard)[0]) == 2
 
 
-@pytest.mark.parametrize("kept", [1500, 2047, 700])
-def test_a_tar_that_is_cut_short_says_how_far_it_goes(tmp_path: Path, kept: int) -> None:
-    shard = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 100), ("b.jpg", b"2" * 1000)])
+@pytest.mark.parametrize(
+    ("kept", "readable", "lost"),
+    [(1700, 1, 1), (1400, 1, 0), (1024, 1, 0), (700, 0, 1)],
+    ids=["in a member", "in a header", "between", "in the first"],
+)
+def test_of_a_tar_that_is_cut_short_what_stands_before_the_cut_is_used(
+    tmp_path: Path, kept: int, readable: int, lost: int
+) -> None:
+    shard = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 300), ("b.jpg", b"2" * 1000), ("c.jpg", b"3")])
     shard.write_bytes(shard.read_bytes()[:kept])
-    with pytest.raises(DataError, match=r"x\.tar is cut short behind its first [01] members; pack it again"):
-        scan(shard)
+    head = read_head(make_index(shard, tmp_path))
+    assert (head["samples"] - head["lost"], head["lost"]) == (readable, lost)
+
+
+def test_what_is_lost_is_known_from_an_older_index_or_from_the_counts_of_img2dataset(tmp_path: Path) -> None:
+    members = [(f"{number}.jpg", b"1" * 300) for number in range(10)]
+    old, counted = (write_tar(tmp_path / f"{name}.tar", members) for name in ("old", "00000"))
+    make_index(old, tmp_path)
+    (tmp_path / "00000_stats.json").write_text('{"count": 12, "successes": 10}')
+    for shard in (old, counted):
+        shard.write_bytes(shard.read_bytes()[:3700])        # in the fourth
+        index = make_index(shard, tmp_path)
+        assert (read_head(index)["samples"], read_head(index)["lost"]) == (10, 7)
+        assert [bool(row["jpg"][0]) for row in read_table(index)] == [True] * 4 + [False] * 6
 
 
 def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
@@ -108,21 +128,21 @@ def test_an_index_is_made_once_and_again_when_the_shard_changes(
     make_shards: Callable[..., Path], tmp_path: Path
 ) -> None:
     shards = sorted(make_shards(3, 2).glob("*.tar"))
-    first = open_indexes(shards, tmp_path / "cache")
-    assert [len(index.samples) for index in first] == [3, 2]
+    first = open_catalogue(shards, tmp_path / "cache")
+    assert first.rows["samples"].tolist() == [3, 2]
     files = [shard.with_name(f"{shard.name}.index") for shard in shards]
     times = [file.stat().st_mtime_ns for file in files]
-    again = open_indexes(shards, tmp_path / "cache")
+    again = open_catalogue(shards, tmp_path / "cache")
     assert [file.stat().st_mtime_ns for file in files] == times
-    assert isinstance(again[0].samples, np.memmap) and again[0].id == first[0].id
+    assert isinstance(read_table(files[0]), np.memmap) and again.id == first.id
     write_tar(shards[0], [("new.jpg", b"1" * 20_000)])
-    assert [len(index.samples) for index in open_indexes(shards, tmp_path / "cache")] == [1, 2]
+    assert open_catalogue(shards, tmp_path / "cache").rows["samples"].tolist() == [1, 2]
 
 
 def test_an_index_that_is_not_one_is_made_again(make_shards: Callable[..., Path], tmp_path: Path) -> None:
     shard = make_shards(3) / "part-000.tar"
     shard.with_name(f"{shard.name}.index").write_bytes(b"\x93NUMPY not ours")
-    assert len(open_indexes([shard], tmp_path / "cache")[0].samples) == 3
+    assert open_catalogue([shard], tmp_path / "cache").rows["samples"].tolist() == [3]
 
 
 def test_where_shards_cannot_be_written_the_index_goes_to_index_dir(
@@ -137,6 +157,6 @@ def test_where_shards_cannot_be_written_the_index_goes_to_index_dir(
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    assert len(open_indexes([shard], tmp_path / "cache")[0].samples) == 3
+    assert open_catalogue([shard], tmp_path / "cache").rows["samples"].tolist() == [3]
     assert [path.name for path in (tmp_path / "cache").rglob("*.index")] == ["part-000.tar.index"]
     assert os.listdir(shard.parent) == ["part-000.tar"]

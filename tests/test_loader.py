@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import picture, write_tar
 
-from clipx.data.index import DataError
 from clipx.data.loader import Chunk, EvalReader, TrainReader, cut, read, steps, train_ranges
 from clipx.data.plan import Plan
 from clipx.data.shards import open_shards
+from clipx.data.tar import DataError
 from clipx.tokenizer import SimpleTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")

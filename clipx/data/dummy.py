@@ -4,9 +4,10 @@ from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageDraw
+from typing_extensions import Unpack
 
 from clipx.data.plan import digest
-from clipx.data.sample import Data, Sample
+from clipx.data.sample import Data, How, Sample
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
 SHAPES = ("circle", "square", "triangle", "bar")
@@ -27,7 +28,7 @@ class Dummy:
         self.sizes = [samples]
         self.id = f"dummy {samples} {size} {seed}"
 
-    def keys(self) -> np.ndarray:
+    def keys(self, shard: int = 0) -> np.ndarray:
         return np.array([f"{self.seed}-{sample}".encode() for sample in range(self.sizes[0])])
 
     def locate(self, sample: int) -> str:
@@ -60,9 +61,7 @@ def open_dummy(
     samples: int = 4096,
     val_samples: int = 256,
     size: int = 64,
-    shuffle_window: int = 131_072,
-    max_skipped: float = 0.01,
-    crop: tuple[float, float] = (0.9, 1.0),
+    **how: Unpack[How],
 ) -> Data:
     """Made-up training and validation pictures.
 
@@ -70,8 +69,6 @@ def open_dummy(
         samples: for training.
         val_samples: for validation; other pictures.
         size: side of a picture, pixels.
-        shuffle_window: samples among which the plan shuffles.
-        max_skipped: share of the samples that may be bad before the run ends.
-        crop: share of a training picture's area that is kept, least and most.
+        how: as in ``Data``.
     """
-    return Data(Dummy(samples, size, seed=0), Dummy(val_samples, size, seed=1), shuffle_window, max_skipped, crop)
+    return Data(Dummy(samples, size, seed=0), Dummy(val_samples, size, seed=1), **how)

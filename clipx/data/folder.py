@@ -4,9 +4,10 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import Unpack
 
-from clipx.data.index import DataError
-from clipx.data.sample import BadSample, Data, Sample, hold_out
+from clipx.data.sample import BadSample, Data, How, Sample, hold_out
+from clipx.data.tar import DataError
 
 LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
 
@@ -31,7 +32,7 @@ class Folder:
         self.sizes = [len(self.names)]
         self.id = f"{listing.name} {blake2b(listing.read_bytes(), digest_size=16).hexdigest()}"
 
-    def keys(self) -> np.ndarray:
+    def keys(self, shard: int = 0) -> np.ndarray:
         return np.array([name.encode() for name in self.names])
 
     def locate(self, sample: int) -> str:
@@ -67,22 +68,18 @@ def read_listing(path: Path) -> dict[str, list[str]]:
 def open_folder(
     root: str,
     val: float | str = 0.02,
-    shuffle_window: int = 131_072,
-    max_skipped: float = 0.01,
-    crop: tuple[float, float] = (0.9, 1.0),
+    **how: Unpack[How],
 ) -> Data:
     """A folder of pictures, and its validation set.
 
     Args:
         root: has images/ and captions.txt.
         val: the share of the pictures held out for validation, or another directory of the same layout.
-        shuffle_window: samples among which the plan shuffles.
-        max_skipped: share of the samples that may be bad before the run ends.
-        crop: share of a training picture's area that is kept, least and most.
+        how: as in ``Data``.
 
     Raises:
         DataError: a directory has not that layout.
     """
     source = Folder(Path(root))
     split = (source, Folder(Path(val))) if isinstance(val, str) else hold_out(source, val)
-    return Data(*split, shuffle_window, max_skipped, crop)
+    return Data(*split, **how)

@@ -1,97 +1,105 @@
 """The index of a shard: where in a tar each member of each sample stands.
 
 Made once by hopping from header to header, kept beside the shard (or under ``index_dir``), read by memory map.
-The file is one line of JSON (format, shard, bytes, ends, samples, dtype), padded to 64 bytes, then one numpy record a
-sample: its key, and for each kind of member the pair (offset, size) in the tar; (0, 0) where a sample has none.
+The file is one line of JSON (format, shard, bytes, ends, samples, lost, dtype), padded to 64 bytes, then one numpy
+record a sample: its key, and for each kind of member the pair (offset, size) in the tar; (0, 0) where it has none.
 """
 
 import json
 import os
-import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from hashlib import blake2b
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from clipx.errors import UserError
+from clipx.data.tar import CutShort, DataError, members
 
 FORMAT = 1
 KEY = "__key__"             # the field that holds the key, as WebDataset calls it
-BLOCK = 512                 # bytes of a tar header, and what members are padded to
 END = 16_384                # bytes at either end of a tar that tell whether it is still the same; a pad is 10,240
 MAX_KINDS = 64              # kinds of member in a shard; more means that the dots in the names are not extensions
 
 
-class DataError(UserError):
-    """The data cannot be used as it is."""
+def make_index(shard: Path, index_dir: Path) -> Path:
+    """Scan one tar and write its index beside it, or under ``index_dir`` where that cannot be written.
 
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """One shard and its samples."""
-
-    path: Path
-    size: int               # bytes of the tar
-    samples: np.ndarray     # (samples,) records: key, and (offset, size) by kind of member
-
-    @property
-    def id(self) -> str:
-        return f"{self.path.name} {self.size} {len(self.samples)}"
-
-
-def open_indexes(shards: Sequence[Path], index_dir: Path) -> list[ShardIndex]:
-    """The indexes of some shards; those that are missing or stale are made first, on all cores, with progress.
+    Of a tar that is cut short, what stands before the cut is used.  The sample in which the cut falls, and those
+    behind it that are known to be missing (from an older index, or from img2dataset's count), have their rows too:
+    nobody can read them, so they are bad samples like others.
 
     Raises:
-        DataError: a shard is not a whole tar.
+        DataError: it is not a tar, or damaged in the middle, or the index can be written nowhere.
     """
-    places = {shard: find_index(shard, index_dir) for shard in shards}
-    stale = [shard for shard, place in places.items() if place is None]
-    if stale:
-        with tqdm(total=sum(shard.stat().st_size for shard in stale), unit="B", unit_scale=True, desc="index",
-                  disable=None) as bar:
-            for shard in make_indexes(stale, index_dir):
-                bar.update(shard.stat().st_size)
-        places.update({shard: find_index(shard, index_dir) for shard in stale})
-    return [read_index(shard, places[shard]) for shard in shards]
+    samples, cut = scan(shard)
+    lost = 0
+    if cut:
+        whole = len(samples) - reaches_behind(samples, shard.stat().st_size)
+        missing = max(0, promised(shard, index_dir) - len(samples))
+        lost = len(samples) - whole + missing
+        samples = np.concatenate([samples, np.zeros(missing, samples.dtype)])
+    return write_index(shard, samples, lost, index_dir)
 
 
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def write_index(shard: Path, samples: np.ndarray, lost: int, index_dir: Path) -> Path:
+    head = {"format": FORMAT, "shard": shard.name, "bytes": shard.stat().st_size, "ends": ends(shard), "lost": lost}
+    return write_table(index_paths(shard, index_dir), head, samples)
 
 
-def make_indexes(shards: Sequence[Path], index_dir: Path) -> Iterator[Path]:
-    """Index each of the shards; gives each back when it is done."""
-    if len(shards) == 1:
-        yield make_index(shards[0], index_dir)
-        return
-    with ProcessPoolExecutor(min(usable_cores(), len(shards)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(make_index, shards, [index_dir] * len(shards))
+def scan(shard: Path) -> tuple[np.ndarray, bool]:
+    """The samples of a tar, as WebDataset groups them: neighbours whose names agree up to the first dot.
+
+    Returns:
+        (samples,) records: ``__key__`` (bytes), then for each extension the pair (offset, size); and whether the
+        tar is cut short.
+
+    Raises:
+        DataError: the tar is damaged, or has more kinds of member than a data set has.
+    """
+    keys: list[bytes] = []
+    samples: list[dict[str, tuple[int, int]]] = []
+    cut = False
+    try:
+        for name, offset, size in members(shard):
+            folder, slash, base = name.rpartition(b"/")
+            stem, _, extension = base.partition(b".")
+            if not stem or not extension:
+                continue
+            key, kind = folder + slash + stem, extension.decode("utf-8", "replace").lower()
+            if not keys or keys[-1] != key or kind in samples[-1]:
+                keys.append(key)
+                samples.append({})
+            samples[-1][kind] = (offset, size)
+    except CutShort:
+        cut = True
+    kinds = sorted({kind for sample in samples for kind in sample})
+    if len(kinds) > MAX_KINDS:
+        raise DataError(
+            f"{shard} has {len(kinds)} kinds of member ({', '.join(kinds[:3])}, ...): what follows the first dot of a "
+            "name is its kind; rename the members so that keys have no dots"
+        )
+    dtype = [(KEY, f"S{max(map(len, keys), default=1)}"), *((kind, "<i8", (2,)) for kind in kinds)]
+    table = np.zeros(len(keys), dtype)
+    table[KEY] = keys
+    for kind in kinds:
+        table[kind] = [sample.get(kind, (0, 0)) for sample in samples]
+    return table, cut
 
 
-def make_index(shard: Path, index_dir: Path) -> Path:
-    """Scan one tar and write its index beside it, or under ``index_dir`` where that cannot be written."""
-    samples = scan(shard)
-    head = {"format": FORMAT, "shard": shard.name, "bytes": shard.stat().st_size, "ends": ends(shard),
-            "samples": len(samples), "dtype": samples.dtype.descr}
-    line = json.dumps(head).encode()
-    line += b" " * (-(len(line) + 1) % 64) + b"\n"
-    for path in index_paths(shard, index_dir):
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(line + samples.tobytes())
-            os.replace(temporary, path)
-            return shard
-        except OSError as error:
-            reason = error
-    raise DataError(f"the index of {shard} cannot be written beside it nor in data.index_dir={index_dir}: {reason}")
+def reaches_behind(samples: np.ndarray, size: int) -> int:
+    """How many samples reach behind the end of a tar of ``size`` bytes."""
+    kinds = samples.dtype.names[1:]
+    return int(np.any([samples[kind].sum(axis=1) > size for kind in kinds], axis=0).sum()) if len(samples) else 0
+
+
+def promised(shard: Path, index_dir: Path) -> int:
+    """How many samples a shard that is cut had when it was whole, as far as anything tells."""
+    older = [read_head(path) for path in index_paths(shard, index_dir) if path.exists()]
+    counts = [head["samples"] for head in older if head.get("format") == FORMAT]
+    stats = shard.with_name(f"{shard.stem}_stats.json")         # img2dataset's
+    if stats.exists():
+        counts.append(json.loads(stats.read_text())["successes"])
+    return max(counts, default=0)
 
 
 def index_paths(shard: Path, index_dir: Path) -> list[Path]:
@@ -117,131 +125,47 @@ def ends(shard: Path) -> str:
         return blake2b(first + file.read(END), digest_size=8).hexdigest()
 
 
-def read_head(path: Path) -> dict:
-    """The first line of an index file; empty where it is not one."""
+def write_table(paths: list[Path], head: dict[str, Any], rows: np.ndarray) -> Path:
+    """Write a head and numpy records to the first of the paths that can be written, whole or not at all.
+
+    Raises:
+        DataError: none of them can be written.
+    """
+    line = json.dumps({**head, "samples": len(rows), "dtype": rows.dtype.descr}).encode()
+    line += b" " * (-(len(line) + 1) % 64) + b"\n"
+    for path in paths:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(line + rows.tobytes())
+            os.replace(temporary, path)
+            return path
+        except OSError as error:
+            reason = error
+    raise DataError(f"{paths[0]} cannot be written, nor {paths[-1]}, below data.index_dir: {reason}")
+
+
+def read_head(path: Path) -> dict[str, Any]:
+    """The first line of an index file; empty where it is not one, or not a whole one."""
     with path.open("rb") as file:
         try:
-            return json.loads(file.readline(1 << 20))
-        except ValueError:
+            head = json.loads(file.readline(1 << 20))
+            records = head["samples"] * record(head).itemsize
+        except (ValueError, KeyError, TypeError):
             return {}
+        return head if os.fstat(file.fileno()).st_size == file.tell() + records else {}
 
 
-def read_index(shard: Path, path: Path) -> ShardIndex:
-    """Map an index file into memory."""
+def record(head: dict[str, Any]) -> np.dtype:
+    """The type of the records behind a head."""
+    return np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in head["dtype"]])
+
+
+def read_table(path: Path) -> np.ndarray:
+    """The records of an index file, mapped into memory."""
     head = read_head(path)
-    kinds = [(name, kind, *map(tuple, shape)) for name, kind, *shape in head["dtype"]]
+    if not head["samples"]:
+        return np.empty(0, record(head))
     with path.open("rb") as file:
         start = len(file.readline())
-    samples = (
-        np.memmap(path, np.dtype(kinds), mode="r", offset=start, shape=(head["samples"],))
-        if head["samples"]
-        else np.empty(0, np.dtype(kinds))
-    )
-    return ShardIndex(shard, head["bytes"], samples)
-
-
-def scan(shard: Path) -> np.ndarray:
-    """The samples of a tar, as WebDataset groups them: neighbours whose names agree up to the first dot.
-
-    Returns:
-        (samples,) records: ``__key__`` (bytes), then for each extension the pair (offset, size).
-
-    Raises:
-        DataError: the tar is cut short or damaged, or has more kinds of member than a data set has.
-    """
-    keys: list[bytes] = []
-    samples: list[dict[str, tuple[int, int]]] = []
-    for name, offset, size in members(shard):
-        folder, slash, base = name.rpartition(b"/")
-        stem, _, extension = base.partition(b".")
-        if not stem or not extension:
-            continue
-        key, kind = folder + slash + stem, extension.decode("utf-8", "replace").lower()
-        if not keys or keys[-1] != key or kind in samples[-1]:
-            keys.append(key)
-            samples.append({})
-        samples[-1][kind] = (offset, size)
-    kinds = sorted({kind for sample in samples for kind in sample})
-    if len(kinds) > MAX_KINDS:
-        raise DataError(
-            f"{shard} has {len(kinds)} kinds of member ({', '.join(kinds[:3])}, ...): what follows the first dot of a "
-            "name is its kind; rename the members so that keys have no dots"
-        )
-    dtype = [(KEY, f"S{max(map(len, keys), default=1)}"), *((kind, "<i8", (2,)) for kind in kinds)]
-    table = np.zeros(len(keys), dtype)
-    table[KEY] = keys
-    for kind in kinds:
-        table[kind] = [sample.get(kind, (0, 0)) for sample in samples]
-    return table
-
-
-def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
-    """Name, offset and size of each regular file in a tar (ustar, GNU or pax), reading headers only.
-
-    Raises:
-        DataError: the tar ends inside a member, or a header is damaged.
-    """
-    end = shard.stat().st_size
-    descriptor = os.open(shard, os.O_RDONLY)
-    try:
-        position, count, long_name, long_size = 0, 0, None, None
-        while position < end:
-            header = os.pread(descriptor, BLOCK, position)
-            if not header.strip(b"\0"):
-                return                                      # the end mark
-            name, size, kind = parse_header(header, shard, count)
-            start = position + BLOCK
-            if kind in b"xgLK":
-                data = os.pread(descriptor, size, start)
-                if kind == b"L":
-                    long_name = data.rstrip(b"\0")
-                elif kind == b"x":
-                    fields = pax_fields(data)
-                    long_name, long_size = fields.get(b"path", long_name), fields.get(b"size")
-            else:
-                size = int(long_size) if long_size else size
-                if start + size > end:
-                    raise cut_short(shard, count)
-                if kind in b"0\0" or kind == b"7":
-                    yield long_name or name, start, size
-                    count += 1
-                long_name, long_size = None, None
-            position = start + size + -size % BLOCK
-        if position > end:
-            raise cut_short(shard, count)
-    finally:
-        os.close(descriptor)
-
-
-def parse_header(header: bytes, shard: Path, count: int) -> tuple[bytes, int, bytes]:
-    """Name, size and type flag of a tar header, its checksum held."""
-    try:
-        # adler32's low half is 1 + the sum of the bytes modulo 65521; the checksum counts its own field as spaces
-        total = int(header[148:156].strip(b"\0 "), 8)
-        if (total + sum(header[148:156]) - 256 + 1) % 65521 != zlib.adler32(header) & 0xFFFF:
-            raise ValueError
-        large = header[124] & 0x80          # GNU's way to write 8 GB and more
-        size = int.from_bytes(header[125:136], "big") if large else int(header[124:136].strip(b"\0 ") or b"0", 8)
-    except (ValueError, IndexError):
-        if len(header) < BLOCK:
-            raise cut_short(shard, count) from None
-        raise DataError(f"{shard} is damaged behind its first {count:,} members; pack it again") from None
-    name = header[:100].partition(b"\0")[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].partition(b"\0")[0] + b"/" + name
-    return name, size, header[156:157]
-
-
-def pax_fields(data: bytes) -> dict[bytes, bytes]:
-    """The records ``length key=value`` of a pax header."""
-    fields = {}
-    while data:
-        length = int(data.partition(b" ")[0])
-        key, _, value = data[:length].partition(b" ")[2].partition(b"=")
-        fields[key] = value[:-1]
-        data = data[length:]
-    return fields
-
-
-def cut_short(shard: Path, count: int) -> DataError:
-    return DataError(f"{shard} is cut short behind its first {count:,} members; pack it again")
+    return np.memmap(path, record(head), mode="r", offset=start, shape=(head["samples"],))

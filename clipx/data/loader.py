@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipx.data.images import decode, eval_crop, to_tensor, train_crop
-from clipx.data.index import DataError
 from clipx.data.plan import Place, Plan, digest
 from clipx.data.sample import BadSample, Sample, Source
+from clipx.data.tar import DataError
 from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
 

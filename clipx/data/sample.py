@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
+from tqdm import tqdm
 
 MOST_HELD_OUT = 5000        # pictures; more tell nothing more
+LARGE = 1_000_000           # samples of a source for which it is kept which of them are held out
+LEAST_BAD = 10              # bad samples that never end a run
 
 
 class BadSample(Exception):
@@ -28,14 +32,28 @@ class Source(Protocol):
     sizes: Sequence[int]    # samples of each shard
     id: str                 # changes when the data do
 
-    def keys(self) -> np.ndarray:
-        """(samples,) bytes; the key of every sample, in order."""
-
     def locate(self, sample: int) -> str:
         """File and key of a sample, for people."""
 
     def read(self, sample: int) -> Sample:
         """Raises BadSample where its bytes do not hold a picture and a caption, OSError where they cannot be read."""
+
+
+class Keyed(Source, Protocol):
+    """A source whose samples can be told apart without reading them."""
+
+    def keys(self, shard: int) -> np.ndarray:
+        """(samples of the shard,) bytes; the key of each."""
+
+
+class How(TypedDict, total=False):
+    """How any data are used: the keys that every data config has; the defaults are those of ``Data``."""
+
+    shuffle_window: int
+    max_skipped: float
+    crop: tuple[float, float]
+    caption: Literal["random", "first"]
+    decode: Literal["fast", "exact"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +62,16 @@ class Data:
 
     train: Source
     val: Source | None
-    shuffle_window: int                             # samples among which the plan shuffles
-    max_skipped: float                              # share of the samples that may be bad
+    shuffle_window: int = 131_072                   # samples among which the plan shuffles
+    max_skipped: float = 0.01                       # share of the samples that may be bad, though ten always may
     crop: tuple[float, float] = (0.9, 1.0)          # share of a training picture's area that is kept, least and most
+    caption: Literal["random", "first"] = "random"  # which caption of a picture trains: drawn each epoch, or its first
+    decode: Literal["fast", "exact"] = "fast"       # fast: a JPEG larger than needed is decoded at half its size
+
+    @property
+    def bad_limit(self) -> int:
+        """How many distinct bad samples the run survives."""
+        return max(LEAST_BAD, int(self.max_skipped * sum(self.train.sizes)))
 
 
 class Subset:
@@ -54,41 +79,68 @@ class Subset:
 
     Args:
         source: the whole.
-        chosen: (samples,) bool; which of them belong.
+        ids: (n,) of samples in it, rising.
+        without: the subset is all others; costs no memory for them.
     """
 
-    def __init__(self, source: Source, chosen: np.ndarray):
-        self.source = source
-        self.samples = np.flatnonzero(chosen)
-        ends = np.cumsum(source.sizes)
-        self.sizes = np.diff(np.searchsorted(self.samples, ends), prepend=0)
-        self.id = f"{source.id} {blake2b(np.packbits(chosen).tobytes(), digest_size=8).hexdigest()}"
+    def __init__(self, source: Source, ids: np.ndarray, without: bool = False):
+        self.source, self.ids, self.without = source, ids, without
+        there = np.diff(np.searchsorted(ids, np.cumsum(source.sizes)), prepend=0)
+        self.sizes = np.asarray(source.sizes) - there if without else there
+        self.before = ids - np.arange(len(ids))         # how many others stand before each of them
+        self.id = f"{source.id} {without} {blake2b(ids.tobytes(), digest_size=8).hexdigest()}"
 
-    def keys(self) -> np.ndarray:
-        return self.source.keys()[self.samples]
+    def whole(self, sample: int) -> int:
+        """The id in the whole source."""
+        if self.without:
+            return sample + int(np.searchsorted(self.before, sample, side="right"))
+        return int(self.ids[sample])
 
     def locate(self, sample: int) -> str:
-        return self.source.locate(int(self.samples[sample]))
+        return self.source.locate(self.whole(sample))
 
     def read(self, sample: int) -> Sample:
-        return self.source.read(int(self.samples[sample]))
+        return self.source.read(self.whole(sample))
 
 
-def hold_out(source: Source, share: float) -> tuple[Source, Source | None]:
+def hold_out(source: Keyed, share: float, kept: Path | None = None) -> tuple[Source, Source | None]:
     """Split a source into training and validation by a hash of the keys alone.
 
     Args:
         source: all samples.
         share: of the pictures that validate, at most 5,000 of them; 0 holds out nothing.
+        kept: directory where the choice is kept if the source is large.
 
     Returns:
         The training part, and the held-out part or None.
     """
-    keys = source.keys()
-    count = min(round(share * len(keys)), MOST_HELD_OUT)
+    samples = sum(source.sizes)
+    count = min(round(share * samples), MOST_HELD_OUT)
     if count == 0:
         return source, None
-    hashes = np.array([int.from_bytes(blake2b(key, digest_size=8).digest(), "little") for key in keys.tolist()], "u8")
-    chosen = np.zeros(len(keys), bool)
-    chosen[np.argsort(hashes, kind="stable")[:count]] = True
-    return Subset(source, ~chosen), Subset(source, chosen)
+    file = kept / f"held-{blake2b(f'{source.id} {count}'.encode(), digest_size=8).hexdigest()}.npy" if kept else None
+    if file and samples >= LARGE and file.exists():
+        ids = np.load(file)
+    else:
+        ids = smallest_hashes(source, count)
+        if file and samples >= LARGE:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, ids)
+    return Subset(source, ids, without=True), Subset(source, ids)
+
+
+def smallest_hashes(source: Keyed, count: int) -> np.ndarray:
+    """(count,) the ids of the samples whose keys have the smallest hashes, rising."""
+    hashes, ids, start = np.empty(0, "u8"), np.empty(0, "i8"), 0
+    sizes = [int(size) for size in source.sizes]
+    with tqdm(total=sum(sizes), unit="key", unit_scale=True, desc="hold out", disable=None, delay=2) as bar:
+        for shard, size in enumerate(sizes):
+            digests = [blake2b(key, digest_size=8).digest() for key in source.keys(shard).tolist()]
+            hashes = np.concatenate([hashes, np.frombuffer(b"".join(digests), "<u8")])
+            ids = np.concatenate([ids, np.arange(start, start + size)])
+            if len(hashes) > count:
+                chosen = np.argsort(hashes, kind="stable")[:count]
+                hashes, ids = hashes[chosen], ids[chosen]
+            start += size
+            bar.update(size)
+    return np.sort(ids)

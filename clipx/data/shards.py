@@ -1,79 +1,140 @@
 """WebDataset shards as a source: plain tars, each sample read by its byte ranges."""
 
+import logging
+import math
 import os
-from functools import lru_cache
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
 from glob import glob
-from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from typing_extensions import Unpack
 
 from clipx.data.captions import read_captions
-from clipx.data.index import KEY, DataError, ShardIndex, open_indexes
-from clipx.data.sample import BadSample, Data, Sample, hold_out
+from clipx.data.catalogue import Catalogue, open_catalogue
+from clipx.data.index import KEY, find_index, read_table
+from clipx.data.sample import BadSample, Data, How, Sample, hold_out
+from clipx.data.tar import DataError
+
+logger = logging.getLogger("clipx")
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 WORDS = ("txt", "json")
-OPEN_SHARDS = 64            # file descriptors that a process keeps
+OPEN_SHARDS = 256           # that a process keeps open, with two file descriptors each
+WAITS = (0.2, 1.0, 3.0)     # seconds before a read that failed is tried again
 
 
 class Shards:
     """Some indexed tars.
 
     Args:
-        indexes: of the tars, in their order.
+        catalogue: the tars, in their order.
         caption_key: the key of ``.json`` that holds the captions; None for ``.txt``, else json's ``caption``.
+        index_dir: where an index stands that is not beside its shard.
     """
 
-    def __init__(self, indexes: list[ShardIndex], caption_key: str | None):
-        self.indexes, self.caption_key = indexes, caption_key
-        self.sizes = [len(index.samples) for index in indexes]
+    def __init__(self, catalogue: Catalogue, caption_key: str | None, index_dir: Path):
+        self.catalogue, self.caption_key, self.index_dir = catalogue, caption_key, index_dir
+        self.sizes, self.id = catalogue.rows["samples"], catalogue.id
         self.ends = np.cumsum(self.sizes)
-        self.id = blake2b("\n".join(index.id for index in indexes).encode(), digest_size=16).hexdigest()
-        self.open = lru_cache(OPEN_SHARDS)(OpenShard)
+        self.open = lru_cache(OPEN_SHARDS)(self.open)
 
     def __reduce__(self) -> tuple:
-        return Shards, (self.indexes, self.caption_key)
+        return Shards, (self.catalogue, self.caption_key, self.index_dir)
 
-    def keys(self) -> np.ndarray:
-        return np.concatenate([index.samples[KEY] for index in self.indexes])
+    def open(self, shard: int) -> "OpenShard":
+        row = self.catalogue.rows[shard]
+        return OpenShard(self.catalogue.shards[shard], int(row["bytes"]), int(row["mtime"]), self.index_dir)
 
-    def row(self, sample: int) -> tuple[ShardIndex, np.void]:
+    def keys(self, shard: int) -> np.ndarray:
+        return self.open(shard).samples[KEY]
+
+    def row(self, sample: int) -> tuple["OpenShard", np.void]:
         shard = int(np.searchsorted(self.ends, sample, side="right"))
-        index = self.indexes[shard]
-        return index, index.samples[sample - (self.ends[shard] - self.sizes[shard])]
+        tar = self.open(shard)
+        return tar, tar.samples[sample - int(self.ends[shard] - self.sizes[shard])]
 
     def locate(self, sample: int) -> str:
-        index, row = self.row(sample)
-        return f"{index.path.name}/{row[KEY].decode('utf-8', 'replace')}"
+        tar, row = self.row(sample)
+        return f"{tar.path.name}/{row[KEY].decode('utf-8', 'replace') or 'behind the cut'}"
 
     def read(self, sample: int) -> Sample:
-        index, row = self.row(sample)
+        tar, row = self.row(sample)
         members = {kind: tuple(row[kind].tolist()) for kind in row.dtype.names[1:] if row[kind][0]}
+        if not members:
+            raise BadSample("is lost: its shard is cut short")
         picture = next((members[kind] for kind in PICTURES if kind in members), None)
         if picture is None:
             raise BadSample(f"has no picture ({', '.join('.' + kind for kind in PICTURES)})")
-        shard = self.open(index.path, index.size)
-        words = {kind: shard.read(*members[kind]) for kind in WORDS if kind in members}
+        words = {kind: tar.read(*members[kind]) for kind in WORDS if kind in members}
         captions = read_captions(words, self.caption_key)
-        return Sample(row[KEY].decode("utf-8", "replace"), shard.read(*picture), captions)
+        return Sample(row[KEY].decode("utf-8", "replace"), tar.read(*picture), captions)
 
 
 class OpenShard:
-    """A tar that stays open for positioned reads, for as long as anybody holds it."""
+    """A tar that stays open for positioned reads, for as long as anybody holds it.
 
-    def __init__(self, path: Path, size: int):
+    Args:
+        path: the tar.
+        size: its bytes when the run began, and
+        mtime: the time of its last change (ns).
+        index_dir: where its index stands if not beside it.
+
+    Raises:
+        DataError: it cannot be read, or is not what it was when the run began.
+    """
+
+    def __init__(self, path: Path, size: int, mtime: int, index_dir: Path):
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
-        if os.fstat(self.descriptor).st_size != size:
-            raise DataError(f"{path} has changed since its index was made; start the run again")
+        self.descriptor = patiently(partial(os.open, path, os.O_RDONLY), path)
+        self.stat = os.fstat(self.descriptor)
+        if self.stat.st_size != size:
+            raise self.changed()
+        index = find_index(path, index_dir)             # holds the ends of the tar against its index
+        if index is None:
+            raise self.changed()
+        self.samples = read_table(index)
+
+    def changed(self) -> DataError:
+        return DataError(
+            f"{self.path} has changed while the run used it; put it back and the same command goes on, or start "
+            "another run (name=...) on what is there now"
+        )
 
     def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self.descriptor, size, offset)
+        """Some bytes of it; BadSample where it was too short already when the run began."""
+        now = os.fstat(self.descriptor)
+        if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
+            raise self.changed()
+        data = patiently(partial(os.pread, self.descriptor, size, offset), self.path)
+        if len(data) < size:
+            raise BadSample("is lost: its shard is cut short")
+        return data
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+def patiently(read: Callable[[], Any], path: Path) -> Any:
+    """Read; what fails is tried again after growing waits, and ends the run if it still fails.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return read()
+        except OSError as error:
+            if wait is None:
+                raise DataError(
+                    f"{path} cannot be read ({error.strerror}), after {len(WAITS) + 1} tries; when it can be, the same "
+                    "command goes on from the last checkpoint"
+                ) from error
+            time.sleep(wait)
 
 
 def open_shards(
@@ -83,9 +144,8 @@ def open_shards(
     val: float | str = 0.02,
     caption_key: str | None = None,
     index_dir: str = "~/.cache/clipx",
-    shuffle_window: int = 131_072,
-    max_skipped: float = 0.01,
-    crop: tuple[float, float] = (0.9, 1.0),
+    made_by: str | None = None,
+    **how: Unpack[How],
 ) -> Data:
     """Training and validation shards, indexed.
 
@@ -96,19 +156,18 @@ def open_shards(
         val: where there are no validation shards, the share of the pictures held out, or a directory of shards.
         caption_key: the key of ``.json`` that holds the captions; None for ``.txt``, else json's ``caption``.
         index_dir: where an index goes that cannot stand beside its shard.
-        shuffle_window: samples among which the plan shuffles.
-        max_skipped: share of the samples that may be bad before the run ends.
-        crop: share of a training picture's area that is kept, least and most.
+        made_by: the source of ``clipx.prepare`` that makes such shards, for what to type when there are none.
+        how: as in ``Data``.
 
     Raises:
-        DataError: there are no shards, or one is not a whole tar.
+        DataError: there are no shards, or too many of their samples are lost, or one is not a tar.
     """
     if (root is None) == (shards is None):
         raise DataError("one of data.root=DIR and data.shards='DIR/*.tar' says where the shards are; give one")
     if shards is not None:
         train, held = expand(shards, "data.shards"), []
     else:
-        train, held = in_root(Path(root))
+        train, held = in_root(Path(root), made_by)
     if val_shards is not None:
         held = expand(val_shards, "data.val_shards")
     elif isinstance(val, str):
@@ -116,17 +175,42 @@ def open_shards(
         if not held:
             raise DataError(f"data.val={val} holds no shards (*.tar)")
     cache = Path(index_dir).expanduser()
-    source = Shards(open_indexes(train, cache), caption_key)
-    split = (source, Shards(open_indexes(held, cache), caption_key)) if held else hold_out(source, val)
-    return Data(*split, shuffle_window, max_skipped, crop)
+    source = Shards(open_catalogue(train, cache), caption_key, cache)
+    if held:
+        data = Data(source, Shards(open_catalogue(held, cache), caption_key, cache), **how)
+    else:
+        data = Data(*hold_out(source, val, cache), **how)
+    tell_lost(source.catalogue, data)
+    return data
 
 
-def in_root(root: Path) -> tuple[list[Path], list[Path]]:
+def tell_lost(catalogue: Catalogue, data: Data) -> None:
+    """Warn of each shard that is cut short.
+
+    Raises:
+        DataError: what is lost is more than ``data.max_skipped`` allows, or there is nothing at all.
+    """
+    if not sum(catalogue.rows["samples"]):
+        raise DataError(f"{catalogue.shards[0]} and the {len(catalogue.shards) - 1} shards behind it hold no samples")
+    lost = int(catalogue.rows["lost"].sum())
+    for number in np.flatnonzero(catalogue.rows["lost"]).tolist():
+        total, gone = (int(catalogue.rows[number][field]) for field in ("samples", "lost"))
+        told = f"{catalogue.shards[number]} is cut short: {total - gone:,} of its {total:,} samples can be read"
+        if lost > data.bad_limit:
+            share = math.ceil(1000 * lost / sum(data.train.sizes)) / 1000
+            raise DataError(f"{told}; pack it again, or set data.max_skipped={share} to go on without them")
+        logger.warning(told)
+
+
+def in_root(root: Path, made_by: str | None) -> tuple[list[Path], list[Path]]:
     """The training and the validation shards of a directory."""
     train = in_directory(root / "train") or in_directory(root)
     if not train:
         reason = "holds no shards (*.tar, train/*.tar)" if root.is_dir() else "is not a directory"
-        raise DataError(f"data.root={root} {reason}; for pictures with captions.txt use data=folder")
+        remedy = "for pictures with captions.txt use data=folder"
+        if made_by:
+            remedy = f"make them with: python -m clipx.prepare source={made_by} src=DIR out={root}"
+        raise DataError(f"data.root={root} {reason}; {remedy}")
     return train, in_directory(root / "val")
 
 

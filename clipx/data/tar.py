@@ -1,0 +1,103 @@
+"""The headers of a tar: what it holds and where, without reading what is inside (ustar, GNU and pax)."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipx.errors import UserError
+
+BLOCK = 512                 # bytes of a header, and what members are padded to
+
+
+class DataError(UserError):
+    """The data cannot be used as it is."""
+
+
+class CutShort(Exception):
+    """A tar ends before its end mark."""
+
+
+def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Name, offset and size of each regular file in a tar; of one that is cut, the last may reach behind its end.
+
+    Raises:
+        CutShort: the tar ends without its end mark; all that stands before the cut has been given.
+        DataError: a header is damaged, or the file is no tar.
+    """
+    end = shard.stat().st_size
+    descriptor = os.open(shard, os.O_RDONLY)
+    try:
+        position, count, long_name, long_size = 0, 0, None, None
+        while position < end:
+            header = os.pread(descriptor, BLOCK, position)
+            if len(header) == BLOCK and not header.strip(b"\0"):
+                return                                      # the end mark
+            name, size, kind = parse_header(header, shard, count)
+            start = position + BLOCK
+            if kind in b"xgLK":
+                data = os.pread(descriptor, size, start)
+                if len(data) < size:
+                    break
+                if kind == b"L":
+                    long_name = data.rstrip(b"\0")
+                elif kind == b"x":
+                    long_name, long_size = pax_name_and_size(data, shard, count)
+            else:
+                size = size if long_size is None else long_size
+                if kind in b"0\0" or kind == b"7":
+                    yield long_name or name, start, size
+                    count += 1
+                long_name, long_size = None, None
+            position = start + size + -size % BLOCK
+        if end:                                             # a file of 0 bytes is an empty tar
+            raise CutShort
+    finally:
+        os.close(descriptor)
+
+
+def parse_header(header: bytes, shard: Path, count: int) -> tuple[bytes, int, bytes]:
+    """Name, size and type flag of a tar header, its checksum held."""
+    if len(header) < BLOCK and count:
+        raise CutShort
+    try:
+        # adler32's low half is 1 + the sum of the bytes modulo 65521; the checksum counts its own field as spaces
+        total = int(header[148:156].strip(b"\0 "), 8)
+        if (total + sum(header[148:156]) - 256 + 1) % 65521 != zlib.adler32(header) & 0xFFFF:
+            raise ValueError
+        large = header[124] & 0x80          # GNU's way to write 8 GB and more
+        size = int.from_bytes(header[125:136], "big") if large else int(header[124:136].strip(b"\0 ") or b"0", 8)
+    except (ValueError, IndexError):
+        raise damaged(shard, count) from None
+    name = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
+    return name, size, header[156:157]
+
+
+def pax_name_and_size(data: bytes, shard: Path, count: int) -> tuple[bytes | None, int | None]:
+    """What the records ``length key=value`` of a pax header say of the member that follows."""
+    fields = {}
+    try:
+        while data:
+            length = int(data.partition(b" ")[0])
+            key, equals, value = data[:length].partition(b" ")[2].partition(b"=")
+            if not equals or length > len(data):
+                raise ValueError
+            fields[key] = value[:-1]
+            data = data[length:]
+        size = int(fields[b"size"]) if b"size" in fields else None
+        if size is not None and size < 0:
+            raise ValueError
+    except ValueError:
+        raise damaged(shard, count) from None
+    return fields.get(b"path"), size
+
+
+def damaged(shard: Path, count: int) -> DataError:
+    if not count:
+        return DataError(f"{shard} is not a tar; leave it out, or pack it again")
+    return DataError(
+        f"{shard} is damaged behind its first {count:,} members, and what follows cannot be told; pack it again, or "
+        "leave it out of data.shards"
+    )
