@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -16,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import AfterValidator, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm import tqdm
 from yaml import YAMLError
 
@@ -26,6 +27,7 @@ from clipx.schema import ConfigError, check_call, check_node, suggest
 
 CONF = "clipx.conf"
 Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
+Schema = TypeVar("Schema")
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,32 @@ class Train:
     choices: dict[str, Any] = field(default_factory=dict)       # the options of the groups, for the record
 
 
-def resolve(composed: DictConfig) -> Train:
+@dataclass(frozen=True)
+class Prepare:
+    """The schema of making shards.  conf/prepare.yaml says what each key means and holds the defaults."""
+
+    source: dict[str, Any]
+    src: str
+    out: str | None
+    samples_per_shard: PositiveInt
+    shuffle: bool
+    seed: NonNegativeInt
+    resize: PositiveInt | None
+    encode: Literal["jpg", "webp", "png"] | None
+    quality: Annotated[int, Field(ge=1, le=100)]
+    min_size: NonNegativeInt
+    drop_duplicates: bool
+    verify: bool
+    workers: Literal["auto"] | NonNegativeInt
+    choices: dict[str, Any] = field(default_factory=dict)
+
+
+def resolve(composed: DictConfig, schema: type[Schema] = Train) -> Schema:
     """Plain typed values; every node is held against the signature that it calls, and nothing is built.
+
+    Args:
+        composed: the config, as Hydra composes it.
+        schema: of the command, a dataclass; those of its fields that are groups hold nodes.
 
     Raises:
         ConfigError: a key, a type or a value is wrong.
@@ -68,15 +94,23 @@ def resolve(composed: DictConfig) -> Train:
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} has no value; add {error.full_key}=...") from error
+        raise ConfigError(f"{error.full_key} has no value; add {error.full_key}={options(error.full_key)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
-    values = check_call(Train, plain)
-    trust = values["trust"]
-    for key in ("model", "data", "optim", "sched"):
+    values = check_call(schema, plain)
+    trust = values.get("trust", [])
+    for key in values.keys() & set(words.GROUPS) - {"evals"}:
         values[key] = check_node(values[key], key, trust)
-    values["evals"] = {key: check_node(node, f"evals.{key}", trust) for key, node in values["evals"].items()}
-    return Train(**values)
+    if "evals" in values:
+        values["evals"] = {key: check_node(node, f"evals.{key}", trust) for key, node in values["evals"].items()}
+    return schema(**values)
+
+
+def options(key: str) -> str:
+    """What a group can be; "..." for any other key."""
+    if key not in words.GROUPS:
+        return "..."
+    return "|".join(sorted(path.name[:-5] for path in files(CONF).joinpath(key).iterdir() if path.name[-5:] == ".yaml"))
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

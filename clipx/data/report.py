@@ -1,0 +1,60 @@
+"""What making shards came to: counts, histograms and what was left out, for a file and for people."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+WRITING = ".writing-"       # in the name of a file that is not whole yet
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}{WRITING}{os.getpid()}")
+    temporary.write_bytes(text.encode("utf-8", "replace"))
+    os.replace(temporary, path)
+
+
+def merge(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """One report a split from (split, report) of each shard; histograms map a value to its count."""
+    splits: dict[str, dict[str, Any]] = {}
+    for split, part in parts:
+        total = splits.setdefault(split, {"shards": 0, "samples": 0, "captions": 0, "bytes": 0,
+                                          "short_side": Counter(), "caption_words": Counter()})
+        total["shards"] += 1
+        for key in ("samples", "captions", "bytes"):
+            total[key] += part[key]
+        for key in ("short_side", "caption_words"):
+            total[key].update({int(value): count for value, count in part[key].items()})
+    for total in splits.values():
+        for key in ("short_side", "caption_words"):
+            total[key] = dict(sorted(total[key].items()))
+    return splits
+
+
+def tell(report: Mapping[str, Any], out: Path) -> Iterator[str]:
+    """The report in lines."""
+    for split, total in report["splits"].items():
+        yield (f"{split:<9} {total['samples']:,} pictures with {total['captions']:,} captions, "
+               f"{total['bytes'] / 1e6:,.1f} MB in {total['shards']:,} shards")
+        yield f"          short side    {spread_of(total['short_side'])} pixels"
+        yield f"          caption       {spread_of(total['caption_words'])} words"
+    if report["dropped"]:
+        yield f"left out  {listed(report['dropped'])}; {out / 'dropped.jsonl'} names them"
+
+
+def listed(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+
+
+def spread_of(histogram: Mapping[int | str, int]) -> str:
+    """Where a histogram lies."""
+    total, seen, found = sum(histogram.values()), 0, {}
+    for value, count in histogram.items():
+        seen += count
+        for share in (0.05, 0.5, 0.95):
+            if seen >= share * total:
+                found.setdefault(share, value)
+    values = list(histogram)
+    return f"{values[0]} to {values[-1]}, half up to {found[0.5]}, 5 % up to {found[0.05]}, 95 % up to {found[0.95]}"
