@@ -16,6 +16,7 @@ from clipx import checkpoint
 from clipx.build import build
 from clipx.config import Train, differences
 from clipx.data.catalogue import usable_cores
+from clipx.data.images import TrainCrop
 from clipx.data.loader import TrainReader, read, steps, train_ranges
 from clipx.data.plan import Plan
 from clipx.data.sample import Data
@@ -58,7 +59,7 @@ def run(config: Train, directory: Path) -> float | None:
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     (directory / "config.yaml").write_text(text, encoding="utf-8")
     tokenizer, size = SimpleTokenizer(state.model.text.context), state.model.visual.size
-    reader = TrainReader(data.train, plan, size, tokenizer, data.crop)
+    reader = TrainReader(data.train, plan, TrainCrop(size, data.crop, data.decode), tokenizer, data.caption)
     chunks = read(reader, train_ranges(state.samples, config.batch_size), workers, pin=device.type == "cuda")
     multiplier = build(config.sched, "sched", config.trust)(length)
     evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}

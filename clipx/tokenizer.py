@@ -1,13 +1,17 @@
 """open_clip's byte-pair tokenizer behind our name."""
 
 import importlib.util
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
+
+START, END = 49_406, 49_407
+KEPT = 16_384       # captions whose ids are remembered
 
 
 class SimpleTokenizer:
@@ -24,10 +28,22 @@ class SimpleTokenizer:
 
     @cached_property
     def bpe(self) -> Any:
-        return open_clip_tokenizer().SimpleTokenizer(context_length=self.context)
+        bpe = open_clip_tokenizer().SimpleTokenizer(context_length=self.context)
+        bpe.clean_fn = partial(clean, thorough=bpe.clean_fn)
+        return bpe
+
+    @cached_property
+    def ids(self) -> Callable[[str], tuple[int, ...]]:
+        """The ids of a caption between start and end."""
+        return lru_cache(KEPT)(lambda caption: tuple(self.bpe.encode(caption)))
 
     def __call__(self, captions: str | Sequence[str]) -> Tensor:
-        return self.bpe([captions] if isinstance(captions, str) else list(captions))
+        captions = [captions] if isinstance(captions, str) else captions
+        tokens = torch.zeros(len(captions), self.context, dtype=torch.long)
+        for row, caption in zip(tokens, captions, strict=True):
+            ids = [START, *self.ids(caption)[: self.context - 2], END]
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
 
     def trimmed(self, captions: Sequence[str]) -> Tensor:
         """As a call, but cut to the longest caption: (B, L)."""
@@ -36,6 +52,12 @@ class SimpleTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:       # workers read the vocabulary again
         return {"context": self.context}
+
+
+def clean(caption: str, thorough: Callable[[str], str]) -> str:
+    """Mended and lower-case text with single spaces; plain ASCII, which needs no mending, takes a short way."""
+    plain = caption.isascii() and caption.isprintable() and "&" not in caption
+    return " ".join(caption.split()).lower() if plain else thorough(caption)
 
 
 def open_clip_tokenizer() -> ModuleType:

@@ -1,14 +1,25 @@
 import io
+import pickle
 import random
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from clipx.data.images import MEAN, STD, Normalise, decode, eval_crop, get_image_transform, to_tensor, train_crop
+from clipx.data.images import (
+    MEAN,
+    ORIENTATION,
+    STD,
+    Normalise,
+    TrainCrop,
+    crop_box,
+    decode,
+    eval_crop,
+    get_image_transform,
+)
 from clipx.data.sample import BadSample
 
 RED, BLUE = (200, 30, 40), (10, 60, 220)
@@ -95,6 +106,16 @@ def test_the_eval_transform_equals_that_of_open_clip(size: tuple[int, int]) -> N
     torch.testing.assert_close(get_image_transform(32)(image), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_what_evaluation_sees_is_what_open_clip_sees_to_one_grey_level(kind: str, mode: str) -> None:
+    file = encoded(photo(333, 247).convert(mode), kind)
+    transform = open_clip.image_transform(64, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    expected = transform(Image.open(io.BytesIO(file)))
+    found = np.asarray(eval_crop(decode(file), 64)).astype(int)
+    assert np.abs(found - 255 * expected.permute(1, 2, 0).numpy()).max() < 1.01
+
+
 def test_normalised_pixels_have_the_published_mean_and_deviation() -> None:
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = (torch.tensor(numbers, dtype=torch.float64).view(3, 1, 1) for numbers in (MEAN, STD))
@@ -102,12 +123,24 @@ def test_normalised_pixels_have_the_published_mean_and_deviation() -> None:
     torch.testing.assert_close(Normalise()(pixels).double(), expected, atol=1e-5, rtol=0)
 
 
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Soft shapes and some noise."""
+    draw = np.random.default_rng(seed)
+    coarse = Image.fromarray(draw.integers(64, 192, (12, 16, 3), np.uint8))
+    soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return Image.fromarray((soft + draw.integers(-8, 9, soft.shape)).clip(0, 255).astype(np.uint8))
+
+
+def cropped(file: bytes, size: int, scale: tuple[float, float], seed: int = 0, decode: str = "exact") -> np.ndarray:
+    return TrainCrop(size, scale, decode)(file, random.Random(seed)).numpy().astype(int)
+
+
 def test_a_training_crop_keeps_the_area_that_was_asked_for() -> None:
     ramp = np.zeros((100, 100, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(100)[None], np.arange(100)[:, None]
-    shares = []
+    file, shares = encoded(Image.fromarray(ramp), "png"), []
     for seed in range(200):
-        crop = np.asarray(train_crop(Image.fromarray(ramp), 64, (0.3, 0.6), random.Random(seed))).astype(int)
+        crop = cropped(file, 64, (0.3, 0.6), seed)
         width, height = np.ptp(crop[..., 0]) + 1, np.ptp(crop[..., 1]) + 1
         shares.append(width * height / 10_000)
         assert 0.7 < width / height < 1.45
@@ -115,17 +148,71 @@ def test_a_training_crop_keeps_the_area_that_was_asked_for() -> None:
 
 
 def test_a_crop_depends_on_its_generator_alone() -> None:
-    a, b = (to_tensor(train_crop(halves(), 32, (0.5, 1.0), random.Random(5))) for _ in range(2))
-    assert torch.equal(a, b) and a.dtype == torch.uint8 and a.shape == (3, 32, 32)
+    crop = TrainCrop(32, (0.5, 1.0), "fast")
+    big, small = encoded(photo(300, 200), "jpeg"), encoded(photo(90, 70), "jpeg")
+    first = crop(small, random.Random(5))
+    crop(big, random.Random(6))                 # leaves its pixels in the memory that the two share
+    assert torch.equal(first, crop(small, random.Random(5))) and first.dtype == torch.uint8
+    assert first.shape == (32, 32, 3) and torch.equal(first, pickle.loads(pickle.dumps(crop))(small, random.Random(5)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+@pytest.mark.parametrize("size", [(640, 480), (131, 177), (40, 30)])
+def test_a_training_crop_is_pillows_to_one_grey_level(size: tuple[int, int], kind: str, mode: str) -> None:
+    if (kind, mode) == ("png", "CMYK"):
+        pytest.skip("PNG has no CMYK")
+    file = encoded(photo(*size).convert(mode), kind)
+    left, top, width, height = crop_box(*size, (0.5, 1.0), random.Random(3))
+    expected = Image.open(io.BytesIO(file)).convert("RGB").crop((left, top, left + width, top + height))
+    expected = np.asarray(expected.resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(cropped(file, 64, (0.5, 1.0), 3) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(640, 480), (641, 479), (1999, 1500)])
+def test_a_jpeg_decoded_smaller_looks_the_same(size: tuple[int, int]) -> None:
+    file = encoded(photo(*size), "jpeg", quality=92)
+    for seed in range(5):
+        exact, fast = (cropped(file, 128, (0.6, 1.0), seed, decode) for decode in ("exact", "fast"))
+        assert 0 < np.abs(exact - fast).mean() < 2.5
+
+
+def test_a_jpeg_is_decoded_as_small_as_the_crop_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    crop = TrainCrop(100, (0.9, 1.0), "fast")
+    assert [crop.shrink(side, 2000) for side in (99, 199, 200, 399, 400, 799, 800, 1600)] == [1, 1, 2, 2, 4, 4, 8, 8]
+    for shrink in (1, 2, 4, 8):
+        pixels, found = crop.decode_jpeg(encoded(photo(330, 250), "jpeg"), shrink)
+        assert found == shrink and pixels.shape == (-(-250 // shrink), -(-330 // shrink), 3)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_training_crop_is_turned_as_exif_says(turn: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = turn
+    file = encoded(photo(90, 60), "jpeg", exif=exif, quality=95)
+    upright = encoded(ImageOps.exif_transpose(Image.open(io.BytesIO(file))), "png")
+    assert np.abs(cropped(file, 32, (0.5, 1.0)) - cropped(upright, 32, (0.5, 1.0))).max() <= 1
+
+
+@pytest.mark.parametrize("kept", [1, 2, 20, 400, 3000])
+def test_a_jpeg_that_is_cut_short_is_a_bad_sample(kept: int) -> None:
+    with pytest.raises(BadSample, match="does not decode"):
+        cropped(encoded(photo(200, 200), "jpeg")[:kept], 32, (0.5, 1.0))
+
+
+def test_a_jpeg_bomb_is_a_bad_sample() -> None:
+    file = bytearray(encoded(photo(64, 64), "jpeg"))
+    frame = file.find(b"\xff\xc0")
+    file[frame + 5 : frame + 9] = b"\x4e\x20\x4e\x20"          # height and width
+    with pytest.raises(BadSample, match="20000 x 20000 pixels"):
+        cropped(bytes(file), 32, (0.5, 1.0))
 
 
 def test_a_very_narrow_picture_still_gives_a_square() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 200, 3), np.uint8))
-    expected = RandomResizedCrop(16, (0.9, 1.0), interpolation=InterpolationMode.BICUBIC)(image)
-    assert train_crop(image, 16, (0.9, 1.0), random.Random(0)) == expected
-    upright = image.transpose(Image.Transpose.ROTATE_90)
-    expected = RandomResizedCrop(16, (0.9, 1.0), interpolation=InterpolationMode.BICUBIC)(upright)
-    assert train_crop(upright, 16, (0.9, 1.0), random.Random(0)) == expected
+    for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+        expected = np.asarray(RandomResizedCrop(16, (0.9, 1.0), interpolation=InterpolationMode.BICUBIC)(turned))
+        assert np.abs(cropped(encoded(turned, "png"), 16, (0.9, 1.0)) - expected.astype(int)).max() <= 1
     assert eval_crop(Image.new("RGB", (400, 4)), 16).size == (16, 16)
 
 

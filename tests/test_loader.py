@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import picture, write_tar
 
+from clipx.data.images import TrainCrop
 from clipx.data.loader import Chunk, EvalReader, TrainReader, cut, read, steps, train_ranges
 from clipx.data.plan import Plan
 from clipx.data.shards import open_shards
@@ -20,7 +21,7 @@ TOKENIZER = SimpleTokenizer()
 
 def reader_of(root: Path, seed: int = 0, window: int = 64) -> TrainReader:
     source = open_shards(str(root), val=0).train
-    return TrainReader(source, Plan(source.sizes, seed, window), 16, TOKENIZER, (0.5, 1.0))
+    return TrainReader(source, Plan(source.sizes, seed, window), TrainCrop(16, (0.5, 1.0), "fast"), TOKENIZER, "random")
 
 
 def batches(

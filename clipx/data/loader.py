@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipx.data.images import decode, eval_crop, to_tensor, train_crop
+from clipx.data.images import TrainCrop, decode, eval_crop, to_tensor
 from clipx.data.plan import Place, Plan, digest
-from clipx.data.sample import BadSample, Sample, Source
+from clipx.data.sample import BadSample, Source
 from clipx.data.tar import DataError
 from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
@@ -35,7 +34,7 @@ class Skipped:
 class Chunk:
     """Some samples that stand side by side in the plan.  N pictures, M captions (M = N in training)."""
 
-    images: Tensor          # (N, 3, S, S) uint8
+    images: Tensor          # (N, 3, S, S) uint8, channels last in memory
     tokens: Tensor          # (M, L) int64, cut to the longest caption
     lengths: Tensor         # (M,) int64, tokens of each caption
     captions: list[str]     # M
@@ -54,8 +53,8 @@ class Chunk:
 class Reader(Dataset):
     """Ranges of positions to chunks."""
 
-    def __init__(self, source: Source, size: int, tokenizer: SimpleTokenizer):
-        self.source, self.size, self.tokenizer = source, size, tokenizer
+    def __init__(self, source: Source, tokenizer: SimpleTokenizer):
+        self.source, self.tokenizer = source, tokenizer
 
     def __getitem__(self, positions: range) -> Chunk | UserError:
         try:
@@ -67,14 +66,14 @@ class Reader(Dataset):
         raise NotImplementedError
 
     def pack(
-        self, positions: range, images: list[Image.Image], captions: list[list[str]], samples: list[int],
+        self, positions: range, images: list[Tensor], captions: list[list[str]], samples: list[int],
         skipped: list[Skipped],
     ) -> Chunk:
         flat = [caption for several in captions for caption in several]
         tokens = self.tokenizer(flat)
         lengths = tokens.argmax(dim=-1) + 1
         return Chunk(
-            images=torch.stack([to_tensor(image) for image in images]),
+            images=torch.stack(images).permute(0, 3, 1, 2),
             tokens=tokens[:, : int(lengths.max())].contiguous(),
             lengths=lengths,
             captions=flat,
@@ -93,47 +92,59 @@ class TrainReader(Reader):
     Args:
         source: the samples.
         plan: their order.
-        size: side of a picture, pixels.
+        crop: cuts the pictures.
         tokenizer: for the captions.
-        crop: share of the area that a crop keeps, least and most.
+        caption: ``random``, one of a picture's captions is drawn, or ``first``.
     """
 
-    def __init__(self, source: Source, plan: Plan, size: int, tokenizer: SimpleTokenizer, crop: tuple[float, float]):
-        super().__init__(source, size, tokenizer)
-        self.plan, self.crop = plan, crop
+    def __init__(self, source: Source, plan: Plan, crop: TrainCrop, tokenizer: SimpleTokenizer, caption: str):
+        super().__init__(source, tokenizer)
+        self.plan, self.crop, self.caption = plan, crop, caption
 
     def chunk(self, positions: range) -> Chunk:
         images, captions, samples, skipped = [], [], [], []
         for position in positions:
-            place, sample, picture = self.take(position, skipped)
-            rng = random.Random(digest(self.plan.seed, "crop", *place))
-            images.append(train_crop(picture, self.size, self.crop, rng))
-            captions.append([sample.captions[digest(self.plan.seed, "caption", *place) % len(sample.captions)]])
+            place, image, caption = self.take(position, skipped)
+            images.append(image)
+            captions.append([caption])
             samples.append(place.sample)
         return self.pack(positions, images, captions, samples, skipped)
 
-    def take(self, position: int, skipped: list[Skipped]) -> tuple[Place, Sample, Image.Image]:
+    def take(self, position: int, skipped: list[Skipped]) -> tuple[Place, Tensor, str]:
         """The sample at a position, or, where it is bad, the first good one of its substitutes."""
         for attempt in range(TRIES):
             place = self.plan.substitute(position, attempt) if attempt else self.plan[position]
             try:
                 sample = self.source.read(place.sample)
-                return place, sample, decode(sample.picture)
+                image = self.crop(sample.picture, random.Random(digest(self.plan.seed, "crop", *place)))
             except BadSample as error:
                 skipped.append(Skipped(position, place.sample, self.source.locate(place.sample), str(error)))
+                continue
+            drawn = digest(self.plan.seed, "caption", *place) if self.caption == "random" else 0
+            return place, image, sample.captions[drawn % len(sample.captions)]
         worst = skipped[-1]
         raise DataError(f"{TRIES} samples in a row are bad, the last of them {worst.place}: {worst.reason}")
 
 
 class EvalReader(Reader):
-    """Chunks for evaluation: in the source's order, the middle of each picture, all of its captions."""
+    """Chunks for evaluation: in the source's order, the middle of each picture, all of its captions.
+
+    Args:
+        source: the samples.
+        size: side of a picture, pixels.
+        tokenizer: for the captions.
+    """
+
+    def __init__(self, source: Source, size: int, tokenizer: SimpleTokenizer):
+        super().__init__(source, tokenizer)
+        self.size = size
 
     def chunk(self, positions: range) -> Chunk:
         images, captions, samples, skipped = [], [], [], []
         for position in positions:
             try:
                 sample = self.source.read(position)
-                images.append(eval_crop(decode(sample.picture), self.size))
+                images.append(to_tensor(eval_crop(decode(sample.picture), self.size)))
             except BadSample as error:
                 skipped.append(Skipped(position, position, self.source.locate(position), str(error)))
                 continue
