@@ -13,7 +13,6 @@ from clipx.data.loader import Chunk, Skipped
 from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.log import RunLog
-from clipx.loss import clip_loss
 from clipx.models.clip import CLIP
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -79,6 +78,7 @@ class Numbers:
 def fit(
     state: State,
     forward: Forward,
+    loss_of: Callable[..., Tensor],
     batches: Iterator[list[Chunk]],
     stop: Callable[[int], bool],
     multiplier: Callable[[int], float],
@@ -92,6 +92,7 @@ def fit(
         state: is advanced in place.
         forward: normalised images (B, 3, S, S), tokens (B, L) -> unit features (B, E), (B, E), scale (); the bare
             model, or what is wrapped around it.
+        loss_of: unit features (B, E), (B, E), scale (), ids (B, 2) or None -> loss ().
         batches: steps, as lists of chunks.
         stop: whether the run ends before the step with this number (from 0).
         multiplier: of the peak learning rate, by step (from 0).
@@ -112,7 +113,7 @@ def fit(
         image, tokens = normalise(images_of(chunks, device)), tokens_of(chunks, device)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             image, text, scale = forward(image, tokens)
-        loss = clip_loss(image, text, scale)            # features leave the model normalised, in float32 or wider
+        loss = loss_of(image, text, scale, ids_of(chunks, device))      # features are normalised, float32 or wider
 
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -142,6 +143,11 @@ def tokens_of(chunks: list[Chunk], device: torch.device) -> Tensor:
         nn.functional.pad(chunk.tokens.to(device, non_blocking=True), (0, longest - chunk.tokens.shape[1]))
         for chunk in chunks
     ])
+
+
+def ids_of(chunks: list[Chunk], device: torch.device) -> Tensor | None:
+    """Which picture and which caption each row of a step has, on the device: (B, 2); None where nobody asked."""
+    return None if chunks[0].ids is None else torch.cat([chunk.ids.to(device, non_blocking=True) for chunk in chunks])
 
 
 class AfterStep:

@@ -18,7 +18,6 @@ from clipx.config import Train, differences
 from clipx.data.catalogue import usable_cores
 from clipx.data.images import TrainCrop
 from clipx.data.loader import TrainReader, read, steps, train_ranges
-from clipx.data.plan import Plan
 from clipx.data.sample import Data
 from clipx.duration import Every
 from clipx.errors import UserError
@@ -45,7 +44,7 @@ def run(config: Train, directory: Path) -> float | None:
     """
     device, workers = pick_device(config.device), pick_workers(config.workers)
     data: Data = build(config.data, "data", config.trust)
-    plan = Plan(data.train.sizes, config.seed, data.shuffle_window)
+    plan = data.plan(config.seed)
     length = run_length(config, plan.samples)
     state = fresh_state(config, device)
     plan_id = blake2b(f"{data.train.id} {plan.id}".encode(), digest_size=16).hexdigest()
@@ -59,7 +58,8 @@ def run(config: Train, directory: Path) -> float | None:
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     (directory / "config.yaml").write_text(text, encoding="utf-8")
     tokenizer, size = SimpleTokenizer(state.model.text.context), state.model.visual.size
-    reader = TrainReader(data.train, plan, TrainCrop(size, data.crop, data.decode), tokenizer, data.caption)
+    crop, identify = TrainCrop(size, data.crop, data.decode), config.loss.get("same") == "mask"
+    reader = TrainReader(data.train, plan, crop, tokenizer, data.caption, identify)
     chunks = read(reader, train_ranges(state.samples, config.batch_size), workers, pin=device.type == "cuda")
     multiplier = build(config.sched, "sched", config.trust)(length)
     evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
@@ -75,7 +75,7 @@ def run(config: Train, directory: Path) -> float | None:
             eval_every=every(config.eval_every),
             save_every=every(config.save_every),
             keep_every=every(config.keep_every),
-            evaluate=Validation(data.val, evals, tokenizer, workers, AMP[config.amp]),
+            evaluate=Validation(data.vals, evals, tokenizer, workers, AMP[config.amp]),
             save=partial(save, directory, identity, log),
             best=config.best,
             bad_limit=data.bad_limit,
@@ -84,6 +84,7 @@ def run(config: Train, directory: Path) -> float | None:
         fit(
             state=state,
             forward=state.model,
+            loss_of=build(config.loss, "loss", config.trust),
             batches=steps(chunks, config.batch_size),
             stop=lambda step: step >= length or stop_at.over(step),
             multiplier=multiplier,
@@ -183,8 +184,8 @@ def headlines(
     config: Train, directory: Path, state: State, data: Data, length: int, device: torch.device, workers: int
 ) -> list[str]:
     """What a run says of itself before it starts."""
-    samples, parameters = sum(data.train.sizes), sum(p.numel() for p in state.model.parameters())
-    held = sum(data.val.sizes) if data.val else 0
+    samples, parameters = int(sum(data.train.sizes)), sum(p.numel() for p in state.model.parameters())
+    held = sum(sum(val.sizes) for val in data.vals.values())
     epochs = length * config.batch_size / samples
     warm = ""
     if {"warmup", "warmup_cap"} <= config.sched.keys():

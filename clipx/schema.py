@@ -27,9 +27,21 @@ def check_node(node: Any, where: str, trust: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{where}={node!r}: expected a config group's node, with a _target_")
     target = locate(node["_target_"], where, trust)
     plain = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
-    nested = {key: value for key, value in plain.items() if isinstance(value, Mapping) and "_target_" in value}
+    nested = {key: check_nested(value, f"{where}.{key}", trust) for key, value in plain.items() if has_nodes(value)}
     fitting = check_call(target, plain, f"{where}.", as_they_are=nested, partial=bool(node.get("_partial_")))
-    return {**node, **fitting, **{key: check_node(value, f"{where}.{key}", trust) for key, value in nested.items()}}
+    return {**node, **fitting, **nested}
+
+
+def has_nodes(value: Any) -> bool:
+    """Whether a value is a node, or holds nodes by name."""
+    return isinstance(value, Mapping) and ("_target_" in value or any(has_nodes(inner) for inner in value.values()))
+
+
+def check_nested(value: Mapping[str, Any], where: str, trust: Sequence[str]) -> dict[str, Any]:
+    """A node, or nodes by name."""
+    if "_target_" in value:
+        return check_node(value, where, trust)
+    return {name: check_node(node, f"{where}.{name}", trust) for name, node in value.items()}
 
 
 def check_call(

@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-GROUPS = ("model", "data", "optim", "sched", "evals", "experiment", "source")
+GROUPS = ("model", "data", "optim", "sched", "loss", "evals", "experiment", "source")
 OUTPUTS = Path("outputs")
 MOST_LETTERS = 120          # of a directory's name
 

@@ -19,7 +19,7 @@ from clipx.data.sample import Data
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 
-GROUPS = ("model", "data", "optim", "sched", "evals", "experiment")
+GROUPS = ("model", "data", "optim", "sched", "loss", "evals", "experiment")
 GIVEN = {"data=folder": ["data.root=DIR"], "data=shards": ["data.root=DIR"]}
 
 
@@ -64,7 +64,7 @@ def whole_options(*groups: str) -> list[str]:
     return [f"{path.parent.name}={path.stem}" for path in files if "defaults:" not in path.read_text()]
 
 
-@pytest.mark.parametrize("option", whole_options("data", "optim", "sched"))
+@pytest.mark.parametrize("option", whole_options("data", "optim", "sched", "loss"))
 def test_the_yaml_of_a_group_restates_the_defaults_of_what_it_calls(option: str) -> None:
     group = option.split("=")[0]
     node = getattr(composed(option, *GIVEN.get(option, [])), group)

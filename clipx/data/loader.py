@@ -4,14 +4,15 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipx.data.images import TrainCrop, decode, eval_crop, to_tensor
-from clipx.data.plan import Place, Plan, digest
-from clipx.data.sample import BadSample, Source
+from clipx.data.plan import MixPlan, Place, Plan, digest
+from clipx.data.sample import BadSample, Sample, Source
 from clipx.data.tar import DataError
 from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
@@ -40,7 +41,8 @@ class Chunk:
     captions: list[str]     # M
     owners: Tensor          # (M,) int64, the row in ``images`` that each caption belongs to
     position: int           # of the first sample
-    samples: Tensor         # (N,) int64, ids in their source
+    samples: Tensor         # (N,) int64, ids
+    ids: Tensor | None      # (N, 2) int64, hashes of picture and caption, where the loss asks for them
     skipped: list[Skipped] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -67,7 +69,7 @@ class Reader(Dataset):
 
     def pack(
         self, positions: range, images: list[Tensor], captions: list[list[str]], samples: list[int],
-        skipped: list[Skipped],
+        skipped: list[Skipped], pictures: list[int] | None = None,
     ) -> Chunk:
         flat = [caption for several in captions for caption in several]
         tokens = self.tokenizer(flat)
@@ -80,6 +82,7 @@ class Reader(Dataset):
             owners=torch.repeat_interleave(torch.tensor([len(several) for several in captions])),
             position=positions.start,
             samples=torch.tensor(samples),
+            ids=None if pictures is None else torch.tensor([*zip(pictures, map(signed_hash, flat), strict=True)]),
             skipped=skipped,
         )
 
@@ -95,35 +98,45 @@ class TrainReader(Reader):
         crop: cuts the pictures.
         tokenizer: for the captions.
         caption: ``random``, one of a picture's captions is drawn, or ``first``.
+        identify: whether chunks tell which pictures and captions are the same.
     """
 
-    def __init__(self, source: Source, plan: Plan, crop: TrainCrop, tokenizer: SimpleTokenizer, caption: str):
+    def __init__(
+        self, source: Source, plan: Plan | MixPlan, crop: TrainCrop, tokenizer: SimpleTokenizer, caption: str,
+        identify: bool = False,
+    ):
         super().__init__(source, tokenizer)
-        self.plan, self.crop, self.caption = plan, crop, caption
+        self.plan, self.crop, self.caption, self.identify = plan, crop, caption, identify
 
     def chunk(self, positions: range) -> Chunk:
-        images, captions, samples, skipped = [], [], [], []
+        images, captions, samples, skipped, pictures = [], [], [], [], []
         for position in positions:
-            place, image, caption = self.take(position, skipped)
+            place, sample, image = self.take(position, skipped)
+            drawn = digest(self.plan.seed, "caption", *place) if self.caption == "random" else 0
             images.append(image)
-            captions.append([caption])
+            captions.append([sample.captions[drawn % len(sample.captions)]])
             samples.append(place.sample)
-        return self.pack(positions, images, captions, samples, skipped)
+            if self.identify:
+                pictures.append(signed_hash(sample.picture))
+        return self.pack(positions, images, captions, samples, skipped, pictures if self.identify else None)
 
-    def take(self, position: int, skipped: list[Skipped]) -> tuple[Place, Tensor, str]:
+    def take(self, position: int, skipped: list[Skipped]) -> tuple[Place, Sample, Tensor]:
         """The sample at a position, or, where it is bad, the first good one of its substitutes."""
         for attempt in range(TRIES):
             place = self.plan.substitute(position, attempt) if attempt else self.plan[position]
             try:
                 sample = self.source.read(place.sample)
-                image = self.crop(sample.picture, random.Random(digest(self.plan.seed, "crop", *place)))
+                return place, sample, self.crop(sample.picture, random.Random(digest(self.plan.seed, "crop", *place)))
             except BadSample as error:
                 skipped.append(Skipped(position, place.sample, self.source.locate(place.sample), str(error)))
-                continue
-            drawn = digest(self.plan.seed, "caption", *place) if self.caption == "random" else 0
-            return place, image, sample.captions[drawn % len(sample.captions)]
         worst = skipped[-1]
         raise DataError(f"{TRIES} samples in a row are bad, the last of them {worst.place}: {worst.reason}")
+
+
+def signed_hash(what: bytes | str) -> int:
+    """A hash that fits into an int64."""
+    data = what.encode() if isinstance(what, str) else what
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 class EvalReader(Reader):

@@ -4,12 +4,16 @@ A position counts samples from the start of training and never ends.  The plan m
 pure function of the seed and the index: workers, ranks and batches cut the sequence, none of them changes it.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
+
+BLOCK = 1000            # positions in which the proportions of a mix are exact
 
 
 class Place(NamedTuple):
@@ -17,7 +21,14 @@ class Place(NamedTuple):
 
     source: int     # which of the data sources
     epoch: int      # of that source
-    sample: int     # id in that source, from 0, in the order of its shards
+    sample: int     # id, from 0, in the order of the shards; those of a second source follow those of the first
+
+
+class Window(NamedTuple):
+    """A stretch of the plan and the shards that it reads."""
+
+    start: int          # the first position that reads one of them
+    shards: list[int]   # in the order of the sources' shards
 
 
 def digest(*words: int | str) -> int:
@@ -81,6 +92,17 @@ class Plan:
         shard = int(np.searchsorted(ends, line, side="right"))
         return Place(0, epoch, int(self.first[shards[shard]] + line - (ends[shard] - self.sizes[shards[shard]])))
 
+    def windows(self, position: int) -> Iterator[Window]:
+        """The windows from the one of a position on, without end."""
+        begun, index = divmod(position, self.samples)
+        first = index // self.window
+        for epoch in count(begun):
+            shards, ends = self.shard_order(epoch)
+            for start in range(first * self.window, self.samples, self.window):
+                a, b = np.searchsorted(ends, [start, min(start + self.window, self.samples) - 1], side="right")
+                yield Window(epoch * self.samples + start, [int(s) for s in shards[a : b + 1] if self.sizes[s]])
+            first = 0
+
     def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of an epoch, and where each of them ends in the line."""
         order = permutation(len(self.sizes), self.seed, "shards", epoch)
@@ -89,3 +111,87 @@ class Plan:
     def window_order(self, epoch: int, window: int) -> np.ndarray:
         width = min(self.window, self.samples - window * self.window)
         return permutation(width, self.seed, "window", epoch, window)
+
+
+class MixPlan:
+    """Position to sample, for several sources: in each block of a thousand positions each has its exact share.
+
+    Args:
+        sizes: samples of each shard, for each source.
+        weights: of the sources; their proportions count.
+        seed: of the run.
+        window: samples of a window, in each source.
+
+    Raises:
+        ValueError: a weight gives a source no place among a thousand.
+    """
+
+    def __init__(self, sizes: Sequence[Sequence[int]], weights: Sequence[float], seed: int, window: int):
+        self.sizes, self.weights, self.seed, self.window = sizes, weights, seed, window
+        seeds = [seed, *(digest(seed, "source", source) for source in range(1, len(sizes)))]
+        self.parts = [Plan(part, own, window) for part, own in zip(sizes, seeds, strict=True)]
+        self.shares = shares(weights)
+        self.samples = sum(part.samples for part in self.parts)         # what counts as an epoch
+        self.first_sample = np.cumsum([0, *(part.samples for part in self.parts)]).tolist()
+        self.first_shard = np.cumsum([0, *map(len, sizes)]).tolist()
+        self.block = lru_cache(maxsize=4)(self.block)
+
+    @property
+    def id(self) -> str:
+        return " ".join([str(self.shares), *(part.id for part in self.parts)])
+
+    def __getstate__(self) -> dict:
+        return {"sizes": self.sizes, "weights": self.weights, "seed": self.seed, "window": self.window}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def __getitem__(self, position: int) -> Place:
+        source, index = self.within(position)
+        return self.named(source, self.parts[source][index])
+
+    def substitute(self, position: int, attempt: int) -> Place:
+        """What stands in for a bad sample: one of the same source and window."""
+        source, index = self.within(position)
+        return self.named(source, self.parts[source].substitute(index, attempt))
+
+    def named(self, source: int, place: Place) -> Place:
+        return Place(source, place.epoch, place.sample + self.first_sample[source])
+
+    def within(self, position: int) -> tuple[int, int]:
+        """The source that stands at a position, and the position in that source's own plan."""
+        block, offset = divmod(position, BLOCK)
+        source = int(self.block(block)[offset])
+        return source, block * self.shares[source] + int((self.block(block)[:offset] == source).sum())
+
+    def block(self, number: int) -> np.ndarray:
+        """(1000,) the source at each position of a block."""
+        return np.repeat(np.arange(len(self.parts)), self.shares)[permutation(BLOCK, self.seed, "mix", number)]
+
+    def windows(self, position: int) -> Iterator[Window]:
+        """The windows of all sources, from those of a position on, by where they start; without end."""
+        return heapq.merge(*(self.windows_of(source, position) for source in range(len(self.parts))))
+
+    def windows_of(self, source: int, position: int) -> Iterator[Window]:
+        block, offset = divmod(position, BLOCK)
+        share = self.shares[source]
+        begin = block * share + int((self.block(block)[:offset] == source).sum())
+        for window in self.parts[source].windows(begin):
+            number, rank = divmod(window.start, share)
+            start = number * BLOCK + int(np.flatnonzero(self.block(number) == source)[rank])
+            yield Window(start, [shard + self.first_shard[source] for shard in window.shards])
+
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """How many of a thousand positions each weight gives: exact, the largest remainders rounded up.
+
+    Raises:
+        ValueError: one of them gives none.
+    """
+    exact = [BLOCK * weight / sum(weights) for weight in weights]
+    whole = [int(share) for share in exact]
+    for source in sorted(range(len(exact)), key=lambda s: whole[s] - exact[s])[: BLOCK - sum(whole)]:
+        whole[source] += 1
+    if min(whole) < 1:
+        raise ValueError(f"weights={list(weights)}: each needs at least a thousandth of their sum")
+    return whole

@@ -1,13 +1,15 @@
 """What a source of data is: samples by number, whatever they are kept in."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 from tqdm import tqdm
+
+from clipx.data.plan import MixPlan, Plan
 
 MOST_HELD_OUT = 5000        # pictures; more tell nothing more
 LARGE = 1_000_000           # samples of a source for which it is kept which of them are held out
@@ -67,6 +69,17 @@ class Data:
     crop: tuple[float, float] = (0.9, 1.0)          # share of a training picture's area that is kept, least and most
     caption: Literal["random", "first"] = "random"  # which caption of a picture trains: drawn each epoch, or its first
     decode: Literal["fast", "exact"] = "fast"       # fast: a JPEG larger than needed is decoded at half its size
+
+    further: Mapping[str, Source] = field(default_factory=dict)     # validation sets besides the first
+
+    @property
+    def vals(self) -> dict[str, Source]:
+        """All validation sets by name; the first has none."""
+        return ({"": self.val} if self.val is not None else {}) | dict(self.further)
+
+    def plan(self, seed: int) -> Plan | MixPlan:
+        """The order of training."""
+        return Plan(self.train.sizes, seed, self.shuffle_window)
 
     @property
     def bad_limit(self) -> int:

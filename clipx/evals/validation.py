@@ -16,10 +16,10 @@ Evaluation = Callable[[Features, EncodeTexts], dict[str, float]]
 
 
 class Validation:
-    """Scores a model on a source.
+    """Scores a model on validation sets.
 
     Args:
-        source: the validation set, or None where there is none.
+        sources: validation sets by name; the first, which goes without a name in tags and pictures, as ``""``.
         evals: evaluations by name.
         tokenizer: the model's.
         workers: processes that read.
@@ -28,26 +28,33 @@ class Validation:
 
     def __init__(
         self,
-        source: Source | None,
+        sources: Mapping[str, Source],
         evals: Mapping[str, Evaluation],
         tokenizer: SimpleTokenizer,
         workers: int,
         amp: torch.dtype | None,
     ):
-        self.source, self.evals, self.tokenizer, self.workers, self.amp = source, evals, tokenizer, workers, amp
+        self.sources, self.evals, self.tokenizer, self.workers, self.amp = sources, evals, tokenizer, workers, amp
 
     def __call__(self, model: CLIP, step: int, log: RunLog) -> dict[str, float]:
-        """The numbers by tag, ``val/<eval>/<metric>``; pictures go to the log."""
-        if self.source is None or not self.evals:
-            return {}
-        device = model.logit_scale.device
-        reader = EvalReader(self.source, model.visual.size, self.tokenizer)
-        everything = cut(range(sum(self.source.sizes)))
-        val = encode(model, read(reader, everything, self.workers, pin=device.type == "cuda"), device, self.amp)
-        log.pictures(val, step)
-        texts = partial(encode_texts, model, self.tokenizer, device)
-        scores = {name: evaluation(val, texts) for name, evaluation in self.evals.items()}
-        numbers = {f"val/{name}/{key}": value for name, score in scores.items() for key, value in score.items()}
-        if val.skipped:
-            numbers["val/skipped"] = val.skipped
+        """The numbers by tag, ``val/<eval>/<metric>`` or ``val/<eval>@<data>/<metric>``; pictures go to the log."""
+        numbers: dict[str, float] = {}
+        for name, source in self.sources.items() if self.evals else ():
+            at = f"@{name}" if name else ""
+            val = self.encode(model, source)
+            if not name:
+                log.pictures(val, step)
+            texts = partial(encode_texts, model, self.tokenizer, model.logit_scale.device)
+            for key, evaluation in self.evals.items():
+                scores = evaluation(val, texts)
+                numbers.update({f"val/{key}{at}/{metric}": value for metric, value in scores.items()})
+            if val.skipped:
+                numbers[f"val/skipped{at}"] = val.skipped
         return numbers
+
+    def encode(self, model: CLIP, source: Source) -> Features:
+        """All pictures and captions of a validation set in the joint space."""
+        device = model.logit_scale.device
+        reader = EvalReader(source, model.visual.size, self.tokenizer)
+        everything = cut(range(sum(source.sizes)))
+        return encode(model, read(reader, everything, self.workers, pin=device.type == "cuda"), device, self.amp)

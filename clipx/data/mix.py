@@ -1,0 +1,80 @@
+"""Several sources at once, in exact proportions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+
+import numpy as np
+from typing_extensions import Unpack
+
+from clipx.data.plan import MixPlan
+from clipx.data.sample import Data, How, Sample, Source
+from clipx.data.tar import DataError
+
+
+class Chain:
+    """Sources laid end to end, as one."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = list(sources)
+        self.sizes = np.concatenate([np.asarray(source.sizes) for source in sources])
+        self.ends = np.cumsum([sum(source.sizes) for source in sources])
+        self.id = blake2b("\n".join(source.id for source in sources).encode(), digest_size=16).hexdigest()
+
+    def whose(self, sample: int) -> tuple[Source, int]:
+        number = int(np.searchsorted(self.ends, sample, side="right"))
+        before = int(self.ends[number - 1]) if number else 0
+        return self.sources[number], sample - before
+
+    def locate(self, sample: int) -> str:
+        source, own = self.whose(sample)
+        return source.locate(own)
+
+    def read(self, sample: int) -> Sample:
+        source, own = self.whose(sample)
+        return source.read(own)
+
+
+@dataclass(frozen=True)
+class Mix(Data):
+    """Data of several sources."""
+
+    sizes: Sequence[Sequence[int]] = ()     # samples of each shard, for each source
+    weights: Sequence[float] = ()
+
+    def plan(self, seed: int) -> MixPlan:
+        return MixPlan(self.sizes, self.weights, seed, self.shuffle_window)
+
+
+def open_mix(sources: dict[str, Data], weights: dict[str, float], **how: Unpack[How]) -> Mix:
+    """Training data of several sources; each is validated on its own, the first as ``val/...``.
+
+    Args:
+        sources: by name, in an order that matters: another order is another run.
+        weights: by name; of every thousand samples each source gives its share, exactly.
+        how: as in ``Data``, for all of them.
+
+    Raises:
+        ValueError: the names differ, or a weight is too small.
+        DataError: a source has a key of its own that holds for the whole mix.
+    """
+    if sources.keys() != weights.keys() or min(weights.values(), default=0) <= 0:
+        raise ValueError(f"weights={weights}: expected a number above 0 for each of {', '.join(sources)}")
+    for name, data in sources.items():
+        for field in fields(Data):
+            own = getattr(data, field.name)
+            own = tuple(own) if isinstance(own, list) else own
+            if field.name in How.__annotations__ and own != field.default:
+                raise DataError(f"data.sources.{name}.{field.name} is not used in a mix; set data.{field.name} for all")
+    train = Chain([data.train for data in sources.values()])
+    first, *others = ((name, data.val) for name, data in sources.items() if data.val is not None)
+    mix = Mix(
+        train,
+        first[1],
+        **how,
+        further=dict(others),
+        sizes=[data.train.sizes for data in sources.values()],
+        weights=[weights[name] for name in sources],
+    )
+    mix.plan(seed=0)        # a weight that is too small is told now
+    return mix
