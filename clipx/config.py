@@ -38,6 +38,7 @@ class Train:
     data: dict[str, Any]
     optim: dict[str, Any]
     sched: dict[str, Any]
+    loss: dict[str, Any]
     evals: dict[str, dict[str, Any]]
     name: str | None
     epochs: PositiveFloat
@@ -255,8 +256,8 @@ def known_keys(name: str, given: Sequence[str]) -> list[str]:
         composed = hydra.compose(name, [word for word in given if re.fullmatch(r"[a-z]+=[\w\[\],]+", word)])
     except HydraException:
         composed = hydra.compose(name)
-    groups = [key for key, value in composed.items() if isinstance(value, DictConfig)]
-    return [*flat(OmegaConf.to_container(composed)), *groups]
+    plain = OmegaConf.to_container(composed)
+    return [*flat(plain), *(key for key, value in plain.items() if isinstance(value, dict))]
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from urllib3 import PoolManager, Retry, Timeout
@@ -13,10 +14,6 @@ MOST_BYTES = 64 << 20       # of a picture
 MOST_TIMEOUTS = 6           # a whole download may take so many times what a single wait may
 AGENT = {"User-Agent": "Mozilla/5.0 (compatible; clipx)", "Accept": "image/*"}
 BUSY = (429, 500, 502, 503, 504)    # answers after which it is worth asking again
-
-
-class Unreachable(BadSample):
-    """No server answers."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,8 @@ class Download:
         again = Retry(total=None, connect=self.retries, read=self.retries, status=self.retries, redirect=5, other=0,
                       backoff_factor=0.5, status_forcelist=BUSY, raise_on_status=False,
                       respect_retry_after_header=False)
-        return PoolManager(self.connections, AGENT, timeout=Timeout(self.timeout, self.timeout), retries=again)
+        return PoolManager(self.connections, AGENT, maxsize=self.connections, retries=again,
+                           timeout=Timeout(self.timeout, self.timeout))
 
     def fetch(self, pool: PoolManager, url: str) -> bytes:
         """The file behind a URL.
@@ -46,8 +44,7 @@ class Download:
         """
         data, deadline = bytearray(), time.monotonic() + MOST_TIMEOUTS * self.timeout
         try:
-            response = pool.request("GET", url, preload_content=False)
-            try:
+            with closing(pool.request("GET", url, preload_content=False)) as response:
                 if response.status != 200:
                     raise BadSample(f"unreachable: HTTP {response.status}")
                 if {"noai", "noimageai"} & set(re.split(r"[\s,:]+", response.headers.get("X-Robots-Tag", "").lower())):
@@ -58,10 +55,8 @@ class Download:
                         raise BadSample(f"is too large: more than {MOST_BYTES >> 20} MB")
                     if time.monotonic() > deadline:
                         raise BadSample("unreachable: too slow")
-            finally:
-                response.close()
         except (HTTPError, UnicodeError) as error:
-            raise Unreachable(f"unreachable: {type(getattr(error, 'reason', None) or error).__name__}") from error
+            raise BadSample(f"unreachable: {type(getattr(error, 'reason', None) or error).__name__}") from error
         return bytes(data)
 
 

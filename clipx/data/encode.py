@@ -55,7 +55,10 @@ def encode(
         scale = resize / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     buffer = BytesIO()
-    image.save(buffer, FORMATS[wanted], quality=quality)
+    try:
+        image.save(buffer, FORMATS[wanted], quality=quality)
+    except (OSError, ValueError) as error:      # a side that the format has no room for
+        raise BadSample(f"cannot be written as {wanted}: {error}") from error
     return Encoded(wanted, buffer.getvalue(), *image.size)
 
 

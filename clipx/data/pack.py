@@ -10,11 +10,11 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,13 @@ import numpy as np
 from tqdm import tqdm
 from urllib3 import PoolManager
 
-from clipx.data.download import Download, Unreachable, is_url
+from clipx.data.download import Download, is_url
 from clipx.data.encode import Encoded, encode, read_file
 from clipx.data.index import make_index
 from clipx.data.layouts import Item, Layout
 from clipx.data.plan import permutation
 from clipx.data.processes import spread
-from clipx.data.report import WRITING, listed, merge, write
+from clipx.data.report import WRITING, by_reason, listed, merge, write
 from clipx.data.sample import BadSample
 from clipx.data.tar import DataError
 from clipx.errors import UserError
@@ -42,7 +42,6 @@ NOTE, REPORT, DROPPED, PARTS = "prepare.json", "report.json", "dropped.jsonl", "
 class Packing:
     """How items become shards; conf/prepare.yaml says what each means."""
 
-    source: str             # begins the names of the shards
     samples_per_shard: int
     shuffle: bool
     seed: int
@@ -64,8 +63,15 @@ class Task(NamedTuple):
     items: list[Item]
 
 
-def pack(layout: Layout, packing: Packing, out: Path, workers: int) -> dict[str, Any]:
+def pack(name: str, layout: Layout, packing: Packing, out: Path, workers: int) -> dict[str, Any]:
     """Write the shards of a layout, or those of them that are not there yet, and report.json.
+
+    Args:
+        name: what the names of the shards begin with.
+        layout: the pictures and their captions.
+        packing: how.
+        out: where to, a new directory or one where the same was begun.
+        workers: processes; 0 works in this one.
 
     Returns:
         The report.
@@ -73,20 +79,24 @@ def pack(layout: Layout, packing: Packing, out: Path, workers: int) -> dict[str,
     Raises:
         UserError: ``out`` holds something else, or nothing would stand in the shards.
     """
-    if not any(item.captions for items in layout.splits.values() for item in items):
+    every = [item for items in layout.splits.values() for item in items]
+    if not any(item.captions for item in every):
         raise DataError(f"{layout.root} has no picture with a caption")
-    claim(out, {**asdict(packing), "items": fingerprint(layout.splits)})
+    if packing.drop_duplicates and any(is_url(item.picture) for item in every):
+        raise UserError("drop_duplicates=true compares files, and these pictures are URLs; leave it out")
+    claim(out, {"source": name, **asdict(packing), "items": fingerprint(layout.splits)})
     if (out / REPORT).exists():
         logger.info("%s is finished; nothing is changed", out)
         return json.loads((out / REPORT).read_bytes())
     splits = {split: dict(enumerate(items)) for split, items in layout.splits.items()}
     dropped = drop_duplicates(layout.root, splits, workers) if packing.drop_duplicates else []
-    tasks = [task for split, items in splits.items() for task in cut(split, items, packing, out)]
+    tasks = [task for split, items in splits.items() for task in cut(name, split, items, packing, out)]
     todo = [task for task in tasks if not task.report.exists()]
     download = layout.download.shared_by(max(1, min(workers, len(todo))))
     work = partial(pack_shard, root=layout.root, packing=packing, download=download)
-    total, left = (sum(len(task.items) for task in some) for some in (tasks, todo))
-    bar = tqdm(total=total, initial=total - left, unit="sample", desc="pack", disable=None)
+    total = sum(len(task.items) for task in tasks)
+    before = total - sum(len(task.items) for task in todo)
+    bar = tqdm(total=total, initial=before, unit="sample", desc="pack", disable=None)
     with bar, closing(spread(work, todo, workers)) as done:
         for count in done:
             bar.update(count)
@@ -102,9 +112,9 @@ def claim(out: Path, meaning: dict[str, Any]) -> None:
     own = f"out={out} holds %s; shards go into a new or empty directory, or one where the same words stopped"
     note = out / NOTE
     if note.is_file():
-        before = json.loads(note.read_bytes())
-        changes = [f"{key}={before.get(key)} there, {value} now" for key, value in meaning.items()
-                   if before.get(key) != value]
+        before = read_note(note)
+        changes = [f"{key}={json.dumps(before.get(key))} there, {json.dumps(value)} now"
+                   for key, value in meaning.items() if before.get(key) != value]
         if changes:
             raise UserError(own % f"shards that mean something else ({'; '.join(changes)})")
         return
@@ -115,6 +125,14 @@ def claim(out: Path, meaning: dict[str, Any]) -> None:
         raise UserError(own % f"something else ({', '.join(sorted(others)[:3])})")
     out.mkdir(parents=True, exist_ok=True)
     write(note, json.dumps(meaning, indent=2) + "\n")
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What a directory means; nothing where the file is somebody else's."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        return {}
 
 
 def fingerprint(splits: dict[str, list[Item]]) -> str:
@@ -128,18 +146,12 @@ def fingerprint(splits: dict[str, list[Item]]) -> str:
 
 
 def drop_duplicates(root: Path, splits: dict[str, dict[int, Item]], workers: int) -> list[dict[str, str]]:
-    """Take out of each split the pictures whose bytes stood in it before; gives back what is told of them.
-
-    Raises:
-        UserError: pictures are URLs.
-    """
+    """Take out of each split the pictures whose bytes stood in it before; gives back what is told of them."""
     dropped = []
     for split, items in splits.items():
-        if any(is_url(item.picture) for item in items.values()):
-            raise UserError("drop_duplicates=true compares files, and these pictures are URLs; leave it out")
         first: dict[bytes, int] = {}
-        with ThreadPool(max(1, workers)) as pool:       # hashing and reading let other threads run
-            digests = pool.imap(lambda item: content_hash(root / item.picture), items.values(), chunksize=16)
+        with ThreadPoolExecutor(max(1, workers)) as pool:       # hashing and reading let other threads run
+            digests = pool.map(lambda item: content_hash(root / item.picture), items.values())
             bar = tqdm(digests, f"hash {split}", len(items), unit="sample", disable=None)
             twice = [
                 (number, first[digest])
@@ -159,15 +171,14 @@ def content_hash(path: Path) -> bytes | None:
         return None
 
 
-def cut(split: str, items: dict[int, Item], packing: Packing, out: Path) -> Iterator[Task]:
+def cut(name: str, split: str, items: dict[int, Item], packing: Packing, out: Path) -> Iterator[Task]:
     """The items in their order, in shards whose sizes differ by at most one."""
     numbers = np.array(list(items), dtype=np.int64)
     if packing.shuffle:
         numbers = numbers[permutation(len(numbers), packing.seed, "prepare", split)]
     for index, part in enumerate(np.array_split(numbers, -(-len(numbers) // packing.samples_per_shard))):
-        name = f"{packing.source}-{split}-{index:06d}"
-        chosen = part.tolist()
-        yield Task(out / split / f"{name}.tar", out / PARTS / f"{name}.json", split, chosen,
+        shard, chosen = f"{name}-{split}-{index:06d}", part.tolist()
+        yield Task(out / split / f"{shard}.tar", out / PARTS / f"{shard}.json", split, chosen,
                    [items[number] for number in chosen])
 
 
@@ -175,7 +186,7 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
     """Write one shard, its index and its report; gives back how many items it was made of.
 
     Raises:
-        DataError: no server of any of its pictures answers.
+        DataError: not one of its pictures can be used, as when a network or a disk is gone.
     """
     from webdataset import TarWriter  # brings torch
 
@@ -183,7 +194,7 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
         directory.mkdir(exist_ok=True)
     for left in task.shard.parent.glob(f"{task.shard.name}*"):
         left.unlink(missing_ok=True)        # by an interrupted run
-    captions, sides, words, dropped, unreachable = 0, Counter(), Counter(), [], 0
+    captions, sides, words, dropped = 0, Counter(), Counter(), []
     temporary = task.shard.with_name(f"{task.shard.name}{WRITING}{os.getpid()}")
     with temporary.open("wb") as file:
         with TarWriter(file, user="clipx", group="clipx", encoder=False, mtime=0) as tar:
@@ -191,7 +202,6 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
             for number, item, picture in zip(task.numbers, task.items, encoded, strict=True):
                 if isinstance(picture, BadSample):
                     dropped.append({"split": task.split, "picture": item.picture, "reason": str(picture)})
-                    unreachable += isinstance(picture, Unreachable)
                     continue
                 text = {"caption": spoken(item), "height": picture.height, "name": item.picture, "width": picture.width}
                 tar.write({"__key__": f"{number:09d}", picture.kind: picture.file,
@@ -201,9 +211,10 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
                 words.update(len(caption.split()) for caption in text["caption"])
         file.flush()
         os.fsync(file.fileno())
-    if unreachable == len(task.items):
-        raise DataError(f"not one of the {unreachable:,} URLs of {task.shard.name} can be reached "
-                        f"({dropped[-1]['reason']}); when the network is there, the same words go on")
+    if not captions:
+        reasons = listed(by_reason(dropped))
+        raise DataError(f"not one of the {len(dropped):,} pictures for {task.shard} can be used ({reasons}); when that "
+                        "is mended, the same words go on")
     os.replace(temporary, task.shard)
     make_index(task.shard, task.shard.parent)
     report = {"samples": len(task.items) - len(dropped), "captions": captions, "bytes": task.shard.stat().st_size,
@@ -219,8 +230,8 @@ def encode_all(
     if not any(is_url(item.picture) for item in items):
         yield from (encode_one(item, root, packing, download, None) for item in items)
         return
-    with download.pool() as pool, ThreadPool(download.connections) as threads:
-        yield from threads.imap(lambda item: encode_one(item, root, packing, download, pool), items)
+    with download.pool() as pool, ThreadPoolExecutor(download.connections) as threads:
+        yield from threads.map(lambda item: encode_one(item, root, packing, download, pool), items)
 
 
 def encode_one(
@@ -241,20 +252,11 @@ def spoken(item: Item) -> list[str]:
 
 
 def finish(out: Path, tasks: list[Task], twice: list[dict[str, str]]) -> dict[str, Any]:
-    """Put the reports of the shards together and write them.
-
-    Raises:
-        DataError: a split has no picture left.
-    """
+    """Put the reports of the shards together and write them."""
     parts = [(task.split, json.loads(task.report.read_bytes())) for task in tasks]
     dropped = [*twice, *(row for _, part in parts for row in part["dropped"])]
-    reasons = Counter(row["reason"].partition(":")[0] for row in dropped)
-    report = {"splits": merge(parts), "dropped": dict(reasons.most_common())}
+    report = {"splits": merge(parts), "dropped": by_reason(dropped)}
     write(out / DROPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
-    for split, total in report["splits"].items():
-        if not total["samples"]:
-            raise DataError(f"no picture of {split} is left ({listed(reasons)}; {out / DROPPED} names them); mend src, "
-                            f"remove {out} and start again")
     write(out / REPORT, json.dumps(report, indent=2) + "\n")
     shutil.rmtree(out / PARTS)
     return report

@@ -44,6 +44,11 @@ def tell(report: Mapping[str, Any], out: Path) -> Iterator[str]:
         yield f"left out  {listed(report['dropped'])}; {out / 'dropped.jsonl'} names them"
 
 
+def by_reason(dropped: Iterable[Mapping[str, str]]) -> dict[str, int]:
+    """How many were left out for which reason; what stands behind a colon is of one picture."""
+    return dict(Counter(row["reason"].partition(":")[0] for row in dropped).most_common())
+
+
 def listed(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
 
@@ -57,4 +62,4 @@ def spread_of(histogram: Mapping[int | str, int]) -> str:
             if seen >= share * total:
                 found.setdefault(share, value)
     values = list(histogram)
-    return f"{values[0]} to {values[-1]}, half up to {found[0.5]}, 5 % up to {found[0.05]}, 95 % up to {found[0.95]}"
+    return f"{values[0]} to {values[-1]}, median {found[0.5]}; 5 % up to {found[0.05]}, 95 % up to {found[0.95]}"

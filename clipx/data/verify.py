@@ -11,8 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from clipx.data.catalogue import open_catalogue
-from clipx.data.images import decode
-from clipx.data.layouts import Tars
+from clipx.data.layouts import Tars, published
 from clipx.data.processes import spread
 from clipx.data.report import write
 from clipx.data.sample import BadSample
@@ -38,7 +37,8 @@ def index(tars: Tars) -> None:
             logger.warning("%s is cut short: %d of its %d samples can be read", shard, size - gone, size)
         stats = shard.with_name(f"{shard.stem}_stats.json")         # img2dataset's
         if stats.is_file():
-            promised = json.loads(stats.read_bytes()).get("successes")
+            with published(stats) as content:
+                promised = content["successes"]
             if promised != size:
                 logger.warning("%s holds %d samples, but %s says %s", shard, size, stats.name, promised)
 
@@ -72,6 +72,8 @@ def verify(tars: Tars, listing: Path, workers: int) -> int:
 
 def verify_shard(shard: Path, root: Path, caption_key: str | None, index_dir: Path) -> tuple[int, list[dict[str, Any]]]:
     """How many samples a shard has, and those of them that are bad."""
+    from clipx.data.images import decode  # brings torch
+
     source = Shards(open_catalogue([shard], index_dir), caption_key, index_dir)
     bad = []
     for sample in range(sum(source.sizes)):

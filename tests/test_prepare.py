@@ -1,0 +1,614 @@
+"""Published layouts, exactly as they are published, become shards; and shards are read through."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import signature
+from io import BytesIO
+from pathlib import Path
+from threading import Thread
+
+import hydra
+import pyarrow
+import pyarrow.parquet
+import pytest
+import webdataset
+import yaml
+from conftest import ROOT, in_process, picture, write_tar
+from PIL import Image
+
+from clipx.build import build, locate
+from clipx.config import Prepare, resolve
+from clipx.data import pack
+from clipx.data.sample import Sample
+from clipx.data.shards import open_shards
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")    # webdataset's own
+SOURCES = {"csv": ["source.image=a", "source.caption=b"]}       # what must be given besides src
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``python -m clipx.prepare WORDS`` in this process."""
+    from clipx.prepare import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["clipx.prepare", "workers=0", *words])
+        main()
+
+    return run
+
+
+@pytest.fixture
+def refused(prepare: Callable[..., None]) -> Callable[..., str]:
+    """The one line that the command ends with."""
+
+    def run(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            prepare(*words)
+        message = str(ended.value.code)
+        assert "\n" not in message
+        return message
+
+    return run
+
+
+def save(path: Path, data: bytes | str | dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(data) if isinstance(data, dict) else data
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def make_coco(root: Path, train: int = 10, val: int = 4) -> Path:
+    """COCO 2017 as it is published, with five captions a picture whose ids are not in the order of the file."""
+    for split, count, shift in (("train", train, 0), ("val", val, 100)):
+        images, annotations = [], []
+        for number in range(shift, shift + count):
+            name = f"{9 + 16 * number:012d}.jpg"
+            save(root / f"{split}2017" / name, picture(number, "jpeg"))
+            images.append({"license": 3, "file_name": name, "coco_url": f"http://images.cocodataset.org/{name}",
+                           "height": 32, "width": 40, "date_captured": "2013-11-14 17:02:52", "id": 9 + 16 * number})
+            annotations += [{"image_id": 9 + 16 * number, "id": 1000 * number + 9 - turn,
+                             "caption": f"Thing {number} seen for the {turn}th time. \n"} for turn in range(5)]
+        content = {"info": {"year": 2017}, "images": images, "licenses": [], "annotations": annotations}
+        save(root / "annotations" / f"captions_{split}2017.json", content)
+    return root
+
+
+def samples(out: Path, split: str = "train") -> list[Sample]:
+    """All samples of a split, as training reads them."""
+    source = open_shards(shards=f"{out}/{split}/*.tar", val=0).train
+    return [source.read(number) for number in range(sum(source.sizes))]
+
+
+def words_of(out: Path, split: str = "train") -> list[dict]:
+    """The json of each sample, as webdataset reads it."""
+    return [json.loads(sample["json"]) for shard in sorted((out / split).glob("*.tar"))
+            for sample in webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)]
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def sizes(out: Path, split: str = "train") -> list[int]:
+    return list(map(int, open_shards(shards=f"{out}/{split}/*.tar", val=0).train.sizes))
+
+
+# ---------------------------------------------------------------- config
+
+
+def composed(*given: str) -> Prepare:
+    with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
+        return resolve(hydra.compose("prepare", list(given)), Prepare)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf/source").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_source_composes_and_restates_the_defaults_of_what_it_calls(path: Path) -> None:
+    config = composed(f"source={path.stem}", "src=x", *SOURCES.get(path.stem, []))
+    parameters = signature(locate(config.source["_target_"], "source")).parameters
+    for key, parameter in parameters.items():
+        assert parameter.default is parameter.empty or config.source[key] == parameter.default, key
+    assert config.resize == (256 if path.stem == "cc3m" else None)
+    build(config.source, "source")
+
+
+def test_prepare_yaml_states_every_key_of_the_schema_and_the_help_every_source(tmp_path: Path) -> None:
+    stated = yaml.safe_load((ROOT / "conf/prepare.yaml").read_text())
+    assert set(stated) - {"defaults", "hydra"} == {field.name for field in fields(Prepare)} - {"choices"}
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    shown = in_process("-m", "clipx.prepare", "--help", cwd=tmp_path).stdout
+    assert all(path.stem in shown for path in (ROOT / "conf/source").glob("*.yaml"))
+    assert "samples_per_shard: 2000" in shown
+
+
+def test_a_mistake_ends_in_one_line_and_leaves_nothing(refused: Callable[..., str], tmp_path: Path) -> None:
+    coco = str(make_coco(tmp_path / "coco", 1, 1))
+    before = everything(tmp_path)
+    given = ["source=coco", f"src={coco}"]
+    assert refused() == "source has no value; add source=cc3m|coco|csv|flickr30k|folder|shards"
+    assert refused("source=coko", "src=x") == "source=coko: there is no such option; did you mean coco?"
+    assert refused("source=coco") == "src has no value; add src=..."
+    assert refused(*given) == "out has no value; add out=DIR, a new directory"
+    assert refused("source=csv", "src=x") == "source.image has no value; add source.image=..."
+    assert refused(*given, "sedd=1") == "sedd: there is no such key; did you mean seed?"
+    assert refused(*given, "out=o", "quality=101") == "quality=101: should be less than or equal to 100"
+    assert refused(*given, "out=o", "encode=gif") == "encode='gif': should be 'jpg', 'webp' or 'png'"
+    assert refused(*given, "out=o", "samples_per_shard=0").startswith("samples_per_shard=0: should be greater than 0")
+    assert refused("source=coco", "src=no where", "out=o") == "src=no where is not a directory"
+    assert refused("source=coco", f"src={coco}/val2017", "out=o").endswith(
+        "has neither train2017/ nor val2017/; COCO's layout is train2017/, val2017/ and "
+        "annotations/captions_train2017.json, captions_val2017.json")
+    assert refused(*given, "out=o", "source.karpathy=no.json") == "no.json: there is no such file"
+    assert refused(*given, "out=o", f"source.karpathy={coco}/annotations/captions_val2017.json").endswith(
+        "captions_val2017.json is not the json that was published: KeyError 'filename'")
+    assert refused("source=flickr30k", f"src={coco}", "out=o").startswith(f"src={coco} has not Flickr30k's layout: ")
+    assert refused("source=folder", f"src={coco}", "out=o").startswith(f"{coco} has neither images/ and captions.txt ")
+    assert refused("source=cc3m", f"src={coco}", "out=o").startswith(f"src={coco} has neither Train_GCC-training.tsv ")
+    assert refused("source=shards", f"src={coco}").startswith(f"src={coco} holds no shards (*.tar")
+    assert refused("source=csv", "src=x", *SOURCES["csv"], "out=o").startswith("src=x is neither a .csv, .tsv or ")
+    assert everything(tmp_path) == before
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def test_coco_is_one_sample_a_picture_with_its_five_captions(prepare: Callable[..., None], tmp_path: Path) -> None:
+    make_coco(tmp_path / "co é=co")
+    prepare("source=coco", "src=co é=co", "out=o u~t", "samples_per_shard=4")
+    out = tmp_path / "o u~t"
+    assert sizes(out) == [4, 3, 3] and sizes(out, "val") == [4]
+    found = {row["name"]: row for row in words_of(out)}
+    assert len(found) == 10
+    assert found["train2017/000000000025.jpg"] == {
+        "caption": [f"Thing 1 seen for the {turn}th time." for turn in (4, 3, 2, 1, 0)],
+        "height": 32, "name": "train2017/000000000025.jpg", "width": 40,
+    }
+    by_key = {sample.key: sample for sample in samples(out)}
+    assert sorted(by_key) == [f"{number:09d}" for number in range(10)]
+    assert by_key["000000001"].picture == picture(1, "jpeg") and len(by_key["000000001"].captions) == 5
+    report = json.loads((out / "report.json").read_text())
+    tars = [path.stat().st_size for path in (out / "train").glob("*.tar")]
+    assert report["splits"]["train"] == {"shards": 3, "samples": 10, "captions": 50, "bytes": sum(tars),
+                                         "short_side": {"32": 10}, "caption_words": {"7": 50}}
+    assert report["splits"]["val"]["samples"] == 4 and report["dropped"] == {}
+    assert not (out / ".prepare").exists() and (out / "dropped.jsonl").read_text() == ""
+    indexes = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.index")}
+    assert len(indexes) == 4
+    open_shards(str(out))       # finds them as they are
+    assert {path.name: path.stat().st_mtime_ns for path in out.rglob("*.index")} == indexes
+
+
+def test_karpathys_split_counts_where_it_is_given(prepare: Callable[..., None], tmp_path: Path) -> None:
+    images = []
+    for number, (folder, split) in enumerate(
+        [("train2014", "train"), ("val2014", "restval"), ("val2014", "val"), ("val2014", "test")]
+    ):
+        name = f"COCO_{folder}_{number:012d}.jpg"
+        save(tmp_path / "coco" / folder / name, picture(number, "jpeg"))
+        save(tmp_path / "coco17" / "train2017" / f"{number:012d}.jpg", picture(number, "jpeg"))
+        images.append({"filepath": folder, "sentids": [number], "filename": name, "imgid": number, "split": split,
+                       "sentences": [{"tokens": ["a"], "raw": f"A {number}.", "imgid": number, "sentid": number}],
+                       "cocoid": number})
+    save(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    for root in ("coco", "coco17"):
+        prepare("source=coco", f"src={root}", "source.karpathy=dataset_coco.json", f"out={root}-out", "shuffle=false")
+        out = tmp_path / f"{root}-out"
+        assert [row["caption"] for row in words_of(out)] == [["A 0."], ["A 1."]]
+        assert [row["caption"] for split in ("val", "test") for row in words_of(out, split)] == [["A 2."], ["A 3."]]
+
+
+FLICKR_CSV = (
+    "image_name| comment_number| comment\n"
+    "1000.jpg| 0| Two men , one | with a hat .\n"
+    "1000.jpg| 1| Two men .\n"
+    "2199200615.jpg| 4   A dog runs across the grass .\n"      # so it stands in the published file
+)
+FLICKR_TOKEN = (
+    "1000.jpg#0\tTwo men , one | with a hat .\n1000.jpg#1\tTwo men .\n"
+    "2199200615.jpg#4\tA dog runs across the grass .\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("listing", "text", "folder"),
+    [("results.csv", FLICKR_CSV, "flickr30k_images"), ("results_20130124.token", FLICKR_TOKEN, "flickr30k-images")],
+)
+def test_flickr30k_is_read_from_its_csv_and_from_its_token_file(
+    listing: str, text: str, folder: str, prepare: Callable[..., None], tmp_path: Path
+) -> None:
+    save(tmp_path / "f" / listing, text)
+    for name in ("1000.jpg", "2199200615.jpg"):
+        save(tmp_path / "f" / folder / name, picture(len(name), "jpeg"))
+    prepare("source=flickr30k", "src=f", "out=o", "shuffle=false")
+    assert [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")] == [
+        (f"{folder}/1000.jpg", ["Two men , one | with a hat .", "Two men ."]),
+        (f"{folder}/2199200615.jpg", ["A dog runs across the grass ."]),
+    ]
+
+
+def test_a_line_that_cannot_be_read_is_named_and_left_out(
+    prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "f/results.csv", FLICKR_CSV + "what is this\n")
+    save(tmp_path / "f/images/1000.jpg", picture(1, "jpeg"))
+    prepare("source=flickr30k", "src=f", "out=o")
+    assert "1 lines are not PICTURE|NUMBER|CAPTION and are left out: 'what is this'" in caplog.text
+    assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"there is no such file": 1}
+    assert json.loads((tmp_path / "o/dropped.jsonl").read_text()) == {
+        "split": "train", "picture": "images/2199200615.jpg", "reason": "there is no such file",
+    }
+
+
+def test_a_folder_is_read_by_its_listing_or_by_texts_beside_the_pictures(
+    prepare: Callable[..., None], tmp_path: Path
+) -> None:
+    save(tmp_path / "a/images/x.PNG", picture(1))
+    save(tmp_path / "a/images/deep/文.jpg", picture(2, "jpeg"))
+    save(tmp_path / "a/captions.txt", "x.PNG\tone\ndeep/文.jpg\ttwo\nx.PNG\tuno\n")
+    save(tmp_path / "b/x.y.png", picture(1))
+    save(tmp_path / "b/x.y.txt", "one\n\n uno \n")
+    save(tmp_path / "b/sub/文.jpeg", picture(2, "jpeg"))
+    save(tmp_path / "b/sub/文.txt", "two")
+    save(tmp_path / "b/sub/alone.png", picture(3))
+    for split in ("train", "val"):
+        save(tmp_path / f"c/{split}/p.png", picture(4))
+        save(tmp_path / f"c/{split}/p.txt", split)
+    for root in "abc":
+        prepare("source=folder", f"src={root}", f"out=o{root}", "shuffle=false")
+    both = {("images/x.PNG", "one uno"), ("images/deep/文.jpg", "two")}
+    assert {(row["name"], " ".join(row["caption"])) for row in words_of(tmp_path / "oa")} == both
+    both = {("x.y.png", "one uno"), ("sub/文.jpeg", "two")}
+    assert {(row["name"], " ".join(row["caption"])) for row in words_of(tmp_path / "ob")} == both
+    assert "has no caption" in (tmp_path / "ob/dropped.jsonl").read_text()
+    assert [row["name"] for row in words_of(tmp_path / "oc", "val")] == ["val/p.png"]
+
+
+ROWS = [("p/a.png", "one, with a comma"), ("p/b.png", "two"), ("p/a.png", 'un "uno"'), ("p/b.png", "")]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "semicolon", "parquet", "directory"])
+def test_a_table_of_any_kind_and_columns(kind: str, prepare: Callable[..., None], tmp_path: Path) -> None:
+    save(tmp_path / "t/p/a.png", picture(1))
+    save(tmp_path / "t/p/b.png", picture(2))
+    columns = {"n": range(4), "the text": [text for _, text in ROWS], "file": [name for name, _ in ROWS]}
+    src, more = f"t/t.{kind}", []
+    if kind in ("parquet", "directory"):
+        src = "t/t.parquet" if kind == "parquet" else "t"
+        pyarrow.parquet.write_table(pyarrow.table({**columns, "n": list(range(4))}), tmp_path / "t/t.parquet")
+    else:
+        sep = {"csv": ",", "tsv": "\t", "semicolon": ";"}[kind]
+        lines = [sep.join(columns), *(sep.join((str(n), '"' + text.replace('"', '""') + '"', name))
+                                      for n, (name, text) in enumerate(ROWS))]
+        save(tmp_path / src, "\ufeff" + "\r\n".join(lines))
+        more = ["source.sep=;"] if kind == "semicolon" else []
+    prepare("source=csv", f"src={src}", "source.image=file", "source.caption=the text", "out=o", "shuffle=false", *more)
+    assert [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")] == [
+        ("p/a.png", ["one, with a comma", 'un "uno"']), ("p/b.png", ["two"]),
+    ]
+
+
+def test_a_table_that_is_otherwise_is_refused_in_one_line(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "t.csv", "a,c\nx.png,one\n")
+    given = ["source=csv", *SOURCES["csv"], "out=o"]
+    assert refused(*given, "src=t.csv") == "source.caption=b: t.csv has no such column; there are a, c"
+    save(tmp_path / "t.csv", b"a,b\nx.png,\xe9\n")
+    assert refused(*given, "src=t.csv").startswith("t.csv cannot be read as a table in UTF-8 with source.sep=','")
+    assert refused(*given, "src=t.csv", "source.sep=ab").startswith("t.csv cannot be read as a table in UTF-8")
+    save(tmp_path / "t.parquet", b"PAR1 and no more")
+    assert refused(*given, "src=t.parquet").startswith("t.parquet is not a whole parquet file")
+    pyarrow.parquet.write_table(pyarrow.table({"a": [b"bytes"], "b": ["x"]}), tmp_path / "t.parquet")
+    assert refused(*given, "src=t.parquet") == "source.image=a holds bytes in t.parquet, not paths or URLs"
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert refused(*given, "src=t.parquet") == "t.parquet needs pyarrow to be read: pip install 'clipx[parquet]'"
+
+
+class Web(BaseHTTPRequestHandler):
+    """Pictures by number, and all that goes wrong in the web."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        path = self.path.removeprefix("/")
+        if path == "slow":
+            time.sleep(1)
+        status, data = (200, picture(int(path), "jpeg", (400, 300))) if path.isdigit() else (200, b"<html>no</html>")
+        status = {"gone": 404, "busy": 503 if self.server.asked.count("/busy") < 2 else 200}.get(path, status)
+        data = picture(77, "png") if path == "busy" else data
+        self.send_response(status)
+        if path == "shy":
+            self.send_header("X-Robots-Tag", "noai, noimageai")
+        self.send_header("Content-Length", str(len(data) * (1 + (path == "cut"))))
+        self.end_headers()
+        self.wfile.write(data)
+        self.close_connection = True
+
+    def log_message(self, *words: object) -> None: ...
+
+
+@pytest.fixture
+def web() -> Iterator[ThreadingHTTPServer]:
+    """A server at ``web.url``; ``web.asked`` are the paths that it was asked for."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    server.asked, server.url, server.handle_error = [], f"http://127.0.0.1:{server.server_port}", lambda *_: None
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_cc3m_is_fetched_shrunk_and_what_is_unreachable_is_told(
+    prepare: Callable[..., None], tmp_path: Path, web: ThreadingHTTPServer
+) -> None:
+    odd = ["gone", "slow", "html", "cut", "shy", "busy"]
+    rows = [(f"picture {path} , said <PERSON>", f"{web.url}/{path}") for path in [*map(str, range(6)), *odd]]
+    rows += [("nobody", "http://127.0.0.1:9/x"), ("picture 0 again", f"{web.url}/0")]
+    save(tmp_path / "cc/Train_GCC-training.tsv", "".join(f"{caption}\t{url}\n" for caption, url in rows))
+    save(tmp_path / "cc/Validation_GCC-1.1.0-Validation.tsv", f"held\t{web.url}/9\n")
+    prepare("source=cc3m", "src=cc", "out=o", "shuffle=false", "source.timeout=0.4", "source.connections=8")
+    assert [row["name"].rpartition("/")[2] for row in words_of(tmp_path / "o")] == [*map(str, range(6)), "busy"]
+    assert words_of(tmp_path / "o")[0]["caption"] == ["picture 0 , said <PERSON>", "picture 0 again"]
+    assert {(row["width"], row["height"]) for row in words_of(tmp_path / "o")} == {(341, 256), (40, 32)}
+    assert [row["name"] for row in words_of(tmp_path / "o", "val")] == [f"{web.url}/9"]
+    dropped = [json.loads(line) for line in (tmp_path / "o/dropped.jsonl").read_text().splitlines()]
+    assert {row["picture"].rpartition("/")[2]: row["reason"] for row in dropped} == {
+        "gone": "unreachable: HTTP 404", "slow": "unreachable: ReadTimeoutError", "html": "is not a picture",
+        "cut": "unreachable: ProtocolError", "x": "unreachable: NewConnectionError",
+        "shy": "unreachable: its owner asks not to be trained on (X-Robots-Tag)",
+    }
+    asked = len(web.asked)
+    prepare("source=cc3m", "src=cc", "out=o", "shuffle=false", "source.timeout=5")     # neutral: it is finished
+    assert len(web.asked) == asked
+
+
+def test_a_network_that_is_gone_ends_the_run_and_the_same_words_go_on(
+    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    save(tmp_path / "x.tsv", "one\thttp://127.0.0.1:9/a\ntwo\thttp://127.0.0.1:9/b\n")
+    message = refused("source=cc3m", "src=x.tsv", "out=o")
+    assert message == ("not one of the 2 pictures for o/train/cc3m-train-000000.tar can be used (2 unreachable); when "
+                       "that is mended, the same words go on")
+    assert not list((tmp_path / "o").rglob("*.tar")) and (tmp_path / "o/prepare.json").exists()
+    assert refused("source=cc3m", "src=x.tsv", "out=o2", "drop_duplicates=true").startswith("drop_duplicates=true comp")
+
+
+# ---------------------------------------------------------------- the order, and what is done to pictures
+
+
+def test_the_order_is_seeded_and_the_shards_are_of_even_size(prepare: Callable[..., None], tmp_path: Path) -> None:
+    make_coco(tmp_path / "coco", 23, 1)
+    orders = {}
+    for name, given in {"a": [], "b": ["workers=2"], "c": ["seed=1"], "plain": ["shuffle=false"]}.items():
+        prepare("source=coco", "src=coco", f"out={name}", "samples_per_shard=5", *given)
+        assert sizes(tmp_path / name) == [5, 5, 5, 4, 4]
+        orders[name] = [int(sample.key) for sample in samples(tmp_path / name)]
+    assert orders["plain"] == list(range(23)) == sorted(orders["a"])
+    assert orders["a"] == orders["b"] != orders["c"] and orders["a"] != orders["plain"]
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def make_mixed(root: Path) -> Path:
+    """Pictures of all kinds, with a caption each; two of them are no pictures, and one is there twice."""
+    large = picture(1, "jpeg", (640, 480))
+    rows = {"big.jpg": large, "big.png": picture(2, "png", (300, 600)), "small.webp": picture(3, "webp", (50, 40)),
+            "anim.gif": picture(4, "gif"), "again.jpg": large, "cut.jpg": large[: len(large) // 2],
+            "text.jpg": b"hello", "wrong.png": picture(5, "jpeg")}
+    for name, data in rows.items():
+        save(root / "images" / name, data)
+    save(root / "captions.txt", "".join(f"{name}\tthis is {name}\n" for name in [*rows, "gone.jpg"]))
+    return root
+
+
+def kinds(out: Path) -> dict[str, tuple[str, tuple[int, int]]]:
+    """The format and the size of each picture, by name; the extension says the format."""
+    found = {}
+    for shard in sorted((out / "train").glob("*.tar")):
+        for sample in webdataset.WebDataset(str(shard), shardshuffle=False):
+            (kind,) = {"jpg", "png", "webp"} & set(sample)
+            image = Image.open(BytesIO(sample[kind]))
+            words = json.loads(sample["json"])
+            assert image.format.lower().replace("jpeg", "jpg") == kind
+            assert image.size == (words["width"], words["height"])
+            found[Path(words["name"]).name] = (kind, image.size)
+    return found
+
+
+def dropped(out: Path) -> dict[str, str]:
+    rows = map(json.loads, (out / "dropped.jsonl").read_text().splitlines())
+    return {Path(row["picture"]).name: row["reason"] for row in rows}
+
+
+def test_bytes_stay_unless_they_must_not_and_the_extension_says_what_they_are(
+    prepare: Callable[..., None], tmp_path: Path
+) -> None:
+    make_mixed(tmp_path / "m")
+    prepare("source=folder", "src=m", "out=o", "shuffle=false")
+    assert kinds(tmp_path / "o") == {
+        "big.jpg": ("jpg", (640, 480)), "big.png": ("png", (300, 600)), "small.webp": ("webp", (50, 40)),
+        "anim.gif": ("png", (40, 32)), "again.jpg": ("jpg", (640, 480)), "cut.jpg": ("jpg", (640, 480)),
+        "wrong.png": ("jpg", (40, 32)),
+    }
+    assert samples(tmp_path / "o")[0].picture == (tmp_path / "m/images/big.jpg").read_bytes()
+    assert dropped(tmp_path / "o") == {"text.jpg": "is not a picture", "gone.jpg": "there is no such file"}
+
+
+@pytest.mark.parametrize(
+    ("given", "changed", "gone"),
+    [
+        (["resize=100"], {"big.jpg": ("jpg", (133, 100)), "big.png": ("jpg", (100, 200)), "anim.gif": ("png", (40, 32)),
+                          "cut.jpg": None}, {"cut.jpg": "does not decode"}),
+        (["resize=100", "encode=webp"], {"big.jpg": ("webp", (133, 100)), "anim.gif": ("webp", (40, 32))}, {}),
+        (["encode=png"], {"big.jpg": ("png", (640, 480)), "small.webp": ("png", (50, 40))}, {}),
+        (["min_size=41"], {"small.webp": None, "anim.gif": None}, {"small.webp": "is too small: 50 x 40 pixels"}),
+        (["drop_duplicates=true"], {"again.jpg": None}, {"again.jpg": "is a duplicate: of images/big.jpg"}),
+        (["verify=true"], {"cut.jpg": None, "big.jpg": ("jpg", (640, 480))}, {"cut.jpg": "does not decode"}),
+    ],
+)  # fmt: skip
+def test_pictures_are_shrunk_encoded_and_left_out_as_asked(
+    given: list[str], changed: dict, gone: dict, prepare: Callable[..., None], tmp_path: Path
+) -> None:
+    make_mixed(tmp_path / "m")
+    prepare("source=folder", "src=m", "out=o", "shuffle=false", *given)
+    found = kinds(tmp_path / "o")
+    assert {name: found.get(name) for name in changed} == changed
+    for name, reason in gone.items():
+        assert dropped(tmp_path / "o")[name].startswith(reason)
+
+
+def test_of_pictures_with_the_same_bytes_the_first_stays_with_its_own_captions(
+    prepare: Callable[..., None], tmp_path: Path
+) -> None:
+    make_mixed(tmp_path / "m")
+    prepare("source=folder", "src=m", "out=o", "drop_duplicates=true")
+    captions = {Path(row["name"]).name: row["caption"] for row in words_of(tmp_path / "o")}
+    assert captions["big.jpg"] == ["this is big.jpg"] and "again.jpg" not in captions
+    assert json.loads((tmp_path / "o/report.json").read_text())["dropped"]["is a duplicate"] == 1
+
+
+def test_nothing_left_is_an_error(refused: Callable[..., str], tmp_path: Path) -> None:
+    save(tmp_path / "m/images/x", "")
+    save(tmp_path / "m/captions.txt", "a.jpg\tone\nx\ttwo\n")
+    assert refused("source=folder", "src=m", "out=o", "shuffle=false") == (
+        "not one of the 2 pictures for o/train/folder-train-000000.tar can be used (1 there is no such file, 1 is not "
+        "a picture); when that is mended, the same words go on"
+    )
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(prepare: Callable[..., None], tmp_path: Path) -> None:
+    make_coco(tmp_path / "coco", 300, 20)
+    given = ["source=coco", "src=coco", "samples_per_shard=10", "encode=webp", "workers=2"]
+    command = [sys.executable, "-m", "clipx.prepare", *given, "out=killed"]
+    for shards in (3, 12):
+        with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}) as running:
+            while len(list(tmp_path.glob("killed/train/*.tar"))) < shards and running.poll() is None:
+                time.sleep(0.005)
+            running.send_signal(signal.SIGKILL)
+        assert running.returncode == -signal.SIGKILL
+        assert (tmp_path / "killed/.prepare").is_dir() and not (tmp_path / "killed/report.json").exists()
+    prepare(*given, "out=killed", "workers=0")
+    prepare(*given, "out=whole", "workers=0")
+    assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
+
+
+def test_a_failure_between_any_two_files_costs_one_shard(
+    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_coco(tmp_path / "coco", 8, 2)
+    given = ["source=coco", "src=coco", "samples_per_shard=2"]
+    prepare(*given, "out=whole")
+    failures = [("make_index", 3), ("write", 1), ("write", 4), ("encode", 7), ("finish", 1)]
+    for number, (name, turn) in enumerate(failures):
+        calls, real = [], getattr(pack, name)
+
+        def fail(*words: object, calls: list = calls, real: Callable = real, turn: int = turn) -> object:
+            calls.append(words)
+            if len(calls) == turn:
+                raise OSError(28, "No space left on device")
+            return real(*words)
+
+        with monkeypatch.context() as broken:
+            broken.setattr(pack, name, fail)
+            assert refused(*given, f"out=o{number}") == (
+                f"o{number}: No space left on device; when that is mended, the same words go on"
+            )
+        prepare(*given, f"out=o{number}")
+        assert everything(tmp_path / f"o{number}") == everything(tmp_path / "whole")
+
+
+def test_a_finished_directory_is_left_as_it_is_and_any_other_is_refused(
+    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    make_coco(tmp_path / "coco", 4, 2)
+    given = ["source=coco", "src=coco"]
+    prepare(*given, "out=o")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")}
+    prepare(*given, "out=o", "workers=1")
+    (tmp_path / "coco").rename(tmp_path / "moved")
+    prepare("source=coco", "src=moved", "out=o")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
+    given = ["source=coco", "src=moved"]
+    assert refused(*given, "out=o", "resize=20", "shuffle=false").startswith(
+        "out=o holds shards that mean something else (shuffle=true there, false now; resize=null there, 20 now); ")
+    save(tmp_path / "p/thesis.txt", "dear")
+    assert refused(*given, "out=p").startswith("out=p holds something else (thesis.txt); shards go into a new or empty")
+    assert refused(*given, "out=p/thesis.txt").startswith("out=p/thesis.txt is a file")
+    assert refused(*given, "out=moved").startswith("out=moved holds something else (annotations, train2017, val2017)")
+    assert everything(tmp_path / "p") == {"thesis.txt": b"dear"}
+
+
+# ---------------------------------------------------------------- shards that are there
+
+
+def test_every_bad_sample_is_listed_with_its_place_and_reason(
+    prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = picture(1, "jpeg", (64, 64))
+    rows = {"good": (whole, "fine"), "cut": (whole[:600], "fine"), "mute": (whole, " "), "text": (b"no picture", "x")}
+    for shard, names in {"train/a.tar": ["good", "cut", "mute"], "val/b.tar": ["text", "good"]}.items():
+        write_tar(tmp_path / "s" / shard, [
+            member for name in names
+            for member in ((f"{name}.txt", rows[name][1].encode()), (f"{name}.jpg", rows[name][0]))
+        ])
+    write_tar(tmp_path / "s/train/c.tar", [("lonely.txt", b"words")])
+    for more in ([], ["out=told", "workers=2"]):
+        caplog.clear()
+        caplog.set_level(logging.INFO, logger="clipx")
+        prepare("source=shards", "src=s", "verify=true", *more)
+        listing = tmp_path / ("told" if more else "s") / "bad.jsonl"
+        bad = [json.loads(line) for line in listing.read_text().splitlines()]
+        assert [(row["shard"], row["key"]) for row in bad] == [
+            ("train/a.tar", "cut"), ("train/a.tar", "mute"), ("train/c.tar", "lonely"), ("val/b.tar", "text"),
+        ]
+        starts = ["does not decode", "its caption is empty", "has no picture", "does not decode: it is no picture"]
+        assert all(row["reason"].startswith(start) for row, start in zip(bad, starts, strict=True))
+        data = {row["key"]: (tmp_path / "s" / row["shard"]).read_bytes()[row["offset"] :] for row in bad}
+        assert data["cut"].startswith(whole[:600]) and data["mute"].startswith(whole)
+        assert data["text"].startswith(b"no picture") and data["lonely"].startswith(b"words")
+        assert "verified  6 samples, 4 of them bad" in caplog.text and "train/a.tar, cut, byte" in caplog.text
+
+
+def test_img2datasets_shards_are_indexed_as_they_are_and_its_counts_are_held_against_them(
+    prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="clipx")
+    for shard, promised in (("00000", 2), ("00001", 3)):
+        members = []
+        for number in range(2):
+            key = f"{shard}{number:04d}"
+            words = {"caption": f"caption {key}", "url": "http://x", "key": key, "status": "success", "width": 40}
+            members += [(f"{key}.jpg", picture(number, "jpeg")), (f"{key}.json", json.dumps(words).encode()),
+                        (f"{key}.txt", f"caption {key}".encode())]
+        write_tar(tmp_path / f"laion/{shard}.tar", members)
+        save(tmp_path / f"laion/{shard}_stats.json", {"count": 5, "successes": promised, "status_dict": {}})
+        save(tmp_path / f"laion/{shard}.parquet", b"PAR1")
+    prepare("source=shards", "src=laion")
+    assert "indexed   4 samples in 2 shards" in caplog.text
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "laion/00001.tar holds 2 samples, but 00001_stats.json says 3"
+    ]
+    assert len(list((tmp_path / "laion").glob("*.index"))) == 2 and not (tmp_path / "laion/bad.jsonl").exists()
+    assert samples_of(tmp_path / "laion") == ["caption 000000000", "caption 000000001", "caption 000010000",
+                                              "caption 000010001"]
+
+
+def samples_of(root: Path) -> list[str]:
+    source = open_shards(str(root), val=0).train
+    return [source.read(number).captions[0] for number in range(sum(source.sizes))]
