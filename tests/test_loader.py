@@ -155,3 +155,23 @@ def test_the_global_random_state_is_left_alone(shards: Path) -> None:
     before = torch.get_rng_state()
     batches(reader_of(shards), 2, 4, workers=1)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_first_caption_always_where_asked(shards: Path) -> None:
+    reader = reader_of(shards)
+    reader.caption = "first"
+    assert all(caption.startswith("thing number") for chunk in batches(reader, 8, 27) for caption in chunk.captions)
+
+
+def test_chunks_tell_which_rows_are_alike(tmp_path: Path) -> None:
+    rows = [(1, "a cat"), (2, "a dog"), (1, "a pet"), (3, "a cat")]
+    write_tar(tmp_path / "x.tar", [(f"{number}.{kind}", data) for number, (shade, caption) in enumerate(rows)
+                                   for kind, data in (("png", picture(shade)), ("txt", caption.encode()))])
+    reader = reader_of(tmp_path)
+    assert batches(reader, 1, 4)[0].ids is None
+    reader.identify = True
+    chunk = batches(reader, 1, 4)[0]
+    ids = chunk.ids[chunk.samples.argsort()]
+    alike = (ids[:, None] == ids).any(dim=-1)
+    assert alike.tolist() == [[True, False, True, True], [False, True, False, False],
+                              [True, False, True, False], [True, False, False, True]]

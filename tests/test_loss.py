@@ -25,3 +25,27 @@ def test_features_that_say_nothing_cost_log_of_the_batch() -> None:
 def test_sides_of_different_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 4\)"):
         clip_loss(torch.ones(2, 4), torch.ones(3, 4), torch.ones(()))
+
+
+def test_rows_with_the_same_picture_or_caption_can_be_kept_from_being_negatives() -> None:
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
+    scale = torch.tensor(10.0)
+    apart = torch.arange(12).view(6, 2)
+    assert torch.equal(clip_loss(image, text, scale, apart, "mask"), clip_loss(image, text, scale))
+    ids = apart.clone()
+    ids[4, 0], ids[2, 1] = ids[1, 0], ids[3, 1]         # 1 and 4 show one picture, 2 and 3 have one caption
+    logits, total = scale * image @ text.T, 0.0
+    for row, alike in enumerate([{0}, {1, 4}, {2, 3}, {2, 3}, {1, 4}, {5}]):
+        others = [column for column in range(6) if column not in alike - {row}]
+        for view in (logits[row], logits[:, row]):
+            total += torch.logsumexp(view[others], 0) - view[row]
+    torch.testing.assert_close(clip_loss(image, text, scale, ids, "mask"), total / 12)
+    assert torch.equal(clip_loss(image, text, scale, ids), clip_loss(image, text, scale))
+
+
+def test_a_batch_of_one_caption_alone_has_a_finite_gradient_when_masked() -> None:
+    image, text = (F.normalize(torch.eye(4), dim=-1).requires_grad_() for _ in range(2))
+    loss = clip_loss(image, text, torch.tensor(10.0), torch.zeros(4, 2, dtype=torch.long), "mask")
+    loss.backward()
+    assert loss == 0 and image.grad.isfinite().all()

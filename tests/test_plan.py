@@ -1,9 +1,11 @@
+import itertools
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from clipx.data.plan import Plan, permutation
+from clipx.data.plan import MixPlan, Plan, permutation, shares
 
 
 @pytest.mark.parametrize("sizes", [[7, 1, 12, 5], [5], [100, 3], [1] * 30])
@@ -53,3 +55,61 @@ def test_substitutes_come_from_the_same_window_and_differ() -> None:
     found = [plan.substitute(250, attempt).sample for attempt in range(1, 65)]
     assert set(found) <= window and len(set(found)) > 40
     assert found == [plan.substitute(250, attempt).sample for attempt in range(1, 65)]
+
+
+def test_windows_tell_what_will_be_read_and_from_where_on() -> None:
+    plan = Plan([10] * 100, seed=0, window=50)
+    windows = list(itertools.islice(plan.windows(1230), 40))
+    assert [window.start for window in windows[:3]] == [1200, 1250, 1300]
+    for window in windows:
+        read = {plan[position].sample // 10 for position in range(window.start, window.start + 50)}
+        assert read == set(window.shards)
+    assert list(Plan([3, 0, 4], 0, 5).windows(0).__next__().shards).count(1) == 0
+
+
+WEIGHTS = [1, 2, 0.3]
+SIZES = [[50, 30], [200], [7, 6]]
+
+
+def test_a_mix_has_exact_proportions_in_every_block_and_each_source_once_an_epoch() -> None:
+    plan = MixPlan(SIZES, WEIGHTS, seed=4, window=64)
+    places = [plan[position] for position in range(3000)]
+    assert plan.shares == [303, 606, 91]
+    for start in range(0, 3000, 1000):
+        found = Counter(place.source for place in places[start : start + 1000])
+        assert [found[source] for source in range(3)] == plan.shares
+    for source, first, size in ((0, 0, 80), (1, 80, 200), (2, 280, 13)):
+        own = [place for place in places if place.source == source]
+        for epoch in range(len(own) // size):
+            part = own[epoch * size : (epoch + 1) * size]
+            assert {place.epoch for place in part} == {epoch}
+            assert sorted(place.sample for place in part) == list(range(first, first + size))
+
+
+def test_a_position_of_a_mix_needs_nothing_but_itself() -> None:
+    plan = MixPlan(SIZES, WEIGHTS, seed=4, window=64)
+    again = pickle.loads(pickle.dumps(plan))
+    for position in (2999, 17, 1000, 999):
+        assert again[position] == plan[position]
+        assert again.substitute(position, 3).source == plan[position].source
+    assert MixPlan(SIZES, WEIGHTS, seed=5, window=64)[17] != plan[17]
+
+
+def test_the_windows_of_a_mix_cover_what_it_reads() -> None:
+    plan = MixPlan(SIZES, WEIGHTS, seed=4, window=64)
+    owner = np.repeat(np.arange(5), np.concatenate(SIZES))
+    for begin in (0, 777):
+        announced: set[int] = set()
+        windows = plan.windows(begin)
+        upcoming = next(windows)
+        for position in range(begin, begin + 1500):
+            while upcoming.start <= position:
+                announced |= set(upcoming.shards)
+                upcoming = next(windows)
+            assert int(owner[plan[position].sample]) in announced
+
+
+def test_shares_are_exact_and_never_nothing() -> None:
+    assert shares([1, 1, 1]) == [334, 333, 333] and shares([5]) == [1000]
+    with pytest.raises(ValueError, match="at least a thousandth"):
+        shares([1, 10_000])
