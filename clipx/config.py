@@ -117,7 +117,7 @@ def options(key: str) -> str:
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What has another meaning in two configs, as ``key: before -> after``."""
     old, new = flat(before), flat(after)
-    keys = [key for key in {**old, **new} if key not in words.NEUTRAL and not key.startswith("choices.")]
+    keys = [key for key in {**old, **new} if not words.is_neutral(key) and not key.startswith("choices.")]
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clipx.data.images import Normalise
 from clipx.data.loader import Chunk, Skipped
+from clipx.data.tar import DataError
 from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.log import RunLog
@@ -278,7 +279,8 @@ class AfterStep:
         ])
         if len(state.skipped) > self.bad_limit:
             worst = records[-1]
-            raise UserError(
+            raise DataError(
                 f"{len(state.skipped)} bad samples, more than data.max_skipped allows; the last of them {worst.place}: "
-                f"{worst.reason}; skipped.jsonl in the run's directory lists them"
+                f"{worst.reason}; skipped.jsonl in the run's directory lists them. With a larger data.max_skipped the "
+                "same words go on"
             )

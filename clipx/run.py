@@ -19,6 +19,7 @@ from clipx.data.catalogue import usable_cores
 from clipx.data.images import TrainCrop
 from clipx.data.loader import TrainReader, read, steps, train_ranges
 from clipx.data.sample import Data
+from clipx.data.tar import DataError
 from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.evals.validation import Validation
@@ -81,17 +82,21 @@ def run(config: Train, directory: Path) -> float | None:
             bad_limit=data.bad_limit,
             device=device,
         )
-        fit(
-            state=state,
-            forward=state.model,
-            loss_of=build(config.loss, "loss", config.trust),
-            batches=steps(chunks, config.batch_size),
-            stop=lambda step: step >= length or stop_at.over(step),
-            multiplier=multiplier,
-            amp=AMP[config.amp],
-            clip_norm=config.clip_norm,
-            after_step=after_step,
-        )
+        try:
+            fit(
+                state=state,
+                forward=state.model,
+                loss_of=build(config.loss, "loss", config.trust),
+                batches=steps(chunks, config.batch_size),
+                stop=lambda step: step >= length or stop_at.over(step),
+                multiplier=multiplier,
+                amp=AMP[config.amp],
+                clip_norm=config.clip_norm,
+                after_step=after_step,
+            )
+        except DataError:
+            after_step.run_save(state)      # between two steps: the same words go on from here
+            raise
         after_step.finish(state)
         log.summary["state"] = "finished" if state.step >= length else "stopped"
         for line in closing(directory, log.summary):

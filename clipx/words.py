@@ -16,7 +16,15 @@ MOST_LETTERS = 120          # of a directory's name
 NEUTRAL = {
     "name", "stop_at", "device", "workers", "resume", "trust", "log_every", "eval_every", "save_every", "keep_every",
     "data.root", "data.shards", "data.val_shards", "data.index_dir",
+    "data.max_skipped",
 }  # fmt: skip
+
+
+
+def is_neutral(key: str) -> bool:
+    """Whether a key does not change the meaning of a run."""
+    return re.sub(r"^data\.sources\.[^.]+\.", "data.", key) in NEUTRAL       # of a mix's sources, too
+
 
 # Hydra's own directories and log files are not used: a run's directory is made when its config is known to be right
 HYDRA = [
@@ -24,6 +32,11 @@ HYDRA = [
     f"hydra.sweep.dir={OUTPUTS}/.sweep", "hydra.sweep.subdir=.",
 ]  # fmt: skip
 WITH_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c"}
+
+
+def is_neutral(key: str) -> bool:
+    """Whether a key does not change the meaning of a run."""
+    return re.sub(r"^data\.sources\.[^.]+\.", "data.", key) in NEUTRAL       # of a mix's sources, too
 
 
 def legal(words: Sequence[str], sweep: bool) -> list[str]:
@@ -67,7 +80,7 @@ def quote(value: str) -> str:
 def directory_name(words: Sequence[str]) -> str:
     """The words in the letters of a file name, later ones over earlier ones; with a hash where that loses anything."""
     by_key = {word.partition("=")[0].lstrip("+"): word for word in words}
-    text = ",".join(sorted(word for key, word in by_key.items() if key not in NEUTRAL))
+    text = ",".join(sorted(word for key, word in by_key.items() if not is_neutral(key)))
     name = re.sub(r"[^\w.,=+~-]", "_", text)
     if name != text or len(name) > MOST_LETTERS:
         name = f"{name[:MOST_LETTERS]}-{blake2b(text.encode(), digest_size=4).hexdigest()}"

@@ -176,15 +176,26 @@ def read(reader: Reader, ranges: Iterable[range], workers: int, pin: bool) -> It
         ranges: may be endless.
         workers: processes that read ahead; 0 reads in this one.
         pin: put the chunks into page-locked memory, for copies that overlap.
+
+    Raises:
+        UserError: the data cannot be read, or a worker was killed.
     """
     loader = DataLoader(
         reader, batch_size=None, sampler=ranges, num_workers=workers, collate_fn=as_it_is, pin_memory=pin,
         generator=torch.Generator(),        # the default one would advance torch's global random state
     )
-    for chunk in loader:
-        if isinstance(chunk, UserError):
-            raise chunk
-        yield chunk
+    try:
+        for chunk in loader:
+            if isinstance(chunk, UserError):
+                raise chunk
+            yield chunk
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"one of the workers={workers} processes that read data was killed, most likely for want of memory; fewer "
+            "workers need less, and the same command goes on from the last checkpoint"
+        ) from error
 
 
 def as_it_is(chunk: Chunk) -> Chunk:
