@@ -70,6 +70,11 @@ def run(config: Train, directory: Path) -> float | None:
     with RunLog(directory, text, length, state.step, state.samples, seconds, plan.samples) as log:
         for line in headlines(config, directory, state, data, length, device, workers):
             logger.info(line)
+        if data.lost and not state.step:
+            log.skipped([
+                {"samples": 0, "place": shard, "reason": f"is cut short; {count} samples behind the cut are lost"}
+                for shard, count in data.lost.items()
+            ])
         after_step = AfterStep(
             log=log,
             log_every=every(config.log_every),
@@ -79,7 +84,7 @@ def run(config: Train, directory: Path) -> float | None:
             evaluate=Validation(data.vals, evals, tokenizer, workers, AMP[config.amp]),
             save=partial(save, directory, identity, log),
             best=config.best,
-            bad_limit=data.bad_limit,
+            bad_limit=data.bad_limit - sum(data.lost.values()),
             device=device,
         )
         try:

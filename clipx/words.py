@@ -15,16 +15,8 @@ MOST_LETTERS = 120          # of a directory's name
 # what does not change the meaning of a run: where, how fast and how closely watched
 NEUTRAL = {
     "name", "stop_at", "device", "workers", "resume", "trust", "log_every", "eval_every", "save_every", "keep_every",
-    "data.root", "data.shards", "data.val_shards", "data.index_dir",
-    "data.max_skipped",
+    "data.root", "data.shards", "data.val_shards", "data.index_dir", "data.max_skipped",
 }  # fmt: skip
-
-
-
-def is_neutral(key: str) -> bool:
-    """Whether a key does not change the meaning of a run."""
-    return re.sub(r"^data\.sources\.[^.]+\.", "data.", key) in NEUTRAL       # of a mix's sources, too
-
 
 # Hydra's own directories and log files are not used: a run's directory is made when its config is known to be right
 HYDRA = [

@@ -175,15 +175,15 @@ def test_a_sweep_gives_each_job_a_directory_and_outlives_a_failed_one(
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
     train: Callable[..., None], fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipx import loop
+    from clipx import loss
 
-    good, calls = loop.clip_loss, []
+    good, calls = loss.clip_loss, []
 
-    def bad(*given: torch.Tensor) -> torch.Tensor:
+    def bad(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, ids: None, same: str) -> torch.Tensor:
         calls.append(1)
-        return good(*given) * (math.nan if len(calls) >= 6 else 1)
+        return good(image, text, scale, ids, same) * (math.nan if len(calls) >= 6 else 1)
 
-    monkeypatch.setattr(loop, "clip_loss", bad)
+    monkeypatch.setattr(loss, "clip_loss", bad)
     message = fails(*FEW, "name=x", "log_every=4", "save_every=4", "eval_every=null")
     assert message.startswith("the loss or its gradient is not finite at step 6; the last good checkpoint stands")
     run = tmp_path / "outputs/x"

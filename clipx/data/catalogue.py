@@ -15,7 +15,8 @@ from clipx.data.index import FORMAT, find_index, index_paths, make_index, read_h
 from clipx.data.tar import DataError
 
 MANY = 1000                 # shards; for so many, what their indexes say is kept in one file
-ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), ("samples", "<i8"), ("lost", "<i8")])
+TOLD = ("samples", "readable", "total", "cut")      # what the head of an index tells of its shard
+ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), *((name, "<i8") for name in TOLD)])
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Catalogue:
     """Some shards, in their order."""
 
     shards: list[Path]
-    rows: np.ndarray        # (shards,) bytes, time of the last change (ns), samples, and how many of them are lost
+    rows: np.ndarray        # (shards,) bytes, time of the last change (ns), and TOLD
 
     @property
     def id(self) -> str:
@@ -41,7 +42,7 @@ def open_catalogue(shards: Sequence[Path], index_dir: Path) -> Catalogue:
     """
     rows = np.zeros(len(shards), ROW)
     for number, shard in enumerate(shards):
-        rows[number] = (*size_and_time(shard), 0, 0)
+        rows[number] = (*size_and_time(shard), 0, 0, 0, 0)
     known = read_catalogue(shards, index_dir)
     fresh = np.zeros(len(shards), bool)
     if known is not None:
@@ -51,7 +52,7 @@ def open_catalogue(shards: Sequence[Path], index_dir: Path) -> Catalogue:
     indexes = open_indexes([shards[number] for number in stale], index_dir)
     for number, index in zip(stale, indexes, strict=True):
         head = read_head(index)
-        rows[number]["samples"], rows[number]["lost"] = head["samples"], head["lost"]
+        rows[number] = (rows[number]["bytes"], rows[number]["mtime"], *(head[name] for name in TOLD))
     if len(stale) and len(shards) >= MANY:
         write_table(catalogue_paths(shards, index_dir), {"format": FORMAT}, rows)
     return Catalogue(list(shards), rows)

@@ -1,8 +1,9 @@
 """The index of a shard: where in a tar each member of each sample stands.
 
 Made once by hopping from header to header, kept beside the shard (or under ``index_dir``), read by memory map.
-The file is one line of JSON (format, shard, bytes, ends, samples, lost, dtype), padded to 64 bytes, then one numpy
-record a sample: its key, and for each kind of member the pair (offset, size) in the tar; (0, 0) where it has none.
+The file is one line of JSON, padded to 64 bytes (format, shard, bytes, ends; samples, how many of them can be read and
+how many there were as far as is known, whether the tar is cut; dtype), then one numpy record a sample: its key, and for
+each kind of member the pair (offset, size) in the tar; (0, 0) where it has none.
 """
 
 import json
@@ -24,25 +25,15 @@ MAX_KINDS = 64              # kinds of member in a shard; more means that the do
 def make_index(shard: Path, index_dir: Path) -> Path:
     """Scan one tar and write its index beside it, or under ``index_dir`` where that cannot be written.
 
-    Of a tar that is cut short, what stands before the cut is used.  The sample in which the cut falls, and those
-    behind it that are known to be missing (from an older index, or from img2dataset's count), have their rows too:
-    nobody can read them, so they are bad samples like others.
-
     Raises:
         DataError: it is not a tar, or damaged in the middle, or the index can be written nowhere.
     """
     samples, cut = scan(shard)
-    lost = 0
-    if cut:
-        whole = len(samples) - reaches_behind(samples, shard.stat().st_size)
-        missing = max(0, promised(shard, index_dir) - len(samples))
-        lost = len(samples) - whole + missing
-        samples = np.concatenate([samples, np.zeros(missing, samples.dtype)])
-    return write_index(shard, samples, lost, index_dir)
-
-
-def write_index(shard: Path, samples: np.ndarray, lost: int, index_dir: Path) -> Path:
-    head = {"format": FORMAT, "shard": shard.name, "bytes": shard.stat().st_size, "ends": ends(shard), "lost": lost}
+    size = shard.stat().st_size
+    readable = len(samples) - reaches_behind(samples, size)
+    total = max(len(samples), promised(shard, index_dir)) if cut else len(samples)
+    head = {"format": FORMAT, "shard": shard.name, "bytes": size, "ends": ends(shard), "readable": readable,
+            "total": total, "cut": cut}
     return write_table(index_paths(shard, index_dir), head, samples)
 
 
@@ -95,11 +86,15 @@ def reaches_behind(samples: np.ndarray, size: int) -> int:
 def promised(shard: Path, index_dir: Path) -> int:
     """How many samples a shard that is cut had when it was whole, as far as anything tells."""
     older = [read_head(path) for path in index_paths(shard, index_dir) if path.exists()]
-    counts = [head["samples"] for head in older if head.get("format") == FORMAT]
-    stats = shard.with_name(f"{shard.stem}_stats.json")         # img2dataset's
-    if stats.exists():
-        counts.append(json.loads(stats.read_text())["successes"])
-    return max(counts, default=0)
+    return max([head["total"] for head in older if head.get("format") == FORMAT] + [published(shard) or 0])
+
+
+def published(shard: Path) -> int | None:
+    """How many samples img2dataset counted in a shard, where its NNNNN_stats.json stands beside it."""
+    try:
+        return int(json.loads(shard.with_name(f"{shard.stem}_stats.json").read_text())["successes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def index_paths(shard: Path, index_dir: Path) -> list[Path]:

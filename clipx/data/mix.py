@@ -73,6 +73,7 @@ def open_mix(sources: dict[str, Data], weights: dict[str, float], **how: Unpack[
         first[1],
         **how,
         further=dict(others),
+        lost={shard: count for data in sources.values() for shard, count in data.lost.items()},
         sizes=[data.train.sizes for data in sources.values()],
         weights=[weights[name] for name in sources],
     )

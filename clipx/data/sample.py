@@ -71,6 +71,7 @@ class Data:
     decode: Literal["fast", "exact"] = "fast"       # fast: a JPEG larger than needed is decoded at half its size
 
     further: Mapping[str, Source] = field(default_factory=dict)     # validation sets besides the first
+    lost: Mapping[str, int] = field(default_factory=dict)           # samples that shards have lost, by shard
 
     @property
     def vals(self) -> dict[str, Source]:
@@ -83,8 +84,8 @@ class Data:
 
     @property
     def bad_limit(self) -> int:
-        """How many distinct bad samples the run survives."""
-        return max(LEAST_BAD, int(self.max_skipped * sum(self.train.sizes)))
+        """How many distinct bad samples the run survives, those among them that are lost."""
+        return max(LEAST_BAD, int(self.max_skipped * (sum(self.train.sizes) + sum(self.lost.values()))))
 
 
 class Subset:

@@ -59,12 +59,12 @@ class Shards:
 
     def locate(self, sample: int) -> str:
         tar, row = self.row(sample)
-        return f"{tar.path.name}/{row[KEY].decode('utf-8', 'replace') or 'behind the cut'}"
+        return f"{tar.path.name}/{row[KEY].decode('utf-8', 'replace')}"
 
     def read(self, sample: int) -> Sample:
         tar, row = self.row(sample)
         members = {kind: tuple(row[kind].tolist()) for kind in row.dtype.names[1:] if row[kind][0]}
-        if not members:
+        if max(map(sum, members.values())) > tar.stat.st_size:
             raise BadSample("is lost: its shard is cut short")
         picture = next((members[kind] for kind in PICTURES if kind in members), None)
         if picture is None:
@@ -105,14 +105,11 @@ class OpenShard:
         )
 
     def read(self, offset: int, size: int) -> bytes:
-        """Some bytes of it; BadSample where it was too short already when the run began."""
+        """Some bytes of it."""
         now = os.fstat(self.descriptor)
         if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
             raise self.changed()
-        data = patiently(partial(os.pread, self.descriptor, size, offset), self.path)
-        if len(data) < size:
-            raise BadSample("is lost: its shard is cut short")
-        return data
+        return patiently(partial(os.pread, self.descriptor, size, offset), self.path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -176,28 +173,42 @@ def open_shards(
             raise DataError(f"data.val={val} holds no shards (*.tar)")
     cache = Path(index_dir).expanduser()
     source = Shards(open_catalogue(train, cache), caption_key, cache)
-    if held:
-        data = Data(source, Shards(open_catalogue(held, cache), caption_key, cache), **how)
-    else:
-        data = Data(*hold_out(source, val, cache), **how)
-    tell_lost(source.catalogue, data)
+    split = (source, Shards(open_catalogue(held, cache), caption_key, cache)) if held else hold_out(source, val, cache)
+    data = Data(*split, **how, lost=lost_samples(source.catalogue))
+    tell_cut(source.catalogue, data)
     return data
 
 
-def tell_lost(catalogue: Catalogue, data: Data) -> None:
+def lost_samples(catalogue: Catalogue) -> dict[str, int]:
+    """How many samples each shard that is cut short is known to have had behind the cut."""
+    behind = catalogue.rows["total"] - catalogue.rows["samples"]
+    return {catalogue.shards[number].name: int(behind[number]) for number in np.flatnonzero(behind)}
+
+
+def told_of_cuts(catalogue: Catalogue) -> list[str]:
+    """A sentence on each shard that is cut short."""
+    told = []
+    for number in np.flatnonzero(catalogue.rows["cut"]).tolist():
+        shard, readable, total = catalogue.shards[number], *map(int, catalogue.rows[number][["readable", "total"]])
+        if readable < total:
+            told.append(f"{shard} is cut short: {readable:,} of its {total:,} samples can be read")
+        else:
+            told.append(f"{shard} has no end mark and may be cut short; {total:,} samples in it are used")
+    return told
+
+
+def tell_cut(catalogue: Catalogue, data: Data) -> None:
     """Warn of each shard that is cut short.
 
     Raises:
         DataError: what is lost is more than ``data.max_skipped`` allows, or there is nothing at all.
     """
-    if not sum(catalogue.rows["samples"]):
+    readable, total = (int(catalogue.rows[name].sum()) for name in ("readable", "total"))
+    if not readable:
         raise DataError(f"{catalogue.shards[0]} and the {len(catalogue.shards) - 1} shards behind it hold no samples")
-    lost = int(catalogue.rows["lost"].sum())
-    for number in np.flatnonzero(catalogue.rows["lost"]).tolist():
-        total, gone = (int(catalogue.rows[number][field]) for field in ("samples", "lost"))
-        told = f"{catalogue.shards[number]} is cut short: {total - gone:,} of its {total:,} samples can be read"
-        if lost > data.bad_limit:
-            share = math.ceil(1000 * lost / sum(data.train.sizes)) / 1000
+    for told in told_of_cuts(catalogue):
+        if total - readable > data.bad_limit:
+            share = math.ceil(1000 * (total - readable) / total) / 1000
             raise DataError(f"{told}; pack it again, or set data.max_skipped={share} to go on without them")
         logger.warning(told)
 

@@ -11,11 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from clipx.data.catalogue import open_catalogue
-from clipx.data.layouts import Tars, published
+from clipx.data.index import published
+from clipx.data.layouts import Tars
 from clipx.data.processes import spread
 from clipx.data.report import write
 from clipx.data.sample import BadSample
-from clipx.data.shards import PICTURES, Shards
+from clipx.data.shards import PICTURES, Shards, told_of_cuts
 
 logger = logging.getLogger("clipx")
 
@@ -29,18 +30,15 @@ def index(tars: Tars) -> None:
         DataError: one is not a tar.
     """
     catalogue = open_catalogue(tars.shards, tars.index_dir)
-    sizes, lost = catalogue.rows["samples"], catalogue.rows["lost"]
-    logger.info("indexed   %s samples in %s shards, %.1f MB", f"{sizes.sum():,}", f"{len(sizes):,}",
-                catalogue.rows["bytes"].sum() / 1e6)
-    for shard, size, gone in zip(tars.shards, sizes.tolist(), lost.tolist(), strict=True):
-        if gone:
-            logger.warning("%s is cut short: %d of its %d samples can be read", shard, size - gone, size)
-        stats = shard.with_name(f"{shard.stem}_stats.json")         # img2dataset's
-        if stats.is_file():
-            with published(stats) as content:
-                promised = content["successes"]
-            if promised != size:
-                logger.warning("%s holds %d samples, but %s says %s", shard, size, stats.name, promised)
+    rows = catalogue.rows
+    logger.info("indexed   %s samples in %s shards, %.1f MB", f"{rows['samples'].sum():,}", f"{len(rows):,}",
+                rows["bytes"].sum() / 1e6)
+    for told in told_of_cuts(catalogue):
+        logger.warning(told)
+    for shard, found in zip(tars.shards, rows["samples"].tolist(), strict=True):
+        counted = published(shard)
+        if counted not in (None, found):
+            logger.warning("%s holds %d samples, but %s_stats.json says %d", shard, found, shard.stem, counted)
 
 
 def verify(tars: Tars, listing: Path, workers: int) -> int:

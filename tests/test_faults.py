@@ -1,0 +1,418 @@
+"""Everything that goes wrong with data, on real tars broken on purpose: a run survives it with a true account, or
+ends with an error that says what is wrong."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture, write_tar
+from PIL import Image
+
+from clipx.data import shards as shards_room
+from clipx.data.images import TrainCrop
+from clipx.data.loader import TRIES, Chunk, TrainReader, read, train_ranges
+from clipx.data.plan import Plan
+from clipx.data.shards import open_shards
+from clipx.data.tar import DataError
+from clipx.tokenizer import SimpleTokenizer
+
+TOKENIZER = SimpleTokenizer()
+SAMPLES = 40
+Members = dict[str, list[tuple[str, bytes]]]
+
+
+def members(count: int = SAMPLES) -> Members:
+    """The members of some good samples, by key."""
+    return {
+        f"{number:03d}": [
+            (f"{number:03d}.jpg", picture(number, "jpeg")),
+            (f"{number:03d}.json", json.dumps({"caption": [f"thing {number}"]}).encode()),
+        ]
+        for number in range(count)
+    }
+
+
+def write(path: Path, samples: Members) -> Path:
+    return write_tar(path, [member for several in samples.values() for member in several])
+
+
+def reader_of(root: Path, **how: object) -> TrainReader:
+    source = open_shards(str(root), val=0, index_dir=str(root / "cache"), **how).train
+    return TrainReader(source, Plan(source.sizes, 0, 64), TrainCrop(16, (0.9, 1.0), "fast"), TOKENIZER, "random")
+
+
+def two_epochs(reader: TrainReader, workers: int = 0, **shared: int) -> list[Chunk]:
+    count = -(-2 * reader.plan.samples // 8)
+    return list(itertools.islice(read(reader, train_ranges(0, 8, **shared), workers, pin=False), count))
+
+
+def account(chunks: list[Chunk]) -> dict[str, str]:
+    """What was skipped, with its reason; all batches were full."""
+    assert {len(chunk) for chunk in chunks} == {8}
+    return {record.place.partition("/")[2]: record.reason for chunk in chunks for record in chunk.skipped}
+
+
+def spoil(sample: str, kind: str, data: bytes | None) -> Callable[[Members], None]:
+    """Puts other bytes in place of a member, or takes it away."""
+
+    def change(samples: Members) -> None:
+        name = f"{sample}.{kind}"
+        samples[sample] = [(n, data if n == name else d) for n, d in samples[sample] if n != name or data is not None]
+
+    return change
+
+
+WHOLE = picture(1, "jpeg", (200, 150))
+FLIPPED = bytes(byte ^ 0xFF if 150 < place < 400 else byte for place, byte in enumerate(WHOLE))
+
+
+def bomb() -> bytes:
+    file = bytearray(WHOLE)
+    frame = file.find(b"\xff\xc0")
+    file[frame + 5 : frame + 9] = b"\x4e\x20\x4e\x20"
+    return bytes(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (spoil("007", "jpg", WHOLE[:900]), "does not decode"),
+        (spoil("007", "jpg", FLIPPED), "does not decode"),
+        (spoil("007", "jpg", b""), "does not decode"),
+        (spoil("007", "jpg", b"<html>404</html>"), "does not decode: it is no picture"),
+        (spoil("007", "jpg", bomb()), "has 20000 x 20000 pixels, more than"),
+        (spoil("007", "json", None), "has no caption"),
+        (spoil("007", "json", b'{"caption": " "}'), "its caption is empty"),
+        (spoil("007", "json", b'{"caption": []}'), "its caption is empty"),
+        (spoil("007", "json", b'{"caption": "\xff\xfe"}'), "its caption is not UTF-8"),
+        (spoil("007", "json", b'{"text": "a cat"}'), "its json has no 'caption'"),
+        (spoil("007", "json", b'{"caption": '), "its json has no 'caption'"),
+        (spoil("007", "jpg", None), "has no picture"),
+    ],
+    ids=["cut", "flipped", "zero bytes", "no picture", "bomb", "no caption", "empty caption", "no captions",
+         "not UTF-8", "json without the key", "broken json", "no image"],
+)
+def test_a_bad_sample_is_survived_replaced_and_told(
+    tmp_path: Path, change: Callable[[Members], None], reason: str
+) -> None:
+    samples = members()
+    change(samples)
+    write(tmp_path / "x.tar", samples)
+    chunks = two_epochs(reader_of(tmp_path))
+    told = account(chunks)
+    assert list(told) == ["007"] and told["007"].startswith(reason)
+    used = torch.cat([chunk.samples for chunk in chunks])
+    assert set(used.tolist()) == set(range(SAMPLES)) - {7}
+
+
+def test_two_samples_with_one_key_are_two_samples(tmp_path: Path) -> None:
+    samples = list(members().values())
+    write_tar(tmp_path / "x.tar", [*itertools.chain(*samples), *samples[3]])
+    reader = reader_of(tmp_path)
+    assert list(reader.source.sizes) == [SAMPLES + 1] and account(two_epochs(reader)) == {}
+    assert reader.source.read(3) == reader.source.read(SAMPLES)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_with_spaces_dots_chinese_and_folders_are_names(tmp_path: Path, format: int) -> None:
+    names = ["a b c", "导盲犬", "folder/deep er/é", "./here", "folder.with.dots/x", "many.dots.in it"]
+    rows = [(f"{name}{kind}", data) for name in names
+            for kind, data in ((".jpg", WHOLE), (".json", b'{"caption": "x"}'), (".extra.txt", b""))]
+    write_tar(tmp_path / "名 字 [1].tar", rows, format)
+    source = reader_of(tmp_path).source
+    keys = [source.read(number).key for number in range(5)]
+    assert keys == names[:5]
+    with pytest.raises(Exception, match="has no picture"):      # what follows the first dot is the kind
+        source.read(5)
+
+
+def cut_in(shard: Path, sample: str) -> None:
+    """Cut a tar in the middle of a sample's picture."""
+    with tarfile.open(shard) as tar:
+        picture = tar.getmember(f"{sample}.jpg")
+    os.truncate(shard, picture.offset_data + picture.size // 2)
+
+
+def cut_shard(root: Path) -> Path:
+    """Two shards, the second cut in its sample 022."""
+    write(root / "a.tar", members())
+    shard = write(root / "b.tar", members())
+    cut_in(shard, "022")
+    return shard
+
+
+def test_of_a_tar_cut_in_a_member_all_before_the_cut_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut_shard(tmp_path)
+    chunks = two_epochs(reader_of(tmp_path))
+    assert "b.tar is cut short: 22 of its 23 samples can be read" in caplog.text
+    assert account(chunks) == {"022": "is lost: its shard is cut short"}
+    assert set(torch.cat([chunk.samples for chunk in chunks]).tolist()) == set(range(SAMPLES + 22))
+
+
+def test_a_cut_that_loses_more_than_allowed_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    shard = cut_shard(tmp_path)
+    shard.with_name("b_stats.json").write_text(json.dumps({"successes": SAMPLES}))
+    with pytest.raises(DataError, match=r"b\.tar is cut short: 22 of its 40 samples can be read; pack it again, or set "
+                       r"data\.max_skipped=0\.225 to go on without them"):
+        reader_of(tmp_path)
+    assert account(two_epochs(reader_of(tmp_path, max_skipped=0.225))) == {"022": "is lost: its shard is cut short"}
+
+
+def test_what_a_cut_has_lost_counts_and_is_listed(tmp_path: Path, train: Callable[..., None]) -> None:
+    shard = cut_shard(tmp_path / "data")
+    shard.with_name("b_stats.json").write_text(json.dumps({"successes": 31}))
+    train("data=shards", "data.root=data", "data.val=0", "batch_size=21", "max_steps=6", "name=x", "workers=0")
+    listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
+    assert listed[0] == {"samples": 0, "place": "b.tar", "reason": "is cut short; 8 samples behind the cut are lost"}
+    assert {line["place"] for line in listed[1:]} == {"b.tar/022"}
+
+
+def test_an_empty_tar_among_others_is_nothing_and_alone_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", members())
+    write_tar(tmp_path / "b.tar", [])
+    (tmp_path / "c.tar").touch()
+    reader = reader_of(tmp_path)
+    assert list(reader.source.sizes) == [SAMPLES, 0, 0] and account(two_epochs(reader)) == {}
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(DataError, match="hold no samples"):
+        reader_of(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"PK\x03\x04" + b"x" * 2000, b"short", random.Random(0).randbytes(5000)])
+def test_a_file_that_is_no_tar_is_named(tmp_path: Path, data: bytes) -> None:
+    write(tmp_path / "a.tar", members())
+    (tmp_path / "b.tar").write_bytes(data)
+    with pytest.raises(DataError, match=r"b\.tar is not a tar; leave it out, or pack it again"):
+        reader_of(tmp_path)
+
+
+def test_a_header_that_is_damaged_in_the_middle_ends_the_run(tmp_path: Path) -> None:
+    shard = write(tmp_path / "a.tar", members())
+    data = bytearray(shard.read_bytes())
+    data[next(place for place in range(10_240, len(data), 512) if data[place + 257 : place + 262] == b"ustar")] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.tar is damaged behind its first \d+ members, and what follows"):
+        reader_of(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_disappears_ends_the_run(tmp_path: Path, workers: int, quick: None) -> None:
+    shard = write(tmp_path / "a.tar", members())
+    reader = reader_of(tmp_path)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"a\.tar cannot be read \(No such file or directory\), after 4 tries"):
+        two_epochs(reader, workers)
+
+
+def rewritten(shard: Path) -> None:
+    write(shard, members(SAMPLES + 3))
+
+
+def truncated(shard: Path) -> None:
+    os.truncate(shard, 4000)
+
+
+def same_size(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize("change", [rewritten, truncated, same_size])
+@pytest.mark.parametrize("opened", [False, True], ids=["before it is opened", "while it is open"])
+def test_a_shard_that_changes_ends_the_run(tmp_path: Path, change: Callable[[Path], None], opened: bool) -> None:
+    shard = write(tmp_path / "a.tar", members())
+    reader = reader_of(tmp_path)
+    batches = read(reader, train_ranges(0, 8), 0, pin=False)
+    if opened:
+        next(batches)
+    change(shard)
+    with pytest.raises(DataError, match=r"a\.tar has changed while the run used it"):
+        list(itertools.islice(batches, 20))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_room, "WAITS", (0.01, 0.02, 0.03))
+
+
+class Stubborn:
+    """``os.open`` or ``os.pread`` of a disk that fails some times."""
+
+    def __init__(self, real: Callable[..., object], failures: int):
+        self.real, self.failures = real, failures
+
+    def __call__(self, *given: object) -> object:
+        if self.failures > 0 and (isinstance(given[0], int) or str(given[0]).endswith(".tar")):
+            self.failures -= 1
+            raise OSError(5, "Input/output error")
+        return self.real(*given)
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_a_shard_that_cannot_be_read_is_tried_again_and_then_ends_the_run(
+    tmp_path: Path, call: str, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.tar", members())
+    reader = reader_of(tmp_path)
+    expected = two_epochs(reader)
+    real = getattr(os, call)
+    monkeypatch.setattr(os, call, Stubborn(real, failures=3))
+    found = two_epochs(reader_of_again(reader))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(expected, found, strict=True))
+    monkeypatch.setattr(os, call, Stubborn(real, failures=4))
+    with pytest.raises(DataError, match=r"a\.tar cannot be read \(Input/output error\), after 4 tries"):
+        two_epochs(reader_of_again(reader))
+
+
+def reader_of_again(reader: TrainReader) -> TrainReader:
+    """The same, with nothing open."""
+    make, given = reader.source.__reduce__()
+    return TrainReader(make(*given), reader.plan, reader.crop, TOKENIZER, "random")
+
+
+def test_a_worker_that_is_killed_ends_the_run_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", members())
+    reader = reader_of(tmp_path)
+    batches = read(reader, killed_after(train_ranges(0, 8), 6), 2, pin=False)
+    with pytest.raises(DataError, match="one of the workers=2 processes that read data was killed.*want of memory"):
+        list(itertools.islice(batches, 50))
+
+
+def killed_after(ranges: Iterator[range], count: int) -> Iterator[range]:
+    """Kills a worker of this process as the system does when memory is short."""
+    import multiprocessing
+
+    for number, positions in enumerate(ranges):
+        if number == count:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        yield positions
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_but_bad_samples_is_an_error_within_seconds(tmp_path: Path, workers: int) -> None:
+    samples = members(3000)
+    for key in samples:
+        spoil(key, "jpg", b"no")(samples)
+    write(tmp_path / "a.tar", samples)
+    with pytest.raises(DataError, match=f"^{TRIES} samples in a row are bad, the last of them a.tar/"):
+        two_epochs(reader_of(tmp_path), workers)
+
+
+def test_bad_samples_are_bounded_by_max_skipped(
+    tmp_path: Path, train: Callable[..., None], fails: Callable[..., str]
+) -> None:
+    samples = members(100)
+    for key in list(samples)[:30]:
+        spoil(key, "jpg", b"no")(samples)
+    write(tmp_path / "data/x.tar", samples)
+    words = ["data=shards", "data.root=data", "data.val=0", "batch_size=20", "max_steps=10", "name=x", "workers=0",
+             "log_every=1"]
+    told = fails(*words)
+    assert told.startswith("11 bad samples, more than data.max_skipped allows") or int(told.split()[0]) > 11
+    saved = torch.load(tmp_path / "outputs/x/checkpoints/clip_last.pt", weights_only=True)
+    listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
+    assert {line["sample"] for line in listed} == set(saved["skipped"])
+    assert len(saved["skipped"]) == int(told.split()[0])
+    train(*words, "data.max_skipped=0.3")        # goes on from there
+    summary = json.loads((tmp_path / "outputs/x/summary.json").read_text())
+    assert summary["state"] == "finished" and summary["final"]["train/skipped"] == 30
+
+
+def spoilt(root: Path) -> Path:
+    """Two shards with every tenth sample bad in one of six ways, one of them cut."""
+    for shard in range(2):
+        samples = members(100)
+        ways = [("jpg", WHOLE[:500]), ("jpg", b""), ("jpg", None), ("json", None), ("json", b"{"), ("json", b"{}")]
+        for number, key in enumerate(list(samples)[::10]):
+            kind, data = ways[number % len(ways)]
+            spoil(key, kind, data)(samples)
+        write(root / f"{shard}.tar", samples)
+    cut_in(root / "1.tar", "049")
+    return root
+
+
+def test_workers_runs_and_ranks_skip_the_same_samples_and_see_the_same_batches(tmp_path: Path) -> None:
+    reader = reader_of(spoilt(tmp_path))
+    expected = two_epochs(reader)
+    account(expected)
+    assert len({record.place for chunk in expected for record in chunk.skipped}) == 10 + 5 + 1
+    for again in (two_epochs(reader_of(tmp_path)), two_epochs(reader, workers=2)):
+        for a, b in zip(expected, again, strict=True):
+            assert torch.equal(a.images, b.images) and torch.equal(a.samples, b.samples) and a.skipped == b.skipped
+    halves = [
+        itertools.islice(read(reader, train_ranges(0, 8, rank=rank, world=2), 0, pin=False), len(expected))
+        for rank in (0, 1)
+    ]
+    for whole, *parts in zip(expected, *halves, strict=True):
+        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+        assert whole.skipped == [record for part in parts for record in part.skipped]
+
+
+def damage(data: bytes, draw: random.Random) -> bytes:
+    """Some bytes flipped, cut out, doubled, or the end cut off."""
+    found = bytearray(data)
+    for _ in range(draw.choice([1, 1, 3, 30])):
+        place = draw.randrange(len(found))
+        way = draw.randrange(10)
+        if way < 6:
+            found[place] ^= 1 << draw.randrange(8)
+        elif way < 7:
+            del found[place : place + draw.choice([1, 100, 512, 3000])]
+        elif way < 8:
+            found[place:place] = draw.randbytes(draw.choice([1, 512]))
+        elif way < 9:
+            found[place : place + 600] = bytes(600)
+        else:
+            del found[place:]
+        if not found:
+            break
+    return bytes(found)
+
+
+def test_random_damage_ends_in_full_batches_with_a_true_account_or_in_a_clear_error(
+    tmp_path: Path, quick: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = write(tmp_path / "whole.tar", members(24)).read_bytes()
+    survived, refused = 0, 0
+    for seed in range(300):
+        draw = random.Random(seed)
+        root = tmp_path / str(seed)
+        root.mkdir()
+        (root / "x.tar").write_bytes(damage(whole, draw))
+        try:
+            reader = reader_of(root, max_skipped=1.0)
+            chunks = two_epochs(reader)
+        except DataError as error:
+            assert "\n" not in str(error) and ("x.tar" in str(error) or "samples in a row" in str(error))
+            refused += 1
+            continue
+        told = {record.sample for chunk in chunks for record in chunk.skipped}
+        used = set(torch.cat([chunk.samples for chunk in chunks]).tolist())
+        assert {len(chunk) for chunk in chunks} == {8} and not told & used
+        assert told | used == set(range(reader.plan.samples))       # each is accounted for
+        survived += 1
+    assert survived > 60 and refused > 20
+
+
+def test_a_picture_with_flipped_bits_that_still_decodes_is_used(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.jpg", quality=90)
+    file = bytearray((tmp_path / "x.jpg").read_bytes())
+    file[len(file) // 2] ^= 1
+    samples = members()
+    spoil("007", "jpg", bytes(file))(samples)
+    write(tmp_path / "x.tar", samples)
+    reader = reader_of(tmp_path)
+    told, used = account(two_epochs(reader)), reader.source.read(7).picture == bytes(file)
+    assert used and set(told) <= {"007"}
