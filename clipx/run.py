@@ -18,6 +18,7 @@ from clipx.config import Train, differences
 from clipx.data.catalogue import usable_cores
 from clipx.data.images import TrainCrop
 from clipx.data.loader import TrainReader, read, steps, train_ranges
+from clipx.data.plan import MixPlan, Plan
 from clipx.data.sample import Data
 from clipx.data.tar import DataError
 from clipx.duration import Every
@@ -25,6 +26,7 @@ from clipx.errors import UserError
 from clipx.evals.validation import Validation
 from clipx.log import RunLog
 from clipx.loop import AfterStep, State, fit
+from clipx.models.clip import CLIP
 from clipx.sched import warmup_steps
 from clipx.tokenizer import SimpleTokenizer
 
@@ -48,8 +50,7 @@ def run(config: Train, directory: Path) -> float | None:
     plan = data.plan(config.seed)
     length = run_length(config, plan.samples)
     state = fresh_state(config, device)
-    plan_id = blake2b(f"{data.train.id} {plan.id}".encode(), digest_size=16).hexdigest()
-    identity = {"config": asdict(config), "plan": plan_id}
+    identity = identify(config, data, plan)
     seconds = restore(state, config.resume, directory, identity)
     if state.step >= length:
         logger.info("%s is finished (%d steps); nothing is changed. name=... starts another run", directory, state.step)
@@ -58,9 +59,7 @@ def run(config: Train, directory: Path) -> float | None:
     directory.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     (directory / "config.yaml").write_text(text, encoding="utf-8")
-    tokenizer, size = SimpleTokenizer(state.model.text.context), state.model.visual.size
-    crop, identify = TrainCrop(size, data.crop, data.decode), config.loss.get("same") == "mask"
-    reader = TrainReader(data.train, plan, crop, tokenizer, data.caption, identify)
+    reader = train_reader(config, data, plan, state.model)
     chunks = read(reader, train_ranges(state.samples, config.batch_size), workers, pin=device.type == "cuda")
     multiplier = build(config.sched, "sched", config.trust)(length)
     evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
@@ -81,7 +80,7 @@ def run(config: Train, directory: Path) -> float | None:
             eval_every=every(config.eval_every),
             save_every=every(config.save_every),
             keep_every=every(config.keep_every),
-            evaluate=Validation(data.vals, evals, tokenizer, workers, AMP[config.amp]),
+            evaluate=Validation(data.vals, evals, reader.tokenizer, workers, AMP[config.amp]),
             save=partial(save, directory, identity, log),
             best=config.best,
             bad_limit=data.bad_limit - sum(data.lost.values()),
@@ -139,6 +138,13 @@ def run_length(config: Train, samples: int) -> int:
     return length if config.max_steps is None else min(length, config.max_steps)
 
 
+def train_reader(config: Train, data: Data, plan: Plan | MixPlan, model: CLIP) -> TrainReader:
+    """What makes the chunks that train a model."""
+    crop = TrainCrop(model.visual.size, data.crop, data.decode)
+    identify = config.loss.get("same") == "mask"
+    return TrainReader(data.train, plan, crop, SimpleTokenizer(model.text.context), data.caption, identify)
+
+
 def fresh_state(config: Train, device: torch.device) -> State:
     """Model, optimiser and scaler at step 0, fixed by the seed."""
     torch.manual_seed(config.seed)
@@ -146,6 +152,18 @@ def fresh_state(config: Train, device: torch.device) -> State:
     model.set_grad_checkpoint(config.grad_checkpoint)
     optimizer = build(config.optim, "optim", config.trust)(model)
     return State(model, optimizer, torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"))
+
+
+def identify(config: Train, data: Data, plan: Plan | MixPlan) -> dict[str, Any]:
+    """What a run is, for those who would go on with it: its config, and a hash of its data in their order."""
+    plan_id = blake2b(f"{data.train.id} {plan.id}".encode(), digest_size=16).hexdigest()
+    return {"config": asdict(config), "plan": plan_id}
+
+
+def train_reader(config: Train, data: Data, plan: Plan | MixPlan, model: CLIP) -> TrainReader:
+    """What reads the training samples."""
+    crop, tokenizer = TrainCrop(model.visual.size, data.crop, data.decode), SimpleTokenizer(model.text.context)
+    return TrainReader(data.train, plan, crop, tokenizer, data.caption, config.loss.get("same") == "mask")
 
 
 def restore(state: State, resume: str | None, directory: Path, identity: Mapping[str, Any]) -> float:
@@ -196,18 +214,23 @@ def headlines(
     """What a run says of itself before it starts."""
     samples, parameters = int(sum(data.train.sizes)), sum(p.numel() for p in state.model.parameters())
     held = sum(sum(val.sizes) for val in data.vals.values())
+    return [
+        f"run       {directory}" + (f", goes on behind step {state.step:,}" if state.step else ""),
+        f"model     {parameters:,} parameters on {device}, amp={config.amp}",
+        f"data      {samples:,} pictures to train, {held:,} to validate; workers={workers}",
+        f"length    {told_length(config, samples, length)}",
+    ]
+
+
+def told_length(config: Train, samples: int, length: int) -> str:
+    """How long a run is, and how long it warms up."""
     epochs = length * config.batch_size / samples
     warm = ""
     if {"warmup", "warmup_cap"} <= config.sched.keys():
         steps, wanted = warmup_steps(length, config.sched["warmup"], config.sched["warmup_cap"]), config.sched["warmup"]
         limit = "sched.warmup" if steps == wanted else f"sched.warmup={wanted:,}, held down by sched.warmup_cap"
         warm = f", warm-up {steps:,} ({limit})"
-    return [
-        f"run       {directory}" + (f", goes on behind step {state.step:,}" if state.step else ""),
-        f"model     {parameters:,} parameters on {device}, amp={config.amp}",
-        f"data      {samples:,} pictures to train, {held:,} to validate; workers={workers}",
-        f"length    {length:,} steps of {config.batch_size:,}, {epochs:.3g} epochs{warm}",
-    ]
+    return f"{length:,} steps of {config.batch_size:,}, {epochs:.3g} epochs{warm}"
 
 
 def closing(directory: Path, summary: Mapping[str, Any]) -> list[str]:
