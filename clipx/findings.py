@@ -1,0 +1,216 @@
+"""What can be told of a run before it starts: found with the functions that will run it, on the CPU."""
+
+import logging
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from clipx.build import build
+from clipx.config import Train
+from clipx.data.loader import Chunk, EvalReader, TrainReader
+from clipx.data.mix import Chain
+from clipx.data.sample import Data, Source, Subset
+from clipx.data.shards import Shards
+from clipx.duration import Every
+from clipx.errors import UserError
+from clipx.log import short
+from clipx.loop import State
+from clipx.machine import Finding, check_device, check_disk, check_memory, check_workers, in_bytes
+from clipx.run import fresh_state, identify, pick_device, restore, run_length, told_length, train_reader
+from clipx.sched import warmup_steps
+
+logger = logging.getLogger("clipx")
+
+PICTURE = Path("clipx-check.png")
+GRID = 4                # rows of it, and columns
+LOOKED_AT = 64          # training samples: half of them the first, half spread over an epoch
+LOOKED_AT_VAL = 8       # pictures of each validation set
+MANY_CUT = 0.1          # share of the captions
+
+
+class Findings:
+    """Tells findings as they are made, and counts those that would stop the run."""
+
+    def __init__(self):
+        self.wrong = 0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Callable[[Iterable[Finding]], None]]:
+        """Gives what tells the findings of one part; what ends it is a finding, too, and the other parts follow."""
+        tell = partial(self.tell, name)
+        try:
+            yield tell
+        except UserError as error:
+            tell([("WRONG", str(error))])
+
+    def tell(self, name: str, findings: Iterable[Finding]) -> None:
+        for mark, text in findings:
+            self.wrong += mark == "WRONG"
+            logger.info("%-6s%-10s%s", mark, name, text)
+
+
+def examine(config: Train, directory: Path) -> int:
+    """Tell what is wrong or odd about a run, and show in clipx-check.png what it would read first.
+
+    Returns:
+        How many of the findings would stop the run.
+    """
+    found = Findings()
+    device = state = data = length = None
+    with found.part("device") as tell:
+        device = pick_device(config.device)
+        tell(check_device(device, config.amp))
+    with found.part("model") as tell:
+        state = fresh_state(config, torch.device("cpu"))
+        tokens = state.model.text.context
+        tell([("ok", f"{sum(p.numel() for p in state.model.parameters()):,} parameters")])
+    with found.part("data") as tell:
+        data = build(config.data, "data", config.trust)
+        plan = data.plan(config.seed)
+        tell(check_data(data))
+    if data:
+        with found.part("length") as tell:
+            length = run_length(config, plan.samples)
+            tell(check_length(config, plan.samples, length))
+    if data and state:
+        with found.part("run") as tell:
+            restore(state, config.resume, directory, identify(config, data, plan))
+            tell(check_progress(directory, state, length))
+        with found.part("samples") as tell:
+            reader = train_reader(config, data, plan, state.model)
+            chunks = first_chunks(reader, state.samples)
+            tell(check_samples(data, chunks))
+            tell(check_captions(reader, chunks, config.loss.get("same")))
+            tell(show(chunks[0]))
+            tokens = max(chunk.tokens.shape[1] for chunk in chunks)
+        with found.part("evals") as tell:
+            tell(check_evals(config, data, partial(EvalReader, size=reader.crop.size, tokenizer=reader.tokenizer)))
+    if state:
+        with found.part("workers") as tell:
+            tell(check_workers(config.workers, config.batch_size, state.model.visual.size))
+        with found.part("memory") as tell:
+            tell(check_memory(config, state, tokens, device))
+        with found.part("disk") as tell:
+            every = Every(config.keep_every, length, plan.samples / config.batch_size).in_steps if length else None
+            tell(check_disk(directory, state, length // every if every else 0))
+    return found.wrong
+
+
+def check_data(data: Data) -> Iterator[Finding]:
+    tars = [source.catalogue.rows for source in shards_of(data.train)]
+    size = sum(rows["bytes"].sum() for rows in tars)
+    where = f" in {sum(map(len, tars)):,} shards of {in_bytes(size)}" if tars else ""
+    yield "ok", f"{sum(data.train.sizes):,} pictures to train{where}"
+    if data.lost:
+        names = ", ".join(list(data.lost)[:3])
+        yield "odd", f"{sum(data.lost.values()):,} samples are lost with the ends of {names}; fetch or pack these again"
+
+
+def shards_of(source: Source) -> list[Shards]:
+    """The sets of tars that a source reads."""
+    if isinstance(source, Subset):
+        return shards_of(source.source)
+    if isinstance(source, Chain):
+        return [tars for part in source.sources for tars in shards_of(part)]
+    return [source] if isinstance(source, Shards) else []
+
+
+def check_length(config: Train, samples: int, length: int) -> Iterator[Finding]:
+    build(config.sched, "sched", config.trust)(length)
+    epoch = samples / config.batch_size
+    yield "ok", f"{told_length(config, samples, length)}; {epoch:,.4g} batches an epoch"
+    if {"warmup", "warmup_cap"} <= config.sched.keys():
+        warm = warmup_steps(length, config.sched["warmup"], config.sched["warmup_cap"])
+        if warm >= length:
+            yield "odd", f"the learning rate rises for all {length:,} steps; sched.warmup_cap=0.1 lets it fall again"
+    for key in ("log_every", "eval_every", "save_every", "keep_every"):
+        steps = Every(getattr(config, key), length, epoch).in_steps
+        if steps is not None and steps > length:
+            yield "odd", f"{key}={getattr(config, key)} is {steps:,} steps and never comes due; {key}=25% does"
+
+
+def check_progress(directory: Path, state: State, length: int | None) -> Iterator[Finding]:
+    if length is not None and state.step >= length:
+        yield "odd", f"{directory} is finished, and the same words change nothing; name=... starts another run"
+    else:
+        yield "ok", f"{directory}, " + (f"goes on behind step {state.step:,}" if state.step else "a new one")
+
+
+def first_chunks(reader: TrainReader, start: int) -> list[Chunk]:
+    """What training would read first, in one chunk, and chunks of one sample, spread over an epoch."""
+    first = min(LOOKED_AT // 2, reader.plan.samples)
+    rest = range(start + first, start + reader.plan.samples)
+    spread = rest[:: -(-len(rest) // (LOOKED_AT // 2)) or 1]
+    return [reader.chunk(range(start, start + first)), *(reader.chunk(range(place, place + 1)) for place in spread)]
+
+
+def check_samples(data: Data, chunks: list[Chunk]) -> Iterator[Finding]:
+    good = {sample for chunk in chunks for sample in chunk.samples.tolist()}
+    bad = {record.sample: record for chunk in chunks for record in chunk.skipped}
+    read = len(good) + len(bad)
+    share = len(bad) / read
+    yield "ok", f"{len(good)} of {read} looked at ({1 - share:.0%}) have a picture and a caption"
+    places = {record.reason: record.place for record in bad.values()}
+    for reason, count in Counter(record.reason for record in bad.values()).most_common():
+        yield "odd", (f"{count / read:.0%}: {reason} ({places[reason]}); of shards, \"python -m clipx.prepare "
+                      "source=shards src=DIR verify=true\" lists all")
+    surely = share - 3 * (share * (1 - share) / read) ** 0.5            # three standard errors below what was seen
+    if surely * sum(data.train.sizes) > data.bad_limit:
+        yield "WRONG", (f"more are bad than data.max_skipped={data.max_skipped} lets pass; mend them, or go on without "
+                        f"them (data.max_skipped={min(1, 2 * share):.2f})")
+
+
+def check_captions(reader: TrainReader, chunks: list[Chunk], same: str | None) -> Iterator[Finding]:
+    captions = chunks[0].captions + [chunk.captions[0] for chunk in chunks[1:]]
+    lengths, context = [len(reader.tokenizer.ids(caption)) + 2 for caption in captions], reader.tokenizer.context
+    cut = sum(length > context for length in lengths) / len(lengths)
+    told = (f"captions have {statistics.median(lengths):.0f} tokens in the median, {max(lengths)} at most; "
+            f"{cut:.0%} are cut at model.text.context={context}")
+    yield ("odd", f"{told}; shorten them, or raise it") if cut > MANY_CUT else ("ok", told)
+    different, first = len(set(chunks[0].captions)), len(chunks[0])
+    if different < first / 2 and same == "keep":
+        yield "odd", (f"of the first {first} captions only {different} differ; with loss.same=mask pictures with the "
+                      "same one are not each other's negatives")
+
+
+def show(chunk: Chunk) -> Iterator[Finding]:
+    """Draw the first of what trains, as the model will see it."""
+    from matplotlib.figure import Figure
+
+    figure, most = Figure(figsize=(3 * GRID, 3.2 * GRID)), GRID * GRID
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.97, 0.03, 0.1)
+    for place, (image, caption) in enumerate(zip(chunk.images[:most], chunk.captions[:most], strict=True), 1):
+        axes = figure.add_subplot(GRID, GRID, place)
+        axes.imshow(image.permute(1, 2, 0).numpy())
+        axes.set_title(short(caption), fontsize=8)
+        axes.axis("off")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # of letters that the font has not
+            figure.savefig(PICTURE)
+        yield "ok", f"{PICTURE} shows the first of them, cropped as they train"
+    except OSError as error:
+        yield "odd", f"{PICTURE} cannot be written ({error.strerror}); from a directory of your own it can"
+
+
+def check_evals(config: Train, data: Data, reader: Callable[[Source], EvalReader]) -> Iterator[Finding]:
+    for name, node in config.evals.items():
+        build(node, f"evals.{name}", config.trust)
+    if not data.vals:
+        yield "odd", "there are no validation pictures, so nothing is scored; data.val=0.02 holds some out"
+    for name, source in data.vals.items():
+        chunk = reader(source).chunk(range(min(LOOKED_AT_VAL, int(sum(source.sizes)))))
+        yield "ok", f"{sum(source.sizes):,} pictures to validate" + (f" of {name}" if name else "")
+        if chunk.skipped:
+            yield "odd", (f"{len(chunk.skipped)} of the first {LOOKED_AT_VAL} are left out, such as "
+                          f"{chunk.skipped[0].place}: {chunk.skipped[0].reason}; mend them for scores of all")
+    for tag in sorted({config.objective, config.best} - {None}):
+        name, _, at = (f"{tag}//").split("/")[1].partition("@")
+        if data.vals and tag.startswith("val/") and (name not in config.evals or at not in data.vals):
+            yield "odd", f"nothing gives {tag}, which the run is judged by; there are evals={list(config.evals)}"

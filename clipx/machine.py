@@ -1,0 +1,145 @@
+"""Whether this machine can do a run: device, processes, memory, disk."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from clipx.build import build
+from clipx.config import Train
+from clipx.data.catalogue import usable_cores
+from clipx.data.loader import MOST_IN_CHUNK
+from clipx.loop import State
+from clipx.models.clip import CLIP
+from clipx.run import AMP, pick_workers
+
+Finding = tuple[str, str]       # "ok", "odd" or "WRONG", what would stop the run; and what is told, with the remedy
+
+SHARED = Path("/dev/shm")       # where chunks pass from the workers
+AHEAD = 3                       # chunks of each worker there: two read ahead, one in use
+FILES = 3                       # checkpoints at once: last, best, and one being written
+
+
+def check_device(device: torch.device, amp: str) -> Iterator[Finding]:
+    yield "ok", f"{device}, amp={amp}"
+    if device.type == "cpu" and amp != "none":
+        yield "odd", f"amp={amp} seldom pays on a CPU; amp=none is exact, and faster on most"
+    if device.type == "cuda" and amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield "odd", f"amp=bf16 is slow on {torch.cuda.get_device_name(device)}; amp=fp16 is not"
+
+
+def check_workers(wanted: str | int, batch_size: int, size: int) -> Iterator[Finding]:
+    workers, cores = pick_workers(wanted), usable_cores()
+    yield "ok", f"{workers} on {cores} cores"
+    if workers > cores:
+        yield "odd", f"workers={workers} wait for each other on {cores} cores; workers=auto: {pick_workers('auto')}"
+    need = workers * AHEAD * min(batch_size, MOST_IN_CHUNK) * 3 * size**2
+    if SHARED.is_dir() and need > (free := shutil.disk_usage(SHARED).free):
+        yield "WRONG", (f"their pictures take {in_bytes(need)} of {SHARED}, where {in_bytes(free)} are free; give the "
+                        "container more (docker run --shm-size=8g), or set workers=0")
+
+
+def check_memory(config: Train, state: State, tokens: int, device: torch.device | None) -> Iterator[Finding]:
+    """What a training step takes, against what is free; gradients come as activations go, so it may take less."""
+    loss_of = build(config.loss, "loss", config.trust)
+    one, copies = parameter_bytes(state), 2 + moments(state.optimizer)
+    kept = activations(state.model, loss_of, AMP[config.amp], tokens, config.grad_checkpoint)
+    size, most = config.batch_size, one * copies + kept(config.batch_size)
+    told = (f"about {in_bytes(most)}: {in_bytes(one * copies)} for parameters, gradients and optimiser, "
+            f"{in_bytes(kept(size))} for {size:,} pictures and captions of {tokens} tokens")
+    free = free_bytes(device) if device else most
+    if most <= free:
+        yield "ok", told
+        return
+    fails = one * copies + kept(size) - min(one, kept(size)) > free
+    while size and one * copies + kept(size) > free:
+        size //= 2
+    remedy = f"batch_size={size} fits" if size else "a smaller model may fit"
+    remedy += ", amp=bf16 needs less" * (config.amp == "none")
+    remedy += ", grad_checkpoint=true needs less" * (not config.grad_checkpoint)
+    yield "WRONG" if fails else "odd", f"{told}; {device} has {in_bytes(free)} free; {remedy}"
+
+
+def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
+    """Whether the run's directory can be written, and has room for ``kept`` checkpoints besides the usual."""
+    home = next(path for path in (directory, *directory.parents) if path.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        yield "WRONG", f"{home.absolute()} cannot be written for {directory}; start it from a directory of your own"
+        return
+    size = (1 + moments(state.optimizer)) * parameter_bytes(state)
+    standing = sum(file.stat().st_size for file in directory.glob("checkpoints/*.pt"))
+    need, free = (FILES + kept) * size - standing, shutil.disk_usage(home).free
+    told = f"{FILES + kept} checkpoints of {in_bytes(size)}; {in_bytes(free)} are free"
+    yield ("ok", told) if need <= free else ("WRONG", f"{told}; make room, or let fewer stay (keep_every=null)")
+
+
+def in_bytes(count: int) -> str:
+    return tqdm.format_sizeof(count, "B")
+
+
+def parameter_bytes(state: State) -> int:
+    return sum(p.numel() * p.element_size() for p in state.model.parameters())
+
+
+def moments(optimizer: torch.optim.Optimizer) -> int:
+    """How many tensors an optimiser keeps beside each parameter, told by a step of the smallest matrix alone."""
+    p = min((p for group in optimizer.param_groups for p in group["params"]), key=lambda p: (p.ndim < 2, p.numel()))
+    before, p.grad = p.detach().clone(), torch.zeros_like(p)
+    optimizer.step()
+    kept = [value for value in optimizer.state.pop(p, {}).values() if getattr(value, "shape", None) == p.shape]
+    p.detach().copy_(before)
+    p.grad = None
+    return len(kept)
+
+
+def activations(
+    model: CLIP, loss_of: Callable[..., Tensor], amp: torch.dtype | None, tokens: int, grad_checkpoint: bool
+) -> Callable[[int], int]:
+    """Bytes of activations by batch size B: a + b B + c B B (the logits), measured at 2, 3 and 4.
+
+    Args:
+        model: on the CPU.
+        loss_of: as in ``fit``.
+        amp: autocast's type, or None for float32.
+        tokens: of the longest caption.
+        grad_checkpoint: whether blocks are computed again; one of them then adds to what is kept.
+    """
+    model.set_grad_checkpoint(grad_checkpoint)
+    two, three, four = (saved_bytes(model, loss_of, amp, tokens, tiny) for tiny in (2, 3, 4))
+    c = (four - 2 * three + two) / 2
+    b = three - two - 5 * c
+    a = two - 2 * b - 4 * c
+    if not grad_checkpoint:
+        return lambda size: round(a + b * size + c * size**2)
+    whole = activations(model, loss_of, amp, tokens, grad_checkpoint=False)
+    blocks = min(len(tower.transformer.resblocks) for tower in (model.visual, model.text))
+    return lambda size: round(a + b * size + c * size**2) + whole(size) // blocks
+
+
+def saved_bytes(
+    model: CLIP, loss_of: Callable[..., Tensor], amp: torch.dtype | None, tokens: int, size: int
+) -> int:
+    """What the forward pass of ``size`` samples keeps for the backward pass: each storage once, no parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}              # they are held, so that no address is used twice
+
+    def note(saved: Tensor) -> Tensor:
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage()
+        return saved
+
+    image, ids = torch.zeros(size, 3, model.visual.size, model.visual.size), torch.arange(2 * size)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        with torch.autocast("cpu", amp, enabled=amp is not None):
+            features = model(image, torch.ones(size, tokens, dtype=torch.long))
+        loss_of(*features, ids.view(size, 2))
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free of a device's memory; other devices than CUDA's share the machine's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

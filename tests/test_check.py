@@ -1,0 +1,263 @@
+"""What ``python -m clipx.check`` tells: each finding made on purpose, and what is told of it."""
+
+import os
+import shutil
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from conftest import in_process, picture, write_tar
+from PIL import Image
+
+from clipx import machine
+from clipx.build import build
+from clipx.config import Train, resolve
+from clipx.run import AMP, fresh_state
+
+FEW = ("batch_size=8", "model.image.depth=1", "model.text.depth=1", "device=cpu")
+MADE_UP = ("data=dummy", "data.samples=40", "data.val_samples=20", "epochs=20", *FEW)
+
+Check = Callable[..., tuple[str, int]]
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Check:
+    """``python -m clipx.check WORDS`` in this process, from an empty directory: what it tells, and the exit code."""
+    from clipx.check import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[str, int]:
+        monkeypatch.setattr(sys, "argv", ["clipx.check", *words])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            print(ended.code, file=sys.stderr)
+            code = 1
+        return capsys.readouterr().err, code
+
+    return run
+
+
+def files(root: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def composed(*given: str) -> Train:
+    with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
+        return resolve(hydra.compose("check", list(given)))
+
+
+def test_a_sound_run_is_told_without_a_complaint_and_leaves_a_picture_alone(
+    check: Check, make_shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_shards(30, 20)
+    told, code = check("data=shards", f"data.root={root}", "epochs=20", *FEW)
+    assert code == 0 and {line.split()[0] for line in told.splitlines()} == {"ok"}, told
+    for expected in ("49 pictures to train in 2 shards", "parameters", "123 steps of 8", "6.125 batches an epoch",
+                     "warm-up 12 (sched.warmup=2,000, held down by sched.warmup_cap)", "1 pictures to validate",
+                     "49 of 49 looked at (100%) have a picture and a caption", "0% are cut at model.text.context=77"):
+        assert expected in told, expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clipx-check.png", "shards"]
+    with Image.open(tmp_path / "clipx-check.png") as image:
+        image.load()
+        assert image.width > 1000 and len(set(image.convert("L").tobytes())) > 50
+
+
+def test_a_mistake_in_the_config_is_the_line_that_train_ends_with(check: Check) -> None:
+    assert check("optim.lr=fast") == (
+        "optim.lr='fast': should be a valid number, unable to parse string as a number\n", 1
+    )
+    assert check("model=smal") == ("model=smal: there is no such option; did you mean small?\n", 1)
+
+
+def test_check_and_train_compose_the_same_run() -> None:
+    with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
+        for given in ([], ["experiment=demo", "optim.lr=1"], ["model=small", "data=dummy"]):
+            assert hydra.compose("check", given) == hydra.compose("train", given)
+
+
+def test_where_there_are_no_data_the_rest_is_told(check: Check) -> None:
+    told, code = check("data=coco", "data.root=no where/é=x", *FEW)
+    assert code == 1 and "WRONG data      data.root=no where/é=x is not a directory; make them with: python" in told
+    assert "ok    model" in told and "ok    memory" in told and "ok    disk" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "finding"),
+    [
+        (["device=cuda:99"], "device    device=cuda:99 cannot be used ("),
+        (["batch_size=64"], "length    batch_size=64 is more than the 40 training samples"),
+        (["model.image.heads=5"], "model     model.image.heads=5 does not divide width=192"),
+        (["batch_size=4000000", "data.samples=5000000"], "memory    about "),
+        (["resume=none.pt"], "run       none.pt: there is no such checkpoint"),
+    ],
+)
+def test_what_would_stop_the_run_is_told(words: list[str], finding: str, check: Check) -> None:
+    told, code = check(*MADE_UP, *words)
+    assert f"WRONG {finding}" in told and code == 1
+    assert told.endswith("this run would fail; 1 of the findings, marked WRONG, would stop it\n")
+
+
+def test_what_is_odd_is_told_with_its_remedy_and_stops_nothing(check: Check) -> None:
+    told, code = check(*MADE_UP, "amp=bf16", "sched.warmup_cap=1", "eval_every=30ep", "save_every=101", "evals=[]",
+                       "model.text.context=6", "workers=999")
+    assert code == 0
+    for finding in (
+        "odd   device    amp=bf16 seldom pays on a CPU; amp=none",
+        "odd   length    the learning rate rises for all 100 steps; sched.warmup_cap=0.1",
+        "odd   length    eval_every=30ep is 150 steps and never comes due; eval_every=25%",
+        "odd   length    save_every=101 is 101 steps and never comes due; save_every=25%",
+        "odd   samples   captions have 9 tokens in the median, 9 at most; 100% are cut at model.text.context=6; ",
+        "odd   evals     nothing gives val/retrieval/mean_recall, which the run is judged by; there are evals=[]",
+        "odd   workers   workers=999 wait for each other on ",
+    ):
+        assert finding in told, finding
+
+
+def test_what_fits_in_memory_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {}
+    for free in (60, 114, 120):         # the step takes 116 MB, of which the gradients are 28
+        monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free * 1_000_000)
+        told[free], code = check(*MADE_UP)
+        assert code == (free == 60)
+    assert "WRONG memory    about 116MB: 113MB for parameters, gradients and optimiser, 3.19MB for 8 pict" in told[60]
+    assert "cpu has 60.0MB free; a smaller model may fit, amp=bf16 needs less, grad_checkpoint=true needs" in told[60]
+    assert "odd   memory    " in told[114] and "batch_size=1 fits" in told[114] and "ok    memory    " in told[120]
+
+
+def test_shards_that_are_broken_are_told(check: Check, make_shards: Callable[..., Path]) -> None:
+    root = make_shards(20, 20)
+    first, second = sorted(root.glob("*.tar"))
+    second.write_bytes(b"not a tar" * 1000)
+    told, code = check("data=shards", f"data.root={root}", *FEW)
+    assert code == 1 and "WRONG data      " in told and "part-001.tar" in told
+    second.unlink()
+    assert check("data=shards", f"data.root={root}", "data.val=0", *FEW)[1] == 0        # is indexed now
+    first.write_bytes(first.read_bytes()[:-24_000])
+    told, code = check("data=shards", f"data.root={root}", "data.val=0", *FEW)
+    assert code == 0 and "odd   data      " in told and "samples are lost with the ends of part-000.tar; fetch" in told
+    assert "odd   evals     there are no validation pictures, so nothing is scored; data.val=0.02 holds some" in told
+
+
+def test_bad_samples_are_counted_by_their_reasons(check: Check, tmp_path: Path) -> None:
+    def shard(bad: int) -> str:
+        members = []
+        for number in range(40):
+            members.append((f"{number:03d}.png", b"no picture" if number < bad else picture(number)))
+            members.append((f"{number:03d}.txt", b" " if bad <= number < 2 * bad else f"thing {number}".encode()))
+        write_tar(tmp_path / f"bad{bad}" / "a.tar", members)
+        return f"data.root={tmp_path / f'bad{bad}'}"
+
+    told, code = check("data=shards", shard(2), "data.val=0", *FEW)
+    assert code == 0 and "36 of 40 looked at (90%) have a picture and a caption" in told
+    assert "odd   samples   5%: does not decode: it is no picture (a.tar/00" in told
+    assert "odd   samples   5%: its caption is empty (a.tar/00" in told and "verify=true" in told
+    told, code = check("data=shards", shard(15), "data.val=0", *FEW)
+    assert code == 1 and "WRONG samples   more are bad than data.max_skipped=0.01 lets pass; mend them" in told
+    told, code = check("data=shards", shard(20), "data.val=0", *FEW)
+    assert code == 1 and "WRONG samples   64 samples in a row are bad" in told and "ok    disk" in told
+
+
+def test_captions_that_are_all_the_same_are_told(check: Check, tmp_path: Path) -> None:
+    members = [member for n in range(20) for member in ((f"{n}.png", picture(n)), (f"{n}.txt", "导盲犬 $x".encode()))]
+    write_tar(tmp_path / "same" / "train" / "a.tar", members)
+    write_tar(tmp_path / "same" / "val" / "a.tar", [("0.png", b"x"), ("0.txt", b"x"), *members[2:]])
+    given = ("data=shards", f"data.root={tmp_path / 'same'}", *FEW)
+    told, code = check(*given)
+    assert code == 0 and "odd   samples   of the first 20 captions only 1 differ; with loss.same=mask" in told
+    assert "odd   evals     1 of the first 8 are left out, such as a.tar/0: does not decode: it is no picture" in told
+    assert "captions only" not in check(*given, "loss.same=mask")[0]
+
+
+def test_a_run_that_stands_there_is_told_and_left_as_it_is(
+    check: Check, train: Callable[..., None], tmp_path: Path
+) -> None:
+    given = (*MADE_UP, "name=x", "workers=0", "max_steps=6", "eval_every=null", "log_every=1")
+    train(*given, "stop_at=3")
+    before = files(tmp_path / "outputs")
+    assert "ok    run       outputs/x, goes on behind step 3" in check(*given)[0]
+    told, code = check(*given, "optim.lr=1")
+    assert code == 1 and "WRONG run       outputs/x/checkpoints/clip_last.pt is of another run (optim.lr: 0.00" in told
+    told, code = check(*given, "resume=null")
+    assert code == 1 and "WRONG run       outputs/x holds a run; resume=auto goes on with it" in told
+    assert files(tmp_path / "outputs") == before
+    train(*given)
+    told, code = check("config=outputs/x/config.yaml", "name=x")
+    assert code == 0 and "odd   run       outputs/x is finished, and the same words change nothing; name=..." in told
+
+
+def test_a_place_that_cannot_be_written_or_is_full_is_told(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outputs").write_text("a file")
+    (tmp_path / "clipx-check.png").mkdir()
+    told, code = check(*MADE_UP)
+    assert code == 1 and f"WRONG disk      {tmp_path / 'outputs'} cannot be written for outputs/" in told
+    assert "odd   samples   clipx-check.png cannot be written (Is a directory)" in told
+    (tmp_path / "outputs").unlink()
+    little = namedtuple("usage", "total used free")(10, 9, 1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
+    told, code = check(*MADE_UP, "keep_every=10", "workers=2", "model=small", "batch_size=40")
+    assert code == 1 and "WRONG disk      5 checkpoints of 199MB; 1.00MB are free; make room, or let fewer" in told
+    assert "WRONG workers   their pictures take 36.1MB of /dev/shm, where 1.00MB are free; give the container" in told
+
+
+def test_a_read_only_place_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)         # the tests run as root, who may write anywhere
+    told, code = check(*MADE_UP)
+    assert code == 1 and "cannot be written for outputs/" in told
+
+
+@pytest.mark.parametrize("words", [[], ["amp=bf16"], ["grad_checkpoint=true"], ["loss.same=mask"]])
+def test_the_activations_of_a_batch_are_those_that_tiny_batches_foretell(words: list[str]) -> None:
+    config = composed(*MADE_UP, *words)
+    model, loss_of, amp = fresh_state(config, torch.device("cpu")).model, build(config.loss), AMP[config.amp]
+    for size in (8, 64):
+        model.set_grad_checkpoint(config.grad_checkpoint)
+        real = machine.saved_bytes(model, loss_of, amp, 20, size)
+        if config.grad_checkpoint:
+            model.set_grad_checkpoint(False)
+            real += machine.saved_bytes(model, loss_of, amp, 20, size)      # of its one block, computed again
+        foretold = machine.activations(model, loss_of, amp, 20, config.grad_checkpoint)(size)
+        assert foretold == pytest.approx(real, rel=0.02)
+
+
+def test_a_step_takes_what_was_foretold() -> None:
+    """Held against torch's own account of what it allocates on the way forward and back."""
+    config, size = composed(*MADE_UP), 64
+    state, loss_of = fresh_state(config, torch.device("cpu")), build(config.loss)
+    image, tokens = torch.zeros(size, 3, 32, 32), torch.ones(size, 20, dtype=torch.long)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss_of(*state.model(image, tokens)).backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    peak = image.nbytes + max(accumulate(changes))
+    kept, gradients = machine.activations(state.model, loss_of, None, 20, False)(size), machine.parameter_bytes(state)
+    assert max(kept, gradients) < peak < kept + gradients
+
+
+def test_the_optimisers_moments_are_counted_and_nothing_changes() -> None:
+    state = fresh_state(composed(*MADE_UP), torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    assert machine.moments(state.optimizer) == 2 and not state.optimizer.state
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
+    assert machine.moments(torch.optim.SGD(state.model.parameters(), lr=1.0)) == 0
+
+
+def test_help_needs_no_torch_and_in_a_sweep_every_job_is_told(tmp_path: Path) -> None:
+    (tmp_path / "no" / "torch").mkdir(parents=True)
+    (tmp_path / "no" / "torch" / "__init__.py").write_text("raise ImportError('torch was imported')")
+    shown = in_process("-m", "clipx.check", "--help", cwd=tmp_path / "no")
+    assert shown.returncode == 0 and "the words are those of clipx.train" in shown.stdout, shown.stderr
+    ended = in_process("-m", "clipx.check", "-m", *MADE_UP, "batch_size=8,64", cwd=tmp_path)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr and "batch_size=64 is more than" in ended.stderr
+    assert "20 pictures to validate" in ended.stderr and "ok    length    100 steps of 8" in ended.stderr
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".sweep"]           # Hydra's own
