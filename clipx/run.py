@@ -138,13 +138,6 @@ def run_length(config: Train, samples: int) -> int:
     return length if config.max_steps is None else min(length, config.max_steps)
 
 
-def train_reader(config: Train, data: Data, plan: Plan | MixPlan, model: CLIP) -> TrainReader:
-    """What makes the chunks that train a model."""
-    crop = TrainCrop(model.visual.size, data.crop, data.decode)
-    identify = config.loss.get("same") == "mask"
-    return TrainReader(data.train, plan, crop, SimpleTokenizer(model.text.context), data.caption, identify)
-
-
 def fresh_state(config: Train, device: torch.device) -> State:
     """Model, optimiser and scaler at step 0, fixed by the seed."""
     torch.manual_seed(config.seed)

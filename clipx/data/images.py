@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import functional as TF
@@ -25,7 +24,7 @@ MOST_PIXELS = Image.MAX_IMAGE_PIXELS            # 89 million; Pillow warns of a 
 BICUBIC = TF.InterpolationMode.BICUBIC
 JPEG = b"\xff\xd8"
 ORIENTATION = 0x0112                            # EXIF's tag
-EXIF_WITHIN = 65_536                            # bytes from the start of a JPEG
+SEGMENTS = [bytes([mark]) for mark in (*range(0xE0, 0xF0), 0xFE)]      # APP0 to APP15, and comments
 BROKEN = (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, EOFError,
           IndexError, OverflowError, struct.error, zlib.error)      # what Pillow raises for the bytes of a file
 
@@ -79,47 +78,63 @@ class TrainCrop:
 
     def __init__(self, size: int, scale: tuple[float, float], decode: str):
         self.size, self.scale, self.exact = size, scale, decode == "exact"
-        self.memory = bytearray()       # of the decoded picture; taking new memory for each costs a fifth of the time
+        self.memory = [np.empty(0, np.uint8), np.empty(0, np.uint8)]     # of the decoded picture, and of its part
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "memory": bytearray()}
+        return {**self.__dict__, "memory": [np.empty(0, np.uint8), np.empty(0, np.uint8)]}
 
-    def __call__(self, file: bytes, rng: random.Random) -> Tensor:
-        """(S, S, 3) uint8.
+    def __call__(self, file: bytes, rng: random.Random, out: Tensor) -> None:
+        """Fill ``out``, (S, S, 3) uint8.
 
         Raises:
             BadSample: it does not decode, or is too large.
         """
-        known = jpeg_size(file)
-        if known is None:
+        part = self.cut(file, rng)
+        whole = self.room(1, part.size).reshape(part.shape)         # the filter wants its rows side by side
+        np.copyto(whole, part)
+        resize(whole, out)
+
+    def room(self, number: int, size: int) -> np.ndarray:
+        """(size,) bytes that are used again and again; new ones for each picture take a third of the time."""
+        if self.memory[number].size < size:
+            self.memory[number] = np.empty(size, np.uint8)
+        return self.memory[number][:size]
+
+    def cut(self, file: bytes, rng: random.Random) -> np.ndarray:
+        """The part that is kept, decoded: (H, W, 3), a view of memory that the next call uses again."""
+        size = jpeg_size(file)
+        if size is None:
             pixels, shrink = np.array(decode(file)), 1
             left, top, width, height = crop_box(pixels.shape[1], pixels.shape[0], self.scale, rng)
         else:
-            left, top, width, height = crop_box(*known, self.scale, rng)
-            pixels, shrink = self.decode_jpeg(file, 1 if self.exact else self.shrink(width, height))
+            turn = orientation(file)
+            shown = size if turn < 5 else size[::-1]
+            left, top, width, height = crop_box(*shown, self.scale, rng)
+            shrink = 1 if self.exact else self.shrink(width, height)
+            pixels, shrink = self.decode_jpeg(file, size, turn, shrink)
         rows = slice(round(top / shrink), round((top + height) / shrink))
         columns = slice(round(left / shrink), round((left + width) / shrink))
-        return resize(pixels[rows, columns], self.size)
+        return pixels[rows, columns]
 
     def shrink(self, width: int, height: int) -> int:
         """How many times smaller a crop may be decoded."""
         return next(shrink for shrink in (8, 4, 2, 1) if shrink == 1 or min(width, height) // shrink >= self.size)
 
-    def decode_jpeg(self, file: bytes, shrink: int) -> tuple[np.ndarray, int]:
+    def decode_jpeg(self, file: bytes, size: tuple[int, int], turn: int, shrink: int) -> tuple[np.ndarray, int]:
         """The picture as a viewer shows it, (H, W, 3), and how many times smaller it is than the file says."""
-        height, width, _, _ = simplejpeg.decode_jpeg_header(file)
-        if len(self.memory) < height * width * 3 // shrink:
-            self.memory = bytearray(height * width * 3 // shrink)
-        least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)}
+        width, height = (-(-side // shrink) for side in size)
+        room = self.room(0, 3 * width * height)
         try:
-            pixels = simplejpeg.decode_jpeg(file, "RGB", min_factor=shrink, buffer=self.memory, **least)
+            pixels = simplejpeg.decode_jpeg(
+                file, "RGB", min_width=width, min_height=height, min_factor=shrink, buffer=room
+            )
         except ValueError:              # odd in some way: Pillow judges whether it can be shown
             return np.array(decode(file)), 1
-        return turned(pixels, orientation(file)), shrink
+        return turned(pixels, turn), shrink
 
 
 def jpeg_size(file: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG as a viewer shows it; None of any other file, and of CMYK, which is Pillow's.
+    """Width and height of a JPEG before it is turned; None of any other file, and of CMYK, which is Pillow's.
 
     Raises:
         BadSample: it is too large.
@@ -131,20 +146,28 @@ def jpeg_size(file: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     check_size(width, height)
-    if colours in ("CMYK", "YCCK"):
-        return None
-    return (height, width) if orientation(file) >= 5 else (width, height)
+    return None if colours in ("CMYK", "YCCK") else (width, height)
 
 
 def orientation(file: bytes) -> int:
     """How EXIF says that a JPEG is turned, 1 to 8; 1 is as it is."""
-    if file.find(b"Exif\0\0", 0, EXIF_WITHIN) < 0:
+    if not has_exif(file):
         return 1
     try:
         found = Image.open(BytesIO(file)).getexif().get(ORIENTATION, 1)
     except BROKEN:
         return 1
     return found if found in range(1, 9) else 1
+
+
+def has_exif(file: bytes) -> bool:
+    """Whether one of the segments in front of a JPEG's tables is EXIF's."""
+    place = 2
+    while file[place : place + 1] == b"\xff" and file[place + 1 : place + 2] in SEGMENTS:
+        if file[place + 4 : place + 10] == b"Exif\0\0":
+            return True
+        place += 2 + int.from_bytes(file[place + 2 : place + 4], "big")
+    return False
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -155,10 +178,10 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
 
 
-def resize(pixels: np.ndarray, size: int) -> Tensor:
-    """(H, W, 3) -> (size, size, 3) uint8, bicubic with antialias."""
-    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]      # channels last in memory
-    return F.interpolate(planes, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+def resize(pixels: np.ndarray, out: Tensor) -> None:
+    """(H, W, 3) into (S, S, 3) uint8, bicubic with antialias; ``out`` is filled without a copy in between."""
+    planes, filled = torch.from_numpy(pixels).permute(2, 0, 1)[None], out.permute(2, 0, 1)[None]    # channels last
+    torch.ops.aten._upsample_bicubic2d_aa.out(planes, out.shape[:2], False, None, None, out=filled)
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
@@ -211,7 +234,8 @@ def get_image_transform(size: int = 224, is_train: bool = False) -> Callable[[Im
         rgb = to_rgb(ImageOps.exif_transpose(image))
         if is_train:
             left, top, width, height = crop_box(*rgb.size, (0.9, 1.0), random.Random(random.random()))
-            pixels = resize(np.array(rgb)[top : top + height, left : left + width], size)
+            pixels = torch.empty(size, size, 3, dtype=torch.uint8)
+            resize(np.array(rgb.crop((left, top, left + width, top + height))), pixels)
         else:
             pixels = to_tensor(eval_crop(rgb, size))
         return normalise(pixels.permute(2, 0, 1))
