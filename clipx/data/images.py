@@ -13,7 +13,6 @@ import simplejpeg
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 from clipx.data.sample import BadSample
 
@@ -21,7 +20,6 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)      # RGB, of OpenAI's training pict
 STD = (0.26862954, 0.26130258, 0.27577711)
 RATIO = (3 / 4, 4 / 3)                          # width to height of a training crop
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS            # 89 million; Pillow warns of a decompression bomb above it
-BICUBIC = TF.InterpolationMode.BICUBIC
 JPEG = b"\xff\xd8"
 ORIENTATION = 0x0112                            # EXIF's tag
 SEGMENTS = [bytes([mark]) for mark in (*range(0xE0, 0xF0), 0xFE)]      # APP0 to APP15, and comments
@@ -200,8 +198,10 @@ def crop_box(width: int, height: int, scale: tuple[float, float], rng: random.Ra
 
 
 def eval_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture whose shorter side is resized to ``size`` pixels (bicubic)."""
-    return TF.center_crop(TF.resize(image, size, BICUBIC), [size, size])
+    """The middle of a picture whose shorter side is resized to ``size`` pixels (bicubic), as torchvision cuts it."""
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -192,7 +192,8 @@ def read(reader: Reader, ranges: Iterable[range], workers: int, pin: bool) -> It
         UserError: the data cannot be read, or a worker was killed.
     """
     loader = DataLoader(
-        reader, batch_size=None, sampler=ranges, num_workers=workers, collate_fn=as_it_is, pin_memory=pin, worker_init_fn=settle,
+        reader, batch_size=None, sampler=ranges, num_workers=workers, collate_fn=as_it_is, pin_memory=pin,
+        worker_init_fn=settle,
         generator=torch.Generator(),        # the default one would advance torch's global random state
     )
     try:
