@@ -1,0 +1,80 @@
+"""How fast 41,455 shards with 414 million samples open, and how fast a position is found; and headers a second.
+
+    python experiments/loader/many.py DIR
+
+The shards are sparse files with made-up sizes, their catalogue is written as an opening writes it.
+"""
+
+import os
+import random
+import statistics
+import sys
+import tarfile
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from clipx.data.catalogue import ROW, catalogue_paths
+from clipx.data.index import FORMAT, scan, write_table
+from clipx.data.shards import open_shards
+
+SHARDS = 41_455
+
+
+def make(root: Path) -> None:
+    """Sparse shards, and their catalogue."""
+    root.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    shards, rows = [], np.zeros(SHARDS, ROW)
+    for number, samples in enumerate(draw.integers(9_900, 10_100, SHARDS).tolist()):
+        shard = root / f"{number:05d}.tar"
+        shard.touch()
+        os.truncate(shard, samples * 30_720)
+        stat = shard.stat()
+        rows[number] = (stat.st_size, stat.st_mtime_ns, samples, samples, samples, 0)
+        shards.append(shard)
+    write_table(catalogue_paths(shards, root), {"format": FORMAT}, rows)
+
+
+def opening(root: Path) -> None:
+    """Open, then look up positions whose windows have not been seen."""
+    process = psutil.Process()
+    before, began = process.memory_full_info().uss, time.perf_counter()
+    data = open_shards(str(root), val=0)
+    plan = data.plan(seed=0)
+    seconds, memory = time.perf_counter() - began, process.memory_full_info().uss - before
+    print(f"{len(data.train.sizes):,} shards, {plan.samples:,} samples: open in {seconds:.2f} s, {memory / 1e6:.0f} MB")
+    found = []
+    for _ in range(40):
+        position = random.Random(len(found)).randrange(100 * plan.samples)
+        began = time.perf_counter()
+        plan[position]
+        found.append(1e3 * (time.perf_counter() - began))
+    print(f"a position of any epoch: {statistics.median(found):.1f} ms, at most {max(found):.1f} ms")
+
+
+def headers(shard: Path) -> None:
+    """Index a tar of 50,000 samples with two members each, twenty times."""
+    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(50_000):
+            for kind, size in (("jpg", 8_000), ("txt", 60)):
+                info = tarfile.TarInfo(f"{number:09d}.{kind}")
+                info.size = size
+                tar.addfile(info, BytesIO(bytes(size)))
+    rates = []
+    for _ in range(20):
+        began = time.perf_counter()
+        scan(shard)
+        rates.append(50_000 / (time.perf_counter() - began))
+    print(f"headers: {statistics.median(rates):,.0f} samples a second on one core, at least {min(rates):,.0f}")
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    if not root.exists():
+        make(root)
+    opening(root)
+    headers(root.with_name(f"{root.name}-headers.tar"))
