@@ -58,9 +58,9 @@ def make_shards(config: Prepare, layout: Layout, workers: int) -> tuple[Path, st
 
 def check_shards(config: Prepare, tars: Tars, workers: int) -> tuple[Path, str]:
     """Index shards that are there, and with ``verify=true`` read them all."""
-    index(tars)
     if config.verify:
-        verify(tars, Path(config.out or tars.root).expanduser() / "bad.jsonl", workers)
+        tars = verify(tars, Path(config.out or tars.root).expanduser() / "bad.jsonl", workers)
+    index(tars)
     return tars.root, "shards"
 
 

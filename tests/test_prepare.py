@@ -568,6 +568,7 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
             for member in ((f"{name}.txt", rows[name][1].encode()), (f"{name}.jpg", rows[name][0]))
         ])
     write_tar(tmp_path / "s/train/c.tar", [("lonely.txt", b"words")])
+    save(tmp_path / "s/train/d.tar", "no tar" * 300)
     for more in ([], ["out=told", "workers=2"]):
         caplog.clear()
         caplog.set_level(logging.INFO, logger="clipx")
@@ -575,14 +576,16 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
         listing = tmp_path / ("told" if more else "s") / "bad.jsonl"
         bad = [json.loads(line) for line in listing.read_text().splitlines()]
         assert [(row["shard"], row["key"]) for row in bad] == [
-            ("train/a.tar", "cut"), ("train/a.tar", "mute"), ("train/c.tar", "lonely"), ("val/b.tar", "text"),
+            ("train/a.tar", "cut"), ("train/a.tar", "mute"), ("train/c.tar", "lonely"),
+            ("train/d.tar", None), ("val/b.tar", "text"),
         ]
-        starts = ["does not decode", "its caption is empty", "has no picture", "does not decode: it is no picture"]
+        starts = ["does not decode", "its caption is empty", "has no picture", "s/train/d.tar is not a tar",
+                  "does not decode: it is no picture"]
         assert all(row["reason"].startswith(start) for row, start in zip(bad, starts, strict=True))
         data = {row["key"]: (tmp_path / "s" / row["shard"]).read_bytes()[row["offset"] :] for row in bad}
         assert data["cut"].startswith(whole[:600]) and data["mute"].startswith(whole)
         assert data["text"].startswith(b"no picture") and data["lonely"].startswith(b"words")
-        assert "verified  6 samples, 4 of them bad" in caplog.text and "train/a.tar, cut, byte" in caplog.text
+        assert "verified  6 samples, 5 of them bad" in caplog.text and "train/a.tar, cut, byte" in caplog.text
 
 
 def test_img2datasets_shards_are_indexed_as_they_are_and_its_counts_are_held_against_them(

@@ -17,6 +17,7 @@ from clipx.data.processes import spread
 from clipx.data.report import write
 from clipx.data.sample import BadSample
 from clipx.data.shards import PICTURES, Shards, told_of_cuts
+from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
 
@@ -41,23 +42,27 @@ def index(tars: Tars) -> None:
             logger.warning("%s holds %d samples, but %s_stats.json says %d", shard, found, shard.stem, counted)
 
 
-def verify(tars: Tars, listing: Path, workers: int) -> int:
-    """Read and decode every sample once; gives back how many are bad.
+def verify(tars: Tars, listing: Path, workers: int) -> Tars:
+    """Read and decode every sample once; gives back the shards that are tars.
 
     Args:
-        tars: indexed shards.
+        tars: shards, or files that should be some.
         listing: file for one line of JSON for each bad sample: shard, key, offset of the picture in the tar (of the
-            sample's first member where it has none), reason.
+            sample's first member where it has none), reason; and for each file that is not a whole tar, without key.
         workers: processes; 0 works in this one.
+
+    Raises:
+        DataError: none of them is a tar.
     """
     work = partial(verify_shard, root=tars.root, caption_key=tars.caption_key, index_dir=tars.index_dir)
     bad: list[dict[str, Any]] = []
-    total = int(open_catalogue(tars.shards, tars.index_dir).rows["samples"].sum())
-    bar = tqdm(total=total, unit="sample", desc="verify", disable=None)
+    total = 0
+    bar = tqdm(total=len(tars.shards), unit="shard", desc="verify", disable=None)
     with bar, closing(spread(work, tars.shards, workers)) as done:
         for samples, found in done:
+            total += samples
             bad += found
-            bar.update(samples)
+            bar.update()
     bad.sort(key=lambda row: (row["shard"], row["offset"]))
     listing.parent.mkdir(parents=True, exist_ok=True)
     write(listing, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
@@ -65,22 +70,30 @@ def verify(tars: Tars, listing: Path, workers: int) -> int:
         logger.warning("%(shard)s, %(key)s, byte %(offset)s: %(reason)s", row)
     logger.info("verified  %s samples, %s of them bad%s", f"{total:,}", f"{len(bad):,}",
                 f"; {listing} lists them" if bad else "")
-    return len(bad)
+    broken = {row["shard"] for row in bad if row["key"] is None}
+    whole = [shard for shard in tars.shards if shard.relative_to(tars.root).as_posix() not in broken]
+    if not whole:
+        raise DataError(f"{tars.root} holds no shard that can be read; {listing} says why")
+    return tars._replace(shards=whole)
 
 
 def verify_shard(shard: Path, root: Path, caption_key: str | None, index_dir: Path) -> tuple[int, list[dict[str, Any]]]:
-    """How many samples a shard has, and those of them that are bad."""
+    """How many samples a shard has, and those of them that are bad; of one that is no whole tar, what is wrong."""
     from clipx.data.images import decode  # brings torch
 
-    source = Shards(open_catalogue([shard], index_dir), caption_key, index_dir)
+    name = shard.relative_to(root).as_posix()
+    try:
+        source = Shards(open_catalogue([shard], index_dir), caption_key, index_dir)
+    except DataError as error:
+        return 0, [{"shard": name, "key": None, "offset": 0, "reason": str(error)}]
     bad = []
     for sample in range(sum(source.sizes)):
         try:
             decode(source.read(sample).picture)
         except BadSample as error:
             _, row = source.row(sample)
-            bad.append({"shard": shard.relative_to(root).as_posix(), "key": row["__key__"].decode("utf-8", "replace"),
-                        "offset": where(row), "reason": str(error)})
+            key = row["__key__"].decode("utf-8", "replace")
+            bad.append({"shard": name, "key": key, "offset": where(row), "reason": str(error)})
     return sum(source.sizes), bad
 
 
