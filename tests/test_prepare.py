@@ -615,3 +615,21 @@ def test_img2datasets_shards_are_indexed_as_they_are_and_its_counts_are_held_aga
 def samples_of(root: Path) -> list[str]:
     source = open_shards(str(root), val=0).train
     return [source.read(number).captions[0] for number in range(sum(source.sizes))]
+
+
+@pytest.mark.long
+def test_coco_from_its_published_files_to_retrieval_over_five_captions(tmp_path: Path) -> None:
+    make_coco(tmp_path / "coco 2017", train=90, val=12)
+    commands = {
+        "prepare": ["source=coco", "src=coco 2017", "out=data/coco", "samples_per_shard=40"],
+        "check": ["model=small", "data=coco", "batch_size=16", "max_steps=3"],
+        "train": ["model=small", "data=coco", "batch_size=16", "max_steps=3", "name=x"],
+    }
+    for command, given in commands.items():
+        ended = in_process("-m", f"clipx.{command}", *given, cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+    assert "90 pictures to train, 12 to validate" in (tmp_path / "outputs/x/train.log").read_text()
+    final = json.loads((tmp_path / "outputs/x/summary.json").read_text())["final"]
+    ranks = [final[f"val/retrieval/t2i_r{k}"] * 12 * 5 for k in (1, 5, 10)]        # counted among 60 captions
+    assert all(abs(rank - round(rank)) < 1e-6 for rank in ranks) and ranks[2] > 0
+    assert 0 < final["val/retrieval/i2t_median_rank"] <= 56                         # the best of a picture's five
