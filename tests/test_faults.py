@@ -17,6 +17,7 @@ from conftest import picture, write_tar
 from PIL import Image
 
 from clipx.data import shards as shards_room
+from clipx.data.folder import open_folder
 from clipx.data.images import TrainCrop
 from clipx.data.loader import TRIES, Chunk, TrainReader, read, train_ranges
 from clipx.data.plan import Plan
@@ -416,3 +417,19 @@ def test_a_picture_with_flipped_bits_that_still_decodes_is_used(tmp_path: Path) 
     reader = reader_of(tmp_path)
     told, used = account(two_epochs(reader)), reader.source.read(7).picture == bytes(file)
     assert used and set(told) <= {"007"}
+
+
+def test_a_picture_of_a_folder_that_cannot_be_read_ends_the_run(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(picture(1))
+    (tmp_path / "captions.txt").write_text("a.png\tone\n")
+    source = open_folder(str(tmp_path), val=0).train
+
+    def refuse(path: Path) -> bytes:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"a\.png cannot be read \(Input/output error\), after 4 tries"):
+        source.read(0)

@@ -7,6 +7,7 @@ import numpy as np
 from typing_extensions import Unpack
 
 from clipx.data.sample import BadSample, Data, How, Sample, hold_out
+from clipx.data.shards import patiently
 from clipx.data.tar import DataError
 
 LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
@@ -40,10 +41,10 @@ class Folder:
 
     def read(self, sample: int) -> Sample:
         name = self.names[sample]
-        try:
-            return Sample(name, (self.images / name).read_bytes(), self.captions[name])
-        except FileNotFoundError as error:
-            raise BadSample("is named in captions.txt, but there is no such file") from error
+        path = self.images / name
+        if not path.is_file():
+            raise BadSample("is named in captions.txt, but there is no such file")
+        return Sample(name, patiently(path.read_bytes, path), self.captions[name])
 
 
 def read_listing(path: Path) -> dict[str, list[str]]:
