@@ -1,5 +1,6 @@
 """Whether this machine can do a run: device, processes, memory, disk."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,13 +23,14 @@ Finding = tuple[str, str]       # "ok", "odd" or "WRONG", what would stop the ru
 
 SHARED = Path("/dev/shm")       # where chunks pass from the workers
 AHEAD = 3                       # chunks of each worker there: two read ahead, one in use
+ROOM = 1.25                     # times its tensors: what allocators lose and libraries take
 FILES = 3                       # checkpoints at once: last, best, and one being written
 
 
 def check_device(device: torch.device, amp: str) -> Iterator[Finding]:
     yield "ok", f"{device}, amp={amp}"
-    if device.type == "cpu" and amp != "none":
-        yield "odd", f"amp={amp} seldom pays on a CPU; amp=none is exact, and faster on most"
+    if device.type == "cpu" and amp == "fp16":
+        yield "odd", "amp=fp16 is many times slower than amp=none on a CPU; where it has bf16 units, amp=bf16 is faster"
     if device.type == "cuda" and amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield "odd", f"amp=bf16 is slow on {torch.cuda.get_device_name(device)}; amp=fp16 is not"
 
@@ -45,24 +47,24 @@ def check_workers(wanted: str | int, batch_size: int, size: int) -> Iterator[Fin
 
 
 def check_memory(config: Train, state: State, tokens: int, device: torch.device | None) -> Iterator[Finding]:
-    """What a training step takes, against what is free; gradients come as activations go, so it may take less."""
+    """What the tensors of a training step take, against what is free."""
     loss_of = build(config.loss, "loss", config.trust)
-    one, copies = parameter_bytes(state), 2 + moments(state.optimizer)
     kept = activations(state.model, loss_of, AMP[config.amp], tokens, config.grad_checkpoint)
-    size, most = config.batch_size, one * copies + kept(config.batch_size)
-    told = (f"about {in_bytes(most)}: {in_bytes(one * copies)} for parameters, gradients and optimiser, "
+    one, size = parameter_bytes(state), config.batch_size
+    fixed = one * (2 + moments(state.optimizer))
+    told = (f"about {in_bytes(fixed + kept(size))}: {in_bytes(fixed)} for parameters, gradients and optimiser, "
             f"{in_bytes(kept(size))} for {size:,} pictures and captions of {tokens} tokens")
-    free = free_bytes(device) if device else most
-    if most <= free:
+    free = free_bytes(device) if device else math.inf
+    if ROOM * (fixed + kept(size)) <= free:
         yield "ok", told
         return
-    fails = one * copies + kept(size) - min(one, kept(size)) > free
-    while size and one * copies + kept(size) > free:
+    least = fixed + kept(size) - min(one, kept(size))       # gradients come while activations go
+    while size and ROOM * (fixed + kept(size)) > free:
         size //= 2
     remedy = f"batch_size={size} fits" if size else "a smaller model may fit"
     remedy += ", amp=bf16 needs less" * (config.amp == "none")
     remedy += ", grad_checkpoint=true needs less" * (not config.grad_checkpoint)
-    yield "WRONG" if fails else "odd", f"{told}; {device} has {in_bytes(free)} free; {remedy}"
+    yield "WRONG" if least > free else "odd", f"{told}; {device} has {in_bytes(free)} free; {remedy}"
 
 
 def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
