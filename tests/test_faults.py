@@ -282,12 +282,13 @@ def reader_of_again(reader: TrainReader) -> TrainReader:
     return TrainReader(make(*given), reader.plan, reader.crop, TOKENIZER, "random")
 
 
-def test_a_worker_that_is_killed_ends_the_run_at_once(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_ends_the_run_between_two_batches(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", members())
-    reader = reader_of(tmp_path)
-    batches = read(reader, killed_after(train_ranges(0, 8), 6), 2, pin=False)
+    batches = read(reader_of(tmp_path), killed_after(train_ranges(0, 8), 6), 2, pin=False)
+    handler = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(DataError, match="one of the workers=2 processes that read data was killed.*want of memory"):
         list(itertools.islice(batches, 50))
+    assert signal.getsignal(signal.SIGCHLD) is handler
 
 
 def killed_after(ranges: Iterator[range], count: int) -> Iterator[range]:

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import random
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -196,8 +197,11 @@ def read(reader: Reader, ranges: Iterable[range], workers: int, pin: bool) -> It
         worker_init_fn=settle,
         generator=torch.Generator(),        # the default one would advance torch's global random state
     )
+    before = signal.getsignal(signal.SIGCHLD)
+    chunks = iter(loader)
+    signal.signal(signal.SIGCHLD, before)   # torch's handler would tell of a killed worker in the middle of a step
     try:
-        for chunk in loader:
+        for chunk in chunks:
             if isinstance(chunk, UserError):
                 raise chunk
             yield chunk
