@@ -7,14 +7,17 @@ import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from threading import current_thread, main_thread
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from clipx.data.cache import Ahead
 from clipx.data.images import TrainCrop, decode, eval_crop, to_tensor
 from clipx.data.plan import MixPlan, Place, Plan, digest
 from clipx.data.sample import BadSample, Sample, Source
+from clipx.data.shards import remote_parts
 from clipx.data.tar import DataError
 from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
@@ -180,26 +183,32 @@ def shared_pixels(count: int, size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(count, size, size, 3)
 
 
-def read(reader: Reader, ranges: Iterable[range], workers: int, pin: bool) -> Iterator[Chunk]:
-    """The chunks of some ranges, in their order.
+def read(
+    reader: Reader, ranges: Iterable[range], workers: int, pin: bool, fill: bool = True
+) -> Iterator[Chunk]:
+    """The chunks of some ranges, in their order; of training, remote shards are copied ahead of them.
 
     Args:
         reader: makes a chunk of a range.
         ranges: may be endless.
         workers: processes that read ahead; 0 reads in this one.
         pin: put the chunks into page-locked memory, for copies that overlap.
+        fill: whether this process copies remote shards; of those that share a cache, one does.
 
     Raises:
         UserError: the data cannot be read, or a worker was killed.
     """
+    ranges = iter(ranges)
+    first = next(ranges, range(0))
     loader = DataLoader(
-        reader, batch_size=None, sampler=ranges, num_workers=workers, collate_fn=as_it_is, pin_memory=pin,
+        reader, batch_size=None, sampler=itertools.chain([first] if first else [], ranges), num_workers=workers, collate_fn=as_it_is, pin_memory=pin,
         worker_init_fn=settle,
         generator=torch.Generator(),        # the default one would advance torch's global random state
     )
     before = signal.getsignal(signal.SIGCHLD)
     chunks = iter(loader)
-    signal.signal(signal.SIGCHLD, before)   # torch's handler would tell of a killed worker in the middle of a step
+    if current_thread() is main_thread():       # torch's handler would tell of a killed worker in the middle of a step
+        signal.signal(signal.SIGCHLD, before)
     try:
         for chunk in chunks:
             if isinstance(chunk, UserError):
@@ -218,6 +227,15 @@ def settle(_worker: int) -> None:
     """Make at once what a worker keeps for ever, and hide it from the garbage collector: a twentieth of its time."""
     get_worker_info().dataset.tokenizer("")
     gc.freeze()
+
+
+def copied_ahead(reader: Reader, first: range, fill: bool) -> Ahead:
+    """What copies the remote shards of training, from the first range on."""
+    parts = list(remote_parts(reader.source)) if isinstance(reader, TrainReader) else []
+    remotes = {start + number: part.remote(number) for start, part in parts for number in part.catalogue.urls}
+    plan = reader.plan if parts else None
+    reach = max(plan.window, 2 * len(first)) if parts else 0
+    return Ahead([part.cache for _, part in parts], remotes, plan, first.start, reach, fill)
 
 
 def as_it_is(chunk: Chunk) -> Chunk:
