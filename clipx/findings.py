@@ -30,7 +30,7 @@ logger = logging.getLogger("clipx")
 PICTURE = Path("clipx-check.png")
 GRID = 4                # rows of it, and columns
 LOOKED_AT = 64          # training samples: half of them the first, half spread over an epoch
-LOOKED_AT_VAL = 8       # pictures of each validation set
+LOOKED_AT_VAL = 32      # pictures of each validation set
 MANY_CUT = 0.1          # share of the captions
 
 
@@ -161,7 +161,7 @@ def check_samples(data: Data, chunks: list[Chunk]) -> Iterator[Finding]:
         yield "odd", (f"{count / read:.0%}: {reason} ({places[reason]}); of shards, \"python -m clipx.prepare "
                       "source=shards src=DIR verify=true\" lists all")
     surely = share - 3 * (share * (1 - share) / read) ** 0.5            # three standard errors below what was seen
-    if surely * sum(data.train.sizes) > data.bad_limit:
+    if surely * sum(data.train.sizes) > data.bad_limit - sum(data.lost.values()):
         yield "WRONG", (f"more are bad than data.max_skipped={data.max_skipped} lets pass; mend them, or go on without "
                         f"them (data.max_skipped={min(1, 2 * share):.2f})")
 
@@ -202,11 +202,16 @@ def show(chunk: Chunk) -> Iterator[Finding]:
 def check_evals(config: Train, data: Data, reader: Callable[[Source], EvalReader]) -> Iterator[Finding]:
     for name, node in config.evals.items():
         build(node, f"evals.{name}", config.trust)
-    if not data.vals:
+    if config.evals and not data.vals:
         yield "odd", "there are no validation pictures, so nothing is scored; data.val=0.02 holds some out"
-    for name, source in data.vals.items():
-        chunk = reader(source).chunk(range(min(LOOKED_AT_VAL, int(sum(source.sizes)))))
-        yield "ok", f"{sum(source.sizes):,} pictures to validate" + (f" of {name}" if name else "")
+    for name, source in data.vals.items() if config.evals else ():
+        samples = int(sum(source.sizes))
+        told = f"{samples:,} pictures to validate" + (f" of {name}" if name else "")
+        if not samples:
+            yield "WRONG", f"{told}; give others (data.val=..., data.val_shards=...), or set evals=[]"
+            continue
+        yield "ok", told
+        chunk = reader(source).chunk(range(min(LOOKED_AT_VAL, samples)))
         if chunk.skipped:
             yield "odd", (f"{len(chunk.skipped)} of the first {LOOKED_AT_VAL} are left out, such as "
                           f"{chunk.skipped[0].place}: {chunk.skipped[0].reason}; mend them for scores of all")

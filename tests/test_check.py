@@ -173,7 +173,10 @@ def test_captions_that_are_all_the_same_are_told(check: Check, tmp_path: Path) -
     given = ("data=shards", f"data.root={tmp_path / 'same'}", *FEW)
     told, code = check(*given)
     assert code == 0 and "odd   samples   of the first 20 captions only 1 differ; with loss.same=mask" in told
-    assert "odd   evals     1 of the first 8 are left out, such as a.tar/0: does not decode: it is no picture" in told
+    assert "odd   evals     1 of the first 32 are left out, such as a.tar/0: does not decode: it is no picture" in told
+    write_tar(tmp_path / "same" / "val" / "a.tar", [])
+    told, code = check(*given)
+    assert code == 1 and "WRONG evals     0 pictures to validate; give others (data.val=..., data.val_shards" in told
     assert "captions only" not in check(*given, "loss.same=mask")[0]
 
 
