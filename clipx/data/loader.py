@@ -7,6 +7,8 @@ import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from multiprocessing import active_children
+from multiprocessing.connection import wait
 from threading import current_thread, main_thread
 
 import torch
@@ -206,7 +208,9 @@ def read(
         generator=torch.Generator(),        # the default one would advance torch's global random state
     )
     before = signal.getsignal(signal.SIGCHLD)
+    others = active_children()
     chunks = iter(loader)
+    watched = [child.sentinel for child in active_children() if child not in others]
     if current_thread() is main_thread():       # torch's handler would tell of a killed worker in the middle of a step
         signal.signal(signal.SIGCHLD, before)
     try:
@@ -214,8 +218,8 @@ def read(
             if isinstance(chunk, UserError):
                 raise chunk
             yield chunk
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:      # a dead worker's pipes and sockets break as they like
+        if not watched or not wait(watched, timeout=1):
             raise
         raise DataError(
             f"one of the workers={workers} processes that read data was killed, most likely for want of memory; fewer "
