@@ -15,7 +15,8 @@ MOST_LETTERS = 120          # of a directory's name
 # what does not change the meaning of a run: where, how fast and how closely watched
 NEUTRAL = {
     "name", "stop_at", "device", "workers", "resume", "trust", "log_every", "eval_every", "save_every", "keep_every",
-    "data.root", "data.shards", "data.val_shards", "data.index_dir", "data.max_skipped",
+    "data.root", "data.shards", "data.val_shards", "data.index_dir", "data.cache", "data.cache_gb",
+    "data.allow_pipe", "data.max_skipped",
 }  # fmt: skip
 
 # Hydra's own directories and log files are not used: a run's directory is made when its config is known to be right
@@ -73,7 +74,7 @@ def directory_name(words: Sequence[str]) -> str:
     """The words in the letters of a file name, later ones over earlier ones; with a hash where that loses anything."""
     by_key = {word.partition("=")[0].lstrip("+"): word for word in words}
     text = ",".join(sorted(word for key, word in by_key.items() if not is_neutral(key)))
-    name = re.sub(r"[^\w.,=+~-]", "_", text)
+    name = re.sub(r"[^\w.,=+~-]|^\.+$", "_", text)         # outputs/.. would be no directory of a run's
     if name != text or len(name) > MOST_LETTERS:
         name = f"{name[:MOST_LETTERS]}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
     return name

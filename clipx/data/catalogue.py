@@ -1,20 +1,27 @@
 """What a run knows of its shards before it opens one: how large each is, and how many samples it has."""
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_context
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 from tqdm import tqdm
 
+from clipx.data.cache import PIPE, Cache, Remote, file_system, is_lasting, persist
 from clipx.data.index import FORMAT, find_index, index_paths, make_index, read_head, read_table, write_table
+from clipx.data.index import successes as counted
 from clipx.data.tar import DataError
 
 MANY = 1000                 # shards; for so many, what their indexes say is kept in one file
+ASKED = 64                  # remote shards that are asked about at once
+KNOWN = "remote.json"       # the file that keeps the answers of one remote directory
 TOLD = ("samples", "readable", "total", "cut")      # what the head of an index tells of its shard
 ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), *((name, "<i8") for name in TOLD)])
 
@@ -23,8 +30,9 @@ ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), *((name, "<i8") for name in 
 class Catalogue:
     """Some shards, in their order."""
 
-    shards: list[Path]
-    rows: np.ndarray        # (shards,) bytes, time of the last change (ns), and TOLD
+    shards: list[Path]      # of a remote one, its place in the cache
+    rows: np.ndarray        # (shards,) bytes, time of the last change (ns; 0 of a remote one), and TOLD
+    urls: Mapping[int, str] = field(default_factory=dict)       # of the remote ones, by number
 
     @property
     def id(self) -> str:
@@ -108,3 +116,96 @@ def make_indexes(shards: Sequence[Path], index_dir: Path) -> Iterator[Path]:
         return
     with ProcessPoolExecutor(min(usable_cores(), len(shards)), mp_context=get_context("spawn")) as pool:
         yield from pool.map(make_index, shards, [index_dir] * len(shards))
+
+
+def open_all(shards: Sequence[Path | str], cache: Cache) -> Catalogue:
+    """The catalogue of shards of which some are URLs."""
+    urls = {number: shard for number, shard in enumerate(shards) if isinstance(shard, str)}
+    local = open_catalogue([shard for shard in shards if isinstance(shard, Path)], cache.index_dir)
+    if not urls:
+        return local
+    remote = np.isin(np.arange(len(shards)), list(urls))
+    rows = np.zeros(len(shards), ROW)
+    rows[~remote], rows[remote] = local.rows, remote_rows(list(urls.values()), cache)
+    places = [cache.remote(shard).path if isinstance(shard, str) else shard for shard in shards]
+    return Catalogue(places, rows, urls)
+
+
+def remote_rows(urls: Sequence[str], cache: Cache) -> np.ndarray:
+    """What is known of remote shards: kept from another time, else asked of their servers, with progress.
+
+    Raises:
+        DataError: a server does not answer, or a shard without an index or counts beside it cannot be copied.
+    """
+    remotes = [cache.remote(url) for url in urls]
+    known = {place: read_known(place) for place in {remote.index.parent for remote in remotes}}
+    missing = [remote for remote in remotes if remote.path.name not in known[remote.index.parent]]
+    with ThreadPool(ASKED) as pool, tqdm(total=len(missing), unit="shard", desc="ask", disable=None) as bar:
+        for start in range(0, len(missing), ASKED):
+            some = {remote: remote.url for remote in missing[start : start + ASKED]}
+            answers = persist(pool, ask, some, Event())
+            cache.fetch_now([answer for answer in answers.values() if isinstance(answer, Remote)])
+            for remote, answer in answers.items():
+                row = row_of(remote.index) if isinstance(answer, Remote) else answer
+                known[remote.index.parent][remote.path.name] = row
+            for place in {remote.index.parent for remote in some}:
+                write_whole(place / KNOWN, json.dumps(known[place]).encode())
+            bar.update(len(some))
+    rows = np.zeros(len(urls), ROW)
+    for number, remote in enumerate(remotes):
+        size, *told = known[remote.index.parent][remote.path.name]
+        rows[number] = (size, 0, *told)
+    return rows
+
+
+def read_known(place: Path) -> dict[str, list[int]]:
+    """Bytes and TOLD of the shards of one remote directory, by name, as far as they are known."""
+    return json.loads((place / KNOWN).read_bytes()) if (place / KNOWN).exists() else {}
+
+
+def ask(remote: Remote) -> list[int] | Remote:
+    """Bytes and TOLD of a remote shard; where nothing beside it says, the shard, its size filled in if that is known.
+
+    Raises:
+        DataError: the library for the URL is missing; and whatever else the storage library raises.
+    """
+    if not remote.url.startswith(PIPE) and not remote.index.exists():
+        found = small_file(beside(remote.url, remote.index.name))
+        if found is not None:
+            write_whole(remote.index, found)
+    if remote.index.exists() and read_head(remote.index).get("format") == FORMAT:
+        return row_of(remote.index)
+    if remote.url.startswith(PIPE):
+        return remote
+    system, path = file_system(remote.url)
+    size, count = system.size(path), counted(small_file(beside(remote.url, f"{remote.path.stem}_stats.json")) or b"")
+    return remote._replace(size=size) if None in (size, count) else [size, count, count, count, 0]
+
+
+def row_of(index: Path) -> list[int]:
+    head = read_head(index)
+    return [int(head[name]) for name in ("bytes", *TOLD)]
+
+
+def beside(url: str, name: str) -> str:
+    """The URL of another file in the same directory."""
+    path, mark, query = url.partition("?")
+    return f"{path.rpartition('/')[0]}/{name}{mark}{query}"
+
+
+def small_file(url: str) -> bytes | None:
+    """What a URL gives; None where there is nothing, or nothing for us."""
+    system, path = file_system(url)
+    found = system.cat_ranges([path], None, None, on_error="return")[0]
+    if isinstance(found, bytes):
+        return found
+    if is_lasting(found):
+        return None
+    raise found
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

@@ -22,8 +22,8 @@ END = 16_384                # bytes at either end of a tar that tell whether it 
 MAX_KINDS = 64              # kinds of member in a shard; more means that the dots in the names are not extensions
 
 
-def make_index(shard: Path, index_dir: Path) -> Path:
-    """Scan one tar and write its index beside it, or under ``index_dir`` where that cannot be written.
+def make_index(shard: Path, index_dir: Path, place: Path | None = None) -> Path:
+    """Scan one tar and write its index beside it, or under ``index_dir`` where that cannot be written; or in a place.
 
     Raises:
         DataError: it is not a tar, or damaged in the middle, or the index can be written nowhere.
@@ -32,9 +32,10 @@ def make_index(shard: Path, index_dir: Path) -> Path:
     size = shard.stat().st_size
     readable = len(samples) - reaches_behind(samples, size)
     total = max(len(samples), promised(shard, index_dir)) if cut else len(samples)
-    head = {"format": FORMAT, "shard": shard.name, "bytes": size, "ends": ends(shard), "readable": readable,
+    name = place.stem if place else shard.name
+    head = {"format": FORMAT, "shard": name, "bytes": size, "ends": ends(shard), "readable": readable,
             "total": total, "cut": cut}
-    return write_table(index_paths(shard, index_dir), head, samples)
+    return write_table([place] if place else index_paths(shard, index_dir), head, samples)
 
 
 def scan(shard: Path) -> tuple[np.ndarray, bool]:
@@ -92,8 +93,16 @@ def promised(shard: Path, index_dir: Path) -> int:
 def published(shard: Path) -> int | None:
     """How many samples img2dataset counted in a shard, where its NNNNN_stats.json stands beside it."""
     try:
-        return int(json.loads(shard.with_name(f"{shard.stem}_stats.json").read_text())["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return successes(shard.with_name(f"{shard.stem}_stats.json").read_bytes())
+    except OSError:
+        return None
+
+
+def successes(stats: bytes) -> int | None:
+    """The count in a NNNNN_stats.json."""
+    try:
+        return int(json.loads(stats)["successes"])
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -105,11 +114,15 @@ def index_paths(shard: Path, index_dir: Path) -> list[Path]:
 
 def find_index(shard: Path, index_dir: Path) -> Path | None:
     """The index that belongs to the shard as it is now, if there is one."""
+    return next((path for path in index_paths(shard, index_dir) if belongs(path, shard)), None)
+
+
+def belongs(index: Path, shard: Path) -> bool:
+    """Whether there is such an index, and it belongs to the shard as it is now."""
+    if not index.exists():
+        return False
     now = {"format": FORMAT, "bytes": shard.stat().st_size, "ends": ends(shard)}
-    for path in index_paths(shard, index_dir):
-        if path.exists() and now.items() <= read_head(path).items():
-            return path
-    return None
+    return now.items() <= read_head(index).items()
 
 
 def ends(shard: Path) -> str:

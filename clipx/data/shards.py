@@ -3,20 +3,25 @@
 import logging
 import math
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from glob import glob
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 from typing_extensions import Unpack
 
+from clipx.data.cache import PIPE, Cache, Remote, file_system, persist
 from clipx.data.captions import read_captions
-from clipx.data.catalogue import Catalogue, open_catalogue
+from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.index import KEY, find_index, read_table
-from clipx.data.sample import BadSample, Data, How, Sample, hold_out
+from clipx.data.mix import Chain
+from clipx.data.sample import BadSample, Data, How, Sample, Source, hold_out
 from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
@@ -25,6 +30,7 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 WORDS = ("txt", "json")
 OPEN_SHARDS = 256           # that a process keeps open, with two file descriptors each
 WAITS = (0.2, 1.0, 3.0)     # seconds before a read that failed is tried again
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://")
 
 
 class Shards:
@@ -34,25 +40,34 @@ class Shards:
         catalogue: the tars, in their order.
         caption_key: the key of ``.json`` that holds the captions; None for ``.txt``, else json's ``caption``.
         index_dir: where an index stands that is not beside its shard.
+        cache: where the remote ones are copied to, if there are any.
     """
 
-    def __init__(self, catalogue: Catalogue, caption_key: str | None, index_dir: Path):
-        self.catalogue, self.caption_key, self.index_dir = catalogue, caption_key, index_dir
+    def __init__(
+        self, catalogue: Catalogue, caption_key: str | None, index_dir: Path, cache: Cache | None = None
+    ):
+        self.catalogue, self.caption_key, self.index_dir, self.cache = catalogue, caption_key, index_dir, cache
         self.sizes, self.id = catalogue.rows["samples"], catalogue.id
         self.ends = np.cumsum(self.sizes)
         self.open = lru_cache(OPEN_SHARDS)(self.open)
 
     def __reduce__(self) -> tuple:
-        return Shards, (self.catalogue, self.caption_key, self.index_dir)
+        return Shards, (self.catalogue, self.caption_key, self.index_dir, self.cache)
 
-    def open(self, shard: int) -> "OpenShard":
+    def remote(self, shard: int) -> Remote:
+        row = self.catalogue.rows[shard]
+        return self.cache.remote(self.catalogue.urls[shard], int(row["bytes"]), int(row["samples"]))
+
+    def open(self, shard: int) -> "OpenShard | CachedShard":
+        if shard in self.catalogue.urls:
+            return CachedShard(self.remote(shard), self.cache)
         row = self.catalogue.rows[shard]
         return OpenShard(self.catalogue.shards[shard], int(row["bytes"]), int(row["mtime"]), self.index_dir)
 
     def keys(self, shard: int) -> np.ndarray:
         return self.open(shard).samples[KEY]
 
-    def row(self, sample: int) -> tuple["OpenShard", np.void]:
+    def row(self, sample: int) -> tuple["OpenShard | CachedShard", np.void]:
         shard = int(np.searchsorted(self.ends, sample, side="right"))
         tar = self.open(shard)
         return tar, tar.samples[sample - int(self.ends[shard] - self.sizes[shard])]
@@ -64,7 +79,7 @@ class Shards:
     def read(self, sample: int) -> Sample:
         tar, row = self.row(sample)
         members = {kind: tuple(row[kind].tolist()) for kind in row.dtype.names[1:] if row[kind][0]}
-        if max(map(sum, members.values())) > tar.stat.st_size:
+        if max(map(sum, members.values())) > tar.size:
             raise BadSample("is lost: its shard is cut short")
         picture = next((members[kind] for kind in PICTURES if kind in members), None)
         if picture is None:
@@ -88,7 +103,7 @@ class OpenShard:
     """
 
     def __init__(self, path: Path, size: int, mtime: int, index_dir: Path):
-        self.path = path
+        self.path, self.size = path, size
         self.descriptor = patiently(partial(os.open, path, os.O_RDONLY), path)
         self.stat = os.fstat(self.descriptor)
         if self.stat.st_size != size:
@@ -116,6 +131,37 @@ class OpenShard:
             os.close(self.descriptor)
 
 
+class CachedShard:
+    """The copy of a remote tar.  It is opened for each read, so that its space is free as soon as it is evicted.
+
+    Args:
+        remote: the tar.
+        cache: where its copy will stand.
+
+    Raises:
+        DataError: it cannot be read, or will not come.
+    """
+
+    def __init__(self, remote: Remote, cache: Cache):
+        self.remote, self.cache, self.path, self.size = remote, cache, remote.path, remote.size
+        self.samples = self.when_there(partial(read_table, remote.index))
+
+    def when_there(self, read: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return read()
+            except FileNotFoundError:
+                self.cache.wait_for(self.remote)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Some bytes of it."""
+        return patiently(partial(self.when_there, partial(self.read_once, offset, size)), self.path)
+
+    def read_once(self, offset: int, size: int) -> bytes:
+        with self.path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
+
+
 def patiently(read: Callable[[], Any], path: Path) -> Any:
     """Read; what fails is tried again after growing waits, and ends the run if it still fails.
 
@@ -141,6 +187,9 @@ def open_shards(
     val: float | str = 0.02,
     caption_key: str | None = None,
     index_dir: str = "~/.cache/clipx",
+    cache: str = "~/.cache/clipx/shards",
+    cache_gb: float = 100,
+    allow_pipe: bool = False,
     made_by: str | None = None,
     **how: Unpack[How],
 ) -> Data:
@@ -148,35 +197,52 @@ def open_shards(
 
     Args:
         root: directory with train/*.tar and val/*.tar, or with *.tar.
-        shards: in place of ``root``: files, globs or brace lists, one or several.
+        shards: in place of ``root``: files, URLs, globs or brace lists, one or several.
         val_shards: likewise, for validation.
         val: where there are no validation shards, the share of the pictures held out, or a directory of shards.
         caption_key: the key of ``.json`` that holds the captions; None for ``.txt``, else json's ``caption``.
         index_dir: where an index goes that cannot stand beside its shard.
+        cache: where remote shards are copied to; one run at a time.
+        cache_gb: most that stands there, 1e9 bytes.
+        allow_pipe: whether ``pipe:COMMAND`` may be among the shards.
         made_by: the source of ``clipx.prepare`` that makes such shards, for what to type when there are none.
         how: as in ``Data``.
 
     Raises:
-        DataError: there are no shards, or too many of their samples are lost, or one is not a tar.
+        DataError: there are no shards, or too many of their samples are lost, or one is not a tar, or remote ones
+            cannot be had.
     """
     if (root is None) == (shards is None):
         raise DataError("one of data.root=DIR and data.shards='DIR/*.tar' says where the shards are; give one")
     if shards is not None:
-        train, held = expand(shards, "data.shards"), []
+        train, held = expand(shards, "data.shards", allow_pipe), []
     else:
-        train, held = in_root(Path(root), made_by)
+        train, held = in_root(root, made_by)
     if val_shards is not None:
-        held = expand(val_shards, "data.val_shards")
+        held = expand(val_shards, "data.val_shards", allow_pipe)
     elif isinstance(val, str):
         held = in_directory(Path(val))
         if not held:
             raise DataError(f"data.val={val} holds no shards (*.tar)")
-    cache = Path(index_dir).expanduser()
-    source = Shards(open_catalogue(train, cache), caption_key, cache)
-    split = (source, Shards(open_catalogue(held, cache), caption_key, cache)) if held else hold_out(source, val, cache)
+    elif val and not all(isinstance(shard, Path) for shard in train):
+        raise DataError(
+            f"data.val={val} would take pictures out of all shards, and these are remote; give data.val_shards=URL, or "
+            "data.val=0 for none"
+        )
+    copies = Cache(Path(cache).expanduser(), int(1e9 * cache_gb), Path(index_dir).expanduser())
+    source = open_source(train, caption_key, copies)
+    if held:
+        split = source, open_source(held, caption_key, copies)
+        copies.keep([split[1].remote(number) for number in split[1].catalogue.urls])
+    else:
+        split = hold_out(source, val, copies.index_dir)
     data = Data(*split, **how, lost=lost_samples(source.catalogue))
     tell_cut(source.catalogue, data)
     return data
+
+
+def open_source(shards: list[Path | str], caption_key: str | None, cache: Cache) -> Shards:
+    return Shards(open_all(shards, cache), caption_key, cache.index_dir, cache)
 
 
 def lost_samples(catalogue: Catalogue) -> dict[str, int]:
@@ -213,8 +279,11 @@ def tell_cut(catalogue: Catalogue, data: Data) -> None:
         logger.warning(told)
 
 
-def in_root(root: Path, made_by: str | None) -> tuple[list[Path], list[Path]]:
+def in_root(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:
     """The training and the validation shards of a directory."""
+    root = Path(name)
+    if SCHEME.match(name):
+        raise DataError(f"data.root={name} is a URL; name the shards: data.shards='{name}/{{00000..00099}}.tar'")
     train = in_directory(root / "train") or in_directory(root)
     if not train:
         reason = "holds no shards (*.tar, train/*.tar)" if root.is_dir() else "is not a directory"
@@ -229,16 +298,44 @@ def in_directory(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.tar"))
 
 
-def expand(patterns: str | list[str], key: str) -> list[Path]:
-    """The files that some names, globs and brace lists stand for, in order."""
+def expand(patterns: str | list[str], key: str, allow_pipe: bool = False) -> list[Path | str]:
+    """The files and URLs that some names, globs and brace lists stand for, in order.
+
+    Raises:
+        DataError: there is no such file, or a command is not allowed.
+    """
     from webdataset.shardlists import expand_urls
 
-    found: list[str] = []
+    found: list[Path | str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = [pattern] if Path(pattern).is_file() else expand_urls(pattern)
-        for name in names:
-            matches = [name] if Path(name).is_file() else sorted(glob(name))
+        for name in [pattern] if Path(pattern).is_file() else expand_urls(pattern):
+            matches = named(name, key, allow_pipe)
             if not matches:
                 raise DataError(f"{key}={pattern}: there is no file {name}")
             found += matches
-    return [Path(name) for name in found]
+    return found
+
+
+def named(name: str, key: str, allow_pipe: bool) -> list[Path | str]:
+    """The files that one name or glob stands for; a URL where it is not a file of this machine."""
+    if name.startswith(PIPE):
+        if not allow_pipe:
+            raise DataError(f"{key}={name} would run a command; data.allow_pipe=true allows it")
+        return [name]
+    if SCHEME.match(name) and not name.startswith("file:"):
+        if "*" not in name:
+            return [name]
+        system, path = file_system(name)
+        with ThreadPool(1) as pool:
+            return [system.unstrip_protocol(match) for match in persist(pool, system.glob, {path: name}, Event())[path]]
+    path = re.sub(r"^file:(//(localhost)?(?=/))?", "", name)
+    return [Path(path)] if Path(path).is_file() else [Path(match) for match in sorted(glob(path))]
+
+
+def remote_parts(source: Source) -> Iterator[tuple[int, Shards]]:
+    """Those parts of a source that are remote shards, at least some, each with the number of its first shard."""
+    first = 0
+    for part in source.sources if isinstance(source, Chain) else [source]:
+        if isinstance(part, Shards) and part.catalogue.urls:
+            yield first, part
+        first += len(part.sizes)

@@ -1,0 +1,408 @@
+"""Remote shards: copied ahead of need, in the plan's order, into a directory of bounded size.
+
+A shard stands at ``data.cache/shards-PLACE/NAME`` as soon as it is whole, its index at ``data.index_dir/PLACE/
+NAME.index``; PLACE is a hash of the URL's directory.  One process fills the directory.  Workers and other ranks look
+for the file and wait; why it will not come is written into the file ``failed``.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from hashlib import blake2b
+from itertools import islice, takewhile
+from multiprocessing import parent_process
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from tempfile import mkstemp
+from threading import Event
+from typing import Any, NamedTuple, TypeVar
+
+from clipx.data.index import belongs, make_index, read_head
+from clipx.data.plan import MixPlan, Plan, Window
+from clipx.data.tar import DataError
+
+logger = logging.getLogger("clipx")
+
+PIPE = "pipe:"
+WAITS = (1, 3, 10, 30, 60, 120)     # seconds before a copy that failed is tried again
+SILENCE = 30                        # seconds without a byte after which an HTTP server counts as failed
+AT_ONCE = 4                         # copies side by side
+AHEAD = 64                          # windows that are copied ahead, where there is room
+CHECKED = 4096                      # windows whose size is known to fit before a run starts
+PAUSE = 0.5                         # seconds between two looks at the position
+LOOK = 0.02                         # seconds between two looks for a shard
+BLOCK = 1 << 20                     # bytes read from a pipe at once
+
+Item = TypeVar("Item", bound=Hashable)
+Result = TypeVar("Result")
+
+
+class Remote(NamedTuple):
+    """A shard on a server."""
+
+    url: str
+    path: Path                  # its copy
+    index: Path                 # of its copy
+    size: int | None = None     # bytes, as far as they are known
+    samples: int | None = None
+
+    def is_there(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size == self.size and self.index.exists()
+
+
+class Cache:
+    """Where copies stand.
+
+    Args:
+        directory: of the copies (``data.cache``).
+        limit: bytes of all copies together.
+        index_dir: of their indexes, which stay.
+    """
+
+    def __init__(self, directory: Path, limit: int, index_dir: Path):
+        self.directory, self.limit, self.index_dir = directory, limit, index_dir
+        self.kept: list[Remote] = []        # are never evicted
+        self.filled = False                 # somebody copies what is missing
+        self.failed = directory / "failed"
+
+    def remote(self, url: str, size: int | None = None, samples: int | None = None) -> Remote:
+        """Where the copy of a shard goes, and its index."""
+        where, _, name = url.partition("?")[0].rpartition("/")          # a query may hold passwords and dates
+        if url.startswith(PIPE):
+            where, name = url, (re.findall(r"[\w.-]+\.tar", url) or ["pipe.tar"])[-1]
+        place = blake2b(where.encode(), digest_size=8).hexdigest()
+        index = self.index_dir / place / f"{name}.index"
+        return Remote(url, self.directory / f"shards-{place}" / name, index, size, samples)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the one process that fills the directory.
+
+        Raises:
+            DataError: another one does, or it cannot be written.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = (self.directory / "lock").open("w")
+        except OSError as error:
+            raise DataError(f"data.cache={self.directory} cannot be written: {error.strerror}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(
+                    f"data.cache={self.directory} is filled by another run; give this one its own: data.cache=DIR"
+                ) from error
+            try:
+                self.failed.unlink(missing_ok=True)
+                for part in self.directory.glob("shards-*/*.part"):
+                    part.unlink()
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)        # closing it would not do: forked workers have it open, too
+
+    def fetch(self, remotes: Sequence[Remote], wanted: Collection[Remote], pool: ThreadPool, stopped: Event) -> None:
+        """Copy some shards, side by side, into room that others give which are not wanted.
+
+        Raises:
+            DataError: there is no room, or one cannot be copied.
+        """
+        self.make_room(sum(remote.size or 0 for remote in remotes), {remote.path for remote in (*wanted, *self.kept)})
+        persist(pool, partial(copy, stopped=stopped), {remote: remote.url for remote in remotes}, stopped)
+
+    def fetch_now(self, remotes: Sequence[Remote]) -> None:
+        """Copy those shards that are not there while everything waits."""
+        missing = [remote for remote in remotes if not remote.is_there()]
+        if missing:
+            with self.locked(), ThreadPool(AT_ONCE) as pool:
+                for start in range(0, len(missing), AT_ONCE):
+                    self.fetch(missing[start : start + AT_ONCE], (), pool, Event())
+                self.make_room(0, {remote.path for remote in self.kept})        # what came through a pipe had no size
+
+    def keep(self, remotes: Sequence[Remote]) -> None:
+        """Copy some shards, and never evict them."""
+        self.kept += remotes
+        need = sum(remote.size for remote in self.kept)
+        if need > self.limit:
+            raise self.too_small(need, "the validation shards")
+        self.fetch_now(remotes)
+
+    def make_room(self, size: int, wanted: Collection[Path]) -> None:
+        """Evict what is not wanted, the oldest first, until ``size`` bytes more fit."""
+        files = [(path, path.stat()) for path in self.directory.glob("shards-*/*")]
+        used = size + sum(stat.st_size for _, stat in files)
+        for path, stat in sorted(files, key=lambda file: file[1].st_mtime_ns):
+            if used > self.limit and path not in wanted:
+                path.unlink()
+                used -= stat.st_size
+        if used > self.limit:
+            raise self.too_small(used, "the shards that are needed at once")
+
+    def too_small(self, need: int, what: str) -> DataError:
+        return DataError(
+            f"data.cache_gb={self.limit / 1e9:g} is too small for {what}; data.cache_gb={1.01 * need / 1e9:.3g} is "
+            "enough"
+        )
+
+    def wait_for(self, remote: Remote) -> None:
+        """Return in a moment, or when it is there.
+
+        Raises:
+            DataError: it will not come.
+        """
+        if not self.filled:
+            self.fetch_now([remote])
+            return
+        if self.failed.exists():
+            raise DataError(self.failed.read_text())
+        parent = parent_process()
+        if parent is not None and not parent.is_alive():
+            raise DataError(f"the process that copied {remote.url} has ended")
+        time.sleep(LOOK)
+
+
+class Ahead:
+    """Copies the shards of a plan ahead of a position, for as long as this context is open.
+
+    Args:
+        caches: of the sources; those of a mix share one directory.
+        remotes: the remote shards, by number; without any of them nothing happens.
+        plan: their order.
+        position: of the first sample that will be read; set it to where reading has got.
+        reach: how many positions may be read before the next one is set.
+        fill: whether this process copies; others only wait.
+    """
+
+    def __init__(
+        self, caches: Sequence[Cache], remotes: Mapping[int, Remote], plan: Plan | MixPlan | None, position: int,
+        reach: int, fill: bool,
+    ):
+        self.caches, self.remotes, self.plan, self.position, self.reach = caches, remotes, plan, position, reach
+        self.kept = [remote for cache in caches for remote in cache.kept]
+        self.fills = fill and bool(remotes)
+        self.stopped, self.stack = Event(), ExitStack()
+
+    def __enter__(self) -> "Ahead":
+        if self.fills:
+            if len({(cache.directory, cache.limit) for cache in self.caches}) > 1:
+                raise DataError("the sources of a mix share their cache; give all the same data.sources.NAME.cache and "
+                                "cache_gb")
+            self.check_size()
+            self.stack.enter_context(self.caches[0].locked())
+            for remote in self.remotes.values():
+                if remote.path.exists() and not (remote.is_there() and counts(remote.index) == remote.samples):
+                    remote.path.unlink()        # of another time
+        for cache in self.caches:
+            cache.filled = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        for cache in self.caches:
+            cache.filled = False
+        self.stack.close()
+
+    def start(self) -> None:
+        """Begin to copy; what is forked later would have these threads' locks."""
+        if self.fills:
+            pool = self.stack.enter_context(ThreadPool(1 + AT_ONCE))        # daemons: nobody waits for them at exit
+            job = pool.apply_async(self.fill, (pool,), error_callback=self.fail)
+            self.stack.callback(job.wait, 2 * PAUSE)
+
+    def fill(self, pool: ThreadPool) -> None:
+        while not self.stopped.is_set():
+            wanted = self.wanted(self.position)
+            missing = [remote for remote in wanted if not remote.is_there()]
+            if missing:
+                self.caches[0].fetch(missing[:AT_ONCE], wanted, pool, self.stopped)
+            else:
+                self.stopped.wait(PAUSE)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell all who wait."""
+        if self.stopped.is_set():
+            return
+        if not isinstance(error, DataError):
+            logger.error("the thread that copies shards has ended", exc_info=error)
+        failed = self.caches[0].failed
+        failed.with_suffix(".new").write_text(told(error) if not isinstance(error, DataError) else str(error))
+        os.replace(failed.with_suffix(".new"), failed)
+
+    def wanted(self, position: int) -> list[Remote]:
+        """What should be there, the soonest needed first: of the windows to come as many shards as fit."""
+        self.hold(position)
+        found = dict.fromkeys(self.kept)
+        room = self.caches[0].limit - sum(remote.size for remote in found)
+        for window in islice(self.plan.windows(position), AHEAD):
+            for remote in self.remotes_of(window):
+                if remote not in found:
+                    room -= remote.size
+                    if room < 0:
+                        return list(found)
+                    found[remote] = None
+        return list(found)
+
+    def hold(self, position: int) -> None:
+        """See that all that is read before the position is set again fits at once.
+
+        Raises:
+            DataError: it does not.
+        """
+        near = takewhile(lambda window: window.start < position + self.reach, self.plan.windows(position))
+        need = {*self.kept, *(remote for window in near for remote in self.remotes_of(window))}
+        total = sum(remote.size for remote in need)
+        if total > self.caches[0].limit:
+            raise self.caches[0].too_small(total, "two windows of shards (data.shuffle_window) and those of validation")
+
+    def check_size(self) -> None:
+        """See that an epoch's windows fit, each with the one behind it."""
+        end = self.position + self.plan.samples
+        for window in islice(self.plan.windows(self.position), CHECKED):
+            if window.start > end:
+                break
+            self.hold(max(self.position, window.start - 1))
+
+    def remotes_of(self, window: Window) -> list[Remote]:
+        return [self.remotes[number] for number in window.shards if number in self.remotes]
+
+
+def persist(
+    pool: ThreadPool, function: Callable[[Item], Result], items: Mapping[Item, str], stopped: Event
+) -> dict[Item, Result]:
+    """What a function gives for some items, side by side; what fails is tried again after growing waits.
+
+    Each storage library raises what it likes, so errors are looked at as values.
+
+    Args:
+        pool: works.
+        function: of an item.
+        items: with their URLs.
+        stopped: ends it.
+
+    Raises:
+        DataError: an item fails for good, or all too often.
+    """
+    found: dict[Item, Result] = {}
+    for wait in (*WAITS, None):
+        errors: dict[Item, BaseException] = {}
+        jobs = {
+            item: pool.apply_async(function, (item,), error_callback=partial(errors.__setitem__, item))
+            for item in items if item not in found
+        }
+        for item, job in jobs.items():
+            while not job.ready():
+                job.wait(PAUSE)
+                if stopped.is_set():
+                    raise DataError("nothing is copied any more")
+            if item not in errors:
+                found[item] = job.get()
+        if not errors:
+            break
+        item = next((item for item, error in errors.items() if is_lasting(error)), next(iter(errors)))
+        error = errors[item]
+        if isinstance(error, DataError):
+            raise error
+        if wait is None or is_lasting(error):
+            raise DataError(
+                f"{items[item]} cannot be copied ({told(error)}); when it can be, the same command goes on from the "
+                "last checkpoint"
+            ) from error
+        logger.warning("%s cannot be copied (%s); tried again in %g s", items[item], told(error), wait)
+        stopped.wait(wait)
+    return found
+
+
+def told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether another try would end in the same way."""
+    status = getattr(error, "status", 0)        # of aiohttp
+    again = status < 400 or status >= 500 or status in (408, 429)
+    return isinstance(error, (DataError, FileNotFoundError, PermissionError)) or not again
+
+
+def copy(remote: Remote, stopped: Event) -> None:
+    """Copy a shard; it stands in its place when it is whole and has its index.
+
+    Raises:
+        DataError: it has not as many samples as was said.
+        OSError: it has not as many bytes; and whatever else the storage library raises.
+    """
+    for path in remote.path, remote.index:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = mkstemp(".part", dir=remote.path.parent)
+    part = Path(name)
+    try:
+        os.close(descriptor)
+        download(remote.url, part, stopped)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        size = part.stat().st_size
+        if remote.size not in (None, size):
+            raise OSError(f"{size:,} bytes came, not {remote.size:,}")
+        if not belongs(remote.index, part):
+            try:
+                make_index(part, remote.index.parent, remote.index)
+            except DataError as error:
+                raise DataError(str(error).replace(name, remote.url)) from error
+        if remote.samples not in (None, counts(remote.index)):
+            raise DataError(
+                f"{remote.url} holds {counts(remote.index):,} samples, not {remote.samples:,} as what stands beside it "
+                f"says; mend that, delete {remote.index.parent}, and start another run (name=...)"
+            )
+        os.replace(part, remote.path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def counts(index: Path) -> int | None:
+    """The samples of an index."""
+    return read_head(index).get("samples")
+
+
+def download(url: str, part: Path, stopped: Event) -> None:
+    """Write what a URL gives into a file."""
+    from fsspec.callbacks import Callback
+    from webdataset.gopen import gopen
+
+    def go_on(*_: Any, **__: Any) -> None:
+        if stopped.is_set():
+            raise DataError("nothing is copied any more")
+
+    progress = Callback(hooks={"go on": go_on})
+    if not url.startswith(PIPE):
+        system, path = file_system(url)
+        system.get_file(path, str(part), callback=progress)
+        return
+    with gopen(url) as source, part.open("wb") as file:
+        while block := source.read(BLOCK):
+            file.write(block)
+            progress.relative_update(len(block))
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it.
+
+    Raises:
+        DataError: there is none, or its library is not installed.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        if not url.startswith("http"):
+            return url_to_fs(url)
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)    # its own is 5 min for a file
+        return url_to_fs(url, client_kwargs={"timeout": timeout})
+    except ImportError as error:
+        raise DataError(f'{url} needs a library that is not here ({error}); pip install "clipx[remote]"') from error
+    except ValueError as error:
+        raise DataError(f"{url} cannot be opened: {error}") from error
