@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,11 +40,11 @@ class SimpleTokenizer:
 
     def __call__(self, captions: str | Sequence[str]) -> Tensor:
         captions = [captions] if isinstance(captions, str) else captions
-        tokens = torch.zeros(len(captions), self.context, dtype=torch.long)
+        tokens = np.zeros((len(captions), self.context), np.int64)
         for row, caption in zip(tokens, captions, strict=True):
             ids = [START, *self.ids(caption)[: self.context - 2], END]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
+            row[: len(ids)] = ids
+        return torch.from_numpy(tokens)
 
     def trimmed(self, captions: Sequence[str]) -> Tensor:
         """As a call, but cut to the longest caption: (B, L)."""

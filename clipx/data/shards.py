@@ -111,7 +111,7 @@ class OpenShard:
         index = find_index(path, index_dir)             # holds the ends of the tar against its index
         if index is None:
             raise self.changed()
-        self.samples = read_table(index)
+        self.samples = np.asarray(read_table(index))      # rows of a memmap are slow to take
 
     def changed(self) -> DataError:
         return DataError(
