@@ -36,6 +36,7 @@ AHEAD = 64                          # windows that are copied ahead, where there
 CHECKED = 4096                      # windows whose size is known to fit before a run starts
 PAUSE = 0.5                         # seconds between two looks at the position
 LOOK = 0.02                         # seconds between two looks for a shard
+GRACE = 0.25                        # seconds that a copy has to end when the run does
 BLOCK = 1 << 20                     # bytes read from a pipe at once
 
 Item = TypeVar("Item", bound=Hashable)
@@ -145,8 +146,8 @@ class Cache:
 
     def too_small(self, need: int, what: str) -> DataError:
         return DataError(
-            f"data.cache_gb={self.limit / 1e9:g} is too small for {what}; data.cache_gb={1.01 * need / 1e9:.3g} is "
-            "enough"
+            f"data.cache_gb={self.limit / 1e9:g} is too small for {what}; give at least "
+            f"data.cache_gb={1.01 * need / 1e9:.3g}"
         )
 
     def wait_for(self, remote: Remote) -> None:
@@ -192,7 +193,7 @@ class Ahead:
             if len({(cache.directory, cache.limit) for cache in self.caches}) > 1:
                 raise DataError("the sources of a mix share their cache; give all the same data.sources.NAME.cache and "
                                 "cache_gb")
-            self.check_size()
+            self.hold_all()
             self.stack.enter_context(self.caches[0].locked())
             for remote in self.remotes.values():
                 if remote.path.exists() and not (remote.is_there() and counts(remote.index) == remote.samples):
@@ -205,6 +206,8 @@ class Ahead:
         self.stopped.set()
         for cache in self.caches:
             cache.filled = False
+        if self.fills and not self.caches[0].failed.exists():
+            self.tell("the process that copies shards has ended")       # for workers that still wait
         self.stack.close()
 
     def start(self) -> None:
@@ -212,7 +215,7 @@ class Ahead:
         if self.fills:
             pool = self.stack.enter_context(ThreadPool(1 + AT_ONCE))        # daemons: nobody waits for them at exit
             job = pool.apply_async(self.fill, (pool,), error_callback=self.fail)
-            self.stack.callback(job.wait, 2 * PAUSE)
+            self.stack.callback(job.wait, PAUSE + AT_ONCE * GRACE)
 
     def fill(self, pool: ThreadPool) -> None:
         while not self.stopped.is_set():
@@ -224,13 +227,17 @@ class Ahead:
                 self.stopped.wait(PAUSE)
 
     def fail(self, error: BaseException) -> None:
-        """Tell all who wait."""
+        """What becomes of an error in ``fill``."""
         if self.stopped.is_set():
             return
         if not isinstance(error, DataError):
             logger.error("the thread that copies shards has ended", exc_info=error)
+        self.tell(str(error) if isinstance(error, DataError) else told(error))
+
+    def tell(self, why: str) -> None:
+        """Tell all who wait that nothing more will come."""
         failed = self.caches[0].failed
-        failed.with_suffix(".new").write_text(told(error) if not isinstance(error, DataError) else str(error))
+        failed.with_suffix(".new").write_text(why)
         os.replace(failed.with_suffix(".new"), failed)
 
     def wanted(self, position: int) -> list[Remote]:
@@ -247,25 +254,25 @@ class Ahead:
                     found[remote] = None
         return list(found)
 
-    def hold(self, position: int) -> None:
-        """See that all that is read before the position is set again fits at once.
+    def need(self, position: int) -> int:
+        """Bytes of all that is read before the position is set again, and of what is kept."""
+        near = takewhile(lambda window: window.start < position + self.reach, self.plan.windows(position))
+        return sum(remote.size for remote in {*self.kept, *(r for window in near for r in self.remotes_of(window))})
+
+    def hold(self, *positions: int) -> None:
+        """See that what is needed at some positions fits.
 
         Raises:
             DataError: it does not.
         """
-        near = takewhile(lambda window: window.start < position + self.reach, self.plan.windows(position))
-        need = {*self.kept, *(remote for window in near for remote in self.remotes_of(window))}
-        total = sum(remote.size for remote in need)
-        if total > self.caches[0].limit:
-            raise self.caches[0].too_small(total, "two windows of shards (data.shuffle_window) and those of validation")
+        need = max(map(self.need, positions))
+        if need > self.caches[0].limit:
+            raise self.caches[0].too_small(need, "two windows of shards (data.shuffle_window) and those of validation")
 
-    def check_size(self) -> None:
-        """See that an epoch's windows fit, each with the one behind it."""
-        end = self.position + self.plan.samples
-        for window in islice(self.plan.windows(self.position), CHECKED):
-            if window.start > end:
-                break
-            self.hold(max(self.position, window.start - 1))
+    def hold_all(self) -> None:
+        """See that the windows of the run fit, each with the one behind it, as far as is looked."""
+        windows = islice(self.plan.windows(self.position), CHECKED)
+        self.hold(*(max(self.position, window.start - 1) for window in windows))
 
     def remotes_of(self, window: Window) -> list[Remote]:
         return [self.remotes[number] for number in window.shards if number in self.remotes]
@@ -295,12 +302,14 @@ def persist(
             for item in items if item not in found
         }
         for item, job in jobs.items():
-            while not job.ready():
+            while not job.ready() and not stopped.is_set():
                 job.wait(PAUSE)
-                if stopped.is_set():
-                    raise DataError("nothing is copied any more")
-            if item not in errors:
+            if job.ready() and item not in errors:
                 found[item] = job.get()
+        if stopped.is_set():
+            for job in jobs.values():       # they end with the next bytes that come
+                job.wait(GRACE)
+            raise DataError("nothing is copied any more")
         if not errors:
             break
         item = next((item for item, error in errors.items() if is_lasting(error)), next(iter(errors)))
@@ -318,7 +327,7 @@ def persist(
 
 
 def told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no answer'}"
 
 
 def is_lasting(error: BaseException) -> bool:

@@ -207,27 +207,30 @@ def read(
         collate_fn=as_it_is, pin_memory=pin, worker_init_fn=settle,
         generator=torch.Generator(),        # the default one would advance torch's global random state
     )
-    with copied_ahead(reader, first, fill) as ahead:
-        before = signal.getsignal(signal.SIGCHLD)
-        others = active_children()
-        chunks = iter(loader)
-        watched = [child.sentinel for child in active_children() if child not in others]
-        if current_thread() is main_thread():   # torch's handler would tell of a killed worker in the middle of a step
-            signal.signal(signal.SIGCHLD, before)
-        ahead.start()
-        try:
+    watched: list[int] = []
+    try:
+        with copied_ahead(reader, first, fill) as ahead:
+            before = signal.getsignal(signal.SIGCHLD)
+            others = active_children()
+            chunks = iter(loader)
+            watched = [child.sentinel for child in active_children() if child not in others]
+            if current_thread() is main_thread():   # torch's handler would tell of a killed worker inside a step
+                signal.signal(signal.SIGCHLD, before)
+            ahead.start()
             for chunk in chunks:
                 if isinstance(chunk, UserError):
                     raise chunk
                 ahead.position = chunk.position
                 yield chunk
-        except (RuntimeError, OSError, EOFError) as error:      # a dead worker's pipes and sockets break as they like
-            if not watched or not wait(watched, timeout=1):
-                raise
-            raise DataError(
-                f"one of the workers={workers} processes that read data was killed, most likely for want of memory; "
-                "fewer workers need less, and the same command goes on from the last checkpoint"
-            ) from error
+    except (RuntimeError, OSError, EOFError) as error:      # a dead worker's pipes and sockets break as they like
+        if not watched or not wait(watched, timeout=1):
+            raise
+        raise DataError(
+            f"one of the workers={workers} processes that read data was killed, most likely for want of memory; fewer "
+            "workers need less, and the same command goes on from the last checkpoint"
+        ) from error
+    finally:
+        chunk = chunks = None       # an error holds this frame: without this the workers wait for the garbage collector
 
 
 def settle(_worker: int) -> None:

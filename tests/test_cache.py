@@ -1,0 +1,535 @@
+"""Remote shards, from real servers on this machine that are slow, cut, refuse, vanish."""
+
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, write_tar
+
+from clipx.data import cache as room
+from clipx.data import catalogue
+from clipx.data.cache import Cache
+from clipx.data.images import TrainCrop
+from clipx.data.loader import Chunk, TrainReader, read, train_ranges
+from clipx.data.mix import open_mix
+from clipx.data.plan import Plan
+from clipx.data.sample import Data
+from clipx.data.shards import open_shards
+from clipx.data.tar import DataError
+from clipx.tokenizer import SimpleTokenizer
+
+TOKENIZER = SimpleTokenizer()
+SIZES = (9, 4, 14, 8, 11, 5, 12)        # samples of the shards
+WINDOW = 6                              # samples
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a directory, with the faults that its server was told."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server, name = self.server, self.path.partition("?")[0].rpartition("/")[2]
+        server.asked.append(name)
+        fault = server.faults.get(name, [])
+        status = fault.pop(0) if fault else server.fault
+        if isinstance(status, int):
+            self.send_error(status)
+        elif status == "cut":
+            data = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+        elif status == "short":         # whole, as far as HTTP tells
+            data = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data) // 2))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+        else:
+            time.sleep(server.wait)
+            super().do_GET()
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, root: Path):
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(root)))
+        self.root, self.wait, self.fault, self.up = root, 0.0, None, True
+        self.faults: dict[str, list[int | str | None]] = {}
+        self.asked: list[str] = []
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, *_: object) -> None:
+        pass                                                    # who asked has hung up
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def stop(self) -> None:
+        if self.up:
+            self.socket.shutdown(socket.SHUT_RDWR)          # forked workers have it open, too
+            self.up = False
+        self.shutdown()
+        self.server_close()
+
+    def copies(self) -> list[str]:
+        """The shards that were asked for."""
+        return [name for name in self.asked if name.endswith(".tar")]
+
+
+@pytest.fixture
+def server(make_shards: Callable[..., Path]) -> Iterator[Server]:
+    """Serves seven shards, each with its index beside it."""
+    root = make_shards(*SIZES)
+    open_shards(str(root), val=0)
+    server = Server(root)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "WAITS", (0.02, 0.04, 0.08))
+    monkeypatch.setattr(room, "PAUSE", 0.02)
+
+
+@pytest.fixture
+def remote(server: Server, tmp_path: Path) -> Callable[..., Data]:
+    """Opens the server's shards."""
+
+    def open_them(**given: object) -> Data:
+        how = {
+            "shards": f"{server.url}/part-{{000..006}}.tar", "val": 0, "index_dir": str(tmp_path / "indexes"),
+            "cache": str(tmp_path / "cache"), "cache_gb": 1.0, "shuffle_window": WINDOW, **given,
+        }  # fmt: skip
+        return open_shards(**how)
+
+    return open_them
+
+
+def reader_of(data: Data) -> TrainReader:
+    return TrainReader(data.train, data.plan(0), TrainCrop(16, (0.5, 1.0), "fast"), TOKENIZER, "random")
+
+
+def chunks_of(data: Data, count: int = 20, workers: int = 0, start: int = 0, batch: int = 5) -> list[Chunk]:
+    return list(itertools.islice(read(reader_of(data), train_ranges(start, batch), workers, pin=False), count))
+
+
+def assert_same(found: list[Chunk], expected: list[Chunk]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.captions == b.captions and a.position == b.position and torch.equal(a.samples, b.samples)
+        assert torch.equal(a.images, b.images) and torch.equal(a.tokens, b.tokens)
+
+
+def local(server: Server) -> Data:
+    return open_shards(str(server.root), val=0, shuffle_window=WINDOW)
+
+
+def copies(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").glob("shards-*/*"))
+
+
+def enough(server: Server, neighbours: int = 3) -> float:
+    """GB of the largest neighbouring windows; where an epoch ends, a third one is near."""
+    data = local(server)
+    sizes = data.train.catalogue.rows["bytes"]
+    windows = [set(window.shards) for window in itertools.islice(data.plan(0).windows(0), room.CHECKED + neighbours)]
+    near = zip(*(windows[first:] for first in range(neighbours)), strict=False)
+    return max(int(sizes[list(set().union(*several))].sum()) for several in near) / 1e9
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_batches_are_those_of_local_shards(server: Server, remote: Callable[..., Data], workers: int) -> None:
+    data = remote(cache_gb=enough(server))
+    assert data.train.id == local(server).train.id
+    assert_same(chunks_of(data, workers=workers), chunks_of(local(server)))
+    assert_same(chunks_of(data, 6, workers, start=95), chunks_of(local(server), 6, start=95))
+
+
+def test_the_cache_holds_no_more_than_it_may_at_any_moment(
+    server: Server, remote: Callable[..., Data], tmp_path: Path
+) -> None:
+    limit = enough(server)
+    data = remote(cache_gb=limit)
+    seen, ended = [], threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            sizes = []
+            for path in copies(tmp_path):
+                try:
+                    sizes.append(path.stat().st_size)
+                except FileNotFoundError:
+                    continue
+            seen.append(sum(sizes))
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    chunks_of(data, 40)
+    ended.set()
+    watch.join()
+    assert len(seen) > 50 and 0 < max(seen) <= 1e9 * limit
+    assert len(server.copies()) > 2 * len(SIZES)                # evicted, and copied again
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_what_is_still_needed_is_not_evicted(server: Server, remote: Callable[..., Data]) -> None:
+    data = remote(cache_gb=enough(server))
+    expected = chunks_of(local(server), 24)
+    plan = data.plan(0)
+    batches = read(reader_of(data), train_ranges(0, 5), 0, pin=False)
+    for a, b in zip(batches, expected, strict=False):
+        assert_same([a], [b])
+        time.sleep(0.05)                                        # the copies run far ahead
+        needed = next(plan.windows(a.position)).shards
+        assert all(data.train.remote(shard).is_there() for shard in needed)
+
+
+def test_too_small_a_cache_is_told_with_what_is_enough(server: Server, remote: Callable[..., Data]) -> None:
+    with pytest.raises(DataError, match=r"data\.cache_gb=1e-05 is too small for two windows of shards") as raised:
+        chunks_of(remote(cache_gb=0.00001))
+    told = float(str(raised.value).partition("at least data.cache_gb=")[2])
+    assert enough(server, 2) <= told < 1.02 * enough(server, 3)
+    chunks_of(remote(cache_gb=told), 40)
+    with pytest.raises(DataError, match=r"data\.cache_gb=1e-05 is too small for the validation shards"):
+        remote(val_shards=f"{server.url}/part-000.tar", cache_gb=0.00001)
+
+
+def test_what_is_there_is_used_again_and_nothing_is_asked_twice(
+    server: Server, remote: Callable[..., Data]
+) -> None:
+    chunks_of(remote())
+    assert sorted(server.copies()) == sorted(f"part-{number:03d}.tar" for number in range(7))
+    assert len(server.asked) == 14
+    chunks_of(remote())
+    assert len(server.asked) == 14
+
+
+def test_copies_of_another_set_count_and_give_way(server: Server, remote: Callable[..., Data], tmp_path: Path) -> None:
+    other = tmp_path / "cache" / "shards-0123456789abcdef" / "x.tar"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(bytes(int(1e9 * enough(server))))
+    mine = tmp_path / "cache" / "my.tar"
+    mine.write_bytes(b"not ours")
+    chunks_of(remote(cache_gb=enough(server)))
+    assert not other.exists() and mine.exists()
+
+
+def test_a_copy_that_is_not_what_it_should_be_is_made_again(
+    server: Server, remote: Callable[..., Data], tmp_path: Path
+) -> None:
+    chunks_of(remote())
+    copies(tmp_path)[3].write_bytes(b"half")
+    copies(tmp_path)[4].unlink()
+    (copies(tmp_path)[0].parent / "left.part").write_bytes(b"x")
+    server.asked.clear()
+    assert_same(chunks_of(remote()), chunks_of(local(server)))
+    assert sorted(server.asked) == ["part-003.tar", "part-004.tar"] and len(copies(tmp_path)) == 7
+
+
+def test_faults_of_a_server_that_pass_are_survived(
+    server: Server, remote: Callable[..., Data], caplog: pytest.LogCaptureFixture
+) -> None:
+    server.wait = 0.02
+    server.faults = {
+        "part-000.tar": [503, 503, "cut"], "part-001.tar": ["cut"], "part-002.tar": [429, 500],
+        "part-003.tar": ["short"], "part-004.tar.index": [503, "cut"],
+    }  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        assert_same(chunks_of(remote()), chunks_of(local(server)))
+    assert "part-000.tar cannot be copied (ClientPayloadError" in caplog.text and "tried again in 0.02 s" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("faults", "tries", "reason"),
+    [
+        ([404], 1, r"FileNotFoundError: http"),
+        ([403], 1, r"ClientResponseError: 403"),
+        ([503] * 9, 4, r"ClientResponseError: 503"),
+        (["cut"] * 9, 4, r"ClientPayloadError: Response payload is not completed"),
+        (["short"] * 9, 4, r"OSError: [\d,]+ bytes came, not [\d,]+"),
+    ],
+    ids=["404", "403", "503", "cut", "short"],
+)
+def test_a_shard_that_cannot_be_had_ends_the_run_with_its_url_when_it_is_needed(
+    server: Server, remote: Callable[..., Data], faults: list[int | str], tries: int, reason: str, workers: int
+) -> None:
+    data = remote()
+    last = data.plan(0).windows(0)
+    first, *_, bad = next(last).shards, *(next(last).shards for _ in range(4))
+    name = f"part-{next(shard for shard in bad if shard not in first):03d}.tar"
+    server.faults = {name: list(faults)}
+    began = time.perf_counter()
+    with pytest.raises(DataError, match=rf"^http://.*/{name} cannot be copied \({reason}.*the same command goes on"):
+        chunks_of(data, 40, workers)
+    assert server.asked.count(name) == tries and time.perf_counter() - began < 8
+
+
+def test_a_server_that_is_down_is_told_by_all_who_wait(server: Server, remote: Callable[..., Data]) -> None:
+    data = remote(cache_gb=enough(server))
+    batches = read(reader_of(data), train_ranges(0, 5), 2, pin=False)
+    next(batches)
+    server.stop()
+    with pytest.raises(DataError, match=r"/part-00\d\.tar cannot be copied \(ClientConnectorError: Cannot connect"):
+        list(itertools.islice(batches, 40))
+    with pytest.raises(DataError, match="cannot be copied"):
+        chunks_of(remote(cache_gb=enough(server)), 40)
+
+
+def test_the_death_of_the_thread_ends_the_run(
+    server: Server, remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(Cache, "make_room", broken)
+    with pytest.raises(DataError, match="ZeroDivisionError: a defect"):
+        chunks_of(remote(), workers=1)
+    assert "the thread that copies shards has ended" in caplog.text and "in broken" in caplog.text
+
+
+def test_the_thread_does_not_outlive_the_reading(server: Server, remote: Callable[..., Data]) -> None:
+    before = set(threading.enumerate())
+    server.wait = 0.3
+    batches = read(reader_of(remote()), train_ranges(0, 5), 0, pin=False)
+    next(batches)
+    batches.close()
+    count = len(server.asked)
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline and {t.name for t in set(threading.enumerate()) - before if "worker" in t.name}:
+        time.sleep(0.02)
+    time.sleep(0.4)
+    assert len(server.asked) == count
+
+
+def test_a_process_can_exit_while_a_server_is_silent(
+    server: Server, remote: Callable[..., Data], tmp_path: Path
+) -> None:
+    remote()
+    server.wait = 20.0
+    code = (
+        "import sys\nsys.path[:0] = [sys.argv[1]]\nimport test_cache as t\nfrom pathlib import Path\n"
+        "data = t.open_shards(shards=sys.argv[2], val=0, index_dir=sys.argv[3], cache=sys.argv[4], shuffle_window=10)\n"
+        "next(t.read(t.reader_of(data), t.train_ranges(0, 5), 2, pin=False))"
+    )
+    words = [str(ROOT / "tests"), f"{server.url}/part-{{000..006}}.tar", str(tmp_path / "indexes"), str(tmp_path / "c")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stderr=subprocess.PIPE, cwd=ROOT)
+    while not server.copies():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    began = time.perf_counter()
+    _, stderr = process.communicate(timeout=15)
+    assert b"KeyboardInterrupt" in stderr and time.perf_counter() - began < 6
+
+
+def test_one_run_at_a_time_fills_a_cache(server: Server, remote: Callable[..., Data], tmp_path: Path) -> None:
+    batches = read(reader_of(remote()), train_ranges(0, 5), 0, pin=False)
+    next(batches)
+    with pytest.raises(DataError, match=r"data\.cache=.*cache is filled by another run; give this one its own"):
+        chunks_of(remote())
+    batches.close()
+    chunks_of(remote(), 1)
+
+
+def test_another_rank_waits_for_what_the_first_copies(server: Server, remote: Callable[..., Data]) -> None:
+    server.wait = 0.05
+    readers = [reader_of(remote()) for _ in range(2)]
+    ranks = [
+        read(reader, train_ranges(0, 6, rank=rank, world=2), 0, pin=False, fill=rank == 0)
+        for rank, reader in enumerate(readers)
+    ]
+    found = [list(itertools.islice(zip(*ranks, strict=True), 12))]
+    whole = chunks_of(local(server), 12, batch=6)
+    for halves, both in zip(found[0], whole, strict=True):
+        assert torch.equal(torch.cat([half.images for half in halves]), both.images)
+    assert len(server.copies()) == 7
+
+
+def test_a_sample_is_read_without_a_run_too(server: Server, remote: Callable[..., Data]) -> None:
+    assert remote().train.read(20) == local(server).train.read(20)
+    assert server.copies() == ["part-002.tar"]
+
+
+def test_counts_come_from_img2datasets_stats(server: Server, remote: Callable[..., Data]) -> None:
+    for number, size in enumerate(SIZES):
+        server.root.joinpath(f"part-{number:03d}.tar.index").unlink()
+        server.root.joinpath(f"part-{number:03d}_stats.json").write_text(json.dumps({"count": 99, "successes": size}))
+    data = remote()
+    assert list(data.train.sizes) == list(SIZES) and not server.copies()
+    assert_same(chunks_of(data), chunks_of(local(server)))
+
+
+def test_a_count_that_is_not_the_shards_ends_the_run(server: Server, remote: Callable[..., Data]) -> None:
+    server.root.joinpath("part-002.tar.index").unlink()
+    server.root.joinpath("part-002_stats.json").write_text(json.dumps({"successes": 15}))
+    with pytest.raises(DataError, match=r"http://.*/part-002\.tar holds 14 samples, not 15 as what stands beside it"):
+        chunks_of(remote(), 40)
+
+
+def test_where_nothing_tells_the_counts_each_shard_is_copied_once(
+    server: Server, remote: Callable[..., Data], tmp_path: Path
+) -> None:
+    for index in server.root.glob("*.index"):
+        index.write_text("<html>there is no such page</html>")
+    data = remote()
+    assert list(data.train.sizes) == list(SIZES) and sorted(server.copies()) == sorted(set(server.copies()))
+    remote()
+    assert_same(chunks_of(data), chunks_of(local(server)))
+    assert len(server.copies()) == 7 and len(copies(tmp_path)) == 7
+    write_tar(server.root / "broken.tar", []).write_bytes(b"no tar" * 1000)
+    with pytest.raises(DataError, match=r"^http://.*/broken\.tar is not a tar"):
+        remote(shards=f"{server.url}/broken.tar")
+
+
+def test_more_shards_than_are_asked_about_at_once_and_a_query(
+    server: Server, remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "ASKED", 3)
+    signed = remote(shards=f"{server.url}/part-{{000..006}}.tar?token=a")
+    assert list(signed.train.sizes) == list(SIZES) and len(server.asked) == 7
+    assert list(remote(shards=f"{server.url}/part-{{000..006}}.tar?token=b").train.sizes) == list(SIZES)
+    assert len(server.asked) == 7 and signed.train.id == local(server).train.id
+
+
+def test_remote_validation_is_copied_whole_and_stays(
+    server: Server, remote: Callable[..., Data], tmp_path: Path
+) -> None:
+    held = f"{server.url}/part-00{{5..6}}.tar"
+    data = remote(
+        shards=f"{server.url}/part-00{{0..4}}.tar", val_shards=held, val=0.02, cache_gb=1.5 * enough(server)
+    )
+    assert sorted(server.copies()) == ["part-005.tar", "part-006.tar"] and list(data.val.sizes) == [5, 12]
+    chunks_of(data, 40)
+    assert all(data.val.remote(shard).is_there() for shard in range(2))
+    assert server.copies().count("part-005.tar") == 1 and data.val.read(3).captions[0] == "thing number 49"
+
+
+def test_a_share_for_validation_is_refused(remote: Callable[..., Data]) -> None:
+    with pytest.raises(DataError, match=r"data\.val=0\.02 would take pictures.*data\.val_shards=URL, or data\.val=0"):
+        remote(val=0.02)
+
+
+def test_remote_and_local_shards_mix(
+    server: Server, remote: Callable[..., Data], make_shards: Callable[..., Path]
+) -> None:
+    own = make_shards(30, folder="own")
+    listed = [str(own / "part-000.tar"), f"{server.url}/part-{{000..006}}.tar"]
+    same = remote(shards=[listed[0], str(server.root / "*.tar")])
+    data = remote(shards=listed)
+    assert data.train.id == same.train.id
+    assert_same(chunks_of(data), chunks_of(same))
+
+    def mix(shards: Data) -> Data:
+        parts = {"own": open_shards(str(own), val=0.1), "far": shards}
+        return open_mix(parts, {"own": 1, "far": 2}, shuffle_window=WINDOW)
+
+    assert_same(chunks_of(mix(remote(shuffle_window=131_072))), chunks_of(mix(open_shards(str(server.root), val=0))))
+
+
+def test_file_urls_are_files(server: Server, remote: Callable[..., Data]) -> None:
+    for prefix in ("file:", "file://", "file://localhost"):
+        data = remote(shards=f"{prefix}{server.root}/part-{{000..006}}.tar")
+        assert data.train.id == local(server).train.id and not data.train.catalogue.urls
+    assert not server.asked
+
+
+def test_a_pipe_runs_only_where_it_is_allowed(server: Server, remote: Callable[..., Data], tmp_path: Path) -> None:
+    shards = f"pipe:touch {tmp_path}/ran; cat {server.root}/part-{{000..006}}.tar"
+    for keys in ({"shards": shards}, {"val_shards": shards}):
+        with pytest.raises(DataError, match=r"=pipe:touch .* would run a command; data\.allow_pipe=true allows it"):
+            remote(**keys)
+    assert not (tmp_path / "ran").exists()
+    data = remote(shards=shards, allow_pipe=True, cache_gb=enough(server))
+    assert (tmp_path / "ran").exists() and data.train.id == local(server).train.id
+    assert_same(chunks_of(data), chunks_of(local(server)))
+    with pytest.raises(DataError, match=r"^pipe:cat .*nowhere\.tar cannot be copied \(OSError: .*exit 1 "):
+        remote(shards=f"pipe:cat {tmp_path}/nowhere.tar", allow_pipe=True)
+
+
+def test_what_cannot_be_opened_is_told_in_one_line(
+    remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(DataError, match=r'^gs://b/x\.tar.* needs a library .*\); pip install "clipx\[remote\]"$'):
+        remote(shards="gs://b/x.tar")
+    with pytest.raises(DataError, match=r"^odd://b/x\.tar.* cannot be opened: Protocol not known"):
+        remote(shards="odd://b/x.tar")
+    with pytest.raises(DataError, match=r"^data\.root=s3://b/x is a URL; name the shards: data\.shards='s3://b/x/"):
+        open_shards("s3://b/x")
+
+
+@pytest.fixture
+def bucket(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The shards in S3, as moto plays it."""
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    for name, value in {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b",
+                        "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    system = S3FileSystem()
+    system.mkdir("clipx-test")
+    system.put([str(path) for path in sorted(server.root.iterdir())], "clipx-test/set/")
+    yield "s3://clipx-test/set"
+    S3FileSystem.clear_instance_cache()
+    moto.stop()
+
+
+def test_shards_come_from_s3(bucket: str, server: Server, remote: Callable[..., Data]) -> None:
+    data = remote(shards=f"{bucket}/*.tar", cache_gb=enough(server))
+    assert data.train.id == local(server).train.id and not server.asked
+    assert_same(chunks_of(data, workers=1), chunks_of(local(server)))
+    with pytest.raises(DataError, match=r"^s3://clipx-test/set/part-007\.tar cannot be copied \(FileNotFoundError"):
+        remote(shards=f"{bucket}/part-007.tar")
+
+
+def test_a_run_trains_from_http_and_goes_on_when_the_server_is_back(
+    server: Server, train: Callable[..., None], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    words = [
+        "data=shards", f"data.shards={server.url}/part-{{000..005}}.tar", f"data.val_shards={server.url}/part-006.tar",
+        "data.index_dir=indexes", "data.cache=cache", "data.cache_gb=0.001", f"data.shuffle_window={WINDOW}",
+        "batch_size=5", "max_steps=16", "name=far", "workers=1", "evals=[]", "log_every=1",
+    ]  # fmt: skip
+    windows = Plan(SIZES[:6], 0, WINDOW).windows(0)
+    early = {shard for window in itertools.islice(windows, 3) for shard in window.shards}
+    server.faults = {f"part-{number:03d}.tar": [503] * 9 for number in set(range(6)) - early}       # down behind these
+    told = fails(*words)
+    assert "cannot be copied (ClientResponseError: 503" in told
+    saved = torch.load(tmp_path / "outputs/far/checkpoints/clip_last.pt", weights_only=True)
+    assert 0 < saved["step"] < 16
+    server.faults = {}
+    train(*words)
+    summary = json.loads((tmp_path / "outputs/far/summary.json").read_text())
+    assert summary["state"] == "finished"
+    local_words = [f"data.shards={server.root}/part-{{000..005}}.tar", f"data.val_shards={server.root}/part-006.tar"]
+    train(*words[:1], *local_words, *words[6:9], "name=near", *words[10:])
+    near = json.loads((tmp_path / "outputs/near/summary.json").read_text())
+    assert near["final"]["train/loss"] == summary["final"]["train/loss"]
