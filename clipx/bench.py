@@ -134,7 +134,8 @@ def measure_ours(config: Train, seconds: float) -> dict[str, float]:
 
     set_start_method(None, force=True)          # a spawned process would spawn its workers, too; a run does not
     torch.set_num_threads(1)
-    chunks = read(reader_of(config), train_ranges(0, config.batch_size), pick_workers(config.workers), pin=False)
+    ranges = train_ranges(0, config.batch_size, config.micro_batch_size)
+    chunks = read(reader_of(config), ranges, pick_workers(config.workers), pin=False)
     return measure(steps(chunks, config.batch_size), config.batch_size, seconds)
 
 

@@ -45,9 +45,11 @@ class Train:
     max_steps: PositiveInt | None
     stop_at: Duration | None
     batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None
     clip_norm: PositiveFloat | None
     amp: Literal["none", "bf16", "fp16"]
-    grad_checkpoint: bool
+    grad_checkpoint: bool | Literal["image", "text"]
+    compile: bool
     device: str
     workers: Literal["auto"] | NonNegativeInt
     seed: NonNegativeInt

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipx.data.images import Normalise
+from clipx.batch import parts_of
+from clipx.compiled import Compiled
 from clipx.data.loader import Chunk, Skipped
 from clipx.data.tar import DataError
 from clipx.duration import Every
 from clipx.errors import UserError
+from clipx.gradient import Encoder, Forward, backward
 from clipx.log import RunLog
+from clipx.memory import fits, peaks
 from clipx.models.clip import CLIP
-
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Diverged(UserError):
@@ -81,6 +82,7 @@ def fit(
     forward: Forward,
     loss_of: Callable[..., Tensor],
     batches: Iterator[list[Chunk]],
+    micro_batch_size: int | None,
     stop: Callable[[int], bool],
     multiplier: Callable[[int], float],
     amp: torch.dtype | None,
@@ -91,18 +93,21 @@ def fit(
 
     Args:
         state: is advanced in place.
-        forward: normalised images (B, 3, S, S), tokens (B, L) -> unit features (B, E), (B, E), scale (); the bare
+        forward: normalised images (B, 3, S, S), packed captions -> unit features (B, E), (B, E), scale (); the bare
             model, or what is wrapped around it.
         loss_of: unit features (B, E), (B, E), scale (), ids (B, 2) or None -> loss ().
         batches: steps, as lists of chunks.
+        micro_batch_size: samples that go forward at once; None for the whole batch.
         stop: whether the run ends before the step with this number (from 0).
         multiplier: of the peak learning rate, by step (from 0).
         amp: autocast's type, or None for float32.
         clip_norm: largest norm of the gradient, or None.
         after_step: is called when a step is done; reads of its numbers wait for the device.
+
+    Raises:
+        DoesNotFit: there is not enough memory.
     """
-    device = state.model.logit_scale.device
-    normalise = Normalise(device)
+    encoder = Encoder(forward, state.model.logit_scale.device, amp)
     optimizer, scaler = state.optimizer, state.scaler
     state.model.train()
     while not stop(state.step):
@@ -111,44 +116,23 @@ def fit(
         asked = time.perf_counter()
         chunks = next(batches)
         wait = time.perf_counter() - asked
-        image, tokens = normalise(images_of(chunks, device)), tokens_of(chunks, device)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            image, text, scale = forward(image, tokens)
-        loss = loss_of(image, text, scale, ids_of(chunks, device))      # features are normalised, float32 or wider
-
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_norm, norm)
-        scaler.step(optimizer)
+        samples = sum(map(len, chunks))
+        with fits(min(samples, micro_batch_size or samples), encoder.device):
+            parts = parts_of(chunks, micro_batch_size, few_shapes=isinstance(forward, Compiled))
+            loss, scale = backward(encoder, loss_of, parts, scaler)
+            scaler.unscale_(optimizer)
+            gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            if clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_norm, norm)
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         state.model.clamp_scale()
-        state.advance(len(image))
+        state.advance(samples)
         skipped = [record for chunk in chunks for record in chunk.skipped]
         lr = optimizer.param_groups[0]["lr"]
-        after_step(state, Numbers(loss.detach(), norm, scale.detach(), lr, wait, len(image), skipped))
-
-
-def images_of(chunks: list[Chunk], device: torch.device) -> Tensor:
-    """The pictures of a step on the device: (B, 3, S, S) uint8."""
-    return torch.cat([chunk.images.to(device, non_blocking=True) for chunk in chunks])
-
-
-def tokens_of(chunks: list[Chunk], device: torch.device) -> Tensor:
-    """The captions of a step on the device: (B, L), L the longest of them."""
-    longest = max(chunk.tokens.shape[1] for chunk in chunks)
-    return torch.cat([
-        nn.functional.pad(chunk.tokens.to(device, non_blocking=True), (0, longest - chunk.tokens.shape[1]))
-        for chunk in chunks
-    ])
-
-
-def ids_of(chunks: list[Chunk], device: torch.device) -> Tensor | None:
-    """Which picture and which caption each row of a step has, on the device: (B, 2); None where nobody asked."""
-    return None if chunks[0].ids is None else torch.cat([chunk.ids.to(device, non_blocking=True) for chunk in chunks])
+        after_step(state, Numbers(loss, norm, scale, lr, wait, samples, skipped))
 
 
 class AfterStep:
@@ -230,6 +214,7 @@ class AfterStep:
                 "train/samples_per_s": rate,
                 "train/data_wait": wait,
                 "train/skipped": len(state.skipped),
+                **peaks(self.bad_step.device),
             },
             state.step,
             state.samples,

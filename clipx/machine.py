@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -50,10 +51,10 @@ def check_memory(config: Train, state: State, tokens: int, device: torch.device 
     """What the tensors of a training step take, against what is free."""
     loss_of = build(config.loss, "loss", config.trust)
     kept = activations(state.model, loss_of, AMP[config.amp], tokens, config.grad_checkpoint)
-    one, size = parameter_bytes(state), config.batch_size
+    one, size = parameter_bytes(state), min(config.batch_size, config.micro_batch_size or config.batch_size)
     fixed = one * (2 + moments(state.optimizer))
     told = (f"about {in_bytes(fixed + kept(size))}: {in_bytes(fixed)} for parameters, gradients and optimiser, "
-            f"{in_bytes(kept(size))} for {size:,} pictures and captions of {tokens} tokens")
+            f"{in_bytes(kept(size))} for {size:,} pictures at once and captions of {tokens} tokens")
     free = free_bytes(device) if device else math.inf
     if ROOM * (fixed + kept(size)) <= free:
         yield "ok", told
@@ -61,9 +62,9 @@ def check_memory(config: Train, state: State, tokens: int, device: torch.device 
     least = fixed + kept(size) - min(one, kept(size))       # gradients come while activations go
     while size and ROOM * (fixed + kept(size)) > free:
         size //= 2
-    remedy = f"batch_size={size} fits" if size else "a smaller model may fit"
+    remedy = f"micro_batch_size={size} fits and gives the same gradient" if size else "a smaller model may fit"
     remedy += ", amp=bf16 needs less" * (config.amp == "none")
-    remedy += ", grad_checkpoint=true needs less" * (not config.grad_checkpoint)
+    remedy += ", grad_checkpoint=true needs less" * (config.grad_checkpoint is not True)
     yield "WRONG" if least > free else "odd", f"{told}; {device} has {in_bytes(free)} free; {remedy}"
 
 
@@ -100,9 +101,10 @@ def moments(optimizer: torch.optim.Optimizer) -> int:
 
 
 def activations(
-    model: CLIP, loss_of: Callable[..., Tensor], amp: torch.dtype | None, tokens: int, grad_checkpoint: bool
+    model: CLIP, loss_of: Callable[..., Tensor], amp: torch.dtype | None, tokens: int,
+    grad_checkpoint: bool | Literal["image", "text"],
 ) -> Callable[[int], int]:
-    """Bytes of activations by batch size B: a + b B + c B B (the logits), measured at 2, 3 and 4.
+    """Bytes of activations by batch size B: a + b B, measured at 2 and 3.
 
     Args:
         model: on the CPU.
@@ -112,15 +114,14 @@ def activations(
         grad_checkpoint: whether blocks are computed again; one of them then adds to what is kept.
     """
     model.set_grad_checkpoint(grad_checkpoint)
-    two, three, four = (saved_bytes(model, loss_of, amp, tokens, tiny) for tiny in (2, 3, 4))
-    c = (four - 2 * three + two) / 2
-    b = three - two - 5 * c
-    a = two - 2 * b - 4 * c
+    two, three = (saved_bytes(model, loss_of, amp, tokens, tiny) for tiny in (2, 3))
+    b = three - two
+    a = two - 2 * b
     if not grad_checkpoint:
-        return lambda size: round(a + b * size + c * size**2)
+        return lambda size: a + b * size
     whole = activations(model, loss_of, amp, tokens, grad_checkpoint=False)
     blocks = min(len(tower.transformer.resblocks) for tower in (model.visual, model.text))
-    return lambda size: round(a + b * size + c * size**2) + whole(size) // blocks
+    return lambda size: a + b * size + whole(size) // blocks
 
 
 def saved_bytes(
@@ -137,7 +138,7 @@ def saved_bytes(
     image, ids = torch.zeros(size, 3, model.visual.size, model.visual.size), torch.arange(2 * size)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         with torch.autocast("cpu", amp, enabled=amp is not None):
-            features = model(image, torch.ones(size, tokens, dtype=torch.long))
+            features = model(image, torch.arange(tokens).expand(size, tokens))
         loss_of(*features, ids.view(size, 2))
     return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
 

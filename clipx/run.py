@@ -14,6 +14,7 @@ import yaml
 
 from clipx import checkpoint
 from clipx.build import build
+from clipx.compiled import compiled
 from clipx.config import Train, differences
 from clipx.data.catalogue import usable_cores
 from clipx.data.images import TrainCrop
@@ -26,6 +27,7 @@ from clipx.errors import UserError
 from clipx.evals.validation import Validation
 from clipx.log import RunLog
 from clipx.loop import AfterStep, State, fit
+from clipx.memory import keep_freed
 from clipx.models.clip import CLIP
 from clipx.sched import warmup_steps
 from clipx.tokenizer import SimpleTokenizer
@@ -56,11 +58,13 @@ def run(config: Train, directory: Path) -> float | None:
         logger.info("%s is finished (%d steps); nothing is changed. name=... starts another run", directory, state.step)
         return objective(directory, config.objective)
 
+    keep_freed()
     directory.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     (directory / "config.yaml").write_text(text, encoding="utf-8")
     reader = train_reader(config, data, plan, state.model)
-    chunks = read(reader, train_ranges(state.samples, config.batch_size), workers, pin=device.type == "cuda")
+    ranges = train_ranges(state.samples, config.batch_size, config.micro_batch_size)
+    chunks = read(reader, ranges, workers, pin=device.type == "cuda")
     multiplier = build(config.sched, "sched", config.trust)(length)
     evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
     every = partial(Every, steps=length, epoch=plan.samples / config.batch_size)
@@ -89,9 +93,10 @@ def run(config: Train, directory: Path) -> float | None:
         try:
             fit(
                 state=state,
-                forward=state.model,
+                forward=compiled(state.model) if config.compile else state.model,
                 loss_of=build(config.loss, "loss", config.trust),
                 batches=steps(chunks, config.batch_size),
+                micro_batch_size=config.micro_batch_size,
                 stop=lambda step: step >= length or stop_at.over(step),
                 multiplier=multiplier,
                 amp=AMP[config.amp],

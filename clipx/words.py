@@ -12,11 +12,11 @@ GROUPS = ("model", "data", "optim", "sched", "loss", "evals", "experiment", "sou
 OUTPUTS = Path("outputs")
 MOST_LETTERS = 120          # of a directory's name
 
-# what does not change the meaning of a run: where, how fast and how closely watched
+# what does not change the meaning of a run: where, how fast, in how much memory, how closely watched
 NEUTRAL = {
     "name", "stop_at", "device", "workers", "resume", "trust", "log_every", "eval_every", "save_every", "keep_every",
     "data.root", "data.shards", "data.val_shards", "data.index_dir", "data.cache", "data.cache_gb",
-    "data.allow_pipe", "data.max_skipped",
+    "data.allow_pipe", "data.max_skipped", "micro_batch_size", "grad_checkpoint", "compile",
 }  # fmt: skip
 
 # Hydra's own directories and log files are not used: a run's directory is made when its config is known to be right

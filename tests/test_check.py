@@ -124,13 +124,14 @@ def test_what_is_odd_is_told_with_its_remedy_and_stops_nothing(check: Check) -> 
 
 def test_what_fits_in_memory_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {}
-    for free in (60, 144, 150):         # MB; the step takes 116, and a quarter for what is about them
-        monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free * 1_000_000)
+    for free in (60, 142.5, 150):       # MB; the step takes 114, and a quarter for what is about them
+        monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: int(free * 1_000_000))
         told[free], code = check(*MADE_UP)
         assert code == (free == 60)
-    assert "WRONG memory    about 116MB: 113MB for parameters, gradients and optimiser, 3.19MB for 8 pict" in told[60]
+    assert "WRONG memory    about 114MB: 113MB for parameters, gradients and optimiser, 950kB for 8 pict" in told[60]
     assert "cpu has 60.0MB free; a smaller model may fit, amp=bf16 needs less, grad_checkpoint=true needs" in told[60]
-    assert "odd   memory    " in told[144] and "batch_size=4 fits" in told[144] and "ok    memory    " in told[150]
+    assert "odd   memory    " in told[142.5] and "micro_batch_size=4 fits and gives the same gra" in told[142.5]
+    assert "ok    memory    " in told[150]
 
 
 def test_shards_that_are_broken_are_told(check: Check, make_shards: Callable[..., Path]) -> None:
@@ -237,7 +238,7 @@ def test_a_step_takes_what_was_foretold() -> None:
     """Held against torch's own account of what it allocates on the way forward and back."""
     config, size = composed(*MADE_UP), 64
     state, loss_of = fresh_state(config, torch.device("cpu")), build(config.loss)
-    image, tokens = torch.zeros(size, 3, 32, 32), torch.ones(size, 20, dtype=torch.long)
+    image, tokens = torch.zeros(size, 3, 32, 32), torch.arange(20).expand(size, 20)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         loss_of(*state.model(image, tokens)).backward()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipx import loss as room
 from clipx.loss import clip_loss
 
 
@@ -42,6 +43,32 @@ def test_rows_with_the_same_picture_or_caption_can_be_kept_from_being_negatives(
             total += torch.logsumexp(view[others], 0) - view[row]
     torch.testing.assert_close(clip_loss(image, text, scale, ids, "mask"), total / 12)
     assert torch.equal(clip_loss(image, text, scale, ids), clip_loss(image, text, scale))
+
+
+@pytest.mark.parametrize("tile", [1, 7 * 20, 1 << 21])
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+def test_tiles_give_the_loss_and_gradient_of_open_clip(
+    tile: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "TILE", tile)
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(20, 6, dtype=torch.float64), dim=-1) for _ in range(2))
+    text[3] = -image[3]                 # a pair as far apart as can be
+    found = []
+    for loss_of in (clip_loss, open_clip.ClipLoss()):
+        given = [x.clone().requires_grad_() for x in (image, text, torch.tensor(temperature, dtype=torch.float64))]
+        loss = loss_of(*given)
+        (3 * loss).backward()
+        found.append([loss.detach(), *(x.grad for x in given)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_logits_far_apart_stay_finite() -> None:
+    image = F.normalize(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), dim=-1).requires_grad_()
+    loss = clip_loss(image, -image.detach(), torch.tensor(100.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(200.0) and image.grad.isfinite().all()
 
 
 def test_a_batch_of_one_caption_alone_has_a_finite_gradient_when_masked() -> None:

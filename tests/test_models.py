@@ -4,13 +4,17 @@ import math
 import open_clip
 import pytest
 import torch
+import torch._dynamo.testing
+import torch._inductor.config
 from torch import Tensor
 
 import clipx
+from clipx.compiled import Compiled, compiled
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode, get_image_transform
 from clipx.loss import clip_loss
 from clipx.models.clip import CLIP, clip_small, clip_vit_b32
+from clipx.models.packed import EDGES, pack
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
@@ -117,6 +121,58 @@ def test_text_features_do_not_depend_on_the_padding() -> None:
     with torch.no_grad():
         whole, trimmed = model.encode_text(tokens), model.encode_text(tokens[:, :14])
     torch.testing.assert_close(whole, trimmed, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("edges", [EDGES, (), (8, 9, 12)])
+def test_packed_captions_give_the_features_and_gradients_of_open_clips_padded_ones(
+    ours: CLIP, peer: torch.nn.Module, edges: tuple[int, ...]
+) -> None:
+    words = "a long caption about a guide dog and all of its work in the streets of a town on a day in may"
+    captions = [words[:length] for length in (1, 101, 6, 40, 1, 20, 99, 8)]
+    tokens = SimpleTokenizer()([*captions, words * 5])
+    lengths = tokens.argmax(dim=-1) + 1
+    packed = pack(tokens, lengths, edges)
+    assert len(packed.ids) == lengths.sum() and lengths.max() == 77
+    gradients = []
+    for model, given in ((ours, packed), (peer, tokens)):
+        features = torch.nn.functional.normalize(model.encode_text(given), dim=-1)
+        model.zero_grad()
+        (features * torch.arange(512)).sum().backward()
+        gradients.append((features.detach(), model))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0], atol=1e-5, rtol=0)
+    theirs = dict(peer.named_parameters())
+    for name, parameter in ours.text.named_parameters():
+        want = theirs[name].grad
+        assert (parameter.grad - want).norm() <= 1e-4 * want.norm(), name
+    ours.zero_grad()
+    peer.zero_grad()
+
+
+def test_compiled_it_is_the_same_model_and_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiler's own work left out: what it sees, and how often, is what counts."""
+    torch._dynamo.reset()
+    model = tiny()
+    forward = Compiled(model, 1.0)
+    counter = torch._dynamo.testing.CompileCounter()
+    forward.forward = torch.compile(model, backend=counter)
+    for length in (4, 9, 14, 5, 12):
+        image, tokens = real_batch(32)
+        captions = pack(torch.nn.functional.pad(tokens, (0, 16 - tokens.shape[1])), torch.tensor([4, length, 6, 7]), ())
+        for one, other in zip(forward(image, captions), model(image, captions), strict=True):
+            torch.testing.assert_close(one, other)
+    assert counter.frame_count == 1
+
+
+def test_where_nothing_compiles_the_model_trains_as_it_is_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/compiler"))
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    torch._dynamo.reset()
+    model = tiny()
+    with caplog.at_level("WARNING", "clipx"):
+        assert compiled(model) is model
+    assert "compile=true: the model is not compiled (InvalidCxxCompiler: No working C++ compiler" in caplog.text
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

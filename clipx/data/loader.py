@@ -56,7 +56,7 @@ class Chunk:
         return len(self.images)
 
     def pin_memory(self) -> "Chunk":
-        return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory())
+        return replace(self, images=self.images.pin_memory())
 
 
 class Reader(Dataset):
@@ -252,24 +252,28 @@ def as_it_is(chunk: Chunk) -> Chunk:
     return chunk
 
 
-def train_ranges(position: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
+def train_ranges(
+    position: int, batch_size: int, micro_batch_size: int | None = None, rank: int = 0, world: int = 1
+) -> Iterator[range]:
     """The positions that one rank reads, chunk by chunk, without end.
 
     Args:
         position: of the first sample of the next global batch.
         batch_size: samples of a global batch; ``world`` divides it.
+        micro_batch_size: samples that go forward at once; no chunk reaches across the end of so many.
         rank: of this process.
         world: how many processes share a batch.
     """
     share = batch_size // world
     for start in itertools.count(position + rank * share, batch_size):
-        yield from cut(range(start, start + share))
+        for micro in cut(range(start, start + share), micro_batch_size or share):
+            yield from cut(micro)
 
 
-def cut(positions: range) -> Iterator[range]:
-    """A range in pieces of a chunk's size."""
-    for start in range(positions.start, positions.stop, MOST_IN_CHUNK):
-        yield range(start, min(start + MOST_IN_CHUNK, positions.stop))
+def cut(positions: range, size: int = MOST_IN_CHUNK) -> Iterator[range]:
+    """A range in pieces, of a chunk's size."""
+    for start in range(positions.start, positions.stop, size):
+        yield range(start, min(start + size, positions.stop))
 
 
 def steps(chunks: Iterator[Chunk], share: int) -> Iterator[list[Chunk]]:

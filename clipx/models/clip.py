@@ -1,13 +1,14 @@
 """CLIP: two towers into one space, and the learnt temperature between them."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipx.build import build
+from clipx.models.packed import Packed
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 
@@ -42,12 +43,12 @@ class CLIP(nn.Module):
         """(B, 3, S, S) normalised floats -> (B, E) in float32 or wider; unit vectors with ``normalize``."""
         return finish(self.visual(image), normalize)
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """(B, L) token ids, L up to the context -> (B, E) in float32 or wider; unit vectors with ``normalize``."""
+    def encode_text(self, tokens: Tensor | Packed, normalize: bool = False) -> Tensor:
+        """(B, L) token ids, L up to the context, or packed ones -> (B, E) likewise."""
         return finish(self.text(tokens), normalize)
 
-    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, S, S), (B, L) -> unit image features (B, E), unit text features (B, E), scale ()."""
+    def forward(self, image: Tensor, tokens: Tensor | Packed) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, S, S), (B, L) or packed -> unit image features (B, E), unit text features (B, E), scale ()."""
         return self.encode_image(image, True), self.encode_text(tokens, True), self.logit_scale.exp()
 
     @torch.no_grad()
@@ -55,10 +56,10 @@ class CLIP(nn.Module):
         """Keep the inverse temperature between 1 and 100; to be called after each optimiser step."""
         self.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
-    def set_grad_checkpoint(self, on: bool) -> None:
-        """Trade a second forward pass through the blocks for the memory of what is inside them."""
-        self.visual.transformer.grad_checkpoint = on
-        self.text.transformer.grad_checkpoint = on
+    def set_grad_checkpoint(self, on: bool | Literal["image", "text"]) -> None:
+        """Trade a second forward pass through the blocks, or those of one tower, for the memory of what is in them."""
+        self.visual.transformer.grad_checkpoint = on in (True, "image")
+        self.text.transformer.grad_checkpoint = on in (True, "text")
 
 
 def finish(features: Tensor, normalize: bool) -> Tensor:

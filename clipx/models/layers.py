@@ -1,6 +1,7 @@
 """The parts that both towers are made of.  Names and shapes are OpenAI's, so weights need no conversion.
 
-Shape letters, here and everywhere: B batch, L tokens, D width, H heads, E embedding, N images, M texts, S pixels.
+Shape letters, here and everywhere: B batch, L tokens, T tokens of a whole batch, D width, H heads, E embedding,
+N images, M texts, S pixels.
 """
 
 import torch
@@ -8,16 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipx.models.packed import Packed
+
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the GELU that CLIP was trained with."""
+    """x * sigmoid(1.702 x), the GELU that CLIP was trained with; by way of torch's one kernel for y * sigmoid(y)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; ``causal`` hides later tokens. (B, L, D) -> (B, L, D)."""
+    """Multi-head self-attention; ``causal`` hides later tokens. (B, L, D) -> (B, L, D), packed (T, D) -> (T, D)."""
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
@@ -30,16 +33,42 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, L, D = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                            # (B, L, 3D), one product
-        q, k, v = qkv.view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)      # (B, H, L, D/H) each
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)                   # (B, H, L, D/H)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))
+    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                       # (B, L, 3D), one product
+        if packed is None:
+            return self.out_proj(self.attend(qkv))
+        parts = zip(packed.split(qkv), packed.grids, strict=True)                       # (T', 3D) each
+        return self.out_proj(torch.cat([grid.gather(self.attend(grid.spread(part))) for part, grid in parts]))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """(B, L, 3D) -> (B, L, D)."""
+        q, k, v = self.by_head(qkv, 3)                                                  # (B, H, L, D/H) each
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)              # (B, H, L, D/H)
+        return x.transpose(1, 2).flatten(2)
+
+    def read_out(self, x: Tensor, packed: Packed | None = None) -> Tensor:
+        """What ``forward`` gives at the read-out tokens alone: (B, L, D) or (T, D) -> (B, D)."""
+        D = x.shape[-1]
+        q = F.linear(read_out(x, packed), self.in_proj_weight[:D], self.in_proj_bias[:D])       # (B, D)
+        kv = F.linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:])                        # (B, L, 2D)
+        if packed is None:
+            return self.out_proj(self.attend_once(q, kv))
+        queries = q.split([grid.shape[0] for grid in packed.grids])
+        parts = zip(queries, packed.split(kv), packed.grids, strict=True)
+        return self.out_proj(torch.cat([self.attend_once(q, grid.spread(kv), grid.seen) for q, kv, grid in parts]))
+
+    def attend_once(self, q: Tensor, kv: Tensor, seen: Tensor | None = None) -> Tensor:
+        """One query for each row: (B, D), (B, L, 2D) -> (B, D)."""
+        (q,), (k, v) = self.by_head(q[:, None], 1), self.by_head(kv, 2)                 # (B, H, 1, D/H), (B, H, L, D/H)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).flatten(1)
+
+    def by_head(self, x: Tensor, parts: int) -> Tensor:
+        """(B, L, parts D) -> (parts, B, H, L, D/H)."""
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide between them. (B, L, D) -> (B, L, D)."""
+    """Two layers, four times as wide between them. (..., D) -> (..., D)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -52,7 +81,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each behind a LayerNorm and beside a skip. (B, L, D) -> (B, L, D)."""
+    """Attention, then MLP, each behind a LayerNorm and beside a skip. (B, L, D) -> (B, L, D), packed (T, D) -> (T, D).
+
+    With ``read`` only what the read-out tokens need is computed: -> (B, D).
+    """
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
@@ -61,13 +93,21 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, packed: Packed | None = None, read: bool = False) -> Tensor:
+        if read:
+            x = read_out(x, packed) + self.attn.read_out(self.ln_1(x), packed)
+        else:
+            x = x + self.attn(self.ln_1(x), packed)
         return x + self.mlp(self.ln_2(x))
 
 
+def read_out(x: Tensor, packed: Packed | None) -> Tensor:
+    """The tokens where features are read: the first of each row, of packed captions the end tokens. -> (B, D)."""
+    return x[:, 0] if packed is None else x.index_select(0, packed.ends)
+
+
 class Transformer(nn.Module):
-    """A stack of blocks. (B, L, D) -> (B, L, D).
+    """A stack of blocks that ends at the read-out tokens. (B, L, D) or packed (T, D) -> (B, D).
 
     ``grad_checkpoint`` forgets what is inside each block on the way forward and computes it again on the way back.
     """
@@ -77,10 +117,11 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(width, heads, causal) for _ in range(depth))
         self.grad_checkpoint = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         for block in self.resblocks:
+            last = block is self.resblocks[-1]
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, packed, last, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, packed, last)
         return x

@@ -1,16 +1,17 @@
 """The text tower: a causal transformer that reads its feature at the end-of-text token."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipx.models.layers import Transformer
+from clipx.models.packed import Packed, pack
 
 
 class TextEncoder(nn.Module):
-    """Captions to features. (B, L) token ids -> (B, E), for any L up to ``context``.
+    """Captions to features. (B, L) token ids, or packed ones -> (B, E), for any L up to ``context``.
 
-    No token sees a later one and the feature is read at the end token, so padding behind it changes nothing
-    but the time: cut it off.
+    No token sees a later one and the feature is read at the end token, so what stands behind it is dropped.
 
     Args:
         vocab: token ids; the highest is the end token.
@@ -52,9 +53,8 @@ class TextEncoder(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, D)
-        x = self.transformer(x)                                                          # (B, L, D)
-        end = tokens.argmax(dim=-1)                                                      # (B,), the end token's place
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), end])                 # (B, D)
-        return x @ self.text_projection                                                  # (B, E)
+    def forward(self, tokens: Tensor | Packed) -> Tensor:
+        packed = tokens if isinstance(tokens, Packed) else pack(tokens)
+        x = self.token_embedding(packed.ids) + F.embedding(packed.positions, self.positional_embedding) # (T, D)
+        x = self.ln_final(self.transformer(x, packed))                              # (B, D), at the end tokens
+        return (x @ self.text_projection).index_select(0, packed.order)             # (B, E)

@@ -40,5 +40,5 @@ class ImageEncoder(nn.Module):
         x = self.conv1(image).flatten(2).transpose(1, 2)                # (B, L-1, D), row by row
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (B, 1, D)
         x = torch.cat([first, x], dim=1) + self.positional_embedding    # (B, L, D)
-        x = self.transformer(self.ln_pre(x))                            # (B, L, D)
-        return self.ln_post(x[:, 0]) @ self.proj                        # (B, E)
+        x = self.transformer(self.ln_pre(x))                            # (B, D), at the class token
+        return self.ln_post(x) @ self.proj                              # (B, E)

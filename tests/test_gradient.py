@@ -1,0 +1,200 @@
+"""The gradient of a whole batch, however it is computed."""
+
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from conftest import in_process
+from torch import Tensor, nn
+
+from clipx.batch import parts_of
+from clipx.data.dummy import open_dummy
+from clipx.data.images import TrainCrop
+from clipx.data.loader import Chunk, TrainReader, train_ranges
+from clipx.gradient import Encoder, backward
+from clipx.loss import clip_loss
+from clipx.models.clip import CLIP
+from clipx.models.text import TextEncoder
+from clipx.models.vision import ImageEncoder
+from clipx.tokenizer import SimpleTokenizer
+
+CPU = torch.device("cpu")
+
+
+def model(dtype: torch.dtype = torch.float64) -> CLIP:
+    torch.manual_seed(0)
+    return CLIP(
+        ImageEncoder(size=64, patch=32, width=64, depth=2, heads=1, embed=32),
+        TextEncoder(width=64, depth=2, heads=1, embed=32),
+    ).to(dtype)
+
+
+def chunks_of(batch: int, micro: int | None, rank: int = 0, world: int = 1) -> list[Chunk]:
+    data = open_dummy(samples=512, val_samples=8)
+    crop = TrainCrop(64, (0.9, 1.0), "exact")
+    reader = TrainReader(data.train, data.plan(0), crop, SimpleTokenizer(), "random", identify=True)
+    chunks, found = train_ranges(0, batch, micro, rank, world), []
+    while sum(map(len, found)) < batch // world:
+        found.append(reader.chunk(next(chunks)))
+    return found
+
+
+class Double(Encoder):
+    """In float64 from the pictures on."""
+
+    def __call__(self, part: object) -> tuple[Tensor, Tensor, Tensor]:
+        return self.forward(self.normalise(part.image).double(), part.captions)
+
+
+def gradient(clip: CLIP, batch: int, micro: int | None, few_shapes: bool = False) -> tuple[Tensor, list[Tensor]]:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    parts = parts_of(chunks_of(batch, micro), micro, few_shapes)
+    loss, _ = backward(Double(clip, CPU, None), clip_loss, parts, scaler)
+    gradients = [p.grad for p in clip.parameters()]
+    clip.zero_grad()
+    return loss, gradients
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm(), (a.shape, (a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("micro", [32, 100, 300])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(micro: int) -> None:
+    clip = model()
+    loss, whole = gradient(clip, 512, None)
+    again, parts = gradient(clip, 512, micro)
+    assert again.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert_close(parts, whole)
+    assert len(whole) == len([*clip.parameters()]) and all(part.any() for part in whole)     # temperature included
+
+
+def test_captions_in_few_shapes_give_the_same_gradient() -> None:
+    clip = model()
+    assert_close(gradient(clip, 64, 24, few_shapes=True)[1], gradient(clip, 64, None)[1])
+
+
+def test_what_dropout_draws_in_the_first_pass_it_draws_in_the_second() -> None:
+    clip = model()
+    for tower in (clip.visual, clip.text):
+        mlp = tower.transformer.resblocks[0].mlp
+        mlp.gelu = nn.Sequential(mlp.gelu, nn.Dropout(0.3))
+    scaler, encoder = torch.amp.GradScaler("cpu", enabled=False), Double(clip, CPU, None)
+    parts = parts_of(chunks_of(64, 16), 16)
+    torch.manual_seed(3)
+    backward(encoder, clip_loss, parts, scaler)
+    after = torch.get_rng_state()
+    found = [p.grad for p in clip.parameters()]
+    clip.zero_grad()
+    torch.manual_seed(3)            # the same draws, with nothing forgotten in between
+    images, texts, scales = zip(*[encoder(part) for part in parts], strict=True)
+    clip_loss(torch.cat(images), torch.cat(texts), scales[0]).backward()
+    assert_close(found, [p.grad for p in clip.parameters()])
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_the_same_under_autocast_and_a_scaler() -> None:
+    clip, gradients = model(torch.float32), []
+    for micro in (None, 16):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        backward(Encoder(clip, CPU, torch.bfloat16), clip_loss, parts_of(chunks_of(64, micro), micro), scaler)
+        gradients.append([p.grad for p in clip.parameters()])
+        clip.zero_grad()
+    assert_close(gradients[1], gradients[0], 0.03)              # bfloat16 has eight bits
+
+
+def test_ids_of_all_parts_reach_the_loss() -> None:
+    clip, seen = model(), []
+
+    def loss_of(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
+        seen.append(ids)
+        return clip_loss(image, text, scale, ids, "mask")
+
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    backward(Double(clip, CPU, None), loss_of, parts_of(chunks_of(40, 16), 16), scaler)
+    assert torch.equal(seen[0], torch.cat([chunk.ids for chunk in chunks_of(40, None)]))
+
+
+@pytest.mark.parametrize("tower", ["image", "text", True])
+def test_each_tower_can_be_checkpointed_alone(tower: str | bool) -> None:
+    clip = model()
+    _, plain = gradient(clip, 16, None)
+    clip.set_grad_checkpoint(tower)
+    assert clip.visual.transformer.grad_checkpoint is (tower != "text")
+    assert clip.text.transformer.grad_checkpoint is (tower != "image")
+    assert all(torch.equal(a, b) for a, b in zip(gradient(clip, 16, None)[1], plain, strict=True))
+
+
+def ranks_gradient(rank: int, world: int, store: str, path: str) -> None:
+    """What one of several processes does, with two micro-batches each."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    clip = model()
+    forward = nn.parallel.DistributedDataParallel(clip)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    results = {}
+    for same in ("keep", "mask"):
+        for micro in (None, 8):
+            def loss_of(*features: Tensor, same: str = same) -> Tensor:
+                return clip_loss(*features, same)
+
+            parts = parts_of(chunks_of(64, micro, rank, world), micro)
+            loss, _ = backward(Double(forward, CPU, None), loss_of, parts, scaler)
+            results[same, micro] = loss, [p.grad.clone() for p in clip.parameters()]
+            clip.zero_grad()
+    torch.save(results, f"{path}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_give_the_loss_and_the_gradient_of_one(world: int, tmp_path: Path) -> None:
+    given = (world, str(tmp_path / "store"), str(tmp_path))
+    torch.multiprocessing.spawn(ranks_gradient, given, nprocs=world)
+    clip = model()
+    for same in ("keep", "mask"):
+        parts, scaler = parts_of(chunks_of(64, None), None), torch.amp.GradScaler("cpu", enabled=False)
+        loss, _ = backward(Double(clip, CPU, None), lambda *f, same=same: clip_loss(*f, same), parts, scaler)
+        whole = [p.grad for p in clip.parameters()]
+        clip.zero_grad()
+        for rank in range(world):
+            found = torch.load(tmp_path / f"{rank}.pt")
+            for micro in (None, 8):
+                assert found[same, micro][0].item() == pytest.approx(loss.item(), rel=1e-12)
+                assert_close(found[same, micro][1], whole)
+
+
+def test_a_batch_that_does_not_fit_names_a_micro_batch_that_may(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, torch; torch.set_num_threads(1)\n"
+        "from clipx.train import main; import clipx.run, psutil\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 1_400_000_000,) * 2)\n"
+        "sys.argv = ['clipx.train', *sys.argv[1:]]; main()"
+    )
+    words = [
+        "experiment=smoke", "model.image.size=96", "batch_size=512", "workers=0", "evals=[]", "max_steps=2", "name=x",
+    ]  # fmt: skip
+    ended = in_process("-c", code, *words, cwd=tmp_path)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.splitlines()[-1] == (
+        "512 samples at once do not fit into the memory of cpu; the gradient is the same with micro_batch_size=256, "
+        "and with grad_checkpoint=true"
+    )
+    ended = in_process("-c", code, *words, "micro_batch_size=16", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_run_in_micro_batches_is_the_same_run(train: Callable[..., None], tmp_path: Path) -> None:
+    few = ["experiment=smoke", "batch_size=48", "workers=0", "evals=[]", "log_every=1", "data.samples=200", "name=x"]
+    train(*few, "max_steps=6", "stop_at=3", "micro_batch_size=20")
+    train(*few, "max_steps=6", "micro_batch_size=48", "grad_checkpoint=text")     # goes on: how is not what
+    train(*few[:-1], "max_steps=6", "name=whole")
+    logs = [(tmp_path / f"outputs/{name}/metrics.jsonl").read_text().splitlines() for name in ("x", "whole")]
+    losses = [[json.loads(line)["train/loss"] for line in log] for log in logs]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert json.loads(logs[1][-1])["train/host_memory_gb"] * 1e9 == pytest.approx(peak, rel=0.1)
