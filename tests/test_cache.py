@@ -25,7 +25,7 @@ from clipx.data.cache import Cache
 from clipx.data.images import TrainCrop
 from clipx.data.loader import Chunk, TrainReader, read, train_ranges
 from clipx.data.mix import open_mix
-from clipx.data.plan import Plan
+from clipx.data.plan import Plan, Window
 from clipx.data.sample import Data
 from clipx.data.shards import open_shards
 from clipx.data.tar import DataError
@@ -212,6 +212,24 @@ def test_too_small_a_cache_is_told_with_what_is_enough(server: Server, remote: C
     chunks_of(remote(cache_gb=told), 40)
     with pytest.raises(DataError, match=r"data\.cache_gb=1e-05 is too small for the validation shards"):
         remote(val_shards=f"{server.url}/part-000.tar", cache_gb=0.00001)
+
+
+def test_a_set_much_smaller_than_the_window_starts_at_once(
+    server: Server, remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(server.root / "part-007.tar", [])                 # is never read
+    open_shards(str(server.root), val=0)
+    looked, windows = [], Plan.windows
+
+    def counted(plan: Plan, position: int) -> Iterator[Window]:
+        for window in windows(plan, position):
+            looked.append(window)
+            yield window
+
+    monkeypatch.setattr(Plan, "windows", counted)
+    chunks_of(remote(shards=f"{server.url}/part-{{000..007}}.tar", shuffle_window=131_072), 1)
+    assert len(looked) < 4 * room.CHECKED                       # and not 2,000 for each of them
+    assert "part-007.tar" not in server.asked
 
 
 def test_what_is_there_is_used_again_and_nothing_is_asked_twice(
