@@ -155,6 +155,8 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(refused: Callable[..., st
     assert refused("source=flickr30k", f"src={coco}", "out=o").startswith(f"src={coco} has not Flickr30k's layout: ")
     assert refused("source=folder", f"src={coco}", "out=o").startswith(f"{coco} has neither images/ and captions.txt ")
     assert refused("source=cc3m", f"src={coco}", "out=o").startswith(f"src={coco} has neither Train_GCC-training.tsv ")
+    assert refused("source=cc3m", "src=x", "source.timeout=0") == "source.timeout=0: should be greater than 0"
+    assert refused("source=csv", "src=x", *SOURCES["csv"], "source.connections=0").endswith("should be greater than 0")
     assert refused("source=shards", f"src={coco}").startswith(f"src={coco} holds no shards (*.tar")
     assert refused("source=csv", "src=x", *SOURCES["csv"], "out=o").startswith("src=x is neither a .csv, .tsv or ")
     assert everything(tmp_path) == before
