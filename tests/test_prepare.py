@@ -560,7 +560,7 @@ def test_a_finished_directory_is_left_as_it_is_and_any_other_is_refused(
 
 
 def test_every_bad_sample_is_listed_with_its_place_and_reason(
-    prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = picture(1, "jpeg", (64, 64))
     rows = {"good": (whole, "fine"), "cut": (whole[:600], "fine"), "mute": (whole, " "), "text": (b"no picture", "x")}
@@ -571,23 +571,30 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
         ])
     write_tar(tmp_path / "s/train/c.tar", [("lonely.txt", b"words")])
     save(tmp_path / "s/train/d.tar", "no tar" * 300)
+    (tmp_path / "s/train/e.tar").mkdir()
     for more in ([], ["out=told", "workers=2"]):
         caplog.clear()
         caplog.set_level(logging.INFO, logger="clipx")
-        prepare("source=shards", "src=s", "verify=true", *more)
+        assert refused("source=shards", "src=s", "verify=true", *more) == (
+            "training would stop at d.tar, e.tar, 2 of 5 files; pack what is no whole tar again, or move it out of s")
         listing = tmp_path / ("told" if more else "s") / "bad.jsonl"
         bad = [json.loads(line) for line in listing.read_text().splitlines()]
         assert [(row["shard"], row["key"]) for row in bad] == [
             ("train/a.tar", "cut"), ("train/a.tar", "mute"), ("train/c.tar", "lonely"),
-            ("train/d.tar", None), ("val/b.tar", "text"),
+            ("train/d.tar", None), ("train/e.tar", None), ("val/b.tar", "text"),
         ]
         starts = ["does not decode", "its caption is empty", "has no picture", "s/train/d.tar is not a tar",
-                  "does not decode: it is no picture"]
+                  "s/train/e.tar is not a tar, nor a file", "does not decode: it is no picture"]
         assert all(row["reason"].startswith(start) for row, start in zip(bad, starts, strict=True))
-        data = {row["key"]: (tmp_path / "s" / row["shard"]).read_bytes()[row["offset"] :] for row in bad}
+        data = {row["key"]: (tmp_path / "s" / row["shard"]).read_bytes()[row["offset"] :] for row in bad if row["key"]}
         assert data["cut"].startswith(whole[:600]) and data["mute"].startswith(whole)
         assert data["text"].startswith(b"no picture") and data["lonely"].startswith(b"words")
-        assert "verified  6 samples, 5 of them bad" in caplog.text and "train/a.tar, cut, byte" in caplog.text
+        assert "verified  6 samples, 4 of them bad" in caplog.text and "train/a.tar, cut, byte" in caplog.text
+        assert "s/train/d.tar is not a tar; leave it out" in caplog.text and "next" not in caplog.text
+    (tmp_path / "s/train/d.tar").unlink()
+    (tmp_path / "s/train/e.tar").rmdir()
+    prepare("source=shards", "src=s", "verify=true")
+    assert "next      python -m clipx.train model=small data=shards data.root=s" in caplog.text
 
 
 def test_img2datasets_shards_are_indexed_as_they_are_and_its_counts_are_held_against_them(

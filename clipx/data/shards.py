@@ -109,7 +109,7 @@ class OpenShard:
         self.stat = os.fstat(self.descriptor)
         if self.stat.st_size != size:
             raise self.changed()
-        index = find_index(path, index_dir)             # holds the ends of the tar against its index
+        index = patiently(partial(find_index, path, index_dir), path)   # holds the tar's ends against it
         if index is None:
             raise self.changed()
         self.samples = np.asarray(read_table(index))      # rows of a memmap are slow to take
