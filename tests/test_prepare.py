@@ -383,9 +383,9 @@ def test_a_network_that_is_gone_ends_the_run_and_the_same_words_go_on(
 ) -> None:
     save(tmp_path / "x.tsv", "one\thttp://127.0.0.1:9/a\ntwo\thttp://127.0.0.1:9/b\n")
     message = refused("source=cc3m", "src=x.tsv", "out=o")
-    assert message == ("not one of the 2 pictures for o/train/cc3m-train-000000.tar can be used (2 unreachable); when "
-                       "that is mended, the same words go on")
-    assert not list((tmp_path / "o").rglob("*.tar")) and (tmp_path / "o/prepare.json").exists()
+    assert message == ("not one of the 2 pictures for o/train/cc3m-train-000000.tar can be used (2 unreachable; such "
+                       "as http://127.0.0.1:9/b); when that is mended, the same words go on")
+    assert not list((tmp_path / "o").iterdir())
     assert refused("source=cc3m", "src=x.tsv", "out=o2", "drop_duplicates=true").startswith("drop_duplicates=true comp")
 
 
@@ -482,13 +482,19 @@ def test_of_pictures_with_the_same_bytes_the_first_stays_with_its_own_captions(
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"]["is a duplicate"] == 1
 
 
-def test_nothing_left_is_an_error(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_nothing_left_is_an_error(
+    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
+) -> None:
     save(tmp_path / "m/images/x", "")
     save(tmp_path / "m/captions.txt", "a.jpg\tone\nx\ttwo\n")
     assert refused("source=folder", "src=m", "out=o", "shuffle=false") == (
         "not one of the 2 pictures for o/train/folder-train-000000.tar can be used (1 there is no such file, 1 is not "
-        "a picture); when that is mended, the same words go on"
+        "a picture; such as images/a.jpg); when that is mended, the same words go on"
     )
+    assert list((tmp_path / "o").iterdir()) == []               # free for words that are better
+    save(tmp_path / "m/images/a.jpg", picture(1, "jpeg"))
+    prepare("source=folder", "src=m", "out=o")
+    assert [sample.captions for sample in samples(tmp_path / "o")] == [["one"]]
 
 
 # ---------------------------------------------------------------- interruptions
