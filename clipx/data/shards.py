@@ -206,7 +206,7 @@ def open_shards(
         cache: where remote shards are copied to; one run at a time.
         cache_gb: most that stands there, 1e9 bytes.
         allow_pipe: whether ``pipe:COMMAND`` may be among the shards.
-        made_by: the source of ``clipx.prepare`` that makes such shards, for what to type when there are none.
+        made_by: the source of ``clipx.prepare`` that makes such shards, or img2dataset; told when there are none.
         how: as in ``Data``.
 
     Raises:
