@@ -13,7 +13,7 @@ import torch
 
 from clipx.build import build
 from clipx.config import Train
-from clipx.data.loader import Chunk, EvalReader, TrainReader
+from clipx.data.loader import Chunk, EvalReader, TrainReader, copied_ahead, train_ranges
 from clipx.data.mix import Chain
 from clipx.data.sample import Data, Source, Subset
 from clipx.data.shards import Shards
@@ -84,6 +84,7 @@ def examine(config: Train, directory: Path) -> int:
             tell(check_progress(directory, state, length))
         with found.part("samples") as tell:
             reader = train_reader(config, data, plan, state.model)
+            copied_ahead(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).hold_all()
             chunks = first_chunks(reader, state.samples)
             tell(check_samples(data, chunks))
             tell(check_captions(reader, chunks, config.loss.get("same")))

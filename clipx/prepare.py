@@ -57,10 +57,18 @@ def make_shards(config: Prepare, layout: Layout, workers: int) -> tuple[Path, st
 
 
 def check_shards(config: Prepare, tars: Tars, workers: int) -> tuple[Path, str]:
-    """Index shards that are there, and with ``verify=true`` read them all."""
+    """Index shards that are there, and with ``verify=true`` read them all.
+
+    Raises:
+        UserError: training would stop at one of them.
+    """
+    whole = tars
     if config.verify:
-        tars = verify(tars, Path(config.out or tars.root).expanduser() / "bad.jsonl", workers)
-    index(tars)
+        whole = verify(tars, Path(config.out or tars.root).expanduser() / "bad.jsonl", workers)
+    index(whole)
+    if broken := [shard.name for shard in tars.shards if shard not in whole.shards]:
+        raise UserError(f"training would stop at {', '.join(broken[:3])}, {len(broken)} of {len(tars.shards)} files; "
+                        f"pack what is no whole tar again, or move it out of {tars.root}")
     return tars.root, "shards"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
+import fsspec
 import hydra
 import pytest
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 from clipx import machine
 from clipx.build import build
 from clipx.config import Train, resolve
+from clipx.data.shards import open_shards
 from clipx.run import AMP, fresh_state
 
 FEW = ("batch_size=8", "model.image.depth=1", "model.text.depth=1", "device=cpu")
@@ -86,7 +88,8 @@ def test_check_and_train_compose_the_same_run() -> None:
 
 def test_where_there_are_no_data_the_rest_is_told(check: Check) -> None:
     told, code = check("data=coco", "data.root=no where/é=x", *FEW)
-    assert code == 1 and "WRONG data      data.root=no where/é=x is not a directory; make them with: python" in told
+    assert code == 1
+    assert "WRONG data      data.root=no where/é=x is not a directory; make its shards with: python" in told
     assert "ok    model" in told and "ok    memory" in told and "ok    disk" in told
 
 
@@ -146,6 +149,20 @@ def test_shards_that_are_broken_are_told(check: Check, make_shards: Callable[...
     told, code = check("data=shards", f"data.root={root}", "data.val=0", *FEW)
     assert code == 0 and "odd   data      " in told and "samples are lost with the ends of part-000.tar; fetch" in told
     assert "odd   evals     there are no validation pictures, so nothing is scored; data.val=0.02 holds some" in told
+
+
+def test_a_cache_too_small_for_remote_shards_is_told(
+    check: Check, make_shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    root, store = make_shards(10, 12), fsspec.filesystem("memory")
+    open_shards(str(root), val=0)                                   # makes the indexes
+    store.put(f"{root}/", "/check/", recursive=True)
+    remote = ("data=shards", "data.shards=memory://check/part-{000..001}.tar", "data.val=0", "data.cache=cache",
+              f"data.index_dir={tmp_path}/indexes", *FEW)
+    told, code = check(*remote, "data.cache_gb=1e-5")
+    assert code == 1 and "WRONG samples   data.cache_gb=1e-05 is too small for two windows of shards" in told
+    told, code = check(*remote)
+    assert code == 0 and "22 of 22 looked at" in told
 
 
 def test_bad_samples_are_counted_by_their_reasons(check: Check, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from clipx.data.dummy import open_dummy
 from clipx.data.emoji import THINGS, open_emoji
 from clipx.data.folder import open_folder
 from clipx.data.images import decode
+from clipx.data.mix import open_mix
 from clipx.data.sample import BadSample, hold_out
 from clipx.data.shards import open_shards
 from clipx.data.tar import DataError
@@ -93,17 +94,74 @@ def test_no_more_than_5000_are_held_out() -> None:
 
 @pytest.mark.parametrize("words", [{}, {"root": "a", "shards": "b"}])
 def test_root_or_shards_is_given(words: dict[str, str]) -> None:
-    with pytest.raises(DataError, match="give one"):
+    with pytest.raises(ValueError, match="give one"):
         open_shards(**words)
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.root=.*nowhere is not a directory"):
+    with pytest.raises(ValueError, match=r"^root=.*nowhere is not a directory"):
         open_shards(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match=r"data\.root=.* holds no shards"):
+    with pytest.raises(ValueError, match=r"^root=.* holds no shards"):
         open_shards(str(tmp_path))
-    with pytest.raises(DataError, match=r"data\.shards=.*x-\{0\.\.1\}\.tar: there is no file .*x-0\.tar"):
+    with pytest.raises(ValueError, match=r"^shards=.*x-\{0\.\.1\}\.tar: there is no file .*x-0\.tar"):
         open_shards(shards=str(tmp_path / "x-{0..1}.tar"))
+    with pytest.raises(ValueError, match=r"^shards=\[\] names no shards"):
+        open_shards(shards=[])
+
+
+def test_each_named_set_says_what_makes_it_where_it_is_not_there(fails: Callable[..., str], tmp_path: Path) -> None:
+    prepare = "python -m clipx.prepare source="
+    for name in ("coco", "cc3m", "flickr30k"):
+        assert fails(f"data={name}", f"data.root={name}") == (
+            f"data.root={name} is not a directory; make its shards with: {prepare}{name} src=DIR out={name}")
+    (tmp_path / "published/train2017").mkdir(parents=True)
+    assert fails("data=coco", "data.root=published") == (
+        "data.root=published holds no shards (*.tar, train/*.tar); make them with: "
+        f"{prepare}coco src=published out=published-shards, then data.root=published-shards")
+    assert fails("data=laion400m", "data.root=no").endswith("img2dataset makes them; give the directory that it wrote, "
+                                                            "data.root=DIR")
+    assert fails("data=shards", "data.root=published").endswith("for pictures with captions.txt use data=folder")
+    assert fails("data=folder", "data.root=no").startswith("data.root=no needs images/ with the pictures and captions")
+    assert fails("data=mix", "data.sources.coco.root=no").startswith("data.sources.coco.root=no is not a directory; ")
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("shuffle_window=0", "should be greater than 0"),
+        ("max_skipped=-0.1", "should be greater than or equal to 0"),
+        ("max_skipped=2", "should be less than or equal to 1"),
+        ("crop=[0,1]", "expected the least and the most of the area that is kept, above 0 and up to 1"),
+        ("crop=[0.9,0.2]", "expected the least and the most"),
+        ("crop=[1,2]", "expected the least and the most"),
+        ("caption=second", "should be 'random' or 'first'"),
+        ("decode=slow", "should be 'fast' or 'exact'"),
+        ("cache_gb=0", "should be greater than 0"),
+        ("val=5", "expected a share of the pictures (0.02 is 2 %; 0 is none), or a directory"),
+        ("val=-1", "expected a share"),
+        ("val=nowhere", "holds no shards (*.tar)"),
+        ("val_shards=no.tar", "there is no file no.tar"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(
+    word: str, reason: str, fails: Callable[..., str], make_shards: Callable[..., Path]
+) -> None:
+    told = fails("data=shards", f"data.root={make_shards(4)}", f"data.{word}")
+    assert told.startswith(f"data.{word.partition('=')[0]}=") and reason in told
+
+
+def test_what_a_source_of_a_mix_has_lost_is_bounded_by_its_own_key(make_shards: Callable[..., Path]) -> None:
+    root = make_shards(40)
+    open_shards(str(root), val=0)                                   # knows that there were 40
+    with (root / "part-000.tar").open("rb+") as shard:
+        shard.truncate(shard.seek(0, 2) // 2)
+    with pytest.raises(ValueError, match=r"^max_skipped=0\.01: .* set 0\.425 "):
+        open_shards(str(root), val=0)
+    lossy = open_shards(str(root), val=0, max_skipped=0.6)
+    mix = open_mix({"a": lossy}, {"a": 1.0}, max_skipped=0.6)
+    assert mix.lost == lossy.lost and not mix.vals                  # nor need a mix be validated
+    with pytest.raises(DataError, match=r"data\.sources\.a\.caption is not used in a mix"):
+        open_mix({"a": open_shards(str(root), val=0, max_skipped=0.6, caption="first")}, {"a": 1.0})
 
 
 def test_a_shard_that_changed_since_it_was_indexed_ends_the_run(make_shards: Callable[..., Path]) -> None:
@@ -164,7 +222,7 @@ def test_the_validation_of_a_folder_may_be_another_folder(tmp_path: Path) -> Non
     data = open_folder(str(train), val=str(val))
     assert list(data.train.sizes) == [2] and list(data.val.sizes) == [1]
     shutil.rmtree(val)
-    with pytest.raises(DataError, match="needs images/"):
+    with pytest.raises(ValueError, match=r"^val=.* needs images/"):
         open_folder(str(train), val=str(val))
 
 

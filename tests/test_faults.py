@@ -1,6 +1,7 @@
 """Everything that goes wrong with data, on real tars broken on purpose: a run survives it with a true account, or
 ends with an error that says what is wrong."""
 
+import io
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -163,8 +165,8 @@ def test_of_a_tar_cut_in_a_member_all_before_the_cut_is_used(
 def test_a_cut_that_loses_more_than_allowed_ends_the_run_before_it_begins(tmp_path: Path) -> None:
     shard = cut_shard(tmp_path)
     shard.with_name("b_stats.json").write_text(json.dumps({"successes": SAMPLES}))
-    with pytest.raises(DataError, match=r"b\.tar is cut short: 22 of its 40 samples can be read; pack it again, or set "
-                       r"data\.max_skipped=0\.225 to go on without them"):
+    with pytest.raises(ValueError, match=r"^max_skipped=0\.01: .*b\.tar is cut short: 22 of its 40 samples can be "
+                       r"read; pack it again, or set 0\.225 to go on without them"):
         reader_of(tmp_path)
     assert account(two_epochs(reader_of(tmp_path, max_skipped=0.225))) == {"022": "is lost: its shard is cut short"}
 
@@ -256,24 +258,37 @@ class Stubborn:
     def __call__(self, *given: object) -> object:
         if self.failures > 0 and (isinstance(given[0], int) or str(given[0]).endswith(".tar")):
             self.failures -= 1
-            raise OSError(5, "Input/output error")
+            raise OSError(5, "Input/output error", *([] if isinstance(given[0], int) else [str(given[0])]))
         return self.real(*given)
 
 
-@pytest.mark.parametrize("call", ["open", "pread"])
+@pytest.mark.parametrize(("module", "call"), [(os, "open"), (os, "pread"), (io, "open")])
 def test_a_shard_that_cannot_be_read_is_tried_again_and_then_ends_the_run(
-    tmp_path: Path, call: str, quick: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, module: ModuleType, call: str, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "a.tar", members())
     reader = reader_of(tmp_path)
     expected = two_epochs(reader)
-    real = getattr(os, call)
-    monkeypatch.setattr(os, call, Stubborn(real, failures=3))
+    real = getattr(module, call)
+    monkeypatch.setattr(module, call, Stubborn(real, failures=3))
     found = two_epochs(reader_of_again(reader))
     assert all(torch.equal(a.images, b.images) for a, b in zip(expected, found, strict=True))
-    monkeypatch.setattr(os, call, Stubborn(real, failures=4))
+    monkeypatch.setattr(module, call, Stubborn(real, failures=4))
     with pytest.raises(DataError, match=r"a\.tar cannot be read \(Input/output error\), after 4 tries"):
         two_epochs(reader_of_again(reader))
+
+
+@pytest.mark.parametrize(("module", "call"), [(os, "open"), (os, "pread"), (io, "open")])
+def test_a_shard_that_cannot_be_read_when_a_run_begins_is_named(
+    tmp_path: Path, module: ModuleType, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.tar", members())
+    monkeypatch.setattr(module, call, Stubborn(getattr(module, call), failures=1))
+    with pytest.raises(DataError, match=r"a\.tar cannot be read: Input/output error"):
+        reader_of(tmp_path)
+    (tmp_path / "b.tar").mkdir()
+    with pytest.raises(DataError, match=r"b\.tar is not a tar, nor a file; leave it out"):
+        reader_of(tmp_path)
 
 
 def reader_of_again(reader: TrainReader) -> TrainReader:

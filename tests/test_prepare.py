@@ -155,6 +155,8 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(refused: Callable[..., st
     assert refused("source=flickr30k", f"src={coco}", "out=o").startswith(f"src={coco} has not Flickr30k's layout: ")
     assert refused("source=folder", f"src={coco}", "out=o").startswith(f"{coco} has neither images/ and captions.txt ")
     assert refused("source=cc3m", f"src={coco}", "out=o").startswith(f"src={coco} has neither Train_GCC-training.tsv ")
+    assert refused("source=cc3m", "src=x", "source.timeout=0") == "source.timeout=0: should be greater than 0"
+    assert refused("source=csv", "src=x", *SOURCES["csv"], "source.connections=0").endswith("should be greater than 0")
     assert refused("source=shards", f"src={coco}").startswith(f"src={coco} holds no shards (*.tar")
     assert refused("source=csv", "src=x", *SOURCES["csv"], "out=o").startswith("src=x is neither a .csv, .tsv or ")
     assert everything(tmp_path) == before
@@ -381,9 +383,9 @@ def test_a_network_that_is_gone_ends_the_run_and_the_same_words_go_on(
 ) -> None:
     save(tmp_path / "x.tsv", "one\thttp://127.0.0.1:9/a\ntwo\thttp://127.0.0.1:9/b\n")
     message = refused("source=cc3m", "src=x.tsv", "out=o")
-    assert message == ("not one of the 2 pictures for o/train/cc3m-train-000000.tar can be used (2 unreachable); when "
-                       "that is mended, the same words go on")
-    assert not list((tmp_path / "o").rglob("*.tar")) and (tmp_path / "o/prepare.json").exists()
+    assert message == ("not one of the 2 pictures for o/train/cc3m-train-000000.tar can be used (2 unreachable; such "
+                       "as http://127.0.0.1:9/b); when that is mended, the same words go on")
+    assert not list((tmp_path / "o").iterdir())
     assert refused("source=cc3m", "src=x.tsv", "out=o2", "drop_duplicates=true").startswith("drop_duplicates=true comp")
 
 
@@ -480,13 +482,19 @@ def test_of_pictures_with_the_same_bytes_the_first_stays_with_its_own_captions(
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"]["is a duplicate"] == 1
 
 
-def test_nothing_left_is_an_error(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_nothing_left_is_an_error(
+    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
+) -> None:
     save(tmp_path / "m/images/x", "")
     save(tmp_path / "m/captions.txt", "a.jpg\tone\nx\ttwo\n")
     assert refused("source=folder", "src=m", "out=o", "shuffle=false") == (
         "not one of the 2 pictures for o/train/folder-train-000000.tar can be used (1 there is no such file, 1 is not "
-        "a picture); when that is mended, the same words go on"
+        "a picture; such as images/a.jpg); when that is mended, the same words go on"
     )
+    assert list((tmp_path / "o").iterdir()) == []               # free for words that are better
+    save(tmp_path / "m/images/a.jpg", picture(1, "jpeg"))
+    prepare("source=folder", "src=m", "out=o")
+    assert [sample.captions for sample in samples(tmp_path / "o")] == [["one"]]
 
 
 # ---------------------------------------------------------------- interruptions
@@ -558,7 +566,7 @@ def test_a_finished_directory_is_left_as_it_is_and_any_other_is_refused(
 
 
 def test_every_bad_sample_is_listed_with_its_place_and_reason(
-    prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = picture(1, "jpeg", (64, 64))
     rows = {"good": (whole, "fine"), "cut": (whole[:600], "fine"), "mute": (whole, " "), "text": (b"no picture", "x")}
@@ -569,23 +577,30 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
         ])
     write_tar(tmp_path / "s/train/c.tar", [("lonely.txt", b"words")])
     save(tmp_path / "s/train/d.tar", "no tar" * 300)
+    (tmp_path / "s/train/e.tar").mkdir()
     for more in ([], ["out=told", "workers=2"]):
         caplog.clear()
         caplog.set_level(logging.INFO, logger="clipx")
-        prepare("source=shards", "src=s", "verify=true", *more)
+        assert refused("source=shards", "src=s", "verify=true", *more) == (
+            "training would stop at d.tar, e.tar, 2 of 5 files; pack what is no whole tar again, or move it out of s")
         listing = tmp_path / ("told" if more else "s") / "bad.jsonl"
         bad = [json.loads(line) for line in listing.read_text().splitlines()]
         assert [(row["shard"], row["key"]) for row in bad] == [
             ("train/a.tar", "cut"), ("train/a.tar", "mute"), ("train/c.tar", "lonely"),
-            ("train/d.tar", None), ("val/b.tar", "text"),
+            ("train/d.tar", None), ("train/e.tar", None), ("val/b.tar", "text"),
         ]
         starts = ["does not decode", "its caption is empty", "has no picture", "s/train/d.tar is not a tar",
-                  "does not decode: it is no picture"]
+                  "s/train/e.tar is not a tar, nor a file", "does not decode: it is no picture"]
         assert all(row["reason"].startswith(start) for row, start in zip(bad, starts, strict=True))
-        data = {row["key"]: (tmp_path / "s" / row["shard"]).read_bytes()[row["offset"] :] for row in bad}
+        data = {row["key"]: (tmp_path / "s" / row["shard"]).read_bytes()[row["offset"] :] for row in bad if row["key"]}
         assert data["cut"].startswith(whole[:600]) and data["mute"].startswith(whole)
         assert data["text"].startswith(b"no picture") and data["lonely"].startswith(b"words")
-        assert "verified  6 samples, 5 of them bad" in caplog.text and "train/a.tar, cut, byte" in caplog.text
+        assert "verified  6 samples, 4 of them bad" in caplog.text and "train/a.tar, cut, byte" in caplog.text
+        assert "s/train/d.tar is not a tar; leave it out" in caplog.text and "next" not in caplog.text
+    (tmp_path / "s/train/d.tar").unlink()
+    (tmp_path / "s/train/e.tar").rmdir()
+    prepare("source=shards", "src=s", "verify=true")
+    assert "next      python -m clipx.train model=small data=shards data.root=s" in caplog.text
 
 
 def test_img2datasets_shards_are_indexed_as_they_are_and_its_counts_are_held_against_them(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from hashlib import blake2b
-from itertools import islice, takewhile
+from itertools import islice
 from multiprocessing import parent_process
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -185,6 +185,7 @@ class Ahead:
     ):
         self.caches, self.remotes, self.plan, self.position, self.reach = caches, remotes, plan, position, reach
         self.kept = [remote for cache in caches for remote in cache.kept]
+        self.distinct = len({*self.kept, *remotes.values()})
         self.fills = fill and bool(remotes)
         self.stopped, self.stack = Event(), ExitStack()
 
@@ -256,8 +257,12 @@ class Ahead:
 
     def need(self, position: int) -> int:
         """Bytes of all that is read before the position is set again, and of what is kept."""
-        near = takewhile(lambda window: window.start < position + self.reach, self.plan.windows(position))
-        return sum(remote.size for remote in {*self.kept, *(r for window in near for r in self.remotes_of(window))})
+        found = set(self.kept)
+        for window in self.plan.windows(position):
+            if window.start >= position + self.reach or len(found) == self.distinct:
+                break       # a small set goes round many times in one reach
+            found.update(self.remotes_of(window))
+        return sum(remote.size for remote in found)
 
     def hold(self, *positions: int) -> None:
         """See that what is needed at some positions fits.
@@ -270,7 +275,13 @@ class Ahead:
             raise self.caches[0].too_small(need, "two windows of shards (data.shuffle_window) and those of validation")
 
     def hold_all(self) -> None:
-        """See that the windows of the run fit, each with the one behind it, as far as is looked."""
+        """See that the windows of the run fit, each with the one behind it, as far as is looked.
+
+        Raises:
+            DataError: they do not.
+        """
+        if not self.remotes:
+            return
         windows = islice(self.plan.windows(self.position), CHECKED)
         self.hold(*(max(self.position, window.start - 1) for window in windows))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ def open_catalogue(shards: Sequence[Path], index_dir: Path) -> Catalogue:
     """Size and samples of each shard; indexes that are missing or stale are made first, on all cores, with progress.
 
     Raises:
-        DataError: a shard is not there, is not a tar, or is damaged.
+        DataError: a shard is not there, cannot be read, is not a tar, or is damaged.
     """
     rows = np.zeros(len(shards), ROW)
     for number, shard in enumerate(shards):
@@ -57,7 +58,10 @@ def open_catalogue(shards: Sequence[Path], index_dir: Path) -> Catalogue:
         fresh = (known["bytes"] == rows["bytes"]) & (known["mtime"] == rows["mtime"])
         rows[fresh] = known[fresh]
     stale = np.flatnonzero(~fresh).tolist()
-    indexes = open_indexes([shards[number] for number in stale], index_dir)
+    try:
+        indexes = open_indexes([shards[number] for number in stale], index_dir)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
     for number, index in zip(stale, indexes, strict=True):
         head = read_head(index)
         rows[number] = (rows[number]["bytes"], rows[number]["mtime"], *(head[name] for name in TOLD))
@@ -69,10 +73,12 @@ def open_catalogue(shards: Sequence[Path], index_dir: Path) -> Catalogue:
 def size_and_time(shard: Path) -> tuple[int, int]:
     """Bytes and time of the last change (ns) of a shard."""
     try:
-        stat = os.stat(shard)
+        found = os.stat(shard)
     except OSError as error:
         raise DataError(f"{shard} cannot be read: {error.strerror}") from error
-    return stat.st_size, stat.st_mtime_ns
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{shard} is not a tar, nor a file; leave it out")
+    return found.st_size, found.st_mtime_ns
 
 
 def read_catalogue(shards: Sequence[Path], index_dir: Path) -> np.ndarray | None:

@@ -4,6 +4,7 @@ from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pydantic import NonNegativeInt, PositiveInt
 from typing_extensions import Unpack
 
 from clipx.data.plan import digest
@@ -58,9 +59,9 @@ def paint(draw: ImageDraw.ImageDraw, shape: str, colour: str, place: tuple[int, 
 
 
 def open_dummy(
-    samples: int = 4096,
-    val_samples: int = 256,
-    size: int = 64,
+    samples: PositiveInt = 4096,
+    val_samples: NonNegativeInt = 256,
+    size: PositiveInt = 64,
     **how: Unpack[How],
 ) -> Data:
     """Made-up training and validation pictures.

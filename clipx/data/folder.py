@@ -18,15 +18,17 @@ class Folder:
 
     Args:
         root: has images/ and captions.txt; several lines for one picture are several captions.
+        key: the config's, for the error.
 
     Raises:
-        DataError: one of the two is not there, or a line is not FILENAME<TAB>CAPTION.
+        ValueError: one of the two is not there.
+        DataError: a line is not FILENAME<TAB>CAPTION.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, key: str = "root"):
         listing = root / "captions.txt"
         if not listing.is_file() or not (root / "images").is_dir():
-            raise DataError(f"data.root={root} needs {LAYOUT}; for shards (*.tar) use data=shards")
+            raise ValueError(f"{key}={root} needs {LAYOUT}; for shards (*.tar) use data=shards")
         self.images = root / "images"
         self.captions = read_listing(listing)
         self.names = list(self.captions)
@@ -79,8 +81,9 @@ def open_folder(
         how: as in ``Data``.
 
     Raises:
-        DataError: a directory has not that layout.
+        ValueError: a directory has not that layout.
+        DataError: a line of captions.txt is no caption.
     """
     source = Folder(Path(root))
-    split = (source, Folder(Path(val))) if isinstance(val, str) else hold_out(source, val)
+    split = (source, Folder(Path(val), "val")) if isinstance(val, str) else hold_out(source, val)
     return Data(*split, **how)

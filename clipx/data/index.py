@@ -47,6 +47,7 @@ def scan(shard: Path) -> tuple[np.ndarray, bool]:
 
     Raises:
         DataError: the tar is damaged, or has more kinds of member than a data set has.
+        OSError: it cannot be read.
     """
     keys: list[bytes] = []
     samples: list[dict[str, tuple[int, int]]] = []
@@ -64,6 +65,8 @@ def scan(shard: Path) -> tuple[np.ndarray, bool]:
             samples[-1][kind] = (offset, size)
     except CutShort:
         cut = True
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(shard)) from error       # a read has no file's name in it
     kinds = sorted({kind for sample in samples for kind in sample})
     if len(kinds) > MAX_KINDS:
         raise DataError(

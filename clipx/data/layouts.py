@@ -11,6 +11,8 @@ from csv import Error as CsvError
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import PositiveFloat, PositiveInt
+
 from clipx.data.download import Download
 from clipx.data.folder import read_listing
 from clipx.data.tar import DataError
@@ -147,7 +149,8 @@ def read_folder(root: Path, part: Path) -> list[Item]:
 
 
 def table(
-    src: str, image: str, caption: str, sep: str | None = None, connections: int = 64, timeout: float = 10.0
+    src: str, image: str, caption: str, sep: str | None = None, connections: PositiveInt = 64,
+    timeout: PositiveFloat = 10.0,
 ) -> Layout:
     """Any table.
 
@@ -211,10 +214,10 @@ def parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, An
 def check_columns(path: Path, columns: tuple[str, str], there: Iterable[str]) -> None:
     for key, column in zip(("image", "caption"), columns, strict=True):
         if column not in there:
-            raise DataError(f"source.{key}={column}: {path} has no such column; there are {', '.join(there)}")
+            raise DataError(f"source.{key}={column}: {path} has no such column; there are {', '.join(there) or 'none'}")
 
 
-def cc3m(src: str, connections: int = 64, timeout: float = 10.0) -> Layout:
+def cc3m(src: str, connections: PositiveInt = 64, timeout: PositiveFloat = 10.0) -> Layout:
     """Conceptual Captions.
 
     Args:

@@ -242,7 +242,10 @@ def settle(_worker: int) -> None:
 def copied_ahead(reader: Reader, first: range, fill: bool) -> Ahead:
     """What copies the remote shards of training, from the first range on."""
     parts = list(remote_parts(reader.source)) if isinstance(reader, TrainReader) else []
-    remotes = {start + number: part.remote(number) for start, part in parts for number in part.catalogue.urls}
+    remotes = {
+        start + number: part.remote(number) for start, part in parts for number in part.catalogue.urls
+        if part.sizes[number]
+    }
     plan = reader.plan if parts else None
     reach = max(plan.window, 2 * len(first)) if parts else 0
     return Ahead([part.cache for _, part in parts], remotes, plan, first.start, reach, fill)

@@ -52,7 +52,7 @@ def open_mix(sources: dict[str, Data], weights: dict[str, float], **how: Unpack[
     Args:
         sources: by name, in an order that matters: another order is another run.
         weights: by name; of every thousand samples each source gives its share, exactly.
-        how: as in ``Data``, for all of them.
+        how: as in ``Data``, for all of them; a source's own ``max_skipped`` bounds what its shards have lost.
 
     Raises:
         ValueError: the names differ, or a weight is too small.
@@ -64,15 +64,15 @@ def open_mix(sources: dict[str, Data], weights: dict[str, float], **how: Unpack[
         for field in fields(Data):
             own = getattr(data, field.name)
             own = tuple(own) if isinstance(own, list) else own
-            if field.name in How.__annotations__ and own != field.default:
+            if field.name in How.__annotations__.keys() - {"max_skipped"} and own != field.default:
                 raise DataError(f"data.sources.{name}.{field.name} is not used in a mix; set data.{field.name} for all")
     train = Chain([data.train for data in sources.values()])
-    first, *others = ((name, data.val) for name, data in sources.items() if data.val is not None)
+    vals = [(name, data.val) for name, data in sources.items() if data.val is not None]
     mix = Mix(
         train,
-        first[1],
+        vals[0][1] if vals else None,
         **how,
-        further=dict(others),
+        further=dict(vals[1:]),
         lost={shard: count for data in sources.values() for shard, count in data.lost.items()},
         sizes=[data.train.sizes for data in sources.values()],
         weights=[weights[name] for name in sources],

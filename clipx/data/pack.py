@@ -81,7 +81,7 @@ def pack(name: str, layout: Layout, packing: Packing, out: Path, workers: int) -
     """
     every = [item for items in layout.splits.values() for item in items]
     if not any(item.captions for item in every):
-        raise DataError(f"{layout.root} has no picture with a caption")
+        raise DataError(f"the source in {layout.root.absolute()} has no picture with a caption")
     if packing.drop_duplicates and any(is_url(item.picture) for item in every):
         raise UserError("drop_duplicates=true compares files, and these pictures are URLs; leave it out")
     claim(out, {"source": name, **asdict(packing), "items": fingerprint(layout.splits)})
@@ -97,9 +97,13 @@ def pack(name: str, layout: Layout, packing: Packing, out: Path, workers: int) -
     total = sum(len(task.items) for task in tasks)
     before = total - sum(len(task.items) for task in todo)
     bar = tqdm(total=total, initial=before, unit="sample", desc="pack", disable=None)
-    with bar, closing(spread(work, todo, workers)) as done:
-        for count in done:
-            bar.update(count)
+    try:
+        with bar, closing(spread(work, todo, workers)) as done:
+            for count in done:
+                bar.update(count)
+    except UserError:
+        release(out)
+        raise
     return finish(out, tasks, dropped)
 
 
@@ -125,6 +129,14 @@ def claim(out: Path, meaning: dict[str, Any]) -> None:
         raise UserError(own % f"something else ({', '.join(sorted(others)[:3])})")
     out.mkdir(parents=True, exist_ok=True)
     write(note, json.dumps(meaning, indent=2) + "\n")
+
+
+def release(out: Path) -> None:
+    """Leave a directory in which nothing has been made to other words."""
+    if [path for path in out.rglob("*") if path.is_file()] == [out / NOTE]:
+        (out / NOTE).unlink()
+        for directory in sorted(out.rglob("*"), reverse=True):
+            directory.rmdir()
 
 
 def read_note(path: Path) -> dict[str, Any]:
@@ -212,9 +224,10 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
         file.flush()
         os.fsync(file.fileno())
     if not captions:
+        temporary.unlink()
         reasons = listed(by_reason(dropped))
-        raise DataError(f"not one of the {len(dropped):,} pictures for {task.shard} can be used ({reasons}); when that "
-                        "is mended, the same words go on")
+        raise DataError(f"not one of the {len(dropped):,} pictures for {task.shard} can be used ({reasons}; such as "
+                        f"{dropped[0]['picture']}); when that is mended, the same words go on")
     os.replace(temporary, task.shard)
     make_index(task.shard, task.shard.parent)
     report = {"samples": len(task.items) - len(dropped), "captions": captions, "bytes": task.shard.stat().st_size,

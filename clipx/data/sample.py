@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, TypedDict
+from typing import Annotated, Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
+from pydantic import AfterValidator, Field, PositiveInt
 from tqdm import tqdm
 
 from clipx.data.plan import MixPlan, Plan
@@ -48,12 +49,21 @@ class Keyed(Source, Protocol):
         """(samples of the shard,) bytes; the key of each."""
 
 
+def checked_crop(crop: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < crop[0] <= crop[1] <= 1:
+        raise ValueError("expected the least and the most of the area that is kept, above 0 and up to 1")
+    return crop
+
+
+Crop = Annotated[tuple[float, float], AfterValidator(checked_crop)]
+
+
 class How(TypedDict, total=False):
     """How any data are used: the keys that every data config has; the defaults are those of ``Data``."""
 
-    shuffle_window: int
-    max_skipped: float
-    crop: tuple[float, float]
+    shuffle_window: PositiveInt
+    max_skipped: Annotated[float, Field(ge=0, le=1)]
+    crop: Crop
     caption: Literal["random", "first"]
     decode: Literal["fast", "exact"]
 
@@ -127,7 +137,12 @@ def hold_out(source: Keyed, share: float, kept: Path | None = None) -> tuple[Sou
 
     Returns:
         The training part, and the held-out part or None.
+
+    Raises:
+        ValueError: that is no share.
     """
+    if not 0 <= share < 1:
+        raise ValueError(f"val={share}: expected a share of the pictures (0.02 is 2 %; 0 is none), or a directory")
     samples = sum(source.sizes)
     count = min(round(share * samples), MOST_HELD_OUT)
     if count == 0:

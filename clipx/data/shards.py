@@ -14,6 +14,7 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveFloat
 from typing_extensions import Unpack
 
 from clipx.data.cache import PIPE, Cache, Remote, file_system, persist
@@ -108,7 +109,7 @@ class OpenShard:
         self.stat = os.fstat(self.descriptor)
         if self.stat.st_size != size:
             raise self.changed()
-        index = find_index(path, index_dir)             # holds the ends of the tar against its index
+        index = patiently(partial(find_index, path, index_dir), path)   # holds the tar's ends against it
         if index is None:
             raise self.changed()
         self.samples = np.asarray(read_table(index))      # rows of a memmap are slow to take
@@ -188,7 +189,7 @@ def open_shards(
     caption_key: str | None = None,
     index_dir: str = "~/.cache/clipx",
     cache: str = "~/.cache/clipx/shards",
-    cache_gb: float = 100,
+    cache_gb: PositiveFloat = 100,
     allow_pipe: bool = False,
     made_by: str | None = None,
     **how: Unpack[How],
@@ -205,29 +206,29 @@ def open_shards(
         cache: where remote shards are copied to; one run at a time.
         cache_gb: most that stands there, 1e9 bytes.
         allow_pipe: whether ``pipe:COMMAND`` may be among the shards.
-        made_by: the source of ``clipx.prepare`` that makes such shards, for what to type when there are none.
+        made_by: the source of ``clipx.prepare`` that makes such shards, or img2dataset; told when there are none.
         how: as in ``Data``.
 
     Raises:
-        DataError: there are no shards, or too many of their samples are lost, or one is not a tar, or remote ones
-            cannot be had.
+        ValueError: there are no shards, or more of their samples are lost than ``max_skipped`` allows.
+        DataError: one is not a tar, or remote ones cannot be had.
     """
     if (root is None) == (shards is None):
-        raise DataError("one of data.root=DIR and data.shards='DIR/*.tar' says where the shards are; give one")
+        raise ValueError(f"root={root} and shards={shards}: give one of them, a directory or names of tars")
     if shards is not None:
-        train, held = expand(shards, "data.shards", allow_pipe), []
+        train, held = expand(shards, "shards", allow_pipe), []
     else:
         train, held = in_root(root, made_by)
     if val_shards is not None:
-        held = expand(val_shards, "data.val_shards", allow_pipe)
+        held = expand(val_shards, "val_shards", allow_pipe)
     elif isinstance(val, str):
         held = in_directory(Path(val))
         if not held:
-            raise DataError(f"data.val={val} holds no shards (*.tar)")
+            raise ValueError(f"val={val} holds no shards (*.tar)")
     elif val and not all(isinstance(shard, Path) for shard in train):
-        raise DataError(
-            f"data.val={val} would take pictures out of all shards, and these are remote; give data.val_shards=URL, or "
-            "data.val=0 for none"
+        raise ValueError(
+            f"val={val} would take pictures out of all shards, and these are remote; give data.val_shards=URL, "
+            "or data.val=0 for none"
         )
     copies = Cache(Path(cache).expanduser(), int(1e9 * cache_gb), Path(index_dir).expanduser())
     source = open_source(train, caption_key, copies)
@@ -267,7 +268,8 @@ def tell_cut(catalogue: Catalogue, data: Data) -> None:
     """Warn of each shard that is cut short.
 
     Raises:
-        DataError: what is lost is more than ``data.max_skipped`` allows, or there is nothing at all.
+        ValueError: what is lost is more than ``max_skipped`` allows.
+        DataError: there is nothing at all.
     """
     readable, total = (int(catalogue.rows[name].sum()) for name in ("readable", "total"))
     if not readable:
@@ -275,22 +277,34 @@ def tell_cut(catalogue: Catalogue, data: Data) -> None:
     for told in told_of_cuts(catalogue):
         if total - readable > data.bad_limit:
             share = math.ceil(1000 * (total - readable) / total) / 1000
-            raise DataError(f"{told}; pack it again, or set data.max_skipped={share} to go on without them")
+            raise ValueError(
+                f"max_skipped={data.max_skipped}: {told}; pack it again, or set {share} to go on without them"
+            )
         logger.warning(told)
 
 
 def in_root(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:
-    """The training and the validation shards of a directory."""
+    """The training and the validation shards of a directory.
+
+    Raises:
+        ValueError: it has none; what makes them is told.
+    """
     root = Path(name)
     if SCHEME.match(name):
-        raise DataError(f"data.root={name} is a URL; name the shards: data.shards='{name}/{{00000..00099}}.tar'")
+        raise ValueError(f"root={name} is a URL; name the shards: data.shards='{name}/{{00000..00099}}.tar'")
     train = in_directory(root / "train") or in_directory(root)
     if not train:
         reason = "holds no shards (*.tar, train/*.tar)" if root.is_dir() else "is not a directory"
         remedy = "for pictures with captions.txt use data=folder"
-        if made_by:
-            remedy = f"make them with: python -m clipx.prepare source={made_by} src=DIR out={root}"
-        raise DataError(f"data.root={root} {reason}; {remedy}")
+        if made_by == "img2dataset":
+            remedy = "img2dataset makes them; give the directory that it wrote, data.root=DIR"
+        elif made_by and root.is_dir() and os.listdir(root):
+            new = f"{root}-shards"
+            remedy = (f"make them with: python -m clipx.prepare source={made_by} src={root} out={new}, then "
+                      f"data.root={new}")
+        elif made_by:
+            remedy = f"make its shards with: python -m clipx.prepare source={made_by} src=DIR out={root}"
+        raise ValueError(f"root={root} {reason}; {remedy}")
     return train, in_directory(root / "val")
 
 
@@ -302,7 +316,7 @@ def expand(patterns: str | list[str], key: str, allow_pipe: bool = False) -> lis
     """The files and URLs that some names, globs and brace lists stand for, in order.
 
     Raises:
-        DataError: there is no such file, or a command is not allowed.
+        ValueError: there is no such file, or a command is not allowed.
     """
     from webdataset.shardlists import expand_urls
 
@@ -311,8 +325,10 @@ def expand(patterns: str | list[str], key: str, allow_pipe: bool = False) -> lis
         for name in [pattern] if Path(pattern).is_file() else expand_urls(pattern):
             matches = named(name, key, allow_pipe)
             if not matches:
-                raise DataError(f"{key}={pattern}: there is no file {name}")
+                raise ValueError(f"{key}={pattern}: there is no file {name}")
             found += matches
+    if not found:
+        raise ValueError(f"{key}={patterns} names no shards")
     return found
 
 
@@ -320,7 +336,7 @@ def named(name: str, key: str, allow_pipe: bool) -> list[Path | str]:
     """The files that one name or glob stands for; a URL where it is not a file of this machine."""
     if name.startswith(PIPE):
         if not allow_pipe:
-            raise DataError(f"{key}={name} would run a command; data.allow_pipe=true allows it")
+            raise ValueError(f"{key}={name} would run a command; data.allow_pipe=true allows it")
         return [name]
     if SCHEME.match(name) and not name.startswith("file:"):
         if "*" not in name:

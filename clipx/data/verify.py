@@ -43,7 +43,7 @@ def index(tars: Tars) -> None:
 
 
 def verify(tars: Tars, listing: Path, workers: int) -> Tars:
-    """Read and decode every sample once; gives back the shards that are tars.
+    """Read and decode every sample once; gives back the shards that are whole tars.
 
     Args:
         tars: shards, or files that should be some.
@@ -66,11 +66,14 @@ def verify(tars: Tars, listing: Path, workers: int) -> Tars:
     bad.sort(key=lambda row: (row["shard"], row["offset"]))
     listing.parent.mkdir(parents=True, exist_ok=True)
     write(listing, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
-    for row in bad[:SHOWN]:
+    broken = {row["shard"]: row["reason"] for row in bad if row["key"] is None}
+    samples = [row for row in bad if row["key"] is not None]
+    for reason in broken.values():
+        logger.warning(reason)
+    for row in samples[:SHOWN]:
         logger.warning("%(shard)s, %(key)s, byte %(offset)s: %(reason)s", row)
-    logger.info("verified  %s samples, %s of them bad%s", f"{total:,}", f"{len(bad):,}",
-                f"; {listing} lists them" if bad else "")
-    broken = {row["shard"] for row in bad if row["key"] is None}
+    logger.info("verified  %s samples, %s of them bad%s", f"{total:,}", f"{len(samples):,}",
+                f"; {listing} lists them" if samples else "")
     whole = [shard for shard in tars.shards if shard.relative_to(tars.root).as_posix() not in broken]
     if not whole:
         raise DataError(f"{tars.root} holds no shard that can be read; {listing} says why")

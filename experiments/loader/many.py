@@ -26,7 +26,7 @@ SHARDS = 41_455
 
 def make(root: Path) -> None:
     """Sparse shards, and their catalogue."""
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     shards, rows = [], np.zeros(SHARDS, ROW)
     for number, samples in enumerate(draw.integers(9_900, 10_100, SHARDS).tolist()):
@@ -74,7 +74,7 @@ def headers(shard: Path) -> None:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    if not root.exists():
+    if not any(root.glob("*.tar")):
         make(root)
     opening(root)
     headers(root.with_name(f"{root.name}-headers.tar"))
