@@ -1,4 +1,4 @@
-"""``python -m clipx.bench``: where the time and the memory of a run's data go on this machine."""
+"""``python -m clipx.bench``: where the time and the memory of a run go on this machine, and what to change."""
 
 import json
 import logging
@@ -6,13 +6,15 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from multiprocessing import get_context, set_start_method
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveFloat, PositiveInt
@@ -21,12 +23,12 @@ from clipx.config import Train, command, resolve
 from clipx.errors import UserError
 from clipx.schema import check_call
 
-if TYPE_CHECKING:
-    from clipx.data.loader import TrainReader
-
 logger = logging.getLogger("clipx")
 
-STAGED = 256            # pictures whose stages are timed one by one
+WAITS = 0.05            # share of the time: more of it waiting for data is worth a word
+SLOW = 0.25             # share of the time that the optimiser may take
+
+Rounds = dict[str, list[dict[str, float]]]      # by side: what each round has shown
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,12 @@ class Bench:
     """What bench adds to the keys of a training run.  conf/bench.yaml says what each means."""
 
     vs: Literal["open_clip"] | None
+    parts: list[Literal["loader", "step"]]
     rounds: PositiveInt
+    steps: PositiveInt
     seconds: PositiveFloat
+    trace: bool
+    json: str | None
     peer_path: str | None
 
 
@@ -44,8 +50,8 @@ def main() -> None:
     command("bench", bench)
 
 
-def bench(composed: DictConfig, _directory: Path) -> None:
-    """Time the stages of the loader in this process, then the loader alone, ours and the peer's in turns.
+def bench(composed: DictConfig, directory: Path) -> None:
+    """Measure the loader alone, then the training step, ours and the peer's in turns.
 
     Raises:
         UserError: the config, the data or the peer's environment is wrong.
@@ -53,107 +59,195 @@ def bench(composed: DictConfig, _directory: Path) -> None:
     own = [field.name for field in fields(Bench)]
     keys = Bench(**check_call(Bench, OmegaConf.to_container(OmegaConf.masked_copy(composed, own))))
     config = resolve(OmegaConf.masked_copy(composed, [key for key in composed if key not in own]))
+    found: dict[str, Any] = {}
+    if "loader" in keys.parts:
+        found["loader"] = bench_loader(config, keys)
+    if "step" in keys.parts:
+        found["step"] = bench_step(config, keys, directory / "trace" if keys.trace else None)
+        tell_bound(config, found)
+    if keys.json:
+        Path(keys.json).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def bench_loader(config: Train, keys: Bench) -> dict[str, Any]:
+    """The loader: stage by stage in one process, then alone with its workers."""
+    from clipx.measure import measure_loader, stages
+
     told = stages(config)
-    logger.info("data      %s, %.1f kB a picture", config.choices["data"], told.pop("bytes") / 1e3)
+    logger.info("data      %s, %.1f kB a picture", config.choices["data"], told["bytes"] / 1e3)
     for stage, seconds in told.items():
-        logger.info("%-9s %7.0f us a picture", stage, 1e6 * seconds)
-
-    sides = {"clipx": ours} | ({"open_clip": peers} if keys.vs else {})
-    rounds: dict[str, list[Mapping[str, float]]] = {side: [] for side in sides}
-    for _ in range(keys.rounds):
-        for side, run in sides.items():
-            rounds[side].append(run(config, keys))
-    for side, found in rounds.items():
-        rates = [figures["pictures_per_s"] for figures in found]
-        logger.info("%-9s %7.0f pictures/s (%.0f to %.0f), %.1f MB private memory a worker", side,
-                    statistics.median(rates), min(rates), max(rates),
-                    statistics.median(figures["worker_mb"] for figures in found))
+        if stage != "bytes":
+            logger.info("%-9s %7.0f us a picture", stage, 1e6 * seconds)
+    sides = {"clipx": partial(in_process, measure_loader, config, keys.seconds)}
     if keys.vs:
-        for name in ("pictures_per_s", "worker_mb"):
-            ratios = [a[name] / b[name] for a, b in zip(*rounds.values(), strict=True)]
-            logger.info("%-14s clipx / open_clip = %.2f (%.2f to %.2f)", name, statistics.median(ratios), min(ratios),
-                        max(ratios))
+        sides["open_clip"] = partial(peers_loader, config, keys)
+    rounds = in_turns(sides, keys.rounds)
+    for side, found in rounds.items():
+        logger.info("%-9s %s pictures/s, %.1f MB private memory a worker", side, spread(found, "pictures_per_s"),
+                    middle(found, "worker_mb"))
+    return {"stages": told, "rounds": rounds, **ratios(rounds, "pictures_per_s", "worker_mb")}
 
 
-def stages(config: Train) -> dict[str, float]:
-    """Seconds a picture for each stage, and bytes a picture."""
-    import random
+def bench_step(config: Train, keys: Bench, trace: Path | None) -> dict[str, Any]:
+    """The step: samples a second on batches in memory and from the loader, shares, FLOPs, memory."""
+    from clipx.measure import Steps
+    from clipx.peer import PeerSteps
 
-    import torch
-
-    from clipx.data.images import resize
-    from clipx.data.loader import shared_pixels
-
-    torch.set_num_threads(1)
-    reader = reader_of(config)
-    places = [reader.plan[position] for position in range(STAGED)]
-    seconds: dict[str, float] = {}
-
-    def timed(stage: str, work: Callable[[Any], Any], what: list[Any]) -> list[Any]:
-        work(what[0])                           # what is made at the first use does not count
-        began = time.perf_counter()
-        done = [work(one) for one in what]
-        seconds[stage] = (time.perf_counter() - began) / STAGED
-        return done
-
-    samples = timed("read", lambda place: reader.source.read(place.sample), places)
-    cuts = timed("decode", lambda sample: reader.crop.cut(sample.picture, random.Random(0)).copy(), samples)
-    pixels = shared_pixels(1, reader.crop.size)[0]
-    timed("augment", lambda cut: resize(cut, pixels), cuts)
-    timed("tokenise", reader.tokenizer, [sample.captions[:1] for sample in samples])
-    chunk = shared_pixels(STAGED, reader.crop.size)
-    timed("collate", lambda row: chunk[row].copy_(pixels), list(range(STAGED)))
-    return {"bytes": statistics.mean(len(sample.picture) for sample in samples), **seconds}
-
-
-def reader_of(config: Train) -> "TrainReader":
-    """The training reader of a run."""
-    import torch
-
-    from clipx.build import build
-    from clipx.run import train_reader
-
-    with torch.device("meta"):
-        model = build(config.model, "model", config.trust)
-    data = build(config.data, "data", config.trust)
-    return train_reader(config, data, data.plan(config.seed), model)
+    with ExitStack() as stack:
+        made = {"clipx": stack.enter_context(living(Steps, config))}
+        if keys.vs:
+            made["open_clip"] = stack.enter_context(living(PeerSteps, config))
+        first = {side: call("from_memory", 1) for side, call in made.items()}       # compiles, takes memory
+        if config.compile:
+            logger.info("compile   the first step took %.0f s", config.batch_size / first["clipx"])
+        turns = {
+            side: lambda call=call: {"samples_per_s": call("from_memory", keys.steps)} for side, call in made.items()
+        }
+        rounds = in_turns(turns, keys.rounds)
+        ours = made["clipx"]
+        memory = {side: call("memory") for side, call in made.items()}
+        told = {"memory_gb": memory, "from_data": ours("from_data", keys.steps), "shares": ours("shares", keys.steps)}
+        told |= ours("figures")
+        if trace:
+            ours("trace", trace)
+            logger.info("trace     tensorboard --logdir %s (with pip install torch-tb-profiler)", trace)
+    for side, found in rounds.items():
+        logger.info("%-9s %s samples/s on batches in memory, peak %.2f GB", side, spread(found, "samples_per_s"),
+                    memory[side])
+    logger.info("%-9s %.1f samples/s from the loader", "clipx", told["from_data"])
+    logger.info("shares    %s", "  ".join(f"{part} {share:.0%}" for part, share in told["shares"].items()))
+    achieved = told["flops_per_sample"] * middle(rounds["clipx"], "samples_per_s")
+    peak = told.get("peak_flops")
+    logger.info("FLOPs     %.2f GFLOP a sample, %.3g TFLOP/s%s", told["flops_per_sample"] / 1e9, achieved / 1e12,
+                f", model FLOPs utilisation {achieved / peak:.0%}" if peak else "; the device's peak is not known")
+    compared = ratios(rounds, "samples_per_s")
+    if keys.vs:
+        compared["memory"] = memory["clipx"] / memory["open_clip"]
+        logger.info("%-14s clipx / open_clip = %.2f", "peak memory", compared["memory"])
+    return {"rounds": rounds, **told, **compared}
 
 
-def ours(config: Train, keys: Bench) -> dict[str, float]:
-    """The figures of our loader, in a process of its own."""
+def tell_bound(config: Train, found: Mapping[str, Any]) -> None:
+    """Say what bounds the run, and what to change."""
+    from clipx.data.catalogue import usable_cores
+    from clipx.run import pick_device, pick_workers
+
+    step, workers = found["step"], pick_workers(config.workers)
+    shares = step["shares"]
+    if shares["wait"] > WAITS:
+        needed = middle(step["rounds"]["clipx"], "samples_per_s")
+        told = f"loader-bound: the device waits {shares['wait']:.0%} of the time"
+        if "loader" in found:
+            one = middle(found["loader"]["rounds"]["clipx"], "pictures_per_s") / max(1, workers)
+            enough, cores = int(needed / one) + 1, usable_cores()
+            told += f"; workers={enough} would do" if enough <= cores else (
+                f"; workers={enough} would do, but there are {cores} cores: pack the pictures smaller "
+                "(clipx.prepare resize=256)")
+        logger.info("bound     %s", told)
+    elif shares["optimiser"] > SLOW:
+        logger.info("bound     optimiser-bound: it takes %.0f %% of the time; a larger batch_size shares it among more "
+                    "samples", 100 * shares["optimiser"])
+    else:
+        slow = config.amp == "none" and pick_device(config.device).type == "cuda"
+        remedy = ", ".join(["amp=bf16"] * slow + ["compile=true"] * (not config.compile))
+        logger.info("bound     compute-bound%s", f"; try {remedy}" if remedy else "")
+
+
+def in_turns(sides: Mapping[str, Callable[[], dict[str, float]]], rounds: int) -> Rounds:
+    """Each side once a round."""
+    found: Rounds = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, run in sides.items():
+            found[side].append(run())
+    return found
+
+
+def middle(found: list[dict[str, float]], name: str) -> float:
+    return statistics.median(figures[name] for figures in found)
+
+
+def spread(found: list[dict[str, float]], name: str) -> str:
+    values = [figures[name] for figures in found]
+    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+
+
+def ratios(rounds: Rounds, *names: str) -> dict[str, float]:
+    """Ours to the peer's, round by round; the medians, told with their spread."""
+    found = {}
+    for name in names if len(rounds) == 2 else ():
+        each = [a[name] / b[name] for a, b in zip(*rounds.values(), strict=True)]
+        found[f"ratio_{name}"] = statistics.median(each)
+        logger.info("%-14s clipx / open_clip = %.2f (%.2f to %.2f)", name, statistics.median(each), min(each),
+                    max(each))
+    return found
+
+
+def in_process(work: Callable[..., Any], *given: Any) -> Any:
+    """What a function returns in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure_ours, config, keys.seconds).result()
+        return pool.submit(work, *given).result()
 
 
-def measure_ours(config: Train, seconds: float) -> dict[str, float]:
-    import torch
+@contextmanager
+def living(kind: type, *given: Any) -> Iterator[Callable[..., Any]]:
+    """An object in a process of its own, as what calls its methods."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, kind, given))
+    process.start()
+    there.close()
 
-    from clipx.data.loader import read, steps, train_ranges
-    from clipx.peer import measure
-    from clipx.run import pick_workers
+    def call(*method: Any) -> Any:
+        here.send(method)
+        try:
+            answer = here.recv()
+        except EOFError as error:
+            raise UserError(f"the process of {kind.__name__} has ended; with too little memory try a smaller "
+                            "batch_size or micro_batch_size") from error
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    try:
+        yield call
+    finally:
+        here.close()
+        process.join()
+
+
+def serve(connection: Connection, kind: type, given: tuple[Any, ...]) -> None:
+    """The other end of ``living``."""
+    from multiprocessing import set_start_method
 
     set_start_method(None, force=True)          # a spawned process would spawn its workers, too; a run does not
-    torch.set_num_threads(1)
-    ranges = train_ranges(0, config.batch_size, config.micro_batch_size)
-    chunks = read(reader_of(config), ranges, pick_workers(config.workers), pin=False)
-    return measure(steps(chunks, config.batch_size), config.batch_size, seconds)
+    made = None
+    while True:
+        try:
+            method, *arguments = connection.recv()
+            made = made or kind(*given)
+            connection.send(getattr(made, method)(*arguments))
+        except EOFError:
+            return
+        except UserError as error:
+            connection.send(error)
 
 
-def peers(config: Train, keys: Bench) -> dict[str, float]:
+def peers_loader(config: Train, keys: Bench) -> dict[str, float]:
     """The figures of open_clip's loader on the same shards, in a process of its own.
 
     Raises:
         UserError: its environment lacks something.
     """
+    from clipx.measure import reader_of
     from clipx.run import pick_workers
 
-    source = reader_of(config).source
-    if not hasattr(source, "catalogue"):
-        raise UserError("vs=open_clip reads shards; give data=shards data.root=DIR data.val=0")
+    reader = reader_of(config)
+    if not hasattr(reader.source, "catalogue"):
+        raise UserError("vs=open_clip reads shards; give data=shards data.root=DIR data.val=0, or parts=[step]")
     given = {
-        "shards": "::".join(str(shard.resolve()) for shard in source.catalogue.shards),
+        "shards": "::".join(str(shard.resolve()) for shard in reader.source.catalogue.shards),
         "batch_size": config.batch_size, "workers": pick_workers(config.workers), "seconds": keys.seconds,
-        "size": reader_of(config).crop.size,
+        "size": reader.crop.size,
     }  # fmt: skip
     path = os.pathsep.join(filter(None, [keys.peer_path, os.environ.get("PYTHONPATH")]))
     ended = subprocess.run([sys.executable, "-W", "ignore", "-m", "clipx.peer", json.dumps(given)],

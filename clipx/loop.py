@@ -121,8 +121,7 @@ def fit(
             parts = parts_of(chunks, micro_batch_size, few_shapes=isinstance(forward, Compiled))
             loss, scale = backward(encoder, loss_of, parts, scaler)
             scaler.unscale_(optimizer)
-            gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
+            norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
             if clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_norm, norm)
             scaler.step(optimizer)

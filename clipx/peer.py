@@ -1,20 +1,26 @@
-"""open_clip's own data pipeline, as its training command makes it, and how any loader is measured.
+"""open_clip's side of the bench: its own data pipeline, and its own model, loss, optimiser and loop."""
 
-Runs in a process of its own: ``python -m clipx.peer '{"shards": ..., ...}'``, with an older webdataset on its path.
-"""
-
+import itertools
 import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from clipx.batch import joined
+from clipx.config import Train
+from clipx.data.images import Normalise
+from clipx.data.loader import Chunk
+from clipx.memory import peaks
+
 ENOUGH = 10**9          # samples; the pipeline goes round the shards until nobody asks any more
+PRECISION = {"none": "fp32", "bf16": "amp_bf16", "fp16": "amp"}     # its names
 
 
 def measure(batches: Iterable[Any], batch_size: int, seconds: float) -> dict[str, float]:
@@ -52,6 +58,103 @@ def open_clip_batches(shards: str, batch_size: int, workers: int, size: int) -> 
     )  # fmt: skip
     transform = open_clip.image_transform((size, size), is_train=True)
     return get_wds_dataset(args, transform, True, tokenizer=open_clip.SimpleTokenizer()).dataloader
+
+
+def open_clip_model(node: Mapping[str, Any]) -> nn.Module:
+    """open_clip's model with the sizes of one of ours, whose weights it loads strictly."""
+    import open_clip
+
+    image, text = node["image"], node["text"]
+    return open_clip.CLIP(
+        image["embed"],
+        {"image_size": image["size"], "layers": image["depth"], "width": image["width"], "patch_size": image["patch"],
+         "head_width": image["width"] // image["heads"]},
+        {"context_length": text["context"], "vocab_size": text["vocab"], "width": text["width"], "heads": text["heads"],
+         "layers": text["depth"]},
+        quick_gelu=True, output_dict=True,
+    )  # fmt: skip
+
+
+def open_clip_optimizer(model: nn.Module, optim: Mapping[str, Any]) -> torch.optim.AdamW:
+    """AdamW as its training command makes it."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": optim["weight_decay"]},
+    ]
+    return torch.optim.AdamW(groups, lr=optim["lr"], betas=tuple(optim["betas"]), eps=optim["eps"])
+
+
+def padded(chunks: list[Chunk], context: int) -> tuple[Tensor, Tensor]:
+    """A step as its loader would give it: normalised (B, 3, S, S) float32, and (B, context) tokens."""
+    tokens = [nn.functional.pad(chunk.tokens, (0, context - chunk.tokens.shape[1])) for chunk in chunks]
+    return Normalise()(joined([chunk.images for chunk in chunks])).contiguous(), joined(tokens)
+
+
+class Batches:
+    """What its loop takes for a data set: batches in memory, round and round."""
+
+    num_samples = ENOUGH
+
+    def __init__(self, held: list[tuple[Tensor, Tensor]]):
+        self.held, self.num_batches, self.dataloader = itertools.cycle(held), 0, self
+
+    def set_epoch(self, _epoch: int) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.islice(self.held, self.num_batches)
+
+
+class PeerSteps:
+    """Its training loop on the batches that ``measure.Steps`` has; it lives in a process of its own."""
+
+    def __init__(self, config: Train):
+        import open_clip
+
+        from clipx.measure import HELD, loaded
+        from clipx.run import pick_device
+
+        self.device = pick_device(config.device)
+        torch.manual_seed(config.seed)
+        self.model = open_clip_model(config.model).to(self.device)
+        self.model.set_grad_checkpointing(config.grad_checkpoint is not False)
+        self.optimizer = open_clip_optimizer(self.model, config.optim)
+        self.loss = open_clip.ClipLoss()
+        micro = config.micro_batch_size or config.batch_size
+        context = config.model["text"]["context"]
+        held = [padded(chunks, context) for chunks in itertools.islice(loaded(config), HELD)]
+        if self.device.type == "cuda":          # as its loader does
+            held = [(images.pin_memory(), tokens.pin_memory()) for images, tokens in held]
+        self.batches = Batches([
+            part for images, tokens in held for part in zip(images.split(micro), tokens.split(micro), strict=True)
+        ])
+        self.args = Namespace(
+            device=str(self.device), precision=PRECISION[config.amp], accum_freq=-(-config.batch_size // micro),
+            distill=False, skip_scheduler=True, horovod=False, grad_clip_norm=config.clip_norm, rank=0, local_rank=0,
+            world_size=1, log_every_n_steps=ENOUGH, batch_size=micro, wandb=False,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.amp == "fp16" else None
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.batch_size = config.batch_size
+
+    def from_memory(self, count: int) -> float:
+        """Samples a second."""
+        from open_clip_train.train import train_one_epoch
+
+        from clipx.measure import settle
+
+        self.batches.num_batches = count * self.args.accum_freq
+        began = time.perf_counter()
+        train_one_epoch(
+            self.forward, {"train": self.batches}, self.loss, 0, self.optimizer, self.scaler, None, None, self.args
+        )
+        settle(self.device)
+        return count * self.batch_size / (time.perf_counter() - began)
+
+    def memory(self) -> float:
+        """The most memory so far, 1e9 bytes: of the GPU, or of the process."""
+        found = peaks(self.device)
+        return found.get("train/device_memory_gb", found["train/host_memory_gb"])
 
 
 def main() -> None:

@@ -12,6 +12,26 @@ from torch.utils.checkpoint import checkpoint
 from clipx.models.packed import Packed
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., D), (O, D), (O,) -> (..., O).
+
+    On a CPU float32 goes by way of a convolution of one pixel, which torch gives to oneDNN and not to MKL: the same
+    products without a copy, on a CPU of AMD's twice as fast.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)           # (1, D, T, 1), channels last in memory
+    y = F.conv2d(pixels, weight[:, :, None, None], bias)                    # (1, O, T, 1)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+
+
+class Linear(nn.Linear):
+    """A linear layer on ``linear``. (..., D) -> (..., O)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the GELU that CLIP was trained with; by way of torch's one kernel for y * sigmoid(y)."""
 
@@ -29,12 +49,12 @@ class Attention(nn.Module):
         self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                       # (B, L, 3D), one product
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)                       # (B, L, 3D), one product
         if packed is None:
             return self.out_proj(self.attend(qkv))
         parts = zip(packed.split(qkv), packed.grids, strict=True)                       # (T', 3D) each
@@ -49,8 +69,8 @@ class Attention(nn.Module):
     def read_out(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         """What ``forward`` gives at the read-out tokens alone: (B, L, D) or (T, D) -> (B, D)."""
         D = x.shape[-1]
-        q = F.linear(read_out(x, packed), self.in_proj_weight[:D], self.in_proj_bias[:D])       # (B, D)
-        kv = F.linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:])                        # (B, L, 2D)
+        q = linear(read_out(x, packed), self.in_proj_weight[:D], self.in_proj_bias[:D])       # (B, D)
+        kv = linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:])                        # (B, L, 2D)
         if packed is None:
             return self.out_proj(self.attend_once(q, kv))
         queries = q.split([grid.shape[0] for grid in packed.grids])
@@ -72,9 +92,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_fc = Linear(width, 4 * width)
         self.gelu = QuickGELU()
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_proj = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.gelu(self.c_fc(x)))

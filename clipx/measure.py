@@ -1,0 +1,207 @@
+"""The training step of a run, measured: on batches in memory, from its loader, part by part."""
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import set_start_method
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipx.batch import parts_of
+from clipx.build import build
+from clipx.compiled import compiled
+from clipx.config import Train
+from clipx.data.images import resize
+from clipx.data.loader import Chunk, TrainReader, read, shared_pixels, steps, train_ranges
+from clipx.data.sample import Data
+from clipx.gradient import Encoder, Forward, backward
+from clipx.loop import Numbers, State, fit
+from clipx.memory import keep_freed, peaks
+from clipx.peer import measure
+from clipx.run import AMP, fresh_state, pick_device, pick_workers, train_reader
+
+STAGED = 256        # pictures whose stages are timed one by one
+HELD = 4            # batches in memory
+PEAKS = {           # dense FLOP/s of bf16 and fp16, from the makers' data sheets
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
+    "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+
+
+def reader_of(config: Train) -> TrainReader:
+    """The training reader of a run."""
+    with torch.device("meta"):
+        model = build(config.model, "model", config.trust)
+    data: Data = build(config.data, "data", config.trust)
+    return train_reader(config, data, data.plan(config.seed), model)
+
+
+def loaded(config: Train) -> Iterator[list[Chunk]]:
+    """The steps of a run, from its loader."""
+    ranges = train_ranges(0, config.batch_size, config.micro_batch_size)
+    pin = pick_device(config.device).type == "cuda"
+    return steps(read(reader_of(config), ranges, pick_workers(config.workers), pin), config.batch_size)
+
+
+def stages(config: Train) -> dict[str, float]:
+    """Seconds a picture for each stage of the loader, and bytes a picture."""
+    torch.set_num_threads(1)
+    reader = reader_of(config)
+    places = [reader.plan[position] for position in range(STAGED)]
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, work: Callable[[Any], Any], what: list[Any]) -> list[Any]:
+        work(what[0])                           # what is made at the first use does not count
+        began = time.perf_counter()
+        done = [work(one) for one in what]
+        seconds[stage] = (time.perf_counter() - began) / STAGED
+        return done
+
+    samples = timed("read", lambda place: reader.source.read(place.sample), places)
+    cuts = timed("decode", lambda sample: reader.crop.cut(sample.picture, random.Random(0)).copy(), samples)
+    pixels = shared_pixels(1, reader.crop.size)[0]
+    timed("augment", lambda cut: resize(cut, pixels), cuts)
+    timed("tokenise", reader.tokenizer, [sample.captions[:1] for sample in samples])
+    chunk = shared_pixels(STAGED, reader.crop.size)
+    timed("collate", lambda row: chunk[row].copy_(pixels), list(range(STAGED)))
+    return {"bytes": statistics.mean(len(sample.picture) for sample in samples), **seconds}
+
+
+def measure_loader(config: Train, seconds: float) -> dict[str, float]:
+    """Pictures a second of the loader alone, and the private memory of a worker; for a process of its own."""
+    set_start_method(None, force=True)          # a spawned process would spawn its workers, too; a run does not
+    torch.set_num_threads(1)
+    return measure(loaded(config), config.batch_size, seconds)
+
+
+class Clock:
+    """Seconds by what they were spent on; waits for the device at each change."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.now, self.since = device, dict[str, float](), "start", time.perf_counter()
+
+    def enter(self, what: str) -> None:
+        settle(self.device)
+        moment = time.perf_counter()
+        self.seconds[self.now] = self.seconds.get(self.now, 0.0) + moment - self.since
+        self.now, self.since = what, moment
+
+
+class ClockedScaler(torch.amp.GradScaler):
+    """Tells a clock where the backward pass ends."""
+
+    def __init__(self, clock: Clock, scaler: torch.amp.GradScaler):
+        super().__init__(clock.device.type, enabled=scaler.is_enabled())
+        self.clock = clock
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        self.clock.enter("optimiser")
+        super().unscale_(optimizer)
+
+
+class Steps:
+    """A run's own loop, on its own model, from step 0; it lives in a process of its own."""
+
+    def __init__(self, config: Train):
+        keep_freed()
+        self.config, self.device = config, pick_device(config.device)
+        self.state = fresh_state(config, self.device)
+        self.loss_of = build(config.loss, "loss", config.trust)
+        self.forward = compiled(self.state.model) if config.compile else self.state.model
+        self.multiplier = build(config.sched, "sched", config.trust)(1000)
+        self.held = [*itertools.islice(loaded(config), HELD)]
+
+    def fit(self, batches: Iterator[list[Chunk]], count: int, forward: Forward, loss_of: Callable[..., Tensor]) -> None:
+        end = self.state.step + count
+        fit(self.state, forward, loss_of, batches, self.config.micro_batch_size, lambda step: step >= end,
+            self.multiplier, AMP[self.config.amp], self.config.clip_norm, nothing)
+        settle(self.device)
+
+    def from_memory(self, count: int) -> float:
+        """Samples a second on batches that are there."""
+        began = time.perf_counter()
+        self.fit(itertools.cycle(self.held), count, self.forward, self.loss_of)
+        return count * self.config.batch_size / (time.perf_counter() - began)
+
+    def from_data(self, count: int) -> float:
+        """Samples a second from the loader, behind its first step."""
+        batches = loaded(self.config)
+        self.fit(batches, 1, self.forward, self.loss_of)
+        began = time.perf_counter()
+        self.fit(batches, count, self.forward, self.loss_of)
+        return count * self.config.batch_size / (time.perf_counter() - began)
+
+    def shares(self, count: int) -> dict[str, float]:
+        """The share of time in each part of a step, the model not compiled, its data from the loader."""
+        clock, model, scaler = Clock(self.device), self.state.model, self.state.scaler
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: clock.enter(name))
+            for name, module in {"image tower": model.visual, "text tower": model.text}.items()
+        ]
+        hooks.append(model.text.register_forward_hook(lambda *_: clock.enter("backward")))
+
+        def batches() -> Iterator[list[Chunk]]:
+            for chunks in loaded(self.config):
+                clock.enter("copy")
+                yield chunks
+                clock.enter("wait")
+
+        def loss_of(*given: Any) -> Tensor:
+            clock.enter("loss")
+            loss = self.loss_of(*given)
+            clock.enter("backward")
+            return loss
+
+        self.state.scaler = ClockedScaler(clock, scaler)
+        self.fit(waiting := batches(), 1, model, loss_of)
+        clock.seconds.clear()
+        self.fit(waiting, count, model, loss_of)
+        clock.enter("end")
+        self.state.scaler = scaler
+        for hook in hooks:
+            hook.remove()
+        total = sum(clock.seconds.values())
+        parts = ("wait", "copy", "image tower", "text tower", "loss", "backward", "optimiser")
+        return {part: clock.seconds.get(part, 0.0) / total for part in parts}
+
+    def figures(self) -> dict[str, float]:
+        """FLOPs a sample, forward and back, counted operation by operation; the device's peak, where it is known."""
+        part = parts_of(self.held[0], self.config.micro_batch_size)[0]
+        encoder = Encoder(self.state.model, self.device, AMP[self.config.amp])
+        with FlopCounterMode(display=False) as counter:
+            backward(encoder, self.loss_of, [part], self.state.scaler)
+        self.state.optimizer.zero_grad()
+        found = {"flops_per_sample": counter.get_total_flops() / len(part)}
+        if self.device.type == "cuda" and self.config.amp != "none":
+            name = torch.cuda.get_device_name(self.device)
+            known = [peak for device, peak in PEAKS.items() if device in name]
+            found |= {"peak_flops": known[0]} if known else {}
+        return found
+
+    def memory(self) -> float:
+        """The most memory so far, 1e9 bytes: of the GPU, or of the process."""
+        found = peaks(self.device)
+        return found.get("train/device_memory_gb", found["train/host_memory_gb"])
+
+    def trace(self, directory: Path) -> None:
+        """Three steps as torch's profiler sees them, for TensorBoard's profiler."""
+        with torch.profiler.profile(
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(directory)), profile_memory=True
+        ):
+            self.from_memory(3)
+
+
+def nothing(_state: State, _numbers: Numbers) -> None:
+    """What happens between two steps that are measured."""
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,65 @@
+"""The same weights, the same batches: the losses of clipx and of open_clip, step by step.
+
+    python experiments/speed/curves.py STEPS [the words of a train command]
+
+Prints the largest difference over the first ten steps and over all, and both curves.
+"""
+
+import itertools
+import sys
+
+import open_clip
+import torch
+from hydra import compose, initialize_config_module
+
+from clipx.config import Train, resolve
+from clipx.loop import Numbers, State, fit
+from clipx.loss import clip_loss
+from clipx.measure import loaded
+from clipx.peer import open_clip_model, open_clip_optimizer, padded
+from clipx.run import fresh_state
+from clipx.sched import warmup_cosine
+
+
+def losses(config: Train, steps: int) -> tuple[list[float], list[float]]:
+    """Ours and theirs, float32 on the CPU; ten steps of warm-up, then the cosine."""
+    multiplier = warmup_cosine(steps, warmup=10, warmup_cap=1.0)
+    state = fresh_state(config, torch.device("cpu"))
+    peer = open_clip_model(config.model)
+    peer.load_state_dict(state.model.state_dict(), strict=True)
+    optimizer, loss_of = open_clip_optimizer(peer, config.optim), open_clip.ClipLoss()
+    batches = [*itertools.islice(loaded(config), steps)]
+    ours: list[float] = []
+
+    def note(_state: State, numbers: Numbers) -> None:
+        ours.append(numbers.loss.item())
+
+    fit(state, state.model, clip_loss, iter(batches), None, lambda step: step >= steps, multiplier, None,
+        None, note)
+    theirs = []
+    for step, chunks in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim["lr"] * multiplier(step)
+        optimizer.zero_grad()
+        found = peer(*padded(chunks, config.model["text"]["context"]))
+        loss = loss_of(found["image_features"], found["text_features"], found["logit_scale"])
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            peer.logit_scale.clamp_(0, 4.605170185988092)
+        theirs.append(loss.item())
+    return ours, theirs
+
+
+def main(steps: str, *words: str) -> None:
+    with initialize_config_module("clipx.conf", version_base="1.3"):
+        config = resolve(compose("train", list(words)))
+    ours, theirs = losses(config, int(steps))
+    apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    print(f"first ten: {max(apart[:10]):.2e}   all {len(apart)}: {max(apart):.2e}")
+    for step, pair in enumerate(zip(ours, theirs, strict=True)):
+        print(step, *(f"{loss:.6f}" for loss in pair))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,176 @@
+"""How the cost of a step and of the loss grows: batch, tokens, ranks.
+
+    python experiments/speed/scale.py OUT.json [batch|tokens|ranks|loss ...]
+
+Each figure is measured in a process of its own.  ``small`` at 64 pixels on made-up pictures, two threads, float32.
+``python experiments/speed/scale.py OUT.json plot`` draws OUT.png from what OUT.json holds.
+"""
+
+import gc
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hydra import compose, initialize_config_module
+from torch import Tensor
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipx.batch import parts_of
+from clipx.bench import in_process
+from clipx.config import Train, resolve
+from clipx.gradient import Encoder, backward
+from clipx.loss import clip_loss
+from clipx.measure import Steps, reader_of
+from clipx.memory import keep_freed
+from clipx.models.packed import pack
+from clipx.run import fresh_state
+
+SMALL = ["model=small", "model.image.size=64", "data=dummy", "data.size=64", "data.samples=8192", "workers=0"]
+CPU = torch.device("cpu")
+
+
+def config_of(*words: str) -> Train:
+    with initialize_config_module("clipx.conf", version_base="1.3"):
+        return resolve(compose("train", [*SMALL, *words]))
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def in_batches(batch: int, micro: int | None, count: int) -> dict[str, float]:
+    """Steps of ``batch`` in micro-batches, on one batch in memory."""
+    words = [f"batch_size={batch}", f"micro_batch_size={micro or 'null'}"]
+    before = peak_mb()
+    steps = Steps(config_of(*words))
+    steps.held = steps.held[:1]
+    steps.from_memory(1)
+    return {"samples_per_s": steps.from_memory(count), "peak_mb": peak_mb(), "imports_mb": before}
+
+
+def of_tokens(length: int) -> dict[str, float]:
+    """The text tower of ViT-B/32, forward and back, 32 captions of one length."""
+    keep_freed()
+    text = fresh_state(config_of("model=vit_b32", "data.size=224", "model.image.size=224"), CPU).model.text
+    tokens = torch.randint(1, 49_000, (32, length))
+    tokens[:, -1] = 49_407
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        text(pack(tokens)).sum().backward()
+        seconds.append(time.perf_counter() - began)
+    return {"captions_per_s": 32 / statistics.median(seconds[1:])}
+
+
+def plain_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """The whole matrix at once, as figure 3 of the paper has it."""
+    logits = scale * image @ text.T
+    pairs = torch.arange(len(logits))
+    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+
+
+def of_loss(batch: int, plain: bool) -> dict[str, float]:
+    """The loss alone, forward and back, features of 512."""
+    keep_freed()
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(batch, 512), dim=-1).requires_grad_() for _ in range(2))
+    scale, seconds = torch.tensor(50.0, requires_grad=True), []
+    gc.collect()
+    before = peak_mb()
+    for _ in range(3 if batch < 20_000 else 1):
+        began = time.perf_counter()
+        (plain_loss if plain else clip_loss)(image, text, scale).backward()
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": statistics.median(seconds), "extra_mb": peak_mb() - before}
+
+
+def rank_step(rank: int, world: int, batch: int, store: str) -> None:
+    torch.set_num_threads(2 // world)
+    dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
+    keep_freed()
+    config = config_of()
+    state, share, seconds = fresh_state(config, CPU), batch // world, []
+    chunk = reader_of(config).chunk(range(rank * share, (rank + 1) * share))
+    encoder = Encoder(DistributedDataParallel(state.model) if world > 1 else state.model, CPU, None)
+    for _ in range(5):
+        dist.barrier()
+        began = time.perf_counter()
+        backward(encoder, clip_loss, parts_of([chunk], None), state.scaler)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+    if rank == 0:
+        Path(store, "found").write_text(json.dumps({"samples_per_s": batch / statistics.median(seconds[1:])}))
+    dist.destroy_process_group()
+
+
+def of_ranks(world: int, batch: int) -> dict[str, float]:
+    """A step of some processes that share two cores."""
+    with tempfile.TemporaryDirectory() as store:
+        spawn(rank_step, (world, batch, store), nprocs=world)
+        return json.loads(Path(store, "found").read_text())
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "batch": {
+        f"{batch} in {micro}": partial(in_batches, batch, micro, max(2, 1024 // batch))
+        for batch, micro in [(32, None), (128, 32), (512, 32), (1024, 32), (4096, 32), (128, None), (512, None)]
+    },
+    "tokens": {str(length): partial(of_tokens, length) for length in (8, 12, 16, 24, 32, 48, 64, 77)},
+    "loss": {
+        f"{batch} {kind}": partial(of_loss, batch, kind == "plain")
+        for batch in (1024, 4096, 8192, 32_768) for kind in ("tiled", "plain") if (batch, kind) != (32_768, "plain")
+    },
+    "ranks": {f"{world} of {batch}": partial(of_ranks, world, batch) for batch in (32, 128, 512) for world in (1, 2)},
+}
+
+
+def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.6), layout="tight")
+    axes = figure.subplots(1, 4)
+    for micro, mark in (("32", "o-"), ("None", "s--")):
+        rows = {int(k.split()[0]): v for k, v in found["batch"].items() if k.split()[2] == micro or k == "32 in None"}
+        for place, (name, label) in enumerate([("samples_per_s", "samples/s"), ("peak_mb", "peak MB")]):
+            told = "at once" if micro == "None" else "in 32s"
+            axes[place].plot(sorted(rows), [rows[batch][name] for batch in sorted(rows)], mark, label=told)
+            axes[place].set(xscale="log", xlabel="batch", ylabel=label, ylim=0)
+            axes[place].legend()
+    rows = {int(length): 1000 / row["captions_per_s"] for length, row in found["tokens"].items()}
+    axes[2].plot(list(rows), list(rows.values()), "o-")
+    axes[2].set(xlabel="tokens of a caption", ylabel="ms a caption, text tower of ViT-B/32", ylim=0, xlim=0)
+    for kind, mark in (("tiled", "o-"), ("plain", "s--")):
+        rows = {int(k.split()[0]): row["seconds"] for k, row in found["loss"].items() if k.endswith(kind)}
+        axes[3].plot(list(rows), list(rows.values()), mark, label=kind)
+    axes[3].set(xscale="log", yscale="log", xlabel="batch", ylabel="seconds of the loss, forward and back")
+    axes[3].legend()
+    figure.savefig(path, dpi=90)
+
+
+def main(out: str, *parts: str) -> None:
+    """Measure, and write each figure down as it comes."""
+    path = Path(out)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for part in parts or PARTS:
+        if part == "plot":
+            plot(found, path.with_suffix(".png"))
+            continue
+        for name, measure in PARTS[part].items():
+            found.setdefault(part, {})[name] = in_process(measure)
+            print(part, name, found[part][name], flush=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *sys.argv[2:])
