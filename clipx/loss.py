@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clipx import distributed
+from clipx.linear import linear
 
 TILE = 1 << 21      # logits at once; 8 MB in float32
 
@@ -45,56 +46,63 @@ def clip_loss(
 
 
 class TiledLoss(torch.autograd.Function):
-    """The loss and its gradient from the logits of some images with all texts at a time.
+    """The loss and its gradient from the logits of all texts with some images at a time.
 
-    B is the batch of all ranks here, b the share of one.
+    B is the batch of all ranks here, b the share of one, t a tile's.
     """
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None) -> Tensor:
         texts = distributed.gather(text)                                            # (B, E)
         all_ids = None if ids is None else distributed.gather(ids)                  # (B, 2)
-        rows = image.new_empty(len(image))                                          # (b,) logsumexp over texts
+        over_texts = image.new_empty(len(image))                                    # (b,) logsumexp
         peak = image.new_full((len(texts),), torch.finfo(image.dtype).min)          # (B,) largest over images
         total = torch.zeros_like(peak)                                              # (B,) sum of exp(logit - peak)
-        for part, logits in tiles(image, texts, scale, ids, all_ids):               # (t, B)
-            rows[part] = logits.logsumexp(dim=1)
-            before, peak = peak, torch.maximum(peak, logits.amax(dim=0))
-            total = total * (before - peak).exp_() + logits.sub_(peak).exp_().sum(dim=0)
+        for part, scaled in tiles(image, scale, len(texts)):
+            logits = masked(linear(texts, scaled), part, ids, all_ids)              # (B, t)
+            over_texts[part] = logits.logsumexp(dim=0)
+            before, peak = peak, torch.maximum(peak, logits.amax(dim=1))
+            total = total * (before - peak).exp_() + logits.sub_(peak[:, None]).exp_().sum(dim=1)
         highest = distributed.all_max(peak.clone())
-        columns = distributed.all_sum(total * (peak - highest).exp_()).log_() + highest     # (B,) logsumexp over images
-        own = distributed.all_sum(rows.sum() - 2 * scale * (image * text).sum())    # of each rank's rows and pairs
-        ctx.save_for_backward(image, texts, scale, ids, all_ids, rows, columns)
-        return (own + columns.sum()) / (2 * len(texts))
+        over_images = distributed.all_sum(total * (peak - highest).exp_()).log_() + highest     # (B,) logsumexp
+        own = distributed.all_sum(over_texts.sum() - 2 * scale * (image * text).sum())      # of each rank's rows, pairs
+        ctx.save_for_backward(image, texts, scale, ids, all_ids, over_texts, over_images)
+        return (own + over_images.sum()) / (2 * len(texts))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        image, texts, scale, ids, all_ids, rows, columns = ctx.saved_tensors
+        image, texts, scale, ids, all_ids, over_texts, over_images = ctx.saved_tensors
         d_image, d_texts = torch.empty_like(image), torch.zeros_like(texts)
+        texts = texts.detach().requires_grad_()
         first = distributed.rank() * len(image)
-        for part, logits in tiles(image, texts, scale, ids, all_ids):               # (t, B)
-            surplus = (logits - rows[part, None]).exp_()                            # softmax over texts
-            surplus += logits.sub_(columns).exp_()                                  # and over images
-            surplus.diagonal(first + part.start).sub_(2)                            # less what a pair should have
-            torch.mm(surplus, texts, out=d_image[part])
-            d_texts.addmm_(surplus.T, image[part])
+        for part, scaled in tiles(image, scale, len(texts)):
+            with torch.enable_grad():
+                products = linear(texts, scaled.requires_grad_())                   # (B, t)
+            logits = masked(products.detach(), part, ids, all_ids)
+            surplus = (logits - over_texts[part]).exp_()                            # softmax over texts
+            surplus += logits.sub_(over_images[:, None]).exp_()                     # and over images
+            surplus.diagonal(-first - part.start).sub_(2)                           # less what a pair should have
+            more, d_image[part] = torch.autograd.grad(products, (texts, scaled), surplus)
+            d_texts += more
         grad = grad * (distributed.world() / (2 * len(texts)))
         d_scale = grad * (d_image * image).sum()
         d_text = distributed.all_sum(d_texts)[first : first + len(image)]
-        return d_image.mul_(grad * scale), d_text.mul_(grad * scale), d_scale, None
+        return d_image.mul_(grad * scale), d_text.mul_(grad), d_scale, None
 
 
-def tiles(
-    image: Tensor, texts: Tensor, scale: Tensor, ids: Tensor | None, all_ids: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Which images, and their logits with all texts (t, B); those of alike rows that are no pair are -inf."""
-    step, first = max(1, TILE // len(texts)), distributed.rank() * len(image)
-    for start in range(0, len(image), step):
-        part = slice(start, min(start + step, len(image)))
-        logits = (scale * image[part]) @ texts.T
-        if ids is not None:
-            alike = (ids[part, None, 0] == all_ids[:, 0]) | (ids[part, None, 1] == all_ids[:, 1])
-            alike.diagonal(first + start).fill_(False)
-            logits.masked_fill_(alike, -torch.inf)
-        yield part, logits
+def tiles(image: Tensor, scale: Tensor, batch: int) -> Iterator[tuple[slice, Tensor]]:
+    """Some images at a time: which, and their features (t, E) times the scale."""
+    size = max(1, TILE // batch)
+    for start in range(0, len(image), size):
+        part = slice(start, min(start + size, len(image)))
+        yield part, scale * image[part]
+
+
+def masked(logits: Tensor, part: slice, ids: Tensor | None, all_ids: Tensor | None) -> Tensor:
+    """(B, t) of all texts with a part of the images; those that are alike and no pair become -inf."""
+    if ids is None:
+        return logits
+    alike = (all_ids[:, None, 0] == ids[part, 0]) | (all_ids[:, None, 1] == ids[part, 1])
+    alike.diagonal(-distributed.rank() * len(ids) - part.start).fill_(False)
+    return logits.masked_fill_(alike, -torch.inf)

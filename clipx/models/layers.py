@@ -9,20 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipx.linear import linear
 from clipx.models.packed import Packed
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., D), (O, D), (O,) -> (..., O).
-
-    On a CPU float32 goes by way of a convolution of one pixel, which torch gives to oneDNN and not to MKL: the same
-    products without a copy, on a CPU of AMD's twice as fast.
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)           # (1, D, T, 1), channels last in memory
-    y = F.conv2d(pixels, weight[:, :, None, None], bias)                    # (1, O, T, 1)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
 
 class Linear(nn.Linear):
