@@ -145,7 +145,7 @@ def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         for place, (name, label) in enumerate([("samples_per_s", "samples/s"), ("peak_mb", "peak MB")]):
             told = "at once" if micro == "None" else "in 32s"
             axes[place].plot(sorted(rows), [rows[batch][name] for batch in sorted(rows)], mark, label=told)
-            axes[place].set(xscale="log", xlabel="batch", ylabel=label, ylim=0)
+            axes[place].set(xscale="log", xlabel="batch", ylabel=label)
             axes[place].legend()
     rows = {int(length): 1000 / row["captions_per_s"] for length, row in found["tokens"].items()}
     axes[2].plot(list(rows), list(rows.values()), "o-")
@@ -155,6 +155,8 @@ def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         axes[3].plot(list(rows), list(rows.values()), mark, label=kind)
     axes[3].set(xscale="log", yscale="log", xlabel="batch", ylabel="seconds of the loss, forward and back")
     axes[3].legend()
+    for part in axes[:2]:
+        part.set_ylim(bottom=0)
     figure.savefig(path, dpi=90)
 
 
