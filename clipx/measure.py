@@ -160,15 +160,16 @@ class Steps:
 
         self.state.scaler = ClockedScaler(clock, scaler)
         self.fit(waiting := batches(), 1, model, loss_of)
-        clock.seconds.clear()
+        clock.enter("start")
+        clock.seconds.clear()           # of the first step
         self.fit(waiting, count, model, loss_of)
         clock.enter("end")
         self.state.scaler = scaler
         for hook in hooks:
             hook.remove()
-        total = sum(clock.seconds.values())
         parts = ("wait", "copy", "image tower", "text tower", "loss", "backward", "optimiser")
-        return {part: clock.seconds.get(part, 0.0) / total for part in parts}
+        total = sum(clock.seconds[part] for part in parts)
+        return {part: clock.seconds[part] / total for part in parts}
 
     def figures(self) -> dict[str, float]:
         """FLOPs a sample, forward and back, counted operation by operation; the device's peak, where it is known."""

@@ -1,14 +1,17 @@
 import importlib.util
+import itertools
 import json
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_module
 
+from clipx import measure
 from clipx.bench import tell_bound
 from clipx.config import Train, resolve
 
@@ -46,6 +49,15 @@ def test_a_step_is_measured_beside_open_clips(
     assert list((tmp_path / "outputs/x/trace").glob("*.pt.trace.json"))
     told = capsys.readouterr().err
     assert "samples/s on batches in memory, peak" in told and "GFLOP a sample" in told and "bound     " in told
+
+
+def test_each_part_of_each_step_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [word for word in FEW if not word.startswith(("rounds", "steps"))]
+    steps = measure.Steps(config_of(*few, "workers=0"))
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # a second a look
+    shares = steps.shares(3)
+    assert shares.pop("backward") == pytest.approx(2 / 8)           # before the loss and behind it
+    assert list(shares.values()) == pytest.approx([1 / 8] * 6)
 
 
 def test_flops_are_those_of_the_matrix_products(bench: Callable[..., None], tmp_path: Path) -> None:
