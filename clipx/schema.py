@@ -95,7 +95,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     try:
         converted = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].replace("Input should", "should").replace("Value error, ", "")
+        reasons = dict.fromkeys(found["msg"].removeprefix("Value error, ") for found in error.errors())
+        reason = " or ".join(reasons).replace("Input should", "should").replace("or should be", "or")
         raise ConfigError(f"{key}={value!r}: {reason}") from error
     return list(converted) if isinstance(converted, tuple) else converted
 

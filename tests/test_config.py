@@ -94,6 +94,9 @@ def test_train_yaml_states_every_key_of_the_schema() -> None:
         (["model.image.heads=5"], "model.image.heads=5 does not divide width=192"),
         (["model.text.embed=64"], "model.text.embed=64 is not image.embed=192; the towers share one space"),
         (["batch_size=0"], "batch_size=0: should be greater than 0"),
+        (["workers=-1"], "workers=-1: should be 'auto' or greater than or equal to 0"),
+        (["grad_checkpoint=vision"], "grad_checkpoint='vision': should be a valid boolean, unable to interpret input "
+                                     "or 'image' or 'text'"),
         (["batch_size=2.5"], "batch_size=2.5: should be a valid integer, got a number with a fractional part"),
         (["amp=bf17"], "amp='bf17': should be 'none', 'bf16' or 'fp16'"),
         (["data=folder"], "data.root has no value; add data.root=..."),
