@@ -47,10 +47,15 @@ def part_of(chunks: Sequence[Chunk], few_shapes: bool) -> Part:
     width = max(chunk.tokens.shape[1] for chunk in chunks)
     if few_shapes:
         width = -(-width // WIDTH) * WIDTH
-    tokens = joined([F.pad(chunk.tokens, (0, width - chunk.tokens.shape[1])) for chunk in chunks])
+    tokens = padded_tokens(chunks, width)
     ids = None if chunks[0].ids is None else joined([chunk.ids for chunk in chunks])
     captions = pack(tokens, joined([chunk.lengths for chunk in chunks]), () if few_shapes else EDGES)
     return Part(joined([chunk.images for chunk in chunks]), captions, ids)
+
+
+def padded_tokens(chunks: Sequence[Chunk], width: int) -> Tensor:
+    """The captions of some chunks, each ``width`` tokens wide: (B, width)."""
+    return joined([F.pad(chunk.tokens, (0, width - chunk.tokens.shape[1])) for chunk in chunks])
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

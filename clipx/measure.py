@@ -22,7 +22,7 @@ from clipx.data.loader import Chunk, TrainReader, read, shared_pixels, steps, tr
 from clipx.data.sample import Data
 from clipx.gradient import Encoder, Forward, backward
 from clipx.loop import Numbers, State, fit
-from clipx.memory import keep_freed, peaks
+from clipx.memory import keep_freed, peak
 from clipx.peer import measure
 from clipx.run import AMP, fresh_state, pick_device, pick_workers, train_reader
 
@@ -186,9 +186,8 @@ class Steps:
         return found
 
     def memory(self) -> float:
-        """The most memory so far, 1e9 bytes: of the GPU, or of the process."""
-        found = peaks(self.device)
-        return found.get("train/device_memory_gb", found["train/host_memory_gb"])
+        """The most memory so far, 1e9 bytes."""
+        return peak(self.device)
 
     def trace(self, directory: Path) -> None:
         """Three steps as torch's profiler sees them, for TensorBoard's profiler."""

@@ -46,6 +46,12 @@ def peaks(device: torch.device) -> dict[str, float]:
     return found
 
 
+def peak(device: torch.device) -> float:
+    """The most memory so far where it counts, 1e9 bytes: of tensors on a GPU, else of this process."""
+    found = peaks(device)
+    return found.get("train/device_memory_gb", found["train/host_memory_gb"])
+
+
 def keep_freed() -> None:
     """Let the C library keep what is freed for the next step.
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from clipx.batch import joined
+from clipx.batch import joined, padded_tokens
 from clipx.config import Train
 from clipx.data.images import Normalise
 from clipx.data.loader import Chunk
-from clipx.memory import peaks
+from clipx.memory import peak
 
 ENOUGH = 10**9          # samples; the pipeline goes round the shards until nobody asks any more
 PRECISION = {"none": "fp32", "bf16": "amp_bf16", "fp16": "amp"}     # its names
@@ -86,8 +86,7 @@ def open_clip_optimizer(model: nn.Module, optim: Mapping[str, Any]) -> torch.opt
 
 def padded(chunks: list[Chunk], context: int) -> tuple[Tensor, Tensor]:
     """A step as its loader would give it: normalised (B, 3, S, S) float32, and (B, context) tokens."""
-    tokens = [nn.functional.pad(chunk.tokens, (0, context - chunk.tokens.shape[1])) for chunk in chunks]
-    return Normalise()(joined([chunk.images for chunk in chunks])).contiguous(), joined(tokens)
+    return Normalise()(joined([chunk.images for chunk in chunks])).contiguous(), padded_tokens(chunks, context)
 
 
 class Batches:
@@ -152,9 +151,8 @@ class PeerSteps:
         return count * self.batch_size / (time.perf_counter() - began)
 
     def memory(self) -> float:
-        """The most memory so far, 1e9 bytes: of the GPU, or of the process."""
-        found = peaks(self.device)
-        return found.get("train/device_memory_gb", found["train/host_memory_gb"])
+        """The most memory so far, 1e9 bytes."""
+        return peak(self.device)
 
 
 def main() -> None:
