@@ -4,7 +4,7 @@ import logging
 import time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipx.gradient import Features, Forward
 from clipx.models.clip import CLIP
@@ -26,17 +26,23 @@ def compiled(model: CLIP) -> Forward:
     return Compiled(model, began)
 
 
-class Compiled:
+class Compiled(nn.Module):
     """A model compiled once for any number of tokens; tells how long that took."""
 
     def __init__(self, model: CLIP, began: float):
-        self.forward, self.began = torch.compile(model), began
+        super().__init__()
+        self.model, self.began = torch.compile(model), began
 
-    def __call__(self, image: Tensor, captions: Packed) -> Features:
+    def forward(self, image: Tensor, captions: Packed) -> Features:
         for tokens in (captions.ids, captions.positions, *(grid.places for grid in captions.grids)):
             torch._dynamo.maybe_mark_dynamic(tokens, 0)
-        features = self.forward(image, captions)
+        features = self.model(image, captions)
         if self.began:
             logger.info("compiled  in %.0f s", time.perf_counter() - self.began)
             self.began = 0.0
         return features
+
+
+def is_compiled(forward: Forward) -> bool:
+    """Whether it is a compiled model, or such a one for several ranks."""
+    return isinstance(getattr(forward, "module", forward), Compiled)

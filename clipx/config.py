@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from clipx import duration, words
-from clipx.errors import UserError
+from clipx.errors import Interrupted, UserError
 from clipx.schema import ConfigError, check_call, check_node, suggest
 
 CONF = "clipx.conf"
@@ -58,6 +59,10 @@ class Train:
     save_every: Duration | None
     keep_every: Duration | None
     resume: str | None
+    resume_allow: list[str]
+    max_bad_steps: NonNegativeInt
+    max_rollbacks: NonNegativeInt
+    signal_exit_code: Annotated[int, Field(ge=0, le=255)]
     best: str | None
     objective: str | None
     trust: list[str]
@@ -116,11 +121,11 @@ def options(key: str) -> str:
     return "|".join(sorted(path.name[:-5] for path in files(CONF).joinpath(key).iterdir() if path.name[-5:] == ".yaml"))
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What has another meaning in two configs, as ``key: before -> after``."""
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """What has another meaning in two configs: by key, ``key: before -> after``."""
     old, new = flat(before), flat(after)
     keys = [key for key in {**old, **new} if not words.is_neutral(key) and not key.startswith("choices.")]
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+    return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)}
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -152,6 +157,10 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None]) -> None:
             hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
     except UserError as error:
         failures = failures or [str(error)]
+    except Interrupted as ended:
+        if not other_rank():
+            print(f"goes on with  python -m clipx.{name} {shlex.join(given)}", file=sys.stderr)
+        sys.exit(ended.code)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         failures.append(explain(error, name, given))
     if failures:
@@ -196,8 +205,13 @@ def hydra_reads(argv: list[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
 
 
+def other_rank() -> str:
+    """The number of this process where it is not the first of several."""
+    return os.environ.get("RANK", "0").lstrip("0")
+
+
 class Console(logging.Handler):
-    """Log lines on the terminal, above the progress bar."""
+    """Log lines on the terminal, above the progress bar; of ranks other than the first, warnings alone."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -206,7 +220,9 @@ class Console(logging.Handler):
 @contextmanager
 def console() -> Iterator[None]:
     """Show what clipx logs, for as long as a command runs."""
-    logger, handler = logging.getLogger("clipx"), Console(logging.INFO)
+    logger, handler = logging.getLogger("clipx"), Console(logging.WARNING if other_rank() else logging.INFO)
+    if other_rank():
+        handler.setFormatter(logging.Formatter(f"rank {other_rank()}: %(message)s"))
     logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
     try:

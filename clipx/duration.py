@@ -47,16 +47,16 @@ class Every:
         self.seconds = number * 60 if unit == "min" and number else None
 
     def due(self, step: int) -> bool:
-        """Whether it has gone by at the end of ``step`` (from 1)."""
-        if self.in_steps is not None:
-            return step % self.in_steps == 0
+        """Whether it has gone by at the end of ``step`` (from 1), counted in steps."""
+        return self.in_steps is not None and step % self.in_steps == 0
+
+    def passed(self) -> bool:
+        """Whether it has gone by since it last had, counted in minutes."""
         if self.seconds is None or time.monotonic() - self.began < self.seconds:
             return False
         self.began = time.monotonic()
         return True
 
     def over(self, step: int) -> bool:
-        """Whether it has gone by at least once since step 0, or since this was made."""
-        if self.in_steps is not None:
-            return step >= self.in_steps
-        return self.seconds is not None and time.monotonic() - self.began >= self.seconds
+        """Whether it has gone by at least once since step 0, counted in steps."""
+        return self.in_steps is not None and step >= self.in_steps

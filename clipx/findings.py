@@ -22,7 +22,8 @@ from clipx.errors import UserError
 from clipx.log import short
 from clipx.loop import State
 from clipx.machine import Finding, check_device, check_disk, check_memory, check_workers, in_bytes
-from clipx.run import fresh_state, identify, pick_device, restore, run_length, told_length, train_reader
+from clipx.resume import restore
+from clipx.run import fresh_state, identify, pick_device, run_length, told_length, train_reader
 from clipx.sched import warmup_steps
 
 logger = logging.getLogger("clipx")
@@ -79,9 +80,10 @@ def examine(config: Train, directory: Path) -> int:
             length = run_length(config, plan.samples)
             tell(check_length(config, plan.samples, length))
     if data and state:
-        with found.part("run") as tell:
-            restore(state, config.resume, directory, identify(config, data, plan))
-            tell(check_progress(directory, state, length))
+        if length:
+            with found.part("run") as tell:
+                restore(state, config, directory, identify(config, data, plan))
+                tell(check_progress(directory, state, length))
         with found.part("samples") as tell:
             reader = train_reader(config, data, plan, state.model)
             copied_ahead(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).hold_all()
@@ -136,8 +138,8 @@ def check_length(config: Train, samples: int, length: int) -> Iterator[Finding]:
             yield "odd", f"{key}={getattr(config, key)} is {steps:,} steps and never comes due; {key}=25% does"
 
 
-def check_progress(directory: Path, state: State, length: int | None) -> Iterator[Finding]:
-    if length is not None and state.step >= length:
+def check_progress(directory: Path, state: State, length: int) -> Iterator[Finding]:
+    if state.step >= length:
         yield "odd", f"{directory} is finished, and the same words change nothing; name=... starts another run"
     else:
         yield "ok", f"{directory}, " + (f"goes on behind step {state.step:,}" if state.step else "a new one")

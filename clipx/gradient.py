@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ from clipx.models.packed import Packed
 
 Features = tuple[Tensor, Tensor, Tensor]        # unit features (b, E), (b, E), scale ()
 Forward = Callable[[Tensor, Packed], Features]
+
+
+class Outcome(NamedTuple):
+    """What a pass over a batch has found, without gradient."""
+
+    loss: Tensor        # () nats
+    image: Tensor       # (B, E) unit features
+    text: Tensor        # (B, E) likewise
+    scale: Tensor       # () inverse temperature
 
 
 class Encoder:
@@ -63,7 +73,7 @@ class Encoder:
 
 def backward(
     encoder: Encoder, loss_of: Callable[..., Tensor], parts: Sequence[Part], scaler: torch.amp.GradScaler
-) -> tuple[Tensor, Tensor]:
+) -> Outcome:
     """Add the gradient of a batch to that of the parameters.
 
     A batch in several parts goes forward twice: first all of it, keeping nothing but the features; then, when the
@@ -75,9 +85,6 @@ def backward(
         parts: of the batch.
         scaler: scales the loss.
 
-    Returns:
-        The loss () and the scale ().
-
     Source: Gao et al. 2021, GradCache (arXiv 2101.06983).
     """
     ids = None if parts[0].ids is None else joined([part.ids for part in parts]).to(encoder.device)
@@ -85,7 +92,7 @@ def backward(
         image, text, scale = encoder(parts[0])
         loss = loss_of(image, text, scale, ids)
         scaler.scale(loss).backward()
-        return loss.detach(), scale.detach()
+        return Outcome(loss.detach(), image.detach(), text.detach(), scale.detach())
 
     states, seen = [], []
     with torch.no_grad():
@@ -104,4 +111,4 @@ def backward(
         encoder.set_random_state(state)         # what was drawn, for dropout, is drawn again
         with nullcontext() if part is parts[-1] else encoder.unsynced():
             torch.autograd.backward(encoder(part)[: len(gradients)], gradients)
-    return loss.detach(), scale.detach()
+    return Outcome(loss.detach(), image.detach(), text.detach(), scale.detach())

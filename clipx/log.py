@@ -47,7 +47,8 @@ class RunLog:
         self.steps, self.step, self.samples = steps, step, samples
 
     def __enter__(self) -> "RunLog":
-        cut(self.directory / "metrics.jsonl", self.samples)
+        for row in cut(self.directory / "metrics.jsonl", self.samples):
+            self.summary["final"].update({tag: value for tag, value in row.items() if "/" in tag})
         cut(self.directory / "skipped.jsonl", self.samples)
         self.file = logging.FileHandler(self.directory / "train.log", encoding="utf-8")
         self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -103,6 +104,17 @@ class RunLog:
         self.tensorboard.add_figure("val/nearest_captions", nearest_captions(val), step)
         self.tensorboard.add_figure("val/similarity", similarity_matrix(val), step)
 
+    def finish(self, state: str) -> None:
+        """Tell how the run, or its part in this process, ended."""
+        self.summary["state"] = state
+        for line in closing(self.directory, self.summary):
+            logger.info(line)
+
+    def flush(self) -> None:
+        """See that what has been written is in the files, whatever happens next."""
+        self.tensorboard.flush()
+        os.fsync(self.metrics.fileno())
+
     def write_summary(self) -> None:
         """Rewrite summary.json, whole or not at all."""
         self.summary["seconds"] = round(self.seconds, 3)
@@ -111,14 +123,58 @@ class RunLog:
         os.replace(temporary, self.directory / "summary.json")
 
 
-def cut(path: Path, samples: int) -> None:
-    """Drop the lines of a .jsonl file that were written behind a number of samples."""
+def closing(directory: Path, summary: Mapping[str, Any]) -> list[str]:
+    """What a run says at its end: numbers, places, what to type next."""
+    step, steps, minutes = summary["step"], summary["steps"], summary["seconds"] / 60
+    lines = [f"{summary['state']} at step {step:,} of {steps:,} after {minutes:.1f} min"]
+    groups: dict[str, list[str]] = {}
+    for tag, value in summary["final"].items():
+        if tag.startswith("val/"):
+            group, _, metric = tag.rpartition("/")
+            groups.setdefault(group, []).append(f"{metric} {value:.4g}")
+    lines += [f"{group:<16}  {'  '.join(numbers)}" for group, numbers in groups.items()]
+    if summary["best"]:
+        best = summary["best"]
+        lines.append(f"best      {best['metric']} {best['value']:.4g} at step {best['step']:,}")
+    return [
+        *lines,
+        f"weights   {directory / 'checkpoints'}",
+        f"look      tensorboard --logdir {directory}",
+        f"repeat    python -m clipx.train config={directory / 'config.yaml'} name=again",
+    ]
+
+
+class SilentLog:
+    """The log of a rank that writes nothing."""
+
+    def __init__(self) -> None:
+        self.summary: dict[str, Any] = {}
+        self.seconds = 0.0
+
+    def __enter__(self) -> "SilentLog":
+        return self
+
+    def __exit__(self, *_ended: object) -> None:
+        pass
+
+    def ignore(self, *_given: object) -> None:
+        pass
+
+    scalars = progress = skipped = pictures = finish = flush = write_summary = ignore
+
+
+def cut(path: Path, samples: int) -> list[dict[str, Any]]:
+    """Drop the lines of a .jsonl file that were written behind a number of samples; gives the others."""
     if not path.exists():
-        return
+        return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["samples"] <= samples]
+    rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    kept = [(line, row) for line, row in rows if row["samples"] <= samples]
     if len(kept) < len(lines):
-        path.write_text("".join(kept), encoding="utf-8")
+        temporary = path.with_suffix(".writing")
+        temporary.write_text("".join(line for line, _ in kept), encoding="utf-8")
+        os.replace(temporary, path)
+    return [row for _, row in kept]
 
 
 def spread(count: int, wanted: int) -> Tensor:

@@ -25,7 +25,7 @@ Finding = tuple[str, str]       # "ok", "odd" or "WRONG", what would stop the ru
 SHARED = Path("/dev/shm")       # where chunks pass from the workers
 AHEAD = 3                       # chunks of each worker there: two read ahead, one in use
 ROOM = 1.25                     # times its tensors: what allocators lose and libraries take
-FILES = 3                       # checkpoints at once: last, best, and one being written
+FILES = 4                       # checkpoints at once: last, previous, best, and one being written
 
 
 def check_device(device: torch.device, amp: str) -> Iterator[Finding]:

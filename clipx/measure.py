@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipx.batch import parts_of
 from clipx.build import build
-from clipx.compiled import compiled
 from clipx.config import Train
 from clipx.data.images import resize
 from clipx.data.loader import Chunk, TrainReader, read, shared_pixels, steps, train_ranges
@@ -24,7 +23,7 @@ from clipx.gradient import Encoder, Forward, backward
 from clipx.loop import Numbers, State, fit
 from clipx.memory import keep_freed, peak
 from clipx.peer import measure
-from clipx.run import AMP, fresh_state, pick_device, pick_workers, train_reader
+from clipx.run import AMP, forward_of, fresh_state, pick_device, pick_workers, train_reader
 
 STAGED = 256        # pictures whose stages are timed one by one
 HELD = 4            # batches in memory
@@ -97,7 +96,7 @@ class ClockedScaler(torch.amp.GradScaler):
     """Tells a clock where the backward pass ends."""
 
     def __init__(self, clock: Clock, scaler: torch.amp.GradScaler):
-        super().__init__(clock.device.type, enabled=scaler.is_enabled())
+        super().__init__(clock.device.type, scaler.get_scale())
         self.clock = clock
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -113,7 +112,7 @@ class Steps:
         self.config, self.device = config, pick_device(config.device)
         self.state = fresh_state(config, self.device)
         self.loss_of = build(config.loss, "loss", config.trust)
-        self.forward = compiled(self.state.model) if config.compile else self.state.model
+        self.forward = forward_of(config, self.state.model)
         self.multiplier = build(config.sched, "sched", config.trust)(1000)
         self.held = [*itertools.islice(loaded(config), HELD)]
 

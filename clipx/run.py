@@ -2,121 +2,159 @@
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 
-from clipx import checkpoint
+from clipx import distributed
+from clipx.after_step import AfterStep, Diverged, Times
 from clipx.build import build
+from clipx.checkpoint import Saver
 from clipx.compiled import compiled
-from clipx.config import Train, differences
+from clipx.config import Train
 from clipx.data.catalogue import usable_cores
 from clipx.data.images import TrainCrop
-from clipx.data.loader import TrainReader, read, steps, train_ranges
+from clipx.data.loader import Chunk, TrainReader, read, steps, train_ranges
 from clipx.data.plan import MixPlan, Plan
 from clipx.data.sample import Data
 from clipx.data.tar import DataError
 from clipx.duration import Every
-from clipx.errors import UserError
+from clipx.errors import Interrupted, UserError
 from clipx.evals.validation import Validation
-from clipx.log import RunLog
-from clipx.loop import AfterStep, State, fit
+from clipx.gradient import Forward
+from clipx.health import Doctor
+from clipx.log import RunLog, SilentLog
+from clipx.loop import State, fit
 from clipx.memory import keep_freed
 from clipx.models.clip import CLIP
+from clipx.resume import Identity, restore
 from clipx.sched import warmup_steps
+from clipx.signals import Signals
 from clipx.tokenizer import SimpleTokenizer
 
 logger = logging.getLogger("clipx")
 
 MOST_WORKERS = 8                # that ``workers=auto`` starts
+MOST_NAMED = 3                  # samples of a batch that an error names
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FIRST_SCALE = {"none": 1.0, "bf16": 1.0, "fp16": 2.0**16}       # of the loss; the first two keep theirs
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is made of, on this rank."""
+
+    config: Train
+    directory: Path
+    device: torch.device
+    workers: int
+    data: Data
+    plan: Plan | MixPlan
+    identity: Identity
 
 
 def run(config: Train, directory: Path) -> float | None:
-    """Train, from the start or from where the run in ``directory`` stopped.
+    """Train, from the start or from where the run in ``directory`` stopped; alone or as one of several ranks.
 
     Returns:
         The last value of ``objective``; None where there is none.
 
     Raises:
         UserError: something of the user's is wrong; what stands in ``directory`` is left as it is.
+        Interrupted: a signal has ended it, after a save.
     """
-    device, workers = pick_device(config.device), pick_workers(config.workers)
-    data: Data = build(config.data, "data", config.trust)
-    plan = data.plan(config.seed)
-    length = run_length(config, plan.samples)
-    state = fresh_state(config, device)
-    identity = identify(config, data, plan)
-    seconds = restore(state, config.resume, directory, identity)
+    with distributed.joined(str(directory)) as lifeline:
+        distributed.share(config.batch_size)
+        device, workers = pick_device(config.device), pick_workers(config.workers)
+        with distributed.in_turn(lifeline):
+            data: Data = build(config.data, "data", config.trust)
+        plan = data.plan(config.seed)
+        job = Job(config, directory, device, workers, data, plan, identify(config, data, plan))
+        left_out: list[list[int]] = []
+        with Signals() as signals:
+            while diverged := train(job, signals, left_out):
+                left_out.append([diverged.first.position, diverged.end])
+                logger.warning("%s; the run goes back to its last checkpoint and on without the samples of these steps",
+                               diverged)
+    if signals.asked:
+        raise Interrupted(config.signal_exit_code)
+    return objective(directory, config.objective)
+
+
+def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Diverged | None:
+    """From the last checkpoint to the end of the run, or of this process.
+
+    Args:
+        job: the run.
+        signals: whether one has asked to end.
+        left_out: positions, from and to, that are not trained on.
+
+    Returns:
+        Why the run has to go back to its last checkpoint, if it has.
+    """
+    config, directory, data = job.config, job.directory, job.data
+    state, length = fresh_state(config, job.device), job.identity.steps
+    found = restore(state, config, directory, job.identity)
     if state.step >= length:
         logger.info("%s is finished (%d steps); nothing is changed. name=... starts another run", directory, state.step)
-        return objective(directory, config.objective)
-
+        return None
+    state.leave_out(left_out)
     keep_freed()
-    directory.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
-    (directory / "config.yaml").write_text(text, encoding="utf-8")
-    reader = train_reader(config, data, plan, state.model)
-    ranges = train_ranges(state.samples, config.batch_size, config.micro_batch_size)
-    chunks = read(reader, ranges, workers, pin=device.type == "cuda")
+    batches = batches_of(job, state)
     multiplier = build(config.sched, "sched", config.trust)(length)
-    evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
-    every = partial(Every, steps=length, epoch=plan.samples / config.batch_size)
-    stop_at = every(config.stop_at)
+    last_is_good = found == directory / "checkpoints" / "clip_last.pt"
 
-    with RunLog(directory, text, length, state.step, state.samples, seconds, plan.samples) as log:
-        for line in headlines(config, directory, state, data, length, device, workers):
+    with log_of(job, state) as log, Saver(directory / "checkpoints", asdict(job.identity), last_is_good) as saver:
+        for line in headlines(job, state):
             logger.info(line)
         if data.lost and not state.step:
             log.skipped([
                 {"samples": 0, "place": shard, "reason": f"is cut short; {count} samples behind the cut are lost"}
                 for shard, count in data.lost.items()
             ])
-        after_step = AfterStep(
-            log=log,
-            log_every=every(config.log_every),
-            eval_every=every(config.eval_every),
-            save_every=every(config.save_every),
-            keep_every=every(config.keep_every),
-            evaluate=Validation(data.vals, evals, reader.tokenizer, workers, AMP[config.amp]),
-            save=partial(save, directory, identity, log),
-            best=config.best,
-            bad_limit=data.bad_limit - sum(data.lost.values()),
-            device=device,
-        )
+        after_step = after_step_of(job, state, log, saver, signals)
         try:
             fit(
                 state=state,
-                forward=compiled(state.model) if config.compile else state.model,
+                forward=forward_of(config, state.model),
                 loss_of=build(config.loss, "loss", config.trust),
-                batches=steps(chunks, config.batch_size),
+                batches=batches,
                 micro_batch_size=config.micro_batch_size,
-                stop=lambda step: step >= length or stop_at.over(step),
+                stop=lambda step: step >= length or after_step.stopping,
                 multiplier=multiplier,
                 amp=AMP[config.amp],
                 clip_norm=config.clip_norm,
                 after_step=after_step,
             )
+            after_step.finish(state)
+        except Diverged as diverged:
+            if len(state.left_out) >= config.max_rollbacks:
+                raise UserError(told_divergence(diverged, job)) from diverged
+            return diverged
         except DataError:
-            after_step.run_save(state)      # between two steps: the same words go on from here
-            raise
-        after_step.finish(state)
-        log.summary["state"] = "finished" if state.step >= length else "stopped"
-        for line in closing(directory, log.summary):
-            logger.info(line)
-    return objective(directory, config.objective)
+            after_step.rescue(state)
+            if not signals.asked:       # it may have ended the workers, too
+                raise
+        if signals.asked:
+            logger.warning("%s: the run is saved and ends", signals.asked)
+        log.finish("finished" if state.step >= length else "stopped")
+    return None
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device of a name; ``auto`` takes the first accelerator, else the CPU."""
+    """The device of a name; ``auto`` takes the first accelerator, of several ranks each its own, else the CPU."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    ranks = distributed.local_world()
+    if wanted == "cuda" and ranks > (gpus := torch.cuda.device_count()) > 0:
+        raise UserError(f"{ranks} processes on a machine with {gpus} GPUs; start torchrun with --nproc-per-node {gpus}")
     try:
         torch.empty(1, device=wanted)
         return torch.device(wanted)
@@ -126,10 +164,10 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_workers(wanted: str | int) -> int:
-    """How many processes read; ``auto`` leaves half of the cores to the training step."""
+    """How many processes read for this one; ``auto`` leaves half of its share of the cores to the training step."""
     if wanted != "auto":
         return int(wanted)
-    return min(MOST_WORKERS, max(1, usable_cores() // 2))
+    return min(MOST_WORKERS, max(1, usable_cores() // distributed.local_world() // 2))
 
 
 def run_length(config: Train, samples: int) -> int:
@@ -149,13 +187,13 @@ def fresh_state(config: Train, device: torch.device) -> State:
     model = build(config.model, "model", config.trust).to(device)
     model.set_grad_checkpoint(config.grad_checkpoint)
     optimizer = build(config.optim, "optim", config.trust)(model)
-    return State(model, optimizer, torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"))
+    return State(model, optimizer, GradScaler(device.type, FIRST_SCALE[config.amp]))
 
 
-def identify(config: Train, data: Data, plan: Plan | MixPlan) -> dict[str, Any]:
-    """What a run is, for those who would go on with it: its config, and a hash of its data in their order."""
+def identify(config: Train, data: Data, plan: Plan | MixPlan) -> Identity:
+    """What the run is."""
     plan_id = blake2b(f"{data.train.id} {plan.id}".encode(), digest_size=16).hexdigest()
-    return {"config": asdict(config), "plan": plan_id}
+    return Identity(asdict(config), plan_id, run_length(config, plan.samples))
 
 
 def train_reader(config: Train, data: Data, plan: Plan | MixPlan, model: CLIP) -> TrainReader:
@@ -164,41 +202,54 @@ def train_reader(config: Train, data: Data, plan: Plan | MixPlan, model: CLIP) -
     return TrainReader(data.train, plan, crop, tokenizer, data.caption, config.loss.get("same") == "mask")
 
 
-def restore(state: State, resume: str | None, directory: Path, identity: Mapping[str, Any]) -> float:
-    """Put a run's state back, if there is one to go on from.
-
-    Args:
-        state: is filled in place.
-        resume: ``auto``, the path of a checkpoint, or None.
-        directory: the run's.
-        identity: config and plan; they must mean what they meant.
-
-    Returns:
-        Seconds that the run has taken so far.
-
-    Raises:
-        UserError: the run there is another one, or may not be touched.
-    """
-    last = directory / "checkpoints" / "clip_last.pt"
-    if resume is None and last.exists():
-        raise UserError(f"{directory} holds a run; resume=auto goes on with it, name=... starts another")
-    path = last if resume == "auto" else Path(resume) if resume else None
-    if path is None or (resume == "auto" and not last.exists()):
-        return 0.0
-    saved = checkpoint.read(path)
-    changes = differences(saved["config"], identity["config"])
-    if saved["plan"] != identity["plan"] and not changes:
-        changes = ["the data: other shards, or other files in them"]
-    if changes:
-        raise UserError(f"{path} is of another run ({'; '.join(changes)}); name=... starts one of its own")
-    state.load_state_dict(saved)
-    return saved["seconds"]
+def batches_of(job: Job, state: State) -> Iterator[list[Chunk]]:
+    """This rank's share of the batches to come."""
+    config, share = job.config, distributed.share(job.config.batch_size)
+    reader = train_reader(config, job.data, job.plan, state.model)
+    ranges = train_ranges(state.samples, config.batch_size, config.micro_batch_size, distributed.rank(),
+                          distributed.world(), state.left_out)
+    fill = distributed.local_rank() == 0        # ranks of a machine share the cache of remote shards
+    return steps(read(reader, ranges, job.workers, pin=job.device.type == "cuda", fill=fill), share)
 
 
-def save(directory: Path, identity: Mapping[str, Any], log: RunLog, state: State, which: str) -> None:
-    """Write the state as checkpoints/clip_WHICH.pt."""
-    path = directory / "checkpoints" / f"clip_{which}.pt"
-    checkpoint.save(path, {**state.state_dict(), **identity, "seconds": log.seconds})
+def forward_of(config: Train, model: CLIP) -> Forward:
+    """The model, or what is wrapped around it."""
+    forward = compiled(model) if config.compile else model
+    if distributed.world() == 1:
+        return forward
+    return DistributedDataParallel(forward, gradient_as_bucket_view=True)
+
+
+def log_of(job: Job, state: State) -> RunLog | SilentLog:
+    """Where the run is written down; by rank 0 alone."""
+    if distributed.rank():
+        return SilentLog()
+    job.directory.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(asdict(job.config), sort_keys=False, allow_unicode=True)
+    (job.directory / "config.yaml").write_text(text, encoding="utf-8")
+    return RunLog(job.directory, text, job.identity.steps, state.step, state.samples, state.seconds, job.plan.samples)
+
+
+def after_step_of(job: Job, state: State, log: RunLog | SilentLog, saver: Saver, signals: Signals) -> AfterStep:
+    """What happens between the steps of a run."""
+    config, data = job.config, job.data
+    every = partial(Every, steps=job.identity.steps, epoch=job.plan.samples / config.batch_size)
+    keys = ("log_every", "eval_every", "save_every", "keep_every", "stop_at")
+    times = Times(*(every(getattr(config, key)) for key in keys))
+    evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
+    tokenizer = SimpleTokenizer(state.model.text.context)
+    return AfterStep(
+        log=log,
+        times=times,
+        evaluate=Validation(data.vals, evals, tokenizer, job.workers, AMP[config.amp]),
+        saver=saver,
+        best=config.best,
+        bad_limit=data.bad_limit - sum(data.lost.values()),
+        max_bad_steps=config.max_bad_steps,
+        signals=signals,
+        doctor=Doctor(config.batch_size),
+        stopping=times.stop.over(state.step),
+    )
 
 
 def objective(directory: Path, tag: str | None) -> float | None:
@@ -206,18 +257,32 @@ def objective(directory: Path, tag: str | None) -> float | None:
     return json.loads((directory / "summary.json").read_text())["final"].get(tag)
 
 
-def headlines(
-    config: Train, directory: Path, state: State, data: Data, length: int, device: torch.device, workers: int
-) -> list[str]:
+def headlines(job: Job, state: State) -> list[str]:
     """What a run says of itself before it starts."""
+    config, data, ranks = job.config, job.data, distributed.world()
     samples, parameters = int(sum(data.train.sizes)), sum(p.numel() for p in state.model.parameters())
     held = sum(sum(val.sizes) for val in data.vals.values())
     return [
-        f"run       {directory}" + (f", goes on behind step {state.step:,}" if state.step else ""),
-        f"model     {parameters:,} parameters on {device}, amp={config.amp}",
-        f"data      {samples:,} pictures to train, {held:,} to validate; workers={workers}",
-        f"length    {told_length(config, samples, length)}",
+        f"run       {job.directory}" + (f", goes on behind step {state.step:,}" if state.step else ""),
+        f"model     {parameters:,} parameters on {job.device}, amp={config.amp}"
+        + (f", {ranks} ranks of {config.batch_size // ranks:,} samples" if ranks > 1 else ""),
+        f"data      {samples:,} pictures to train, {held:,} to validate; workers={job.workers}",
+        f"length    {told_length(config, samples, job.identity.steps)}",
     ]
+
+
+def told_divergence(diverged: Diverged, job: Job) -> str:
+    """The end of a run that cannot go on."""
+    first, size = diverged.first, job.config.batch_size
+    positions = range(first.position, first.position + min(size, MOST_NAMED))
+    keys = ", ".join(job.data.train.locate(job.plan[position].sample) for position in positions)
+    norms = ", ".join(f"{value:.4g} of the {tower} tower" for tower, value in diverged.norms.items())
+    return (
+        f"{diverged}, and max_rollbacks={job.config.max_rollbacks} are used up. Of that step: samples {keys} and "
+        f"{size - len(positions):,} more, learning rate {first.lr:.3g}, logit scale {diverged.scale:.4g}; norms of the "
+        f"weights {norms}. The last good checkpoint stands. A lower optim.lr, a longer sched.warmup, clip_norm=1.0 or "
+        "amp=bf16 in place of fp16 are the usual remedies"
+    )
 
 
 def told_length(config: Train, samples: int, length: int) -> str:
@@ -229,24 +294,3 @@ def told_length(config: Train, samples: int, length: int) -> str:
         limit = "sched.warmup" if steps == wanted else f"sched.warmup={wanted:,}, held down by sched.warmup_cap"
         warm = f", warm-up {steps:,} ({limit})"
     return f"{length:,} steps of {config.batch_size:,}, {epochs:.3g} epochs{warm}"
-
-
-def closing(directory: Path, summary: Mapping[str, Any]) -> list[str]:
-    """What a run says at its end: numbers, places, what to type next."""
-    step, steps, minutes = summary["step"], summary["steps"], summary["seconds"] / 60
-    lines = [f"{summary['state']} at step {step:,} of {steps:,} after {minutes:.1f} min"]
-    groups: dict[str, list[str]] = {}
-    for tag, value in summary["final"].items():
-        if tag.startswith("val/"):
-            group, _, metric = tag.rpartition("/")
-            groups.setdefault(group, []).append(f"{metric} {value:.4g}")
-    lines += [f"{group:<16}  {'  '.join(numbers)}" for group, numbers in groups.items()]
-    if summary["best"]:
-        best = summary["best"]
-        lines.append(f"best      {best['metric']} {best['value']:.4g} at step {best['step']:,}")
-    return [
-        *lines,
-        f"weights   {directory / 'checkpoints'}",
-        f"look      tensorboard --logdir {directory}",
-        f"repeat    python -m clipx.train config={directory / 'config.yaml'} name=again",
-    ]

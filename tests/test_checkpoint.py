@@ -1,4 +1,5 @@
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from clipx import checkpoint, load
-from clipx.checkpoint import CheckpointError, checksum, read, save
+from clipx.checkpoint import CheckpointError, Saver, checksum, read, save
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode
 
@@ -16,23 +17,51 @@ CONTENT = {"model_state_dict": {"a": torch.arange(6.0).view(2, 3), "b": torch.te
 def test_what_is_saved_is_read_without_running_code(tmp_path: Path) -> None:
     save(tmp_path / "clip_last.pt", CONTENT)
     found = torch.load(tmp_path / "clip_last.pt", weights_only=True)
-    assert found["step"] == 3 and found["format"] == 1
+    assert found["step"] == 3 and found["format"] == 2
     assert torch.equal(found["model_state_dict"]["a"], torch.arange(6.0).view(2, 3))
     assert read(tmp_path / "clip_last.pt")["checksum"] == checksum(CONTENT)
     assert os.listdir(tmp_path) == ["clip_last.pt"]
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_says_how_much_room_it_needs(tmp_path: Path) -> None:
     save(tmp_path / "clip_last.pt", CONTENT)
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, most))        # no file may grow larger, as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"_last\.pt cannot be written: File too large\. It needs 0\.004 GB"):
+            save(tmp_path / "clip_last.pt", {**CONTENT, "more": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    assert read(tmp_path / "clip_last.pt")["step"] == 3 and os.listdir(tmp_path) == ["clip_last.pt"]
 
-    def full(content: object, file: object) -> None:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        save(tmp_path / "clip_last.pt", {**CONTENT, "step": 4})
-    assert read(tmp_path / "clip_last.pt")["step"] == 3
+def test_a_directory_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
+        save(tmp_path / "clip_last.pt", CONTENT)
+
+
+def test_what_is_saved_in_the_background_is_what_stood_there_when_it_was_asked_for(tmp_path: Path) -> None:
+    weights = torch.zeros(2_000_000)
+    with Saver(tmp_path, {"plan": "x"}, previous=False) as saver:
+        for step in range(3):
+            saver({"model_state_dict": {"a": weights}, "step": step}, ["last", f"step_{step}"])
+            weights += 1            # training goes on
+    for name, step in (("last", 2), ("previous", 1), ("step_0", 0), ("step_1", 1), ("step_2", 2)):
+        found = read(tmp_path / f"clip_{name}.pt")
+        assert found["step"] == step and found["plan"] == "x" and (found["model_state_dict"]["a"] == step).all()
+
+
+def test_what_fails_in_the_background_is_told_at_the_next_step(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("a file where the directory should be")
+    match = "cannot be written: File exists"
+    with pytest.raises(CheckpointError, match=match), Saver(tmp_path / "x", {}, previous=False) as saver:
+        saver(CONTENT, ["last"])
+        while True:
+            saver.check()
 
 
 def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Double(Encoder):
 def gradient(clip: CLIP, batch: int, micro: int | None, few_shapes: bool = False) -> tuple[Tensor, list[Tensor]]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     parts = parts_of(chunks_of(batch, micro), micro, few_shapes)
-    loss, _ = backward(Double(clip, CPU, None), clip_loss, parts, scaler)
+    loss = backward(Double(clip, CPU, None), clip_loss, parts, scaler).loss
     gradients = [p.grad for p in clip.parameters()]
     clip.zero_grad()
     return loss, gradients
@@ -144,7 +144,7 @@ def ranks_gradient(rank: int, world: int, store: str, path: str) -> None:
                 return clip_loss(*features, same)
 
             parts = parts_of(chunks_of(64, micro, rank, world), micro)
-            loss, _ = backward(Double(forward, CPU, None), loss_of, parts, scaler)
+            loss = backward(Double(forward, CPU, None), loss_of, parts, scaler).loss
             results[same, micro] = loss, [p.grad.clone() for p in clip.parameters()]
             clip.zero_grad()
     torch.save(results, f"{path}/{rank}.pt")
@@ -158,7 +158,7 @@ def test_ranks_give_the_loss_and_the_gradient_of_one(world: int, tmp_path: Path)
     clip = model()
     for same in ("keep", "mask"):
         parts, scaler = parts_of(chunks_of(64, None), None), torch.amp.GradScaler("cpu", enabled=False)
-        loss, _ = backward(Double(clip, CPU, None), lambda *f, same=same: clip_loss(*f, same), parts, scaler)
+        loss = backward(Double(clip, CPU, None), lambda *f, same=same: clip_loss(*f, same), parts, scaler).loss
         whole = [p.grad for p in clip.parameters()]
         clip.zero_grad()
         for rank in range(world):

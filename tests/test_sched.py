@@ -32,14 +32,14 @@ def test_durations_in_steps_epochs_and_shares(duration: str | int, steps: int) -
 
 def test_minutes_go_by_the_clock() -> None:
     every = Every("15min", steps=10, epoch=1)
-    assert not every.due(1) and not every.over(1)
+    assert not every.passed() and not every.due(1)
     every.began -= 15 * 60
-    assert every.over(1) and every.due(1) and not every.due(2)
+    assert every.passed() and not every.passed() and not every.over(1)
 
 
 def test_never_is_never() -> None:
     every = Every(None, steps=10, epoch=1)
-    assert not any(every.due(step) or every.over(step) for step in range(1, 100))
+    assert not any(every.due(step) or every.over(step) or every.passed() for step in range(1, 100))
 
 
 @pytest.mark.parametrize("wrong", ["3parsecs", 0, "0ep", -5, "1.5", "ep", ""])

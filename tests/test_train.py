@@ -129,7 +129,8 @@ def test_a_run_of_other_meaning_in_the_same_directory_is_refused(
     train(*FEW, "name=x", "max_steps=3", "stop_at=2")
     message = fails(*FEW, "name=x", "max_steps=3", "optim.lr=0.1", "seed=5")
     assert message == ("outputs/x/checkpoints/clip_last.pt is of another run (optim.lr: 0.0005 -> 0.1; seed: 0 -> 5); "
-                       "name=... starts one of its own")
+                       "name=... starts one of its own, and resume_allow=[optim.lr,seed] goes on with this one all the "
+                       "same")
     assert "resume=auto goes on with it" in fails(*FEW, "name=x", "max_steps=3", "resume=null")
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 2
 
@@ -140,7 +141,7 @@ def test_other_data_behind_the_same_words_are_refused(
     few = ("data=shards", f"data.root={make_shards(30)}", "workers=0", "batch_size=8", "max_steps=4", "evals=[]")
     train(*few, "stop_at=2")
     make_shards(31)
-    assert "the data: other shards, or other files in them" in fails(*few)
+    assert "is of another run (data: other shards, or other files in them)" in fails(*few)
 
 
 def test_the_same_run_again_from_its_config(
@@ -172,33 +173,12 @@ def test_a_sweep_gives_each_job_a_directory_and_outlives_a_failed_one(
     assert "failed: " in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
-    train: Callable[..., None], fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from clipx import loss
-
-    good, calls = loss.clip_loss, []
-
-    def bad(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, ids: None, same: str) -> torch.Tensor:
-        calls.append(1)
-        return good(image, text, scale, ids, same) * (math.nan if len(calls) >= 6 else 1)
-
-    monkeypatch.setattr(loss, "clip_loss", bad)
-    message = fails(*FEW, "name=x", "log_every=4", "save_every=4", "eval_every=null")
-    assert message.startswith("the loss or its gradient is not finite at step 6; the last good checkpoint stands")
-    run = tmp_path / "outputs/x"
-    saved = read(run / "checkpoints/clip_last.pt")
-    assert saved["step"] == 4 and all(tensor.isfinite().all() for tensor in saved["model_state_dict"].values())
-    assert summary(run)["state"] == "failed" and "step 6" in summary(run)["reason"]
-    assert "Diverged" in (run / "train.log").read_text()
-
-
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains_float32_weights(amp: str, train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, f"amp={amp}", "name=x", "max_steps=4")
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
     assert all(tensor.dtype == torch.float32 for tensor in saved["model_state_dict"].values())
-    assert bool(saved["scaler"]) == (amp == "fp16")
+    assert saved["scaler"]["scale"] == (2.0**16 if amp == "fp16" else 1)
     assert all(math.isfinite(line["train/loss"]) for line in lines(tmp_path / "outputs/x") if "train/loss" in line)
 
 

@@ -4,7 +4,7 @@ import gc
 import itertools
 import random
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from multiprocessing import active_children
@@ -256,7 +256,8 @@ def as_it_is(chunk: Chunk) -> Chunk:
 
 
 def train_ranges(
-    position: int, batch_size: int, micro_batch_size: int | None = None, rank: int = 0, world: int = 1
+    position: int, batch_size: int, micro_batch_size: int | None = None, rank: int = 0, world: int = 1,
+    left_out: Sequence[Sequence[int]] = (),
 ) -> Iterator[range]:
     """The positions that one rank reads, chunk by chunk, without end.
 
@@ -266,11 +267,22 @@ def train_ranges(
         micro_batch_size: samples that go forward at once; no chunk reaches across the end of so many.
         rank: of this process.
         world: how many processes share a batch.
+        left_out: positions, from and to, that no batch begins at.
     """
     share = batch_size // world
-    for start in itertools.count(position + rank * share, batch_size):
+    while True:
+        start = usable(position, left_out) + rank * share
         for micro in cut(range(start, start + share), micro_batch_size or share):
             yield from cut(micro)
+        position = usable(position, left_out) + batch_size
+
+
+def usable(position: int, left_out: Sequence[Sequence[int]]) -> int:
+    """Where a batch begins that would begin at a position, but for what is left out."""
+    for start, end in sorted(left_out):
+        if start <= position < end:
+            position = end
+    return position
 
 
 def cut(positions: range, size: int = MOST_IN_CHUNK) -> Iterator[range]:

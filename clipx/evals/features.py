@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clipx.data.images import Normalise
 from clipx.data.loader import Chunk
+from clipx.distributed import all_sum, gather, gather_lists, gather_rows, part, rank
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
@@ -35,17 +36,19 @@ class Features:
 
 @torch.no_grad()
 def encode(model: CLIP, chunks: Iterator[Chunk], device: torch.device, amp: torch.dtype | None) -> Features:
-    """Encode every picture and every caption of a validation set.
+    """Encode every picture and every caption of a validation set; each rank some chunks of it, and all get all.
 
     Args:
         model: is left in the mode it was in.
-        chunks: of an EvalReader.
+        chunks: of an EvalReader, this rank's share.
         device: the model's.
         amp: autocast's type, or None for float32.
     """
-    training, normalise = model.training, Normalise(device)
+    training, normalise, size = model.training, Normalise(device), model.visual.size
     model.eval()
-    images, texts, owners, captions, shown, skipped, count = [], [], [], [], [], 0, 0
+    images, texts = ([torch.empty(0, model.visual.embed)] for _ in range(2))        # a rank may have no chunk
+    owners, shown = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3, size, size, dtype=torch.uint8)]
+    captions, skipped, count = [], 0, 0
     for chunk in chunks:
         with torch.autocast(device.type, amp, enabled=amp is not None):
             images.append(model.encode_image(normalise(chunk.images.to(device)), True).cpu())
@@ -56,17 +59,26 @@ def encode(model: CLIP, chunks: Iterator[Chunk], device: torch.device, amp: torc
         skipped += len(chunk.skipped)
         count += len(chunk)
     model.train(training)
-    return Features(torch.cat(images), torch.cat(texts), torch.cat(owners), captions, torch.cat(shown), skipped)
+    before = gather(torch.tensor([count]))[: rank()].sum()
+    return Features(
+        images=gather_rows(torch.cat(images)),
+        texts=gather_rows(torch.cat(texts)),
+        owners=gather_rows(torch.cat(owners) + before),
+        captions=gather_lists(captions),
+        shown=gather_rows(torch.cat(shown))[:KEPT],
+        skipped=int(all_sum(torch.tensor(skipped))),
+    )
 
 
 @torch.no_grad()
 def encode_texts(
     model: CLIP, tokenizer: SimpleTokenizer, device: torch.device, texts: list[str], batch: int = 256
 ) -> Tensor:
-    """Texts -> (M, E) unit vectors on the CPU, a batch at a time."""
+    """Texts -> (M, E) unit vectors on the CPU, a batch at a time; each rank encodes some, and all get all."""
     training = model.training
     model.eval()
-    parts = [tokenizer.trimmed(texts[start : start + batch]) for start in range(0, len(texts), batch)]
-    features = [model.encode_text(tokens.to(device), True).cpu() for tokens in parts]
+    features = [torch.empty(0, model.visual.embed)]
+    for start in part(range(0, len(texts), batch)):
+        features.append(model.encode_text(tokenizer.trimmed(texts[start : start + batch]).to(device), True).cpu())
     model.train(training)
-    return torch.cat(features)
+    return gather_rows(torch.cat(features))

@@ -7,8 +7,9 @@ import torch
 
 from clipx.data.loader import EvalReader, cut, read
 from clipx.data.sample import Source
+from clipx.distributed import part
 from clipx.evals.features import EncodeTexts, Features, encode, encode_texts
-from clipx.log import RunLog
+from clipx.log import RunLog, SilentLog
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
@@ -36,7 +37,7 @@ class Validation:
     ):
         self.sources, self.evals, self.tokenizer, self.workers, self.amp = sources, evals, tokenizer, workers, amp
 
-    def __call__(self, model: CLIP, step: int, log: RunLog) -> dict[str, float]:
+    def __call__(self, model: CLIP, step: int, log: RunLog | SilentLog) -> dict[str, float]:
         """The numbers by tag, ``val/<eval>/<metric>`` or ``val/<eval>@<data>/<metric>``; pictures go to the log."""
         numbers: dict[str, float] = {}
         for name, source in self.sources.items() if self.evals else ():
@@ -56,5 +57,5 @@ class Validation:
         """All pictures and captions of a validation set in the joint space."""
         device = model.logit_scale.device
         reader = EvalReader(source, model.visual.size, self.tokenizer)
-        everything = cut(range(sum(source.sizes)))
-        return encode(model, read(reader, everything, self.workers, pin=device.type == "cuda"), device, self.amp)
+        own = part([*cut(range(sum(source.sizes)))])
+        return encode(model, read(reader, own, self.workers, pin=device.type == "cuda"), device, self.amp)

@@ -1,0 +1,233 @@
+"""What happens between two steps: logged, evaluated, saved, each in its own time; and whether the run goes on."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+
+from clipx.checkpoint import Saver
+from clipx.data.tar import DataError
+from clipx.distributed import Agreed, gather_lists, world
+from clipx.duration import Every
+from clipx.errors import UserError
+from clipx.health import Doctor, health, tower_norms
+from clipx.log import RunLog, SilentLog
+from clipx.loop import Numbers, State
+from clipx.memory import peaks
+from clipx.models.clip import CLIP
+from clipx.signals import Signals
+
+logger = logging.getLogger("clipx")
+
+MOST_UNREAD = 100       # steps after which it is looked whether they were finite, where nothing else is due
+
+
+class BadStep(NamedTuple):
+    """A step whose gradient was not finite."""
+
+    step: int           # from 1
+    position: int       # of its batch in the plan
+    lr: float
+
+
+class Diverged(UserError):
+    """Too many steps in a row have no finite loss and gradient.
+
+    Args:
+        first: of these steps.
+        end: the position behind the last of them.
+        norms: of the weights of both towers.
+        scale: inverse temperature.
+        steps: how many.
+    """
+
+    def __init__(self, first: BadStep, end: int, steps: int, scale: float, norms: dict[str, float]):
+        self.first, self.end, self.steps, self.scale, self.norms = first, end, steps, scale, norms
+        super().__init__(f"the loss or its gradient has not been finite for {steps:,} steps, from step {first.step} on")
+
+
+@dataclass(frozen=True)
+class Times:
+    """When what is done; ``stop`` when the process ends."""
+
+    log: Every
+    eval: Every
+    save: Every
+    keep: Every
+    stop: Every
+
+
+class AfterStep:
+    """What happens between steps.
+
+    Nothing here waits for the device unless something is due.  Nothing is saved before the numbers since the last
+    time are known to be finite.  Ranks do the same at the same step.
+
+    Args:
+        log: where numbers go.
+        times: when what is done; minutes are rank 0's.
+        evaluate: scores the model at a step; gives numbers by tag.
+        saver: writes the state.
+        best: tag of the number whose highest value is kept as ``best``, or None.
+        bad_limit: how many distinct bad samples end the run.
+        max_bad_steps: how many steps in a row may be without a finite gradient.
+        signals: whether a signal has asked to end.
+        doctor: says in words what is wrong with the run.
+
+    Attributes:
+        stopping: whether the process is to end before the next step.
+    """
+
+    def __init__(
+        self,
+        log: RunLog | SilentLog,
+        times: Times,
+        evaluate: Callable[[CLIP, int, RunLog], dict[str, float]],
+        saver: Saver,
+        best: str | None,
+        bad_limit: int,
+        max_bad_steps: int,
+        signals: Signals,
+        doctor: Doctor,
+        stopping: bool,
+    ):
+        self.log, self.times, self.evaluate, self.saver = log, times, evaluate, saver
+        self.best, self.bad_limit, self.max_bad_steps = best, bad_limit, max_bad_steps
+        self.signals, self.doctor, self.stopping = signals, doctor, stopping
+        self.agreed = Agreed()
+        self.unread: list[tuple[BadStep, torch.Tensor]] = []        # steps, and whether they were finite
+        self.row: list[BadStep] = []                                # steps without effect, up to the last one
+        self.records: list[dict[str, int | str]] = []               # of bad samples
+        self.save_due = False
+        self.last_logged = self.last_evaluated = self.last_saved = -1
+        self.latest: Numbers | None = None
+        self.since = time.perf_counter()
+        self.samples, self.wait = 0, 0.0
+
+    def __call__(self, state: State, numbers: Numbers) -> None:
+        step = state.step
+        self.unread.append((BadStep(step, numbers.position, numbers.lr), numbers.norm.isfinite()))
+        self.records += [{"samples": state.samples, **asdict(record)} for record in numbers.skipped]
+        self.latest = numbers
+        self.samples += numbers.samples
+        self.wait += numbers.wait
+
+        self.saver.check()
+        every = list(vars(self.times).values())
+        *passed, asked = self.agreed(*(one.passed() for one in every), self.signals.asked is not None)
+        log, evaluate, save, keep, stop = (flag or one.due(step) for flag, one in zip(passed, every, strict=True))
+        self.stopping = self.stopping or stop or asked
+        self.save_due |= save
+        if log or evaluate or keep or self.save_due or len(self.unread) == MOST_UNREAD:
+            self.settle(state)
+        if log:
+            self.write(state, numbers)
+        if self.row:            # the weights behind steps without effect may be no good: what is due for saving waits
+            return
+        kinds = self.run_evaluation(state) if evaluate else []
+        kinds += ["last"] * self.save_due + [f"step_{step}"] * keep
+        if kinds:
+            self.run_save(state, kinds)
+
+    def finish(self, state: State) -> None:
+        """Log, evaluate and save at the end of ``fit``, where that has not just been done."""
+        self.settle(state)
+        if self.latest is not None and self.last_logged != state.step:
+            self.write(state, self.latest)
+        kinds = self.run_evaluation(state) if self.last_evaluated != state.step else []
+        if kinds or self.last_saved != state.step:
+            self.run_save(state, [*kinds, "last"])
+        self.saver.wait()
+
+    def settle(self, state: State) -> None:
+        """Look at what the steps since the last time have brought, on all ranks.
+
+        Raises:
+            Diverged: too many of them in a row were not finite.
+            DataError: too many samples are bad.
+        """
+        finite = torch.stack([flag for _, flag in self.unread]).tolist() if self.unread else []
+        for (step, _), good in zip(self.unread, finite, strict=True):
+            self.row = [] if good else [*self.row, step]
+            state.bad_steps += not good
+            if len(self.row) > self.max_bad_steps:
+                scale = state.model.logit_scale.exp().item()
+                raise Diverged(self.row[0], state.samples, len(self.row), scale, tower_norms(state.model))
+        self.unread.clear()
+        self.note_skipped(state)
+
+    def write(self, state: State, numbers: Numbers) -> None:
+        elapsed = time.perf_counter() - self.since
+        found = {
+            "train/loss": numbers.loss.item(),
+            "train/lr": numbers.lr,
+            "train/logit_scale": numbers.scale.item(),
+            "train/grad_norm": numbers.norm.item(),
+            "train/samples_per_s": self.samples / elapsed,
+            "train/data_wait": self.wait / elapsed,
+            "train/skipped": len(state.skipped),
+            "train/bad_steps": state.bad_steps,
+            **peaks(numbers.loss.device),
+            **(health(numbers) if not self.row else {}),
+        }
+        found = {tag: value for tag, value in found.items() if math.isfinite(value)}
+        self.log.scalars(found, state.step, state.samples)
+        shown = {"loss": "train/loss", "samples/s": "train/samples_per_s", "data wait": "train/data_wait"}
+        self.log.progress(state.step, {name: found[tag] for name, tag in shown.items() if tag in found})
+        for words in self.doctor.look(state.step, found):
+            logger.warning("step %d: %s", state.step, words)
+        self.last_logged = state.step
+        self.restart_clock()
+
+    def run_evaluation(self, state: State) -> list[str]:
+        """Score the model; names it ``best`` where nothing before was better."""
+        numbers = self.evaluate(state.model, state.step, self.log)
+        self.last_evaluated = state.step
+        if numbers:
+            self.log.scalars(numbers, state.step, state.samples)
+        value = numbers.get(self.best)
+        better = value is not None and value > state.best.get("value", float("-inf"))
+        if better:
+            state.best = {"metric": self.best, "value": value, "step": state.step}
+        self.log.summary["best"] = state.best       # a resumed run's, too
+        self.log.write_summary()
+        self.restart_clock()
+        return ["best"] if better else []
+
+    def run_save(self, state: State, kinds: list[str]) -> None:
+        self.log.flush()            # what the checkpoint goes on behind is in the files
+        state.seconds = self.log.seconds
+        self.saver(state.state_dict(), kinds)
+        if "last" in kinds:
+            self.last_saved, self.save_due = state.step, False
+        self.restart_clock()
+
+    def rescue(self, state: State) -> None:
+        """Save between two steps when there is no next one; one rank of several cannot, as the others are in theirs."""
+        if world() == 1:
+            self.settle(state)
+            self.run_save(state, ["last"])
+
+    def restart_clock(self) -> None:
+        """Rates count training alone, not what is done between steps."""
+        self.since = time.perf_counter()
+        self.samples, self.wait = 0, 0.0
+
+    def note_skipped(self, state: State) -> None:
+        """List the bad samples that any rank has met, and count them."""
+        records, self.records = gather_lists(self.records), []
+        if not records:
+            return
+        state.skipped.update(record["sample"] for record in records)
+        self.log.skipped(records)
+        if len(state.skipped) > self.bad_limit:
+            worst = records[-1]
+            raise DataError(
+                f"{len(state.skipped)} bad samples, more than data.max_skipped allows; the last of them "
+                f"{worst['place']}: {worst['reason']}; skipped.jsonl in the run's directory lists them. With a larger "
+                "data.max_skipped the same words go on"
+            )

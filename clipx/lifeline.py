@@ -1,0 +1,120 @@
+"""Who is lost: each rank tells that it lives, and looks after the next one."""
+
+import logging
+import os
+import time
+from contextlib import suppress
+from threading import Event, Thread
+from types import TracebackType
+
+import torch.distributed as dist
+
+from clipx.errors import Interrupted, UserError
+
+logger = logging.getLogger("clipx")
+
+BEAT = 1.0          # seconds between two signs of life
+SILENT = 30.0       # seconds without one after which a rank counts as lost
+BEATS = 4           # that a rank may leave out when something is known to have failed
+GRACE = 10.0        # seconds that a step has to fail by itself when a rank is lost; then the process ends
+TOLD = 60.0         # seconds between two lines that tell of waiting
+GOES_ON = "the same command goes on from the last checkpoint"
+NO_STORE = f"rank 0 or its machine is lost: the store of the ranks does not answer; {GOES_ON}"
+
+
+class Lifeline:
+    """Ends a rank with an error that names the lost one, within a minute of its loss, for the length of a ``with``.
+
+    A thread beats into a store that all ranks see.  When the rank next to it falls silent, or a rank ends with an
+    error, that is written there once, and all read it.  What then fails in the ``with`` is told as the loss.  A
+    process that hangs in a collective is ended.
+
+    Args:
+        store: of a connection of its own.
+        rank, world: of this process.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int):
+        self.store, self.rank, self.world = store, rank, world
+        self.stopped, self.thread = Event(), Thread(target=self.run, daemon=True)
+
+    def __enter__(self) -> "Lifeline":
+        self.store.set(f"beat {self.rank}", "0")
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, RuntimeError) and (why := self.why()):         # a collective, most likely
+            self.stopped.set()
+            raise UserError(why) from error
+        if error is not None and not isinstance(error, Interrupted):
+            self.declare(f"rank {self.rank} has ended: {error or kind.__name__}")
+        self.stopped.set()
+
+    def run(self) -> None:
+        beat, seen, since = 0, b"", time.monotonic()
+        after = (self.rank + 1) % self.world
+        while not self.stopped.wait(BEAT):
+            try:
+                beat += 1
+                self.store.set(f"beat {self.rank}", str(beat))
+                now = self.sign(after)
+                if now != seen:
+                    seen, since = now, time.monotonic()
+                elif time.monotonic() - since > SILENT:
+                    self.declare(f"rank {after} is lost: it has given no sign of life for {SILENT:.0f} s")
+                lost = self.lost()
+            except dist.DistError:
+                lost = NO_STORE
+            if lost and not self.stopped.wait(GRACE):
+                logger.critical("%s", lost)
+                os._exit(1)
+
+    def sign(self, rank: int) -> bytes:
+        key = f"beat {rank}"
+        return self.store.get(key) if self.store.check([key]) else b""
+
+    def lost(self) -> str:
+        """Who is lost, and why; empty where nobody is."""
+        return self.store.get("lost").decode() if self.store.check(["lost"]) else ""
+
+    def declare(self, why: str) -> None:
+        """Tell all; the first one holds."""
+        with suppress(dist.DistError):      # then the others find out by themselves
+            self.store.compare_set("lost", "", f"{why}; {GOES_ON}")
+
+    def why(self) -> str:
+        """Who is to blame for what has failed here; looks at all ranks for some beats."""
+        try:
+            before = [self.sign(rank) for rank in range(self.world)]
+            for _ in range(BEATS):
+                if lost := self.lost():
+                    return lost
+                time.sleep(BEAT)
+            for rank in range(self.world):
+                if self.sign(rank) == before[rank]:
+                    self.declare(f"rank {rank} is lost: it has ended without a word")
+            return self.lost()
+        except dist.DistError:
+            return NO_STORE
+
+    def tell(self, turn: str) -> None:
+        """Let those go on who wait for it."""
+        self.store.set(turn, "1")
+
+    def wait(self, turn: str) -> None:
+        """Wait for another rank, however long it needs.
+
+        Raises:
+            UserError: a rank is lost.
+        """
+        asked = told = time.monotonic()
+        while not self.store.check([turn]):
+            if lost := self.lost():
+                raise UserError(lost)
+            if time.monotonic() - told > TOLD:
+                told = time.monotonic()
+                logger.warning("rank %d has waited %.0f s for the data to be indexed", self.rank, told - asked)
+            time.sleep(BEAT / 5)

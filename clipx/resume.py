@@ -1,0 +1,129 @@
+"""Going on with a run: from which checkpoint, and whether it is still the same run."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipx import checkpoint
+from clipx.build import build
+from clipx.checkpoint import CheckpointError
+from clipx.config import Train, differences, flat
+from clipx.loop import State
+from clipx.schema import ConfigError, suggest
+
+logger = logging.getLogger("clipx")
+
+LENGTH = {"epochs", "max_steps"}        # these may grow
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is, for those who would go on with it."""
+
+    config: dict[str, Any]
+    plan: str               # a hash of its data in their order
+    steps: int              # its length
+
+
+def restore(state: State, config: Train, directory: Path, identity: Identity) -> Path | None:
+    """Put a run's state back, if there is one to go on from.
+
+    Args:
+        state: is filled in place.
+        config: says where to go on (``resume``) and what may have changed (``resume_allow``).
+        directory: the run's.
+        identity: must be what it was.
+
+    Returns:
+        The checkpoint, or None where there is none.
+
+    Raises:
+        UserError: the run there is another one, or may not be touched, or its checkpoints are damaged.
+    """
+    found = find(config.resume, directory / "checkpoints")
+    if found is None:
+        return None
+    path, saved = found
+    if saved.get("format") != checkpoint.FORMAT:
+        raise CheckpointError(f"{path} has weights, but not all that a run needs to go on; name=... starts another run")
+    changes = changed(saved, identity)
+    permitted = allowed(config, changes)
+    refused = [text for key, text in changes.items() if key not in permitted]
+    if refused:
+        keys = ",".join(key for key in changes if key not in permitted)
+        raise CheckpointError(f"{path} is of another run ({'; '.join(refused)}); name=... starts one of its own, and "
+                              f"resume_allow=[{keys}] goes on with this one all the same")
+    if "data" in changes:
+        saved["skipped"] = []       # numbers of other samples
+    try:
+        state.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} holds weights of another shape ({str(error).strip().splitlines()[-1].strip()}); name=... starts a "
+            "run of its own"
+        ) from error
+    if changes:
+        logger.warning("the run goes on with changes that resume_allow permits: %s", "; ".join(changes.values()))
+    if identity.steps != saved["steps"]:
+        logger.warning(told_schedule(config, saved, identity.steps))
+    return path
+
+
+def find(resume: str | None, checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from: the last one; where that is damaged the one before."""
+    last, previous = checkpoints / "clip_last.pt", checkpoints / "clip_previous.pt"
+    standing = [path for path in (last, previous) if path.exists()]
+    if resume is None and standing:
+        raise CheckpointError(
+            f"{checkpoints.parent} holds a run; resume=auto goes on with it, name=... starts another"
+        )
+    if resume not in (None, "auto"):
+        return Path(resume), checkpoint.read(Path(resume))
+    damage = []
+    for path in standing:
+        try:
+            saved = checkpoint.read(path)
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        if damage:
+            logger.warning("%s; the run goes on from %s, behind step %d", damage[0], path, saved["step"])
+        return path, saved
+    if damage:
+        others = sorted(str(path) for path in checkpoints.glob("clip_*.pt") if path not in standing)
+        raise CheckpointError(f"{'; '.join(damage)}; resume=PATH goes on from another checkpoint "
+                              f"({', '.join(others) or 'there is none'}), name=... starts anew")
+    return None
+
+
+def changed(saved: Mapping[str, Any], identity: Identity) -> dict[str, str]:
+    """What has another meaning than it had, by key; a run may become longer."""
+    changes = differences(saved["config"], identity.config)
+    if identity.steps >= saved["steps"]:
+        changes = {key: text for key, text in changes.items() if key not in LENGTH}
+    if saved["plan"] != identity.plan and not any(key == "seed" or key.startswith("data.") for key in changes):
+        changes["data"] = "data: other shards, or other files in them"
+    return changes
+
+
+def allowed(config: Train, changes: Mapping[str, str]) -> set[str]:
+    """Those of the changed keys that ``resume_allow`` names, each itself or its group.
+
+    Raises:
+        ConfigError: it names what is no key.
+    """
+    known = {".".join(key.split(".")[:depth]) for key in flat(vars(config)) for depth in (1, 2, 3, 4)}
+    for key in config.resume_allow:
+        if key not in known | changes.keys():
+            raise ConfigError(f"resume_allow=[{key}]: there is no such key{suggest(key, sorted(known))}")
+    return {key for key in changes if any(f"{key}.".startswith(f"{name}.") for name in config.resume_allow)}
+
+
+def told_schedule(config: Train, saved: Mapping[str, Any], steps: int) -> str:
+    """What another length does to the learning rate."""
+    step = saved["step"]
+    before, now = (build(config.sched, "sched", config.trust)(length)(step) for length in (saved["steps"], steps))
+    return (f"the run is {steps:,} steps long, it was {saved['steps']:,}: at step {step:,} the learning rate is "
+            f"{now:.3g} of its peak, by the old length it would be {before:.3g}")

@@ -1,0 +1,33 @@
+"""Signals that ask a run to end: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, which Slurm can send before the time is up."""
+
+import signal
+from threading import current_thread, main_thread
+from types import FrameType, TracebackType
+
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Signals:
+    """Notes signals for the length of a ``with``; a second Ctrl-C ends the process at once.
+
+    Attributes:
+        asked: the name of the first one; None where there was none.
+    """
+
+    asked: str | None = None
+
+    def __enter__(self) -> "Signals":
+        asking = ASKING if current_thread() is main_thread() else ()        # Python lets no other thread handle them
+        self.before = {number: signal.signal(number, self.note) for number in asking}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = self.asked or signal.Signals(number).name
