@@ -121,6 +121,8 @@ class AfterStep:
         *passed, asked = self.agreed(*(one.passed() for one in every), self.signals.asked is not None)
         log, evaluate, save, keep, stop = (flag or one.due(step) for flag, one in zip(passed, every, strict=True))
         self.stopping = self.stopping or stop or asked
+        if asked:
+            self.signals.asked = self.signals.asked or "a signal to another rank"
         self.save_due |= save
         if log or evaluate or keep or self.save_due or len(self.unread) == MOST_UNREAD:
             self.settle(state)
@@ -134,11 +136,12 @@ class AfterStep:
             self.run_save(state, kinds)
 
     def finish(self, state: State) -> None:
-        """Log, evaluate and save at the end of ``fit``, where that has not just been done."""
+        """Log, evaluate and save at the end of ``fit``, where that has not just been done; a signal leaves no time."""
         self.settle(state)
         if self.latest is not None and self.last_logged != state.step:
             self.write(state, self.latest)
-        kinds = self.run_evaluation(state) if self.last_evaluated != state.step else []
+        late = self.stopping and self.signals.asked
+        kinds = self.run_evaluation(state) if self.last_evaluated != state.step and not late else []
         if kinds or self.last_saved != state.step:
             self.run_save(state, [*kinds, "last"])
         self.saver.wait()

@@ -211,7 +211,7 @@ def other_rank() -> str:
 
 
 class Console(logging.Handler):
-    """Log lines on the terminal, above the progress bar; of ranks other than the first, warnings alone."""
+    """Log lines on the terminal, above the progress bar; of ranks other than the first, errors alone."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -220,7 +220,7 @@ class Console(logging.Handler):
 @contextmanager
 def console() -> Iterator[None]:
     """Show what clipx logs, for as long as a command runs."""
-    logger, handler = logging.getLogger("clipx"), Console(logging.WARNING if other_rank() else logging.INFO)
+    logger, handler = logging.getLogger("clipx"), Console(logging.ERROR if other_rank() else logging.INFO)
     if other_rank():
         handler.setFormatter(logging.Formatter(f"rank {other_rank()}: %(message)s"))
     logger.setLevel(logging.DEBUG)

@@ -17,7 +17,6 @@ BEAT = 1.0          # seconds between two signs of life
 SILENT = 30.0       # seconds without one after which a rank counts as lost
 BEATS = 4           # that a rank may leave out when something is known to have failed
 GRACE = 10.0        # seconds that a step has to fail by itself when a rank is lost; then the process ends
-TOLD = 60.0         # seconds between two lines that tell of waiting
 GOES_ON = "the same command goes on from the last checkpoint"
 NO_STORE = f"rank 0 or its machine is lost: the store of the ranks does not answer; {GOES_ON}"
 
@@ -110,11 +109,7 @@ class Lifeline:
         Raises:
             UserError: a rank is lost.
         """
-        asked = told = time.monotonic()
         while not self.store.check([turn]):
             if lost := self.lost():
                 raise UserError(lost)
-            if time.monotonic() - told > TOLD:
-                told = time.monotonic()
-                logger.warning("rank %d has waited %.0f s for the data to be indexed", self.rank, told - asked)
             time.sleep(BEAT / 5)

@@ -1,5 +1,6 @@
 """One training run: parts from plain values, the earlier state, the loop, the report."""
 
+import errno
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ logger = logging.getLogger("clipx")
 
 MOST_WORKERS = 8                # that ``workers=auto`` starts
 MOST_NAMED = 3                  # samples of a batch that an error names
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_SCALE = {"none": 1.0, "bf16": 1.0, "fp16": 2.0**16}       # of the loss; the first two keep theirs
 
@@ -70,6 +72,20 @@ def run(config: Train, directory: Path) -> float | None:
         UserError: something of the user's is wrong; what stands in ``directory`` is left as it is.
         Interrupted: a signal has ended it, after a save.
     """
+    try:
+        asked = run_on_ranks(config, directory)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UserError(f"{directory} cannot be written: {error.strerror}; when it can be, the same words go on from "
+                        "the last checkpoint") from error
+    if asked:
+        raise Interrupted(config.signal_exit_code)
+    return objective(directory, config.objective)
+
+
+def run_on_ranks(config: Train, directory: Path) -> str | None:
+    """The run on this rank; gives the signal that has asked it to end."""
     with distributed.joined(str(directory)) as lifeline:
         distributed.share(config.batch_size)
         device, workers = pick_device(config.device), pick_workers(config.workers)
@@ -83,9 +99,7 @@ def run(config: Train, directory: Path) -> float | None:
                 left_out.append([diverged.first.position, diverged.end])
                 logger.warning("%s; the run goes back to its last checkpoint and on without the samples of these steps",
                                diverged)
-    if signals.asked:
-        raise Interrupted(config.signal_exit_code)
-    return objective(directory, config.objective)
+    return signals.asked
 
 
 def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Diverged | None:

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)        # two threads on a busy two-core machine wait for each other
 
+FEW = ("experiment=smoke", "workers=0", "batch_size=16", "data.samples=40", "data.val_samples=20",
+       "model.image.depth=1", "model.text.depth=1", "log_every=1", "eval_every=7", "save_every=null")
+
 
 def picture(shade: int, kind: str = "png", size: tuple[int, int] = (40, 32)) -> bytes:
     """An encoded picture with a gradient, different for every shade."""
@@ -86,3 +89,23 @@ def in_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A Python of its own, in another directory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    from clipx import checkpoint
+
+    one, two = (checkpoint.read(run / "checkpoints" / "clip_last.pt") for run in (a, b))
+    for part in ("model_state_dict", "optimizer", "scaler", "step", "samples", "rng", "best", "skipped", "plan"):
+        assert str(one[part]) == str(two[part]), part
+    for name, tensor in one["model_state_dict"].items():
+        assert torch.equal(tensor, two["model_state_dict"][name]), name
+    for number, moments in one["optimizer"]["state"].items():
+        assert all(torch.equal(tensor, two["optimizer"]["state"][number][name]) for name, tensor in moments.items())

@@ -1,6 +1,5 @@
 """Whole runs, small ones: what they leave behind, how they go on, how they end."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -8,31 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture, write_tar
+from conftest import FEW, assert_same_state, lines, picture, summary, write_tar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clipx.checkpoint import read
-
-FEW = ("experiment=smoke", "workers=0", "batch_size=16", "data.samples=40", "data.val_samples=20",
-       "model.image.depth=1", "model.text.depth=1", "log_every=1", "eval_every=7", "save_every=null")
-
-
-def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
-
-
-def summary(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
-
-
-def assert_same_state(a: Path, b: Path) -> None:
-    one, two = (read(run / "checkpoints" / "clip_last.pt") for run in (a, b))
-    for part in ("model_state_dict", "optimizer", "scaler", "step", "samples", "rng", "best", "skipped", "plan"):
-        assert str(one[part]) == str(two[part]), part
-    for name, tensor in one["model_state_dict"].items():
-        assert torch.equal(tensor, two["model_state_dict"][name]), name
-    for number, moments in one["optimizer"]["state"].items():
-        assert all(torch.equal(tensor, two["optimizer"]["state"][number][name]) for name, tensor in moments.items())
 
 
 def test_a_run_leaves_what_was_promised(train: Callable[..., None], tmp_path: Path) -> None:

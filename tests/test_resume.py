@@ -1,0 +1,286 @@
+"""A run goes on as if nothing had happened: after signals, damage, divergence, and on purpose with changes."""
+
+import itertools
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FEW, assert_same_state, lines, summary
+
+from clipx import gradient, log, run
+from clipx.checkpoint import read
+from clipx.data.loader import train_ranges
+from clipx.loop import State
+
+Train = Callable[..., None]
+Fails = Callable[..., str]
+
+
+def losses(directory: Path) -> list[float]:
+    return [line["train/loss"] for line in lines(directory) if "train/loss" in line]
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets something happen in a run when a step is logged."""
+
+    def plan(step: int, happen: Callable[[], None]) -> None:
+        scalars = log.RunLog.scalars
+
+        def happening(self: log.RunLog, numbers: dict, at: int, samples: int) -> None:
+            scalars(self, numbers, at, samples)
+            if at == step and "train/loss" in numbers:
+                happen()
+
+        monkeypatch.setattr(log.RunLog, "scalars", happening)
+
+    return plan
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_and_the_same_words_go_on(
+    number: signal.Signals, train: Train, tmp_path: Path, at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(*FEW, "name=straight", "max_steps=9")
+    before = signal.getsignal(number)
+    at_step(4, lambda: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as ended:
+        train(*FEW, "name=x", "max_steps=9", "signal_exit_code=75")
+    assert ended.value.code == 75 and signal.getsignal(number) is before
+    told = capsys.readouterr().err
+    assert f"{number.name}: the run is saved and ends" in told
+    assert f"goes on with  python -m clipx.train {' '.join(FEW)} name=x max_steps=9 signal_exit_code=75" in told
+    assert summary(tmp_path / "outputs/x")["state"] == "stopped"
+    assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 5       # the step it came in is the last
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    train(*FEW, "name=x", "max_steps=9")
+    assert_same_state(tmp_path / "outputs/straight", tmp_path / "outputs/x")
+
+
+def test_a_signal_that_kills_the_workers_too_saves_all_the_same(
+    train: Train, tmp_path: Path, at_step: Callable[..., None]
+) -> None:
+    def whole_group() -> None:
+        from multiprocessing import active_children
+
+        signal.raise_signal(signal.SIGTERM)
+        for child in active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    at_step(4, whole_group)
+    with pytest.raises(SystemExit) as ended:
+        train(*FEW, "name=x", "max_steps=300", "workers=1", "eval_every=null")
+    assert ended.value.code == 0 and read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] in range(4, 300)
+
+
+def test_a_sweep_ends_with_its_job_at_a_signal(train: Train, tmp_path: Path, at_step: Callable[..., None]) -> None:
+    at_step(2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        train("-m", *FEW, "max_steps=4", "seed=0,1")
+    assert ended.value.code == 0 and len(list((tmp_path / "outputs/sweeps/sweep").iterdir())) == 1
+
+
+def test_a_second_ctrl_c_ends_at_once(train: Train, at_step: Callable[..., None]) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_step(2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(*FEW, "max_steps=4")
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("spoil", [flipped, cut, Path.unlink])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
+    spoil: Callable[[Path], None], train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(*FEW, "name=straight", "max_steps=12")
+    train(*FEW, "name=x", "max_steps=12", "stop_at=9", "save_every=3")
+    checkpoints = tmp_path / "outputs/x/checkpoints"
+    spoil(checkpoints / "clip_last.pt")
+    before = (checkpoints / "clip_previous.pt").read_bytes()
+    capsys.readouterr()
+    train(*FEW, "name=x", "max_steps=12", "stop_at=8")
+    told = capsys.readouterr().err
+    warned = "clip_last.pt is" in told and "the run goes on from outputs/x/checkpoints/clip_previous.pt, behind step 6"
+    assert spoil is Path.unlink or warned in told
+    assert (checkpoints / "clip_previous.pt").read_bytes() == before        # a damaged one does not take its place
+    train(*FEW, "name=x", "max_steps=12")
+    assert_same_state(tmp_path / "outputs/straight", tmp_path / "outputs/x")
+    assert losses(tmp_path / "outputs/x") == losses(tmp_path / "outputs/straight")
+
+
+def test_where_both_are_damaged_the_others_are_named(train: Train, fails: Fails, tmp_path: Path) -> None:
+    train(*FEW, "name=x", "max_steps=9", "stop_at=8", "save_every=2", "keep_every=4")
+    for which in ("last", "previous"):
+        cut(tmp_path / f"outputs/x/checkpoints/clip_{which}.pt")
+    told = fails(*FEW, "name=x", "max_steps=9")
+    assert "clip_last.pt is not a checkpoint: it is cut short" in told and "clip_previous.pt is not" in told
+    assert "resume=PATH goes on from another checkpoint (outputs/x/checkpoints/clip_best.pt, outputs/x/check" in told
+    train(*FEW, "name=x", "max_steps=9", "resume=outputs/x/checkpoints/clip_step_4.pt")
+    assert summary(tmp_path / "outputs/x")["state"] == "finished"
+
+
+def test_a_checkpoint_of_another_model_is_refused_even_where_it_is_allowed(
+    train: Train, fails: Fails, tmp_path: Path
+) -> None:
+    train(*FEW, "name=x", "max_steps=2", "evals=[]")
+    words = (*FEW, "name=y", "max_steps=2", "resume=outputs/x/checkpoints/clip_last.pt", "model.image.width=96",
+             "model.image.heads=1", "evals=[]")
+    assert "clip_last.pt is of another run (model.image.width: 192 -> 96; model.image.heads: 3 -> 1)" in fails(*words)
+    told = fails(*words, "resume_allow=[model]")
+    assert "clip_last.pt holds weights of another shape (size mismatch for visual" in told
+    torch.save({"model_state_dict": {}}, tmp_path / "weights.pt")
+    told = fails(*FEW, "name=z", "max_steps=2", "resume=weights.pt")
+    assert told.startswith("weights.pt has weights, but not all that a run needs to go on")
+
+
+def test_what_is_allowed_may_change_and_what_is_not_may_not(
+    train: Train, fails: Fails, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    train(*FEW, "name=x", "max_steps=6", "stop_at=3")
+    words = (*FEW, "name=x", "max_steps=6", "optim.lr=0.01", "batch_size=8", "data.samples=48")
+    told = fails(*words, "resume_allow=[optim]")
+    assert "batch_size: 16 -> 8" in told and "data.samples: 40 -> 48" in told and "optim.lr" not in told
+    assert fails(*words, "resume_allow=[optimm]").startswith("resume_allow=[optimm]: there is no such key; did you")
+    capsys.readouterr()
+    train(*words, "resume_allow=[optim.lr,batch_size,data]")
+    assert "goes on with changes that resume_allow permits: data.samples: 40 -> 48; optim.lr" in capsys.readouterr().err
+    assert lines(tmp_path / "outputs/x")[-1]["samples"] == 3 * 16 + 3 * 8
+    assert "clip_last.pt is of another run" in fails(*FEW, "name=x", "max_steps=6", "stop_at=3")
+
+
+def test_a_run_may_become_longer_and_says_what_that_does_to_its_schedule(
+    train: Train, fails: Fails, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    train(*FEW, "name=x", "max_steps=10")
+    capsys.readouterr()
+    train(*FEW, "name=x", "max_steps=20")
+    assert ("the run is 20 steps long, it was 10: at step 10 the learning rate is 0.587 of its peak, by the old length "
+            "it would be 0") in capsys.readouterr().err
+    assert summary(tmp_path / "outputs/x")["step"] == 20
+    assert "max_steps: 20 -> 15" in fails(*FEW, "name=x", "max_steps=15")
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
+    """Puts NaN into the pictures of the batches that begin at some positions, whenever they come."""
+
+    def spread(positions: set[int]) -> None:
+        batches, normalise, bad = run.batches_of, gradient.Normalise.__call__, [False]
+
+        def noted(job: run.Job, state: State) -> Iterator:
+            for chunks in batches(job, state):
+                bad[0] = chunks[0].position in positions
+                yield chunks
+
+        monkeypatch.setattr(run, "batches_of", noted)
+        monkeypatch.setattr(gradient.Normalise, "__call__",
+                            lambda self, images: normalise(self, images) * (math.nan if bad[0] else 1))
+
+    return spread
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_but_the_count(
+    train: Train, tmp_path: Path, poison: Callable[[set[int]], None]
+) -> None:
+    poison({16 * 3})
+    train(*FEW, "name=x", "max_steps=5", "keep_every=1")
+    rows = [line for line in lines(tmp_path / "outputs/x") if "train/lr" in line]
+    assert ["train/loss" in row for row in rows] == [True, True, True, False, True]
+    assert [row["train/bad_steps"] for row in rows] == [0, 0, 0, 1, 1]
+    kept = sorted(path.name for path in (tmp_path / "outputs/x/checkpoints").glob("clip_step_*"))
+    assert kept == [f"clip_step_{step}.pt" for step in (1, 2, 3, 5)]         # none of the bad step
+    saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
+    assert all(tensor.isfinite().all() for tensor in saved["model_state_dict"].values())
+
+
+def test_a_save_waits_for_a_step_that_is_good(train: Train, tmp_path: Path, poison: Callable[[set[int]], None]) -> None:
+    poison({16 * 3, 16 * 4})            # steps 4 and 5
+    train(*FEW, "name=x", "max_steps=7", "save_every=4", "stop_at=6")
+    train(*FEW, "name=x", "max_steps=7", "save_every=4", "stop_at=6")       # nothing left to do
+    assert [read(tmp_path / f"outputs/x/checkpoints/clip_{which}.pt")["step"] for which in ("last",)] == [6]
+    assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["bad_steps"] == 2
+
+
+def test_a_run_that_diverges_goes_back_and_leaves_those_batches_out(
+    train: Train, tmp_path: Path, poison: Callable[[set[int]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison({16 * step for step in (6, 7, 8)})
+    train(*FEW, "name=x", "max_steps=12", "save_every=4", "max_bad_steps=2")
+    told = capsys.readouterr().err
+    assert ("the loss or its gradient has not been finite for 3 steps, from step 7 on; the run goes back to its last "
+            "checkpoint and on without the samples of these steps") in told and "goes on behind step 4" in told
+    saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
+    assert saved["left_out"] == [[96, 144]] and saved["samples"] == 16 * 15 and saved["step"] == 12
+    rows = [line for line in lines(tmp_path / "outputs/x") if "train/loss" in line]
+    assert [row["samples"] for row in rows] == [16, 32, 48, 64, 80, 144, *range(160, 256, 16)]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+
+
+def test_left_out_positions_begin_no_batch_on_any_rank() -> None:
+    ranges = itertools.islice(train_ranges(0, 8, rank=1, world=2, left_out=[[24, 32], [8, 16]]), 4)
+    assert list(ranges) == [range(4, 8), range(20, 24), range(36, 40), range(44, 48)]
+
+
+def test_a_run_that_diverges_too_often_names_step_samples_and_norms(
+    train: Train, fails: Fails, tmp_path: Path, poison: Callable[[set[int]], None]
+) -> None:
+    poison(set(range(16 * 5, 16 * 40, 16)))
+    told = fails(*FEW, "name=x", "max_steps=30", "save_every=4", "max_bad_steps=1", "max_rollbacks=2")
+    assert told.startswith("the loss or its gradient has not been finite for 2 steps, from step 6 on, and max_rollb")
+    assert "samples dummy/0-" in told and "and 13 more, learning rate 0.0004" in told and "logit scale 14." in told
+    assert "of the image tower" in told and "of the text tower" in told and "The last good checkpoint stands" in told
+    saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
+    assert saved["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in saved["model_state_dict"].values())
+    assert summary(tmp_path / "outputs/x")["state"] == "failed"
+
+
+def test_a_full_disk_ends_the_run_with_what_was_needed_and_keeps_what_stands(
+    train: Train, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(*FEW, "name=straight", "max_steps=9")
+    train(*FEW, "name=x", "max_steps=9", "stop_at=3")
+    save = torch.save
+
+    def full(content: object, file: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    told = fails(*FEW, "name=x", "max_steps=9", "save_every=2")
+    assert "clip_last.pt cannot be written: No space left on device. It needs 0.0" in told
+    assert [path.name for path in (tmp_path / "outputs/x/checkpoints").iterdir() if "writing" in path.name] == []
+    monkeypatch.setattr(torch, "save", save)
+    train(*FEW, "name=x", "max_steps=9")
+    assert_same_state(tmp_path / "outputs/straight", tmp_path / "outputs/x")
+
+
+def test_a_log_that_cannot_be_written_ends_in_one_line(
+    fails: Fails, at_step: Callable[..., None], tmp_path: Path
+) -> None:
+    def refuse() -> None:
+        raise OSError(28, "No space left on device")
+
+    at_step(3, refuse)
+    assert fails(*FEW, "name=x", "max_steps=9") == (
+        "outputs/x cannot be written: No space left on device; when it can be, the same words go on from the last "
+        "checkpoint"
+    )
