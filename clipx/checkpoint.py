@@ -205,13 +205,18 @@ def load(
         The model in evaluation mode, its image transform and its tokenizer.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it cannot be used.
+        CheckpointError: there is no checkpoint, or it cannot be used, or its model is not one of ``clipx.models``.
     """
     path = Path(run_or_weights)
     if path.is_dir():
         best, last = (path / "checkpoints" / f"clip_{which}.pt" for which in ("best", "last"))
         path = best if best.exists() else last
     content = read(path)
-    model = build(content["config"]["model"], trust=trust)
+    try:
+        model = build(content["config"]["model"], trust=trust, own="clipx.models")
+    except UserError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(model, CLIP):
+        raise CheckpointError(f"{path}: its config's model makes a {type(model).__name__}, not a CLIP")
     model.load_state_dict(content["model_state_dict"])
     return model.to(device).eval(), get_image_transform(model.visual.size), SimpleTokenizer(model.text.context)

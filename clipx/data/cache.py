@@ -114,7 +114,8 @@ class Cache:
             DataError: there is no room, or one cannot be copied.
         """
         self.make_room(sum(remote.size or 0 for remote in remotes), {remote.path for remote in (*wanted, *self.kept)})
-        persist(pool, partial(copy, stopped=stopped), {remote: remote.url for remote in remotes}, stopped)
+        work = partial(copy, stopped=stopped, most=self.limit)
+        persist(pool, work, {remote: remote.url for remote in remotes}, stopped)
 
     def fetch_now(self, remotes: Sequence[Remote]) -> None:
         """Copy those shards that are not there while everything waits."""
@@ -348,11 +349,11 @@ def is_lasting(error: BaseException) -> bool:
     return isinstance(error, (DataError, FileNotFoundError, PermissionError)) or not again
 
 
-def copy(remote: Remote, stopped: Event) -> None:
-    """Copy a shard; it stands in its place when it is whole and has its index.
+def copy(remote: Remote, stopped: Event, most: int) -> None:
+    """Copy a shard of ``most`` bytes at most; it stands in its place when it is whole and has its index.
 
     Raises:
-        DataError: it has not as many samples as was said.
+        DataError: it has not as many samples as was said, or more bytes.
         OSError: it has not as many bytes; and whatever else the storage library raises.
     """
     for path in remote.path, remote.index:
@@ -361,7 +362,7 @@ def copy(remote: Remote, stopped: Event) -> None:
     part = Path(name)
     try:
         os.close(descriptor)
-        download(remote.url, part, stopped)
+        download(remote.url, part, stopped, most if remote.size is None else remote.size)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         size = part.stat().st_size
@@ -387,14 +388,20 @@ def counts(index: Path) -> int | None:
     return read_head(index).get("samples")
 
 
-def download(url: str, part: Path, stopped: Event) -> None:
-    """Write what a URL gives into a file."""
+def download(url: str, part: Path, stopped: Event, most: int) -> None:
+    """Write what a URL gives into a file.
+
+    Raises:
+        DataError: it is more than ``most`` bytes, or ``stopped`` is set; and whatever the storage library raises.
+    """
     from fsspec.callbacks import Callback
     from webdataset.gopen import gopen
 
-    def go_on(*_: Any, **__: Any) -> None:
+    def go_on(_size: int | None, done: int, **_: Any) -> None:
         if stopped.is_set():
             raise DataError("nothing is copied any more")
+        if done > most:
+            raise DataError(f"{url} gives more than {most:,} bytes, what it should have or data.cache_gb has room for")
 
     progress = Callback(hooks={"go on": go_on})
     if not url.startswith(PIPE):

@@ -4,26 +4,27 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_context
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from threading import Event
 
 import numpy as np
 from tqdm import tqdm
 
-from clipx.data.cache import PIPE, Cache, Remote, file_system, is_lasting, persist
-from clipx.data.index import FORMAT, find_index, index_paths, make_index, read_head, read_table, write_table
+from clipx.data.cache import PIPE, Cache, Remote, download, file_system, is_lasting, persist
+from clipx.data.index import FORMAT, TOLD, find_index, index_paths, make_index, read_head, read_table, write_table
 from clipx.data.index import successes as counted
 from clipx.data.tar import DataError
 
 MANY = 1000                 # shards; for so many, what their indexes say is kept in one file
 ASKED = 64                  # remote shards that are asked about at once
+MOST_BESIDE = 64 << 20      # bytes of an index or of counts on a server
 KNOWN = "remote.json"       # the file that keeps the answers of one remote directory
-TOLD = ("samples", "readable", "total", "cut")      # what the head of an index tells of its shard
 ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), *((name, "<i8") for name in TOLD)])
 
 
@@ -87,7 +88,8 @@ def read_catalogue(shards: Sequence[Path], index_dir: Path) -> np.ndarray | None
         return None
     for path in catalogue_paths(shards, index_dir):
         if path.exists() and read_head(path).get("format") == FORMAT:
-            return read_table(path)
+            known = read_table(path)
+            return known if (known.dtype, len(known)) == (ROW, len(shards)) else None
     return None
 
 
@@ -201,13 +203,13 @@ def beside(url: str, name: str) -> str:
 
 def small_file(url: str) -> bytes | None:
     """What a URL gives; None where there is nothing, or nothing for us."""
-    system, path = file_system(url)
-    found = system.cat_ranges([path], None, None, on_error="return")[0]
-    if isinstance(found, bytes):
-        return found
-    if is_lasting(found):
+    with NamedTemporaryFile() as part, ThreadPoolExecutor(1) as pool:
+        error = pool.submit(download, url, Path(part.name), Event(), MOST_BESIDE).exception()       # as a value
+        if error is None:
+            return part.read()
+    if is_lasting(error):
         return None
-    raise found
+    raise error
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from clipx.data.sample import BadSample
+from clipx.data.sample import DECODED, MOST_PICTURE, BadSample, check_bytes
 from clipx.data.tar import DataError
 
 KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}      # Pillow's names; other formats become png
@@ -65,7 +65,7 @@ def encode(
 def look(file: bytes) -> tuple[str | None, int, int]:
     """Kind (None for one that shards do not hold), width and height, from the head of a file."""
     try:
-        with Image.open(BytesIO(file)) as image:
+        with Image.open(BytesIO(file), formats=DECODED) as image:
             width, height = image.size
             kind = KINDS.get(image.format)
     except UnidentifiedImageError as error:
@@ -83,10 +83,13 @@ def read_file(path: Path) -> bytes:
     """The bytes of a picture.
 
     Raises:
-        BadSample: there is none.
+        BadSample: there is none, or it is too large.
         DataError: there is one, but it cannot be read.
     """
     try:
+        if not path.is_file():
+            raise FileNotFoundError
+        check_bytes("its picture", path.stat().st_size, MOST_PICTURE)
         return path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
         raise BadSample("there is no such file") from error

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import Unpack
 
-from clipx.data.sample import BadSample, Data, How, Sample, hold_out
+from clipx.data.captions import checked
+from clipx.data.sample import MOST_PICTURE, BadSample, Data, How, Sample, check_bytes, hold_out
 from clipx.data.shards import patiently
 from clipx.data.tar import DataError
 
@@ -46,7 +47,8 @@ class Folder:
         path = self.images / name
         if not path.is_file():
             raise BadSample("is named in captions.txt, but there is no such file")
-        return Sample(name, patiently(path.read_bytes, path), self.captions[name])
+        check_bytes("its picture", patiently(path.stat, path).st_size, MOST_PICTURE)
+        return Sample(name, patiently(path.read_bytes, path), checked(self.captions[name]))
 
 
 def read_listing(path: Path) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from clipx.data.sample import BadSample
+from clipx.data.sample import DECODED, BadSample
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # RGB, of OpenAI's training pictures
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,7 +34,7 @@ def decode(file: bytes) -> Image.Image:
         BadSample: it does not decode, or is too large.
     """
     try:
-        image = Image.open(BytesIO(file))
+        image = Image.open(BytesIO(file), formats=DECODED)
         check_size(image.width, image.height)
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
@@ -152,7 +152,7 @@ def orientation(file: bytes) -> int:
     if not has_exif(file):
         return 1
     try:
-        found = Image.open(BytesIO(file)).getexif().get(ORIENTATION, 1)
+        found = Image.open(BytesIO(file), formats=DECODED).getexif().get(ORIENTATION, 1)
     except BROKEN:
         return 1
     return found if found in range(1, 9) else 1
@@ -198,8 +198,14 @@ def crop_box(width: int, height: int, scale: tuple[float, float], rng: random.Ra
 
 
 def eval_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture whose shorter side is resized to ``size`` pixels (bicubic), as torchvision cuts it."""
+    """The middle of a picture whose shorter side is resized to ``size`` pixels (bicubic), as torchvision cuts it.
+
+    Raises:
+        BadSample: it is so narrow that it would grow too large.
+    """
     width, height = (int(size * side / min(image.size)) for side in image.size)
+    if width * height > MOST_PIXELS:
+        raise BadSample(f"is too narrow: {image.width} x {image.height} pixels")
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 

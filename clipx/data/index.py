@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from clipx.data.tar import CutShort, DataError, members
+from clipx.data.tar import MOST_NAME, CutShort, DataError, members
 
 FORMAT = 1
 KEY = "__key__"             # the field that holds the key, as WebDataset calls it
 END = 16_384                # bytes at either end of a tar that tell whether it is still the same; a pad is 10,240
+TOLD = ("samples", "readable", "total", "cut")      # what the head of an index tells of its shard
+MOST_SAMPLES = 1 << 40      # of a shard; who says more lies
 MAX_KINDS = 64              # kinds of member in a shard; more means that the dots in the names are not extensions
 
 
@@ -56,9 +58,9 @@ def scan(shard: Path) -> tuple[np.ndarray, bool]:
         for name, offset, size in members(shard):
             folder, slash, base = name.rpartition(b"/")
             stem, _, extension = base.partition(b".")
-            if not stem or not extension:
-                continue
             key, kind = folder + slash + stem, extension.decode("utf-8", "replace").lower()
+            if not stem or not extension or kind == KEY:
+                continue
             if not keys or keys[-1] != key or kind in samples[-1]:
                 keys.append(key)
                 samples.append({})
@@ -104,9 +106,10 @@ def published(shard: Path) -> int | None:
 def successes(stats: bytes) -> int | None:
     """The count in a NNNNN_stats.json."""
     try:
-        return int(json.loads(stats)["successes"])
-    except (ValueError, KeyError, TypeError):
+        count = int(json.loads(stats)["successes"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    return count if 0 <= count < MOST_SAMPLES else None
 
 
 def index_paths(shard: Path, index_dir: Path) -> list[Path]:
@@ -125,7 +128,8 @@ def belongs(index: Path, shard: Path) -> bool:
     if not index.exists():
         return False
     now = {"format": FORMAT, "bytes": shard.stat().st_size, "ends": ends(shard)}
-    return now.items() <= read_head(index).items()
+    head = read_head(index)
+    return now.items() <= head.items() and head.keys() >= set(TOLD) and record(head).names[0] == KEY
 
 
 def ends(shard: Path) -> str:
@@ -162,14 +166,22 @@ def read_head(path: Path) -> dict[str, Any]:
         try:
             head = json.loads(file.readline(1 << 20))
             records = head["samples"] * record(head).itemsize
-        except (ValueError, KeyError, TypeError):
+            counts = [head.get(name, 0) for name in TOLD]
+            if not all(isinstance(count, int) and 0 <= count < MOST_SAMPLES for count in counts):
+                return {}
+        except (ValueError, KeyError, TypeError, RecursionError):
             return {}
         return head if os.fstat(file.fileno()).st_size == file.tell() + records else {}
 
 
 def record(head: dict[str, Any]) -> np.dtype:
-    """The type of the records behind a head."""
-    return np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in head["dtype"]])
+    """The type of the records behind a head, from its names and the room for keys; others might be pointers."""
+    (first, kind, *_), *rest = head["dtype"]
+    if first != KEY:
+        return np.dtype([(name, "<i8") for name, *_ in head["dtype"]])       # of a catalogue
+    if not 0 < int(kind[2:]) <= MOST_NAME:
+        raise ValueError
+    return np.dtype([(KEY, f"S{int(kind[2:])}"), *((name, "<i8", (2,)) for name, *_ in rest)])
 
 
 def read_table(path: Path) -> np.ndarray:

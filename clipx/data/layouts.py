@@ -275,7 +275,7 @@ def published(path: Path) -> Iterator[Any]:
         yield json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not the json that was published: {type(error).__name__} {error}") from error
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 from urllib3 import PoolManager
 
+from clipx.data.captions import checked
 from clipx.data.download import Download, is_url
 from clipx.data.encode import Encoded, encode, read_file
 from clipx.data.index import make_index
@@ -253,6 +254,7 @@ def encode_one(
     try:
         if not spoken(item):
             raise BadSample("has no caption")
+        checked(spoken(item))
         file = download.fetch(pool, item.picture) if is_url(item.picture) else read_file(root / item.picture)
         return encode(file, packing.resize, packing.encode, packing.quality, packing.min_size, packing.verify)
     except BadSample as error:

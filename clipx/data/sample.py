@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
+from PIL import Image
 from pydantic import AfterValidator, Field, PositiveInt
 from tqdm import tqdm
 
@@ -15,10 +16,20 @@ from clipx.data.plan import MixPlan, Plan
 MOST_HELD_OUT = 5000        # pictures; more tell nothing more
 LARGE = 1_000_000           # samples of a source for which it is kept which of them are held out
 LEAST_BAD = 10              # bad samples that never end a run
+MOST_PICTURE = 256 << 20    # bytes of a picture's file: the most pixels that are decoded take no more as they are
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")    # EPS would run a program
+Image.init()
+DECODED = [name for name in FORMATS if name in Image.OPEN]
 
 
 class BadSample(Exception):
     """A sample cannot be used, for what its bytes show."""
+
+
+def check_bytes(what: str, size: int, most: int) -> None:
+    """BadSample where there are too many."""
+    if size > most:
+        raise BadSample(f"{what} is too large: {size:,} bytes, more than {most:,}")
 
 
 class Sample(NamedTuple):
@@ -148,14 +159,22 @@ def hold_out(source: Keyed, share: float, kept: Path | None = None) -> tuple[Sou
     if count == 0:
         return source, None
     file = kept / f"held-{blake2b(f'{source.id} {count}'.encode(), digest_size=8).hexdigest()}.npy" if kept else None
-    if file and samples >= LARGE and file.exists():
-        ids = np.load(file)
-    else:
+    ids = chosen_before(file, count) if file and samples >= LARGE else None
+    if ids is None:
         ids = smallest_hashes(source, count)
         if file and samples >= LARGE:
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(file, ids)
     return Subset(source, ids, without=True), Subset(source, ids)
+
+
+def chosen_before(file: Path, count: int) -> np.ndarray | None:
+    """The ids that ``hold_out`` kept, where they are whole."""
+    try:
+        ids = np.lib.format.open_memmap(file, mode="r")     # reads no pickle, and makes no room for what is not there
+    except (OSError, ValueError):
+        return None
+    return np.asarray(ids) if (ids.shape, ids.dtype) == ((count,), np.int64) else None
 
 
 def smallest_hashes(source: Keyed, count: int) -> np.ndarray:

@@ -18,11 +18,11 @@ from pydantic import PositiveFloat
 from typing_extensions import Unpack
 
 from clipx.data.cache import PIPE, Cache, Remote, file_system, persist
-from clipx.data.captions import read_captions
+from clipx.data.captions import MOST_WORDS, read_captions
 from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.index import KEY, find_index, read_table
 from clipx.data.mix import Chain
-from clipx.data.sample import BadSample, Data, How, Sample, Source, hold_out
+from clipx.data.sample import MOST_PICTURE, BadSample, Data, How, Sample, Source, check_bytes, hold_out
 from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
@@ -80,13 +80,19 @@ class Shards:
     def read(self, sample: int) -> Sample:
         tar, row = self.row(sample)
         members = {kind: tuple(row[kind].tolist()) for kind in row.dtype.names[1:] if row[kind][0]}
-        if max(map(sum, members.values())) > tar.size:
+        if min(map(min, members.values()), default=0) < 0:
+            raise BadSample("its index names no place in its shard; delete the index")
+        if max(map(sum, members.values()), default=0) > tar.size:
             raise BadSample("is lost: its shard is cut short")
         picture = next((members[kind] for kind in PICTURES if kind in members), None)
         if picture is None:
             raise BadSample(f"has no picture ({', '.join('.' + kind for kind in PICTURES)})")
-        words = {kind: tar.read(*members[kind]) for kind in WORDS if kind in members}
-        captions = read_captions(words, self.caption_key)
+        kinds = WORDS if self.caption_key is None else ["json"]
+        kind = next((kind for kind in kinds if kind in members), None)
+        if kind:
+            check_bytes(f"its caption (.{kind})", members[kind][1], MOST_WORDS)
+        check_bytes("its picture", picture[1], MOST_PICTURE)
+        captions = read_captions({kind: tar.read(*members[kind])} if kind else {}, self.caption_key)
         return Sample(row[KEY].decode("utf-8", "replace"), tar.read(*picture), captions)
 
 

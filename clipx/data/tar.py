@@ -8,6 +8,9 @@ from pathlib import Path
 from clipx.errors import UserError
 
 BLOCK = 512                 # bytes of a header, and what members are padded to
+MOST_HEADER = 1 << 20       # bytes behind a pax or GNU header: names, and what file systems attach
+MOST_NAME = 1 << 10         # bytes; an index has room for the longest name in every row
+MOST_SIZE = 1 << 62         # bytes of a member; more than an index can count
 
 
 class DataError(UserError):
@@ -36,6 +39,8 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
             name, size, kind = parse_header(header, shard, count)
             start = position + BLOCK
             if kind in b"xgLK":
+                if size > MOST_HEADER:
+                    raise damaged(shard, count)
                 data = os.pread(descriptor, size, start)
                 if len(data) < size:
                     break
@@ -46,7 +51,10 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
             else:
                 size = size if long_size is None else long_size
                 if kind in b"0\0" or kind == b"7":
-                    yield long_name or name, start, size
+                    if len(name := long_name or name) > MOST_NAME:
+                        raise DataError(f"{shard} has a name of {len(name):,} bytes, more than {MOST_NAME:,}; pack it "
+                                        "again with shorter ones")
+                    yield name, start, size
                     count += 1
                 long_name, long_size = None, None
             position = start + size + -size % BLOCK
@@ -67,6 +75,8 @@ def parse_header(header: bytes, shard: Path, count: int) -> tuple[bytes, int, by
             raise ValueError
         large = header[124] & 0x80          # GNU's way to write 8 GB and more
         size = int.from_bytes(header[125:136], "big") if large else int(header[124:136].strip(b"\0 ") or b"0", 8)
+        if not 0 <= size < MOST_SIZE:
+            raise ValueError
     except (ValueError, IndexError):
         raise damaged(shard, count) from None
     name = header[:100].partition(b"\0")[0]
@@ -77,17 +87,17 @@ def parse_header(header: bytes, shard: Path, count: int) -> tuple[bytes, int, by
 
 def pax_name_and_size(data: bytes, shard: Path, count: int) -> tuple[bytes | None, int | None]:
     """What the records ``length key=value`` of a pax header say of the member that follows."""
-    fields = {}
+    fields, place = {}, 0
     try:
-        while data:
-            length = int(data.partition(b" ")[0])
-            key, equals, value = data[:length].partition(b" ")[2].partition(b"=")
-            if not equals or length > len(data):
+        while place < len(data):
+            begin = data.index(b" ", place) + 1
+            end = place + int(data[place : begin - 1])
+            key, equals, value = data[begin:end].partition(b"=")
+            if not equals or not begin < end <= len(data):
                 raise ValueError
-            fields[key] = value[:-1]
-            data = data[length:]
+            fields[key], place = value[:-1], end
         size = int(fields[b"size"]) if b"size" in fields else None
-        if size is not None and size < 0:
+        if size is not None and not 0 <= size < MOST_SIZE:
             raise ValueError
     except ValueError:
         raise damaged(shard, count) from None
