@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipx.errors import UserError
-from clipx.lifeline import Lifeline
+from clipx.lifeline import Lifeline, meet
 
 Item = TypeVar("Item")
 
@@ -37,13 +37,10 @@ def local_world() -> int:
 
 
 @contextmanager
-def joined(job: str) -> Iterator[Lifeline | None]:
+def joined() -> Iterator[Lifeline | None]:
     """Be one of the processes that torchrun, or submitit on Slurm, has started; alone nothing happens.
 
     CPU tensors pass by Gloo and CUDA tensors by NCCL.
-
-    Args:
-        job: the same on all ranks, another one for each job of a sweep.
 
     Raises:
         UserError: another rank is lost, or has failed.
@@ -57,7 +54,7 @@ def joined(job: str) -> Iterator[Lifeline | None]:
     if cuda:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     store, own, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(job, store)
+    store = dist.PrefixStore(meet(store, own, ranks), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=own, world_size=ranks)
     with Lifeline(store.clone(), own, ranks) as lifeline:
         yield lifeline

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import time
 from contextlib import suppress
 from threading import Event, Thread
@@ -13,12 +14,41 @@ from clipx.errors import Interrupted, UserError
 
 logger = logging.getLogger("clipx")
 
+LOOK = 0.1          # seconds between two looks for what another rank writes
 BEAT = 1.0          # seconds between two signs of life
 SILENT = 30.0       # seconds without one after which a rank counts as lost
 BEATS = 4           # that a rank may leave out when something is known to have failed
 GRACE = 10.0        # seconds that a step has to fail by itself when a rank is lost; then the process ends
 GOES_ON = "the same command goes on from the last checkpoint"
 NO_STORE = f"rank 0 or its machine is lost: the store of the ranks does not answer; {GOES_ON}"
+
+
+def meet(store: dist.Store, rank: int, world: int) -> str:
+    """A word that the ranks share which are here now.
+
+    torchrun's store still holds what was written before a restart, so each rank brings a word that nobody has used,
+    and rank 0 answers it with its own.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"here {rank}", own)
+        while not (answer := read(store, f"answer {rank}")).startswith(own):
+            time.sleep(LOOK)
+        word = answer.split()[1]
+        store.set(f"met {rank}", word)
+        return word
+    waiting = set(range(1, world))
+    while waiting:
+        for other in waiting:
+            store.set(f"answer {other}", f"{read(store, f'here {other}')} {own}")
+        time.sleep(LOOK)
+        waiting = {other for other in waiting if read(store, f"met {other}") != own}
+    return own
+
+
+def read(store: dist.Store, key: str) -> str:
+    """What stands under a key; empty where nothing does."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 class Lifeline:
@@ -53,7 +83,7 @@ class Lifeline:
         self.stopped.set()
 
     def run(self) -> None:
-        beat, seen, since = 0, b"", time.monotonic()
+        beat, seen, since = 0, "", time.monotonic()
         after = (self.rank + 1) % self.world
         while not self.stopped.wait(BEAT):
             try:
@@ -71,13 +101,12 @@ class Lifeline:
                 logger.critical("%s", lost)
                 os._exit(1)
 
-    def sign(self, rank: int) -> bytes:
-        key = f"beat {rank}"
-        return self.store.get(key) if self.store.check([key]) else b""
+    def sign(self, rank: int) -> str:
+        return read(self.store, f"beat {rank}")
 
     def lost(self) -> str:
         """Who is lost, and why; empty where nobody is."""
-        return self.store.get("lost").decode() if self.store.check(["lost"]) else ""
+        return read(self.store, "lost")
 
     def declare(self, why: str) -> None:
         """Tell all; the first one holds."""
@@ -112,4 +141,4 @@ class Lifeline:
         while not self.store.check([turn]):
             if lost := self.lost():
                 raise UserError(lost)
-            time.sleep(BEAT / 5)
+            time.sleep(LOOK)

@@ -86,7 +86,7 @@ def run(config: Train, directory: Path) -> float | None:
 
 def run_on_ranks(config: Train, directory: Path) -> str | None:
     """The run on this rank; gives the signal that has asked it to end."""
-    with distributed.joined(str(directory)) as lifeline:
+    with Signals() as signals, distributed.joined() as lifeline:
         distributed.share(config.batch_size)
         device, workers = pick_device(config.device), pick_workers(config.workers)
         with distributed.in_turn(lifeline):
@@ -94,11 +94,10 @@ def run_on_ranks(config: Train, directory: Path) -> str | None:
         plan = data.plan(config.seed)
         job = Job(config, directory, device, workers, data, plan, identify(config, data, plan))
         left_out: list[list[int]] = []
-        with Signals() as signals:
-            while diverged := train(job, signals, left_out):
-                left_out.append([diverged.first.position, diverged.end])
-                logger.warning("%s; the run goes back to its last checkpoint and on without the samples of these steps",
-                               diverged)
+        while diverged := train(job, signals, left_out):
+            left_out.append([diverged.first.position, diverged.end])
+            logger.warning("%s; the run goes back to its last checkpoint and on without the samples of these steps",
+                           diverged)
     return signals.asked
 
 
@@ -134,6 +133,7 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
                 for shard, count in data.lost.items()
             ])
         after_step = after_step_of(job, state, log, saver, signals)
+        signals.patient = True
         try:
             fit(
                 state=state,

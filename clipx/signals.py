@@ -11,9 +11,11 @@ class Signals:
     """Notes signals for the length of a ``with``; a second Ctrl-C ends the process at once.
 
     Attributes:
+        patient: whether somebody looks at ``asked``; before that, signals do what they always do.
         asked: the name of the first one; None where there was none.
     """
 
+    patient: bool = False
     asked: str | None = None
 
     def __enter__(self) -> "Signals":
@@ -28,6 +30,7 @@ class Signals:
             signal.signal(number, handler)
 
     def note(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if not self.patient or (self.asked and number == signal.SIGINT):
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
         self.asked = self.asked or signal.Signals(number).name
