@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import hydra
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -20,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm import tqdm
-from yaml import YAMLError
 
 from clipx import duration, words
 from clipx.errors import Interrupted, UserError
@@ -161,10 +161,10 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None]) -> None:
         if not other_rank():
             print(f"goes on with  python -m clipx.{name} {shlex.join(given)}", file=sys.stderr)
         sys.exit(ended.code)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         failures.append(explain(error, name, given))
     if failures:
-        sys.exit("\n".join(failures))
+        sys.exit(printable("\n".join(failures)))
 
 
 @dataclass
@@ -214,7 +214,12 @@ class Console(logging.Handler):
     """Log lines on the terminal, above the progress bar; of ranks other than the first, errors alone."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text without what steers a terminal: names of files and samples are a stranger's."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 @contextmanager
@@ -244,6 +249,9 @@ def take_saved(given: Sequence[str]) -> tuple[Path | None, list[str]]:
     path = Path(files[-1])
     if not path.is_file():
         raise ConfigError(f"config={path}: there is no such file; a run keeps its own as outputs/NAME/config.yaml")
+    odd = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).keys() & {"hydra", "defaults"}
+    if odd:
+        raise ConfigError(f"config={path}: {min(odd)} has no place in a run's config; it can call anything; delete it")
     for word in rest:
         key = word.partition("=")[0]
         if key in words.GROUPS:

@@ -29,7 +29,9 @@ def start(cwd: Path, *words: str) -> subprocess.Popen[str]:
     cwd.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "clipx.train", *SMALL, *words]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def finish(cwd: Path, *words: str) -> str:

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -509,3 +510,28 @@ def test_the_tensorboard_that_we_name_binds_to_localhost() -> None:
     assert given.host is None and given.bind_all is False       # its server then takes localhost
     for file in [*CODE, ROOT / "README.md", ROOT / "Makefile"]:
         assert not {"--bind_all", "--host", "0.0.0.0"} & set(file.read_text().replace('"', " ").split()), file
+
+
+def test_a_checkpoint_that_swells_is_not_unpacked(tmp_path: Path) -> None:
+    torch.save({"model_state_dict": {"a": torch.zeros(10_000_000)}}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(
+        tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED
+    ) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    assert (tmp_path / "packed.pt").stat().st_size < 100_000
+    with pytest.raises(CheckpointError, match=r"packed\.pt is not a checkpoint"):
+        load(tmp_path / "packed.pt")
+
+
+@pytest.mark.parametrize("key", ["hydra: {callbacks: {x: {_target_: os.system}}}", "'hydra': {}", "defaults: [x]"])
+def test_a_saved_config_that_would_steer_hydra_is_refused(fails: Callable[..., str], tmp_path: Path, key: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"seed: 0\n{key}\n")
+    assert "has no place in a run's config; it can call anything; delete it" in fails("config=config.yaml")
+
+
+def test_a_name_does_not_steer_the_terminal(fails: Callable[..., str], tmp_path: Path) -> None:
+    names = [f"\x1b[2Jsample{n}.{kind}" for n in range(30) for kind in ("png", "txt")]
+    write_tar(tmp_path / "data/x.tar", [(name, b"no") for name in names])
+    told = fails("data=shards", "data.root=data", "data.val=0", "batch_size=4", "workers=0", "evals=[]", "name=x")
+    assert "x.tar/?[2Jsample" in told and "\x1b" not in told

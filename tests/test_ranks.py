@@ -1,0 +1,196 @@
+"""Several processes as one: what they compute, what they write, and how they end when one of them is lost."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import FEW, assert_same_state, lines, summary
+from test_killed import until
+
+from clipx import distributed
+from clipx.checkpoint import read
+from clipx.data.dummy import Dummy
+from clipx.errors import UserError
+from clipx.evals.naming import naming
+from clipx.evals.retrieval import retrieval
+from clipx.evals.validation import Validation
+from clipx.log import SilentLog
+from clipx.models.clip import CLIP
+from clipx.models.text import TextEncoder
+from clipx.models.vision import ImageEncoder
+from clipx.tokenizer import SimpleTokenizer
+
+WORDS = [word for word in FEW if not word.startswith(("eval_every", "data.samples"))]
+RUN = (*WORDS, "data.samples=400", "eval_every=20", "save_every=5", "max_steps=60", "name=x")
+
+
+def scores(names: str) -> dict[str, float]:
+    """What a model is worth on 600 pictures: three chunks, so a fourth rank has none."""
+    torch.manual_seed(0)
+    model = CLIP(ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
+                 TextEncoder(width=64, depth=1, heads=1, embed=32))
+    evals = {"retrieval": retrieval, "naming": partial(naming, names=names)}
+    return Validation({"": Dummy(600, 32, 0)}, evals, SimpleTokenizer(), 0, None)(model, 1, SilentLog())
+
+
+def on_rank(rank: int, world: int, store: str, names: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.save(scores(names), f"{store}-{rank}.pt")
+    rows = distributed.gather_rows(torch.arange(rank * 10, rank * 10 + rank))
+    assert rows.tolist() == [10 * r + n for r in range(world) for n in range(r)]
+    assert distributed.gather_lists([f"{rank}"] * rank) == [f"{r}" for r in range(world) for _ in range(r)]
+    agreed = distributed.Agreed()
+    seen = [agreed(rank == world - 1 and call == 1, False) for call in range(4)]
+    assert seen == [[False, False], [False, False], [True, False], [False, False]]
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_evaluation_and_get_what_one_gets(world: int, tmp_path: Path) -> None:
+    words = (tmp_path / "names.txt")
+    words.write_text("\n".join(sorted({Dummy(600, 32, 0).read(number).captions[0] for number in range(600)})))
+    torch.multiprocessing.spawn(on_rank, (world, str(tmp_path / "store"), str(words)), nprocs=world)
+    alone = scores(str(words))
+    for rank in range(world):
+        assert torch.load(f"{tmp_path}/store-{rank}.pt") == alone       # bit for bit
+
+
+def test_a_batch_that_does_not_divide_names_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    with pytest.raises(UserError, match="^batch_size=250 does not divide among 4 ranks; 248 and 252 do$"):
+        distributed.share(250)
+    with pytest.raises(UserError, match="^batch_size=3 does not divide among 4 ranks; 4 does$"):
+        distributed.share(3)
+    assert distributed.share(256) == 64
+
+
+def start(cwd: Path, ranks: int, *words: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen[str]:
+    cwd.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc-per-node", str(ranks), "-m",
+               "clipx.train", *(words or RUN)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Runs the ranks to their end; what they told."""
+    started = []
+
+    def run(ranks: int, *words: str, name: str = "x", code: int = 0) -> str:
+        started.append(process := start(tmp_path, ranks, *RUN[:-1], f"name={name}", *words))
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == code, told
+        return told
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def ranks_of(agent: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = [child for child in psutil.Process(agent.pid).children() if "clipx.train" in " ".join(child.cmdline())]
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+def logged(cwd: Path) -> int:
+    file = cwd / "outputs/x/metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def numbers(directory: Path) -> dict[str, list[float]]:
+    rows = lines(directory)
+    return {tag: [row[tag] for row in rows if tag in row]
+            for tag in ("train/loss", "train/grad_norm", "val/retrieval/mean_recall")}
+
+
+@pytest.mark.long
+def test_other_numbers_of_ranks_and_micro_batches_are_the_same_run(
+    torchrun: Callable[..., str], tmp_path: Path
+) -> None:
+    torchrun(1, name="one")
+    torchrun(2, "stop_at=20")
+    torchrun(4, "stop_at=40", "micro_batch_size=2")
+    torchrun(1, "workers=2")
+    one, several = (numbers(tmp_path / "outputs" / name) for name in ("one", "x"))
+    assert len(several["train/loss"]) == 60
+    assert several["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
+    assert several["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=0.02)
+    assert several["val/retrieval/mean_recall"] == pytest.approx(one["val/retrieval/mean_recall"], abs=0.05)
+    last, alone = (read(tmp_path / f"outputs/{name}/checkpoints/clip_last.pt") for name in ("x", "one"))
+    assert (last["samples"], last["step"], last["plan"]) == (alone["samples"], alone["step"], alone["plan"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1, 3])
+def test_a_lost_rank_is_named_by_all_others_within_a_minute(victim: int, tmp_path: Path) -> None:
+    agent = start(tmp_path, 4)
+    until(lambda: logged(tmp_path) > 12, agent)
+    ranks_of(agent)[victim].kill()
+    began = time.monotonic()
+    _, told = agent.communicate(timeout=60)
+    assert agent.returncode == 1 and time.monotonic() - began < 30
+    assert told.count(f"rank {victim} is lost: it has ended without a word; the same command goes on from the") == 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("victim", "saving"), [(1, False), (0, True)], ids=["in a step", "while it saves"])
+def test_torchrun_restarts_a_job_that_lost_a_rank_and_it_ends_as_an_unbroken_one(
+    victim: int, saving: bool, torchrun: Callable[..., str], tmp_path: Path
+) -> None:
+    torchrun(2, name="straight")
+    agent = start(tmp_path, 2, agent=("--standalone", "--max-restarts", "2"))
+    until(lambda: logged(tmp_path) > 12, agent)
+    if saving:
+        until(lambda: any((tmp_path / "outputs/x/checkpoints").glob("*.writing")), agent)
+    ranks_of(agent)[victim].kill()
+    _, told = agent.communicate(timeout=120)
+    assert agent.returncode == 0, told
+    assert f"rank {victim} is lost" in told and "goes on behind step" in told
+    assert_same_state(tmp_path / "outputs/straight", tmp_path / "outputs/x")
+    assert numbers(tmp_path / "outputs/straight") == numbers(tmp_path / "outputs/x")
+
+
+@pytest.mark.long
+def test_a_node_that_is_lost_leaves_the_job_to_the_others(torchrun: Callable[..., str], tmp_path: Path) -> None:
+    torchrun(1, name="straight")
+    port = 20_000 + os.getpid() % 10_000
+    how = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--max-restarts", "3",
+           "--rdzv-conf", "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3")
+    first = start(tmp_path, 1, agent=how)
+    second = start(tmp_path, 1, agent=how)
+    until(lambda: logged(tmp_path) > 12, first)
+    os.killpg(second.pid, signal.SIGKILL)       # with its rank, as a machine goes
+    second.communicate()
+    _, told = first.communicate(timeout=180)
+    assert first.returncode == 0, told
+    assert "2 ranks of 8 samples" in told and re.search("rank . is lost", told)
+    assert numbers(tmp_path / "outputs/x")["train/loss"] == pytest.approx(
+        numbers(tmp_path / "outputs/straight")["train/loss"], rel=1e-3)
+
+
+@pytest.mark.long
+def test_what_ends_one_rank_is_told_by_all_and_a_sigterm_saves(torchrun: Callable[..., str], tmp_path: Path) -> None:
+    told = torchrun(2, "batch_size=15", code=1)
+    assert told.count("batch_size=15 does not divide among 2 ranks; 14 and 16 do\n") == 2
+    agent = start(tmp_path, 2)
+    until(lambda: logged(tmp_path) > 12, agent)
+    agent.send_signal(signal.SIGTERM)
+    _, told = agent.communicate(timeout=60)
+    assert "SIGTERM: the run is saved and ends" in told and summary(tmp_path / "outputs/x")["state"] == "stopped"
+    saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"]
+    assert lines(tmp_path / "outputs/x")[-1]["step"] == saved
