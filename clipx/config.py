@@ -153,7 +153,7 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None]) -> None:
         sweep = bool({"-m", "--multirun"} & set(given))
         run = Job(job, saved, sweep, failures)
         path, primary = (str(saved.parent.resolve()), saved.stem) if saved else (f"pkg://{CONF}", name)
-        with hydra_reads([f"clipx.{name}", *words.legal(given, sweep), *words.HYDRA]), console():
+        with hydra_reads([f"clipx.{name}", *words.legal(given, sweep), *words.HYDRA]):
             hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
     except UserError as error:
         failures = failures or [str(error)]
@@ -182,14 +182,15 @@ class Job:
         if self.saved is None:
             chosen = {group: ran.runtime.choices[group] for group in words.GROUPS if group in ran.runtime.choices}
             OmegaConf.update(composed, "choices", chosen, force_add=True)
-        try:
-            return self.job(composed, words.run_directory(given, composed.get("name"), self.sweep, self.saved))
-        except UserError as error:
-            self.failures.append(f"{' '.join(given)}: {error}" if self.sweep else str(error))
-            if not self.sweep:
-                return None         # told by command, in one line
-            logging.getLogger("clipx").error("failed: %s", self.failures[-1])
-            raise                   # the sweep goes on and Hydra raises it again at its end
+        with console():
+            try:
+                return self.job(composed, words.run_directory(given, composed.get("name"), self.sweep, self.saved))
+            except UserError as error:
+                self.failures.append(f"{' '.join(given)}: {error}" if self.sweep else str(error))
+                if not self.sweep:
+                    return None         # told by command, in one line
+                logging.getLogger("clipx").error("failed: %s", self.failures[-1])
+                raise                   # the sweep goes on and Hydra raises it again at its end
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Several processes as one: who is who, gathers and sums.  In a process alone nothing happens."""
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -64,12 +63,10 @@ def joined() -> Iterator[Lifeline | None]:
 
 def export_submitit() -> None:
     """Of a task that submitit has started beside others: what torchrun would have put into the environment."""
-    if "submitit" in sys.modules and "WORLD_SIZE" not in os.environ:
-        from submitit import JobEnvironment
+    if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:
         from submitit.helpers import TorchDistributedEnvironment
 
-        if JobEnvironment.activated() and JobEnvironment().num_tasks > 1:
-            TorchDistributedEnvironment().export()
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 
 @contextmanager

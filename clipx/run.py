@@ -151,7 +151,7 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
         except Diverged as diverged:
             if len(state.left_out) >= config.max_rollbacks:
                 raise UserError(told_divergence(diverged, job)) from diverged
-            return diverged
+            return diverged.with_traceback(None)        # which holds this state and its memory
         except DataError:
             after_step.rescue(state)
             if not signals.asked:       # it may have ended the workers, too

@@ -16,12 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clipx.checkpoint import read
 
-STEPS, SAVED = 300, 7           # steps of the run, and those between two saves
+STEPS, SAVED = 200, 7           # steps of the run, and those between two saves
 SMALL = (
     "data=dummy", "data.samples=500", "data.val_samples=20", "batch_size=16", "workers=1", f"max_steps={STEPS}",
     "model.image.width=64", "model.image.heads=1", "model.image.depth=1", "model.image.embed=32",
     "model.text.width=64", "model.text.heads=1", "model.text.depth=1",
-    "log_every=1", "eval_every=50", f"save_every={SAVED}", "keep_every=100", "name=x",
+    "log_every=1", "eval_every=50", f"save_every={SAVED}", "keep_every=80", "name=x",
 )  # fmt: skip
 
 
@@ -60,8 +60,9 @@ def saving(cwd: Path) -> bool:
 def killed(cwd: Path, seed: int) -> str:
     """Kill a run at a random moment, every other time while it saves; what it was doing."""
     draw = random.Random(seed)
+    step = draw.randrange(STEPS - 2 * SAVED)
     process = start(cwd)
-    until(lambda: logged(cwd) > draw.randrange(STEPS - 2 * SAVED), process)
+    until(lambda: logged(cwd) > step, process)
     if seed % 2:
         until(lambda: saving(cwd), process)
     time.sleep(draw.random() * 0.03)

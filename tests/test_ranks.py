@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import FEW, assert_same_state, lines, summary
+from conftest import FEW, assert_same_state, in_process, lines, summary
 from test_killed import until
 
 from clipx import distributed
@@ -194,3 +194,14 @@ def test_what_ends_one_rank_is_told_by_all_and_a_sigterm_saves(torchrun: Callabl
     assert "SIGTERM: the run is saved and ends" in told and summary(tmp_path / "outputs/x")["state"] == "stopped"
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"]
     assert lines(tmp_path / "outputs/x")[-1]["step"] == saved
+
+
+@pytest.mark.long
+def test_a_sweep_on_submitit_sets_each_task_up_as_a_rank(tmp_path: Path) -> None:
+    words = ["-m", *RUN[:-3], "max_steps=4", "seed=0,1", "hydra/launcher=submitit_local",
+             "hydra.launcher.tasks_per_node=2", "batch_size=16,15"]
+    ended = in_process("-m", "clipx.train", *words, cwd=tmp_path)
+    assert ended.returncode == 1 and "batch_size=15 does not divide among 2 ranks; 14 and 16 do" in ended.stderr
+    jobs = sorted((tmp_path / "outputs/sweeps/sweep").iterdir())
+    assert [summary(job)["state"] for job in jobs] == ["finished", "finished"]
+    assert all("2 ranks of 8 samples" in (job / "train.log").read_text() for job in jobs)

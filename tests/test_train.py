@@ -212,3 +212,5 @@ def test_a_model_learns_shapes_that_it_has_not_seen(train: Callable[..., None], 
     final = summary(tmp_path / "outputs/x")["final"]
     # 128 sentences over 256 pictures: two pictures share one, so a perfect model is right half of the time at 1
     assert final["val/retrieval/i2t_r10"] > 0.9 and final["train/loss"] < 2
+    assert final["health/loss_over_chance"] < 0.5 and final["health/positive_cosine"] > final["health/negative_cosine"]
+    assert "The usual causes" not in (tmp_path / "outputs/x/train.log").read_text()

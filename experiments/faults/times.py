@@ -1,0 +1,85 @@
+"""What a save takes from the loop at ViT-B/32's size, and what resuming takes at far positions.
+
+    python experiments/faults/times.py
+"""
+
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clipx import clip_vit_b32
+from clipx.checkpoint import Saver, read
+from clipx.data.dummy import Dummy
+from clipx.data.images import TrainCrop
+from clipx.data.loader import TrainReader, train_ranges
+from clipx.data.loader import read as read_chunks
+from clipx.data.plan import Plan
+from clipx.data.sample import Sample
+from clipx.loop import State
+from clipx.memory import keep_freed
+from clipx.optim import adamw
+from clipx.tokenizer import SimpleTokenizer
+
+SHARDS, WINDOW, BATCH, WORKERS = 41_455, 131_072, 256, 2
+
+
+class MadeUp(Dummy):
+    """LAION-400M's number of shards and samples, every sample the same."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 64, 0)
+        self.sizes = np.random.default_rng(0).integers(9_000, 10_300, SHARDS)
+        self.sample = super().read(0)
+
+    def read(self, sample: int) -> Sample:
+        return self.sample
+
+
+def saves(directory: Path) -> None:
+    keep_freed()
+    model = clip_vit_b32()
+    optimizer = adamw(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    state = State(model, optimizer, torch.amp.GradScaler("cpu"))
+    taken, written = [], []
+    with Saver(directory, {}, previous=True) as saver:
+        for _ in range(5):
+            began = time.perf_counter()
+            saver(state.state_dict(), ["last"])
+            taken.append(time.perf_counter() - began)
+            saver.wait()
+            written.append(time.perf_counter() - began)
+    size = (directory / "clip_last.pt").stat().st_size
+    began = time.perf_counter()
+    read(directory / "clip_last.pt")
+    loaded = time.perf_counter() - began
+    print(f"save of {size / 1e9:.2f} GB: {statistics.median(taken):.2f} s from the loop (the first {taken[0]:.2f} s), "
+          f"{statistics.median(written):.2f} s until it is on disk; read and checked in {loaded:.2f} s")
+
+
+def resumes() -> None:
+    source = MadeUp()
+    print(f"{SHARDS:,} shards of {source.sizes.sum():,} samples, {WORKERS} workers")
+    for position in (0, 1_000_000, 400_000_000):
+        began = time.perf_counter()
+        plan = Plan(source.sizes, 0, WINDOW)
+        reader = TrainReader(source, plan, TrainCrop(32, (0.9, 1.0), "fast"), SimpleTokenizer(), "random")
+        batches = read_chunks(reader, train_ranges(position, BATCH), WORKERS, pin=False)
+        (chunk,) = itertools.islice(batches, 1)
+        print(f"position {position:>11,}: first batch after {time.perf_counter() - began:.2f} s")
+        assert chunk.position == position
+        batches.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as folder:
+        saves(Path(folder))
+    resumes()

@@ -1,0 +1,77 @@
+"""Whether a run is healthy: numbers held against plain computation, and words that come when they should."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FEW, lines
+
+from clipx import health as room
+from clipx.health import Doctor, effective_rank, health
+from clipx.loop import Numbers
+
+
+def numbers(image: torch.Tensor, text: torch.Tensor, scale: float = 14.0) -> Numbers:
+    loss = F.cross_entropy(scale * image @ text.T, torch.arange(len(image)))
+    return Numbers(loss, image, text, torch.tensor(scale), torch.tensor([3.0, 4.0]), torch.tensor(5.0), 1e-4, 0.0, 0,
+                   len(image), [])
+
+
+def test_the_numbers_are_what_plain_computation_gives() -> None:
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(48, 16, dtype=torch.float64), dim=-1) for _ in range(2))
+    found = health(numbers(image, text))
+    cosine = (image @ text.T).numpy()
+    others = cosine[~np.eye(48, dtype=bool)]
+    assert found["health/positive_cosine"] == pytest.approx(np.diag(cosine).mean())
+    assert found["health/negative_cosine"] == pytest.approx(others.mean())
+    loss = numbers(image, text).loss.item()
+    assert found["health/loss_over_chance"] == pytest.approx(loss / math.log(48))
+    shares = np.linalg.svd(image.numpy(), compute_uv=False)
+    shares /= shares.sum()
+    assert found["health/image_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert (found["health/grad_norm_image"], found["health/grad_norm_text"]) == (3.0, 4.0)
+
+
+def test_the_effective_rank_counts_directions() -> None:
+    assert effective_rank(torch.eye(5, 9)) == pytest.approx(5)
+    assert effective_rank(torch.ones(40, 9)) == pytest.approx(1, abs=1e-3)
+    assert effective_rank(torch.eye(3).repeat(20, 1)) == pytest.approx(3)
+
+
+@pytest.mark.parametrize(("scale", "clamped"), [(100.0, 1.0), (1.0, 1.0), (14.0, 0.0)])
+def test_a_temperature_at_its_bound_is_told(scale: float, clamped: float) -> None:
+    image = F.normalize(torch.randn(8, 4), dim=-1)
+    assert health(numbers(image, image, scale))["health/scale_at_clamp"] == clamped
+
+
+def test_words_come_once_and_only_for_what_lasts() -> None:
+    doctor, told = Doctor(256), []
+    bad = {"health/loss_over_chance": 0.999, "health/image_rank": 1.2, "health/text_rank": 90.0}
+    good = {"health/loss_over_chance": 0.7, "health/image_rank": 80.0, "health/text_rank": 90.0}
+    for step in (10, 200, 400, 600, 800):
+        told += [(step, words[:20]) for words in doctor.look(step, good if step == 200 else bad)]
+    assert told == [(800, "the loss has stayed "), (800, "the embeddings have ")]
+    assert list(doctor.look(2000, bad)) == []
+
+
+def test_a_run_that_learns_nothing_is_told_so(
+    train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "PATIENCE", 5)
+    train(*FEW, "name=x", "max_steps=12", "optim.lr=1e-12", "evals=[]")
+    log = (tmp_path / "outputs/x/train.log").read_text()
+    assert log.count("the loss has stayed at ln(batch_size) = 2.77, which is chance, for 5 steps or more") == 1
+    assert {"health/image_rank", "health/scale_at_clamp"} <= lines(tmp_path / "outputs/x")[0].keys()
+
+
+def test_a_run_whose_embeddings_collapse_is_told_so(
+    train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "PATIENCE", 5)
+    train(*FEW, "name=x", "max_steps=40", "optim.lr=3", "evals=[]", "max_bad_steps=100")
+    assert "the embeddings have collapsed for 5 steps or more" in (tmp_path / "outputs/x/train.log").read_text()
