@@ -209,11 +209,13 @@ class AfterStep:
             self.last_saved, self.save_due = state.step, False
         self.restart_clock()
 
-    def rescue(self, state: State) -> None:
-        """Save between two steps when there is no next one; one rank of several cannot, as the others are in theirs."""
-        if world() == 1:
-            self.settle(state)
-            self.run_save(state, ["last"])
+    def rescue(self, state: State) -> bool:
+        """Save between two steps when there is no next one; of several ranks the others are in theirs, and none can."""
+        if world() > 1:
+            return False
+        self.settle(state)
+        self.run_save(state, ["last"])
+        return True
 
     def restart_clock(self) -> None:
         """Rates count training alone, not what is done between steps."""

@@ -96,6 +96,8 @@ class RunLog:
 
     def skipped(self, records: list[dict[str, Any]]) -> None:
         """Append lines to skipped.jsonl."""
+        if not records:
+            return
         with (self.directory / "skipped.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 

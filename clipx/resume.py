@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clipx import checkpoint
 from clipx.build import build
 from clipx.checkpoint import CheckpointError
 from clipx.config import Train, differences, flat
+from clipx.distributed import gather
 from clipx.loop import State
 from clipx.schema import ConfigError, suggest
 
@@ -43,6 +46,10 @@ def restore(state: State, config: Train, directory: Path, identity: Identity) ->
         UserError: the run there is another one, or may not be touched, or its checkpoints are damaged.
     """
     found = find(config.resume, directory / "checkpoints")
+    steps = gather(torch.tensor([found[1].get("step", 0) if found else 0])).tolist()
+    if len(set(steps)) > 1:
+        raise CheckpointError(f"the ranks find different checkpoints in {directory}, of steps {steps}; it has to stand "
+                              "where all machines see it")
     if found is None:
         return None
     path, saved = found

@@ -31,6 +31,7 @@ from clipx.errors import Interrupted, UserError
 from clipx.evals.validation import Validation
 from clipx.gradient import Forward
 from clipx.health import Doctor
+from clipx.lifeline import Lifeline
 from clipx.log import RunLog, SilentLog
 from clipx.loop import State, fit
 from clipx.memory import keep_freed
@@ -73,32 +74,31 @@ def run(config: Train, directory: Path) -> float | None:
         Interrupted: a signal has ended it, after a save.
     """
     try:
-        asked = run_on_ranks(config, directory)
+        with Signals() as signals, distributed.joined() as lifeline:
+            worth = run_as_rank(config, directory, signals, lifeline)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
         raise UserError(f"{directory} cannot be written: {error.strerror}; when it can be, the same words go on from "
                         "the last checkpoint") from error
-    if asked:
+    if signals.asked:
         raise Interrupted(config.signal_exit_code)
-    return objective(directory, config.objective)
+    return worth
 
 
-def run_on_ranks(config: Train, directory: Path) -> str | None:
-    """The run on this rank; gives the signal that has asked it to end."""
-    with Signals() as signals, distributed.joined() as lifeline:
-        distributed.share(config.batch_size)
-        device, workers = pick_device(config.device), pick_workers(config.workers)
-        with distributed.in_turn(lifeline):
-            data: Data = build(config.data, "data", config.trust)
-        plan = data.plan(config.seed)
-        job = Job(config, directory, device, workers, data, plan, identify(config, data, plan))
-        left_out: list[list[int]] = []
-        while diverged := train(job, signals, left_out):
-            left_out.append([diverged.first.position, diverged.end])
-            logger.warning("%s; the run goes back to its last checkpoint and on without the samples of these steps",
-                           diverged)
-    return signals.asked
+def run_as_rank(config: Train, directory: Path, signals: Signals, lifeline: Lifeline | None) -> float | None:
+    """The run on this rank; rank 0 gives the objective."""
+    distributed.share(config.batch_size)
+    device, workers = pick_device(config.device), pick_workers(config.workers)
+    with distributed.in_turn(lifeline):
+        data: Data = build(config.data, "data", config.trust)
+    plan = data.plan(config.seed)
+    job = Job(config, directory, device, workers, data, plan, identify(config, data, plan))
+    left_out: list[list[int]] = []
+    while diverged := train(job, signals, left_out):
+        left_out.append([diverged.first.position, diverged.end])
+        logger.warning("%s; the run goes back to its last checkpoint, and on without these steps' samples", diverged)
+    return objective(directory, config.objective) if distributed.rank() == 0 else None
 
 
 def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Diverged | None:
@@ -112,7 +112,7 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
     Returns:
         Why the run has to go back to its last checkpoint, if it has.
     """
-    config, directory, data = job.config, job.directory, job.data
+    config, directory = job.config, job.directory
     state, length = fresh_state(config, job.device), job.identity.steps
     found = restore(state, config, directory, job.identity)
     if state.step >= length:
@@ -125,13 +125,7 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
     last_is_good = found == directory / "checkpoints" / "clip_last.pt"
 
     with log_of(job, state) as log, Saver(directory / "checkpoints", asdict(job.identity), last_is_good) as saver:
-        for line in headlines(job, state):
-            logger.info(line)
-        if data.lost and not state.step:
-            log.skipped([
-                {"samples": 0, "place": shard, "reason": f"is cut short; {count} samples behind the cut are lost"}
-                for shard, count in data.lost.items()
-            ])
+        introduce(job, state, log)
         after_step = after_step_of(job, state, log, saver, signals)
         signals.patient = True
         try:
@@ -153,8 +147,8 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
                 raise UserError(told_divergence(diverged, job)) from diverged
             return diverged.with_traceback(None)        # which holds this state and its memory
         except DataError:
-            after_step.rescue(state)
-            if not signals.asked:       # it may have ended the workers, too
+            saved = after_step.rescue(state)
+            if not (saved and signals.asked):       # which may have ended the workers, too
                 raise
         if signals.asked:
             logger.warning("%s: the run is saved and ends", signals.asked)
@@ -269,6 +263,17 @@ def after_step_of(job: Job, state: State, log: RunLog | SilentLog, saver: Saver,
 def objective(directory: Path, tag: str | None) -> float | None:
     """The last value of a tag in a run's summary."""
     return json.loads((directory / "summary.json").read_text())["final"].get(tag)
+
+
+def introduce(job: Job, state: State, log: RunLog | SilentLog) -> None:
+    """Tell what run this is, and what its shards have lost."""
+    for line in headlines(job, state):
+        logger.info(line)
+    if not state.step:
+        log.skipped([
+            {"samples": 0, "place": shard, "reason": f"is cut short; {count} samples behind the cut are lost"}
+            for shard, count in job.data.lost.items()
+        ])
 
 
 def headlines(job: Job, state: State) -> list[str]:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import hydra
 import psutil
 import pytest
 import torch
@@ -17,7 +19,8 @@ from conftest import FEW, assert_same_state, in_process, lines, summary
 from test_killed import until
 
 from clipx import distributed
-from clipx.checkpoint import read
+from clipx.checkpoint import CheckpointError, read
+from clipx.config import resolve
 from clipx.data.dummy import Dummy
 from clipx.errors import UserError
 from clipx.evals.naming import naming
@@ -27,6 +30,7 @@ from clipx.log import SilentLog
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
+from clipx.resume import restore
 from clipx.tokenizer import SimpleTokenizer
 
 WORDS = [word for word in FEW if not word.startswith(("eval_every", "data.samples"))]
@@ -112,6 +116,11 @@ def logged(cwd: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+def port_is_free(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("localhost", port)) != 0
+
+
 def numbers(directory: Path) -> dict[str, list[float]]:
     rows = lines(directory)
     return {tag: [row[tag] for row in rows if tag in row]
@@ -170,11 +179,13 @@ def test_a_node_that_is_lost_leaves_the_job_to_the_others(torchrun: Callable[...
     torchrun(1, name="straight")
     port = 20_000 + os.getpid() % 10_000
     how = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--max-restarts", "3",
-           "--rdzv-conf", "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3")
+           "--rdzv-conf", "last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=3")
     first = start(tmp_path, 1, agent=how)
+    until(lambda: not port_is_free(port), first)        # the first one is to hold the rendezvous
     second = start(tmp_path, 1, agent=how)
     until(lambda: logged(tmp_path) > 12, first)
-    os.killpg(second.pid, signal.SIGKILL)       # with its rank, as a machine goes
+    for process in (second, *ranks_of(second)):         # as a machine goes
+        process.kill()
     second.communicate()
     _, told = first.communicate(timeout=180)
     assert first.returncode == 0, told
@@ -194,6 +205,33 @@ def test_what_ends_one_rank_is_told_by_all_and_a_sigterm_saves(torchrun: Callabl
     assert "SIGTERM: the run is saved and ends" in told and summary(tmp_path / "outputs/x")["state"] == "stopped"
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"]
     assert lines(tmp_path / "outputs/x")[-1]["step"] == saved
+
+
+@pytest.mark.long
+def test_what_one_rank_alone_meets_is_told_by_the_others(tmp_path: Path) -> None:
+    agent = start(tmp_path, 2, *RUN, "workers=1", "eval_every=null")
+    until(lambda: logged(tmp_path) > 12, agent)
+    ranks_of(agent)[1].children()[0].kill()         # the process that reads for it
+    _, told = agent.communicate(timeout=60)
+    assert agent.returncode == 1
+    reason = "one of the workers=1 processes that read data was killed"
+    assert f"rank 1 has ended: {reason}" in told and told.count(reason) == 2        # rank 1's own, and rank 0's
+
+
+def on_its_own_disk(rank: int, world: int, store: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
+        config = resolve(hydra.compose("train", ["experiment=smoke"]))
+    found = Path(folder) / ("x" if rank else "elsewhere")
+    with pytest.raises(CheckpointError, match=r"the ranks find different checkpoints in .*, of steps \[0, 2\]; "):
+        restore(None, config, found, None)
+
+
+def test_ranks_that_do_not_see_the_same_directory_say_so(train: Callable[..., None], tmp_path: Path) -> None:
+    train(*FEW, "name=x", "max_steps=2", "evals=[]")
+    given = (2, str(tmp_path / "store"), str(tmp_path / "outputs"))
+    torch.multiprocessing.spawn(on_its_own_disk, given, nprocs=2)
 
 
 @pytest.mark.long

@@ -226,7 +226,7 @@ def test_a_run_that_diverges_goes_back_and_leaves_those_batches_out(
     train(*FEW, "name=x", "max_steps=12", "save_every=4", "max_bad_steps=2")
     told = capsys.readouterr().err
     assert ("the loss or its gradient has not been finite for 3 steps, from step 7 on; the run goes back to its last "
-            "checkpoint and on without the samples of these steps") in told and "goes on behind step 4" in told
+            "checkpoint, and on without these steps' samples") in told and "goes on behind step 4" in told
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
     assert saved["left_out"] == [[96, 144]] and saved["samples"] == 16 * 15 and saved["step"] == 12
     rows = [line for line in lines(tmp_path / "outputs/x") if "train/loss" in line]

@@ -25,6 +25,7 @@ from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
 
 MOST_IN_CHUNK = 256         # samples that pass from a worker at once
+LAST = 60                   # seconds that a worker goes on behind a SIGTERM
 TRIES = 64                  # bad samples in a row for one position before the run ends
 
 
@@ -234,7 +235,11 @@ def read(
 
 
 def settle(_worker: int) -> None:
-    """Make at once what a worker keeps for ever, and hide it from the garbage collector: a twentieth of its time."""
+    """Make at once what a worker keeps for ever, and hide it from the garbage collector: a twentieth of its time.
+
+    Schedulers send SIGTERM to all processes: a worker outlives it for as long as its run needs for a last step.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST))
     get_worker_info().dataset.tokenizer("")
     gc.freeze()
 
