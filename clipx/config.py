@@ -182,9 +182,10 @@ class Job:
         if self.saved is None:
             chosen = {group: ran.runtime.choices[group] for group in words.GROUPS if group in ran.runtime.choices}
             OmegaConf.update(composed, "choices", chosen, force_add=True)
+        name = None if composed.get("name") is None else str(composed.name)         # 5 is a name, too
         with console():
             try:
-                return self.job(composed, words.run_directory(given, composed.get("name"), self.sweep, self.saved))
+                return self.job(composed, words.run_directory(given, name, self.sweep, self.saved))
             except UserError as error:
                 self.failures.append(f"{' '.join(given)}: {error}" if self.sweep else str(error))
                 if not self.sweep:

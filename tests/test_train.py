@@ -185,6 +185,13 @@ def test_a_run_shorter_than_log_every_still_tells_its_last_step(train: Callable[
     assert [line["step"] for line in lines(tmp_path / "outputs/x")] == [2]
 
 
+@pytest.mark.parametrize("name", ["5", "nan", "1e3"])
+def test_a_number_is_a_name(name: str, train: Callable[..., None], tmp_path: Path) -> None:
+    train(*FEW, f"name={name}", "max_steps=1", "evals=[]")
+    (run,) = (tmp_path / "outputs").iterdir()
+    assert run.name in (name, "1000.0")
+
+
 def test_the_log_says_which_warm_up_held(train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, "name=x", "max_steps=20", "stop_at=1", "evals=[]")
     log = (tmp_path / "outputs/x/train.log").read_text()
