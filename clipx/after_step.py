@@ -140,7 +140,7 @@ class AfterStep:
         self.settle(state)
         if self.latest is not None and self.last_logged != state.step:
             self.write(state, self.latest)
-        late = self.stopping and self.signals.asked
+        late = self.signals.asked and state.step < self.times.eval.steps
         kinds = self.run_evaluation(state) if self.last_evaluated != state.step and not late else []
         if kinds or self.last_saved != state.step:
             self.run_save(state, [*kinds, "last"])

@@ -5,12 +5,13 @@ import os
 import secrets
 import time
 from contextlib import suppress
+from datetime import timedelta
 from threading import Event, Thread
 from types import TracebackType
 
 import torch.distributed as dist
 
-from clipx.errors import Interrupted, UserError
+from clipx.errors import UserError
 
 logger = logging.getLogger("clipx")
 
@@ -65,6 +66,7 @@ class Lifeline:
 
     def __init__(self, store: dist.Store, rank: int, world: int):
         self.store, self.rank, self.world = store, rank, world
+        store.set_timeout(timedelta(seconds=SILENT))
         self.stopped, self.thread = Event(), Thread(target=self.run, daemon=True)
 
     def __enter__(self) -> "Lifeline":
@@ -78,7 +80,7 @@ class Lifeline:
         if isinstance(error, RuntimeError) and (why := self.why()):         # a collective, most likely
             self.stopped.set()
             raise UserError(why) from error
-        if error is not None and not isinstance(error, Interrupted):
+        if error is not None:
             self.declare(f"rank {self.rank} has ended: {error or kind.__name__}")
         self.stopped.set()
 

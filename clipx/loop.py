@@ -60,7 +60,10 @@ class State:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model_state_dict"])
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, rates in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(rates)         # its moments go on; rates and decay are the config's
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.samples = saved["step"], saved["samples"]
         self.best, self.skipped = saved["best"], set(saved["skipped"])

@@ -163,6 +163,8 @@ def test_what_is_allowed_may_change_and_what_is_not_may_not(
     train(*words, "resume_allow=[optim.lr,batch_size,data]")
     assert "goes on with changes that resume_allow permits: data.samples: 40 -> 48; optim.lr" in capsys.readouterr().err
     assert lines(tmp_path / "outputs/x")[-1]["samples"] == 3 * 16 + 3 * 8
+    groups = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["optimizer"]["param_groups"]
+    assert [group["peak_lr"] for group in groups] == [0.01, 0.01] and max(group["lr"] for group in groups) > 5e-4
     assert "clip_last.pt is of another run" in fails(*FEW, "name=x", "max_steps=6", "stop_at=3")
 
 
