@@ -181,7 +181,8 @@ class Job:
         given = OmegaConf.to_container(ran.overrides.task, resolve=False)
         if self.saved is None:
             chosen = {group: ran.runtime.choices[group] for group in words.GROUPS if group in ran.runtime.choices}
-            OmegaConf.update(composed, "choices", chosen, force_add=True)
+            if chosen:
+                OmegaConf.update(composed, "choices", chosen, force_add=True)
         name = None if composed.get("name") is None else str(composed.name)         # 5 is a name, too
         with console():
             try:

@@ -1,0 +1,86 @@
+"""``python -m clipx.predict``: pictures and words -> scores, or the pictures nearest to some words."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+from pydantic import NonNegativeInt, PositiveInt
+
+from clipx.config import command, resolve
+from clipx.errors import UserError
+
+logger = logging.getLogger("clipx")
+
+
+@dataclass(frozen=True)
+class Predict:
+    """The schema of asking a model.  conf/predict.yaml says what each key means and holds the defaults."""
+
+    run: str
+    images: str
+    texts: str | None
+    search: str | None
+    top: PositiveInt
+    out: str
+    json: bool
+    device: str
+    workers: Literal["auto"] | NonNegativeInt
+    trust: list[str]
+
+
+def main() -> None:
+    """The entry point."""
+    command("predict", predict)
+
+
+def predict(composed: DictConfig, directory: Path) -> None:
+    """Tell the scores of each picture, or show the pictures that a search has found.
+
+    Args:
+        composed: the config, as Hydra composes it.
+        directory: is not used.
+
+    Raises:
+        UserError: a key is wrong, the model or a picture cannot be read.
+    """
+    config = resolve(composed, Predict)
+    if (config.texts is None) == (config.search is None):
+        raise UserError('give either texts="a cat,a dog", to score each picture, or search="a red car", to find some')
+    from clipx.predictions import encode_pictures, page, score, search
+
+    found = encode_pictures(config.run, config.images, config.device, config.workers, config.trust)
+    for place, reason in found.bad.items():
+        logger.warning("%s is left out: it %s", place, reason)
+    if config.texts is not None:
+        rows = score(found, texts_of(config.texts), config.top)
+        tell(rows, config.json)
+        return
+    rows = search(found, config.search, config.top)
+    tell(rows, config.json)
+    page(rows, config.search, found.model.visual.size, Path(config.out))
+    logger.info("%s shows them", config.out)
+
+
+def texts_of(given: str) -> list[str]:
+    """The texts in a file, one a line, or parted by commas."""
+    file = Path(given)
+    parts = file.read_text(encoding="utf-8").splitlines() if file.is_file() else given.split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def tell(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows on standard output."""
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    width = max(len(row["image"]) for row in rows)
+    for row in rows:
+        numbers = "  ".join(f"{value:.3f}" for value in row.values() if isinstance(value, float))
+        print(f"{row['image']:<{width}}  {numbers}  {row.get('text', '')}".rstrip())
+
+
+if __name__ == "__main__":
+    main()

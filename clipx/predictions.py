@@ -1,0 +1,109 @@
+"""What a trained model says of pictures."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipx import load
+from clipx.data.files import Files, find_pictures
+from clipx.data.images import Normalise, decode, eval_crop
+from clipx.data.loader import EvalReader, cut, read
+from clipx.errors import UserError
+from clipx.evals.features import encode_texts
+from clipx.log import short
+from clipx.models.clip import CLIP
+from clipx.run import pick_device, pick_workers
+from clipx.tokenizer import SimpleTokenizer
+
+COLUMNS = 4         # of the page
+CHUNK = 64          # pictures that a worker reads at once
+
+
+@dataclass(frozen=True)
+class Found:
+    """N pictures as a model sees them."""
+
+    model: CLIP
+    tokenizer: SimpleTokenizer
+    paths: list[Path]       # N
+    features: Tensor        # (N, E) unit vectors
+    bad: dict[str, str]     # why pictures are left out, by path
+
+    def texts(self, texts: list[str]) -> Tensor:
+        """(M, E) unit vectors."""
+        return encode_texts(self.model, self.tokenizer, self.model.logit_scale.device, texts)
+
+
+@torch.no_grad()
+def encode_pictures(run: str, images: str, device: str, workers: str | int, trust: Sequence[str]) -> Found:
+    """Load a model and show it pictures.
+
+    Raises:
+        UserError: the model cannot be loaded, or there is no picture that can be read.
+    """
+    paths = find_pictures(images)
+    model, _, tokenizer = load(run, pick_device(device), trust)
+    place, size = model.logit_scale.device, model.visual.size
+    reader, normalise = EvalReader(Files(paths), size, tokenizer), Normalise(place)
+    processes = pick_workers(workers) if len(paths) > CHUNK else 0
+    kept, features, bad = [], [torch.empty(0, model.visual.embed)], {}
+    for chunk in read(reader, cut(range(len(paths)), CHUNK), processes, pin=place.type == "cuda"):
+        features.append(model.encode_image(normalise(chunk.images.to(place)), True).cpu())
+        kept += [paths[sample] for sample in chunk.samples.tolist()]
+        bad.update({record.place: record.reason for record in chunk.skipped})
+    return Found(model, tokenizer, kept, torch.cat(features), bad)
+
+
+@torch.no_grad()
+def score(found: Found, texts: list[str], top: int) -> list[dict[str, Any]]:
+    """The texts that fit each picture best, with their probabilities among all texts, and cosines."""
+    if not texts:
+        raise UserError('texts holds none; expected some, such as "a cat,a dog"')
+    cosine = found.features @ found.texts(texts).T                          # (N, M)
+    chance = (found.model.logit_scale.exp().cpu() * cosine).softmax(dim=-1)
+    best = chance.topk(min(top, len(texts)), dim=-1).indices.tolist()
+    return [
+        {"image": str(path), "text": texts[place], "probability": chance[row, place].item(),
+         "cosine": cosine[row, place].item()}
+        for row, path in enumerate(found.paths) for place in best[row]
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def search(found: Found, text: str, top: int) -> list[dict[str, Any]]:
+    """The pictures nearest to a text, with their cosines."""
+    cosine = (found.features @ found.texts([text]).T)[:, 0]                 # (N,)
+    best = cosine.topk(min(top, len(cosine)))
+    return [
+        {"image": str(found.paths[place]), "cosine": value}
+        for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def page(rows: list[dict[str, Any]], text: str, size: int, out: Path) -> None:
+    """Draw the pictures of a search, nearest first, as the model sees them.
+
+    Raises:
+        UserError: ``out`` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    lines = -(-len(rows) // COLUMNS)
+    figure = Figure(figsize=(3 * COLUMNS, 3.3 * lines), layout="tight")
+    figure.suptitle(short(text))
+    for place, row in enumerate(rows, 1):
+        axes = figure.add_subplot(lines, COLUMNS, place)
+        axes.imshow(eval_crop(decode(Path(row["image"]).read_bytes()), size))
+        axes.set_title(f"{row['cosine']:.3f}  {short(Path(row['image']).name)}", fontsize=8)
+        axes.axis("off")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # of letters that the font has not
+            figure.savefig(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"out={out} cannot be written ({error}); expected the path of a .png or .pdf") from error

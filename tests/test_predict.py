@@ -1,0 +1,114 @@
+"""A trained model is asked: scores of pictures, and pictures that are looked for."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FEW, picture
+from PIL import Image
+
+from clipx import load
+from clipx.data.dummy import Dummy
+
+Ask = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a run, and twelve pictures of it."""
+    from clipx.train import main
+
+    cwd = tmp_path_factory.mktemp("asked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["clipx.train", *FEW, "max_steps=30", "optim.lr=1e-3", "name=x"])
+        main()
+    (cwd / "pictures/deeper").mkdir(parents=True)
+    for number in range(12):
+        folder = cwd / "pictures" / ("deeper" if number % 2 else "")
+        (folder / f"{number:02d}.png").write_bytes(Dummy(40, 32, 0).read(number).picture)
+    return cwd
+
+
+@pytest.fixture
+def ask(asked: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    from clipx.predict import main
+
+    monkeypatch.chdir(asked)
+
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["clipx.predict", *words])
+        main()
+
+    return run
+
+
+def refused(ask: Ask, *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        ask(*words)
+    assert "\n" not in str(ended.value.code)
+    return str(ended.value.code)
+
+
+TEXTS = ["a red circle in the upper left", "a blue bar in the lower right", "a green square"]
+
+
+def test_scores_are_those_of_the_model(ask: Ask, capsys: pytest.CaptureFixture[str]) -> None:
+    ask("run=outputs/x", "images=pictures/00.png", f"texts={', '.join(TEXTS)}", "json=true")
+    rows = json.loads(capsys.readouterr().out)
+    model, transform, tokenizer = load("outputs/x")
+    with torch.no_grad():
+        image, text, scale = model(transform(Image.open("pictures/00.png"))[None], tokenizer(TEXTS))
+    chance = dict(zip(TEXTS, (scale * image @ text.T).softmax(dim=-1)[0].tolist(), strict=True))
+    assert {row["text"]: row["probability"] for row in rows} == pytest.approx(chance, abs=1e-4)
+    assert [row["probability"] for row in rows] == sorted(chance.values(), reverse=True) or len(rows) == 3
+    assert sum(row["probability"] for row in rows) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_table_has_a_line_for_each_picture_and_text(
+    ask: Ask, asked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (asked / "texts.txt").write_text("a red circle, to the left\na blue bar\n\n")
+    ask("run=outputs/x/checkpoints/clip_last.pt", "images=pictures/*.png", "texts=texts.txt", "top=1")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [f"pictures/{number:02d}.png" for number in range(0, 12, 2)]
+    assert all(line.endswith(("a red circle, to the left", "a blue bar")) for line in lines)
+
+
+def test_a_search_shows_the_nearest_pictures(ask: Ask, asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask("run=outputs/x", "images=pictures", f"search={TEXTS[0]}", "top=5", "json=true", "out=found.png", "workers=1")
+    rows = json.loads(capsys.readouterr().out)
+    cosines = [row["cosine"] for row in rows]
+    assert len(rows) == 5 and cosines == sorted(cosines, reverse=True)
+    with Image.open(asked / "found.png") as page:
+        assert page.width == 1200
+    ask("run=outputs/x", "images=pictures", f"search={TEXTS[0]}", "top=50", "json=true")
+    every = json.loads(capsys.readouterr().out)
+    assert len(every) == 12 and every[:5] == rows
+
+
+def test_a_picture_that_cannot_be_read_is_told_and_left_out(
+    ask: Ask, asked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = asked / "some"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(picture(1))
+    (folder / "bad.png").write_bytes(b"no picture")
+    ask("run=outputs/x", "images=some", "texts=a,b", "top=1")
+    told = capsys.readouterr()
+    assert "some/bad.png is left out: it does not decode" in told.err and len(told.out.splitlines()) == 1
+
+
+def test_what_is_wrong_ends_in_one_line(ask: Ask, asked: Path) -> None:
+    given = ("run=outputs/x", "images=pictures")
+    assert refused(ask, *given).startswith('give either texts="a cat,a dog", to score each picture')
+    assert refused(ask, *given, "texts=a", "search=b").startswith("give either")
+    assert refused(ask, *given, "texts=' , '").startswith("texts holds none")
+    assert refused(ask, "run=outputs/x", "images=none", "texts=a").startswith("images=none: no picture is there")
+    assert "there is no such checkpoint" in refused(ask, "run=outputs/y", "images=pictures", "texts=a")
+    assert refused(ask, *given, "search=b", "out=no/page.png").startswith("out=no/page.png cannot be written")
+    assert refused(ask, *given, "search=b", "out=page.xyz").startswith("out=page.xyz cannot be written")
+    assert "run has no value; add run=" in refused(ask, "images=pictures", "texts=a")
