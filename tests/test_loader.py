@@ -1,6 +1,8 @@
 import itertools
+import subprocess
 from collections.abc import Callable
 from dataclasses import fields
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,14 @@ def test_chunks_tell_which_rows_are_alike(tmp_path: Path) -> None:
     alike = (ids[:, None] == ids).any(dim=-1)
     assert alike.tolist() == [[True, False, True, True], [False, True, False, False],
                               [True, False, True, False], [True, False, False, True]]
+
+
+def test_a_worker_ends_at_the_word_of_its_run_alone(shards: Path) -> None:
+    chunks = read(reader_of(shards), train_ranges(0, 5), 1, pin=False)
+    next(chunks)
+    (worker,) = active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)      # as a scheduler does, to all processes
+    assert len(list(itertools.islice(chunks, 20))) == 20 and worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0

@@ -154,7 +154,7 @@ def test_compiled_it_is_the_same_model_and_is_compiled_once(monkeypatch: pytest.
     model = tiny()
     forward = Compiled(model, 1.0)
     counter = torch._dynamo.testing.CompileCounter()
-    forward.forward = torch.compile(model, backend=counter)
+    forward.model = torch.compile(model, backend=counter)
     for length in (4, 9, 14, 5, 12):
         image, tokens = real_batch(32)
         captions = pack(torch.nn.functional.pad(tokens, (0, 16 - tokens.shape[1])), torch.tensor([4, length, 6, 7]), ())

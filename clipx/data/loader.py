@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import random
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from multiprocessing import active_children
 from multiprocessing.connection import wait
-from threading import current_thread, main_thread
+from threading import Thread, current_thread, main_thread
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
 
 MOST_IN_CHUNK = 256         # samples that pass from a worker at once
-LAST = 60                   # seconds that a worker goes on behind a SIGTERM
 TRIES = 64                  # bad samples in a row for one position before the run ends
 
 
@@ -235,13 +235,19 @@ def read(
 
 
 def settle(_worker: int) -> None:
-    """Make at once what a worker keeps for ever, and hide it from the garbage collector: a twentieth of its time.
-
-    Schedulers send SIGTERM to all processes: a worker outlives it for as long as its run needs for a last step.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST))
+    """Make at once what a worker keeps for ever, and hide it from the garbage collector: a twentieth of its time."""
+    if hasattr(signal, "sigwaitinfo"):          # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=end_with_run, daemon=True).start()
     get_worker_info().dataset.tokenizer("")
     gc.freeze()
+
+
+def end_with_run() -> None:
+    """End at the run's word alone: schedulers send SIGTERM to all processes, and the run has a last step to do."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def copied_ahead(reader: Reader, first: range, fill: bool) -> Ahead:
