@@ -11,7 +11,7 @@ import torch
 
 from clipx.checkpoint import Saver
 from clipx.data.tar import DataError
-from clipx.distributed import Agreed, gather_lists, world
+from clipx.distributed import Agreed, gather_lists, rank, world
 from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.health import Doctor, health, tower_norms
@@ -118,7 +118,8 @@ class AfterStep:
 
         self.saver.check()
         every = list(vars(self.times).values())
-        *passed, asked = self.agreed(*(one.passed() for one in every), self.signals.asked is not None)
+        minutes = (rank() == 0 and one.passed() for one in every)
+        *passed, asked = self.agreed(*minutes, self.signals.asked is not None)
         log, evaluate, save, keep, stop = (flag or one.due(step) for flag, one in zip(passed, every, strict=True))
         self.stopping = self.stopping or stop or asked
         if asked:

@@ -145,6 +145,15 @@ def test_other_numbers_of_ranks_and_micro_batches_are_the_same_run(
 
 
 @pytest.mark.long
+def test_mixed_precision_in_micro_batches_on_ranks_is_that_of_one(torchrun: Callable[..., str], tmp_path: Path) -> None:
+    words = ("amp=bf16", "micro_batch_size=4", "max_steps=20")
+    torchrun(1, *words, name="one")
+    torchrun(2, *words, "save_every=0.01min")       # by rank 0's clock
+    one, two = (numbers(tmp_path / "outputs" / name) for name in ("one", "x"))
+    assert two["train/loss"] == pytest.approx(one["train/loss"], rel=0.02)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1, 3])
 def test_a_lost_rank_is_named_by_all_others_within_a_minute(victim: int, tmp_path: Path) -> None:
     agent = start(tmp_path, 4)
