@@ -60,7 +60,7 @@ def predict(composed: DictConfig, directory: Path) -> None:
         return
     rows = search(found, config.search, config.top)
     tell(rows, config.json)
-    page(rows, config.search, found.model.visual.size, Path(config.out))
+    page(rows, config.search, Path(config.out))
     logger.info("%s shows them", config.out)
 
 
@@ -77,9 +77,15 @@ def tell(rows: list[dict[str, Any]], as_json: bool) -> None:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     width = max(len(row["image"]) for row in rows)
+    keys = [key for key in ("probability", "cosine", "text") if key in rows[0]]
+    print(f"{'picture':<{width}}  {'  '.join(keys)}")
     for row in rows:
-        numbers = "  ".join(f"{value:.3f}" for value in row.values() if isinstance(value, float))
-        print(f"{row['image']:<{width}}  {numbers}  {row.get('text', '')}".rstrip())
+        print(f"{row['image']:<{width}}  {'  '.join(cell(key, row[key]) for key in keys)}")
+
+
+def cell(key: str, value: float | str) -> str:
+    """A value below its key."""
+    return f"{value:<{len(key)}.3f}" if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

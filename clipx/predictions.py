@@ -21,6 +21,7 @@ from clipx.run import pick_device, pick_workers
 from clipx.tokenizer import SimpleTokenizer
 
 COLUMNS = 4         # of the page
+SHOWN = 224         # pixels of a picture on it
 CHUNK = 64          # pictures that a worker reads at once
 
 
@@ -85,8 +86,8 @@ def search(found: Found, text: str, top: int) -> list[dict[str, Any]]:
     ]
 
 
-def page(rows: list[dict[str, Any]], text: str, size: int, out: Path) -> None:
-    """Draw the pictures of a search, nearest first, as the model sees them.
+def page(rows: list[dict[str, Any]], text: str, out: Path) -> None:
+    """Draw the pictures of a search, nearest first, as much of them as the model sees.
 
     Raises:
         UserError: ``out`` cannot be written.
@@ -98,7 +99,7 @@ def page(rows: list[dict[str, Any]], text: str, size: int, out: Path) -> None:
     figure.suptitle(short(text))
     for place, row in enumerate(rows, 1):
         axes = figure.add_subplot(lines, COLUMNS, place)
-        axes.imshow(eval_crop(decode(Path(row["image"]).read_bytes()), size))
+        axes.imshow(eval_crop(decode(Path(row["image"]).read_bytes()), SHOWN))
         axes.set_title(f"{row['cosine']:.3f}  {short(Path(row['image']).name)}", fontsize=8)
         axes.axis("off")
     try:

@@ -73,9 +73,10 @@ def test_a_table_has_a_line_for_each_picture_and_text(
 ) -> None:
     (asked / "texts.txt").write_text("a red circle, to the left\na blue bar\n\n")
     ask("run=outputs/x/checkpoints/clip_last.pt", "images=pictures/*.png", "texts=texts.txt", "top=1")
-    lines = capsys.readouterr().out.splitlines()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["picture", "probability", "cosine", "text"]
     assert [line.split()[0] for line in lines] == [f"pictures/{number:02d}.png" for number in range(0, 12, 2)]
-    assert all(line.endswith(("a red circle, to the left", "a blue bar")) for line in lines)
+    assert all(line.endswith(("  a red circle, to the left", "  a blue bar")) for line in lines)
 
 
 def test_a_search_shows_the_nearest_pictures(ask: Ask, asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +100,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_left_out(
     (folder / "bad.png").write_bytes(b"no picture")
     ask("run=outputs/x", "images=some", "texts=a,b", "top=1")
     told = capsys.readouterr()
-    assert "some/bad.png is left out: it does not decode" in told.err and len(told.out.splitlines()) == 1
+    assert "some/bad.png is left out: it does not decode" in told.err and len(told.out.splitlines()) == 2
 
 
 def test_what_is_wrong_ends_in_one_line(ask: Ask, asked: Path) -> None:
