@@ -31,6 +31,7 @@ class RunLog:
     Args:
         directory: the run's.
         config: as text, for TensorBoard.
+        about: what summary.json says of the run itself, for those who compare.
         steps: the run's length, for the progress bar.
         step: where the run goes on; what was logged behind it is dropped.
         samples: likewise.
@@ -39,11 +40,13 @@ class RunLog:
     """
 
     def __init__(
-        self, directory: Path, config: str, steps: int, step: int, samples: int, seconds: float, epoch_samples: int
+        self, directory: Path, config: str, about: Mapping[str, Any], steps: int, step: int, samples: int,
+        seconds: float, epoch_samples: int,
     ):
         self.directory, self.config, self.epoch_samples = directory, config, epoch_samples
         self.began = time.monotonic() - seconds
         self.summary: dict[str, Any] = {"state": "running", "step": step, "steps": steps, "final": {}, "best": {}}
+        self.summary.update(about)
         self.steps, self.step, self.samples = steps, step, samples
 
     def __enter__(self) -> "RunLog":

@@ -3,6 +3,9 @@
 import errno
 import json
 import logging
+import os
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +22,7 @@ from clipx.after_step import AfterStep, Diverged, Times
 from clipx.build import build
 from clipx.checkpoint import Saver
 from clipx.compiled import compiled
-from clipx.config import Train
+from clipx.config import Train, flat
 from clipx.data.catalogue import usable_cores
 from clipx.data.images import TrainCrop
 from clipx.data.loader import Chunk, TrainReader, read, steps, train_ranges
@@ -235,7 +238,11 @@ def log_of(job: Job, state: State) -> RunLog | SilentLog:
     job.directory.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(asdict(job.config), sort_keys=False, allow_unicode=True)
     (job.directory / "config.yaml").write_text(text, encoding="utf-8")
-    return RunLog(job.directory, text, job.identity.steps, state.step, state.samples, state.seconds, job.plan.samples)
+    process = {"id": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+    about = {"objective": job.config.objective, "process": process, "config": flat(asdict(job.config))}
+    return RunLog(
+        job.directory, text, about, job.identity.steps, state.step, state.samples, state.seconds, job.plan.samples
+    )
 
 
 def after_step_of(job: Job, state: State, log: RunLog | SilentLog, saver: Saver, signals: Signals) -> AfterStep:

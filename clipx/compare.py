@@ -1,0 +1,259 @@
+"""``python -m clipx.compare``: a folder of runs -> one table, one plot.  Knows neither Hydra nor torch."""
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+WHERE = {"name", "choices", "device", "workers", "resume"}      # keys that say nothing of what a run is
+BINS = 200          # points of a curve
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's summary.json says."""
+
+    path: Path
+    summary: Mapping[str, Any]
+
+    @property
+    def state(self) -> str:
+        """finished, stopped, failed, running; or killed, where the process that should run it is gone."""
+        return "killed" if self.summary["state"] == "running" and is_gone(self.summary) else self.summary["state"]
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The run's config, flat."""
+        return {key: value for key, value in self.summary.get("config", {}).items() if key.split(".")[0] not in WHERE}
+
+
+def is_gone(summary: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine that wrote a summary has ended since."""
+    import psutil
+
+    process = summary.get("process", {})
+    if process.get("host") != host():
+        return False            # of other machines nothing is known
+    try:
+        return psutil.Process(process["id"]).create_time() > process["since"]       # another one has its number
+    except psutil.NoSuchProcess:
+        return True
+
+
+def host() -> str:
+    """This machine."""
+    import socket
+
+    return socket.gethostname()
+
+
+def find(paths: Sequence[Path]) -> list[Run]:
+    """The runs at or below some paths.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    files = dict.fromkeys(file for path in paths for file in sorted(path.rglob("summary.json")))
+    runs = [Run(file.parent, json.loads(file.read_text())) for file in files]
+    if not runs:
+        sys.exit(f"{' '.join(map(str, paths))}: no run is there; expected their folder, such as outputs/sweeps/NAME")
+    return runs
+
+
+def varied(runs: Sequence[Run]) -> list[str]:
+    """The keys in which runs differ."""
+    configs = [run.keys for run in runs]
+    every = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in every if len({json.dumps(config.get(key)) for config in configs}) > 1]
+
+
+def groups(runs: Sequence[Run], keys: Sequence[str]) -> list[list[Run]]:
+    """Runs that differ in their seed alone, together."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(json.dumps([run.keys.get(key) for key in keys if key != "seed"]), []).append(run)
+    return list(found.values())
+
+
+def objective(runs: Sequence[Run]) -> str | None:
+    """The tag that most runs are judged by."""
+    tags = Counter(run.summary.get("objective") for run in runs)
+    return tags.most_common(1)[0][0]
+
+
+def row_of(group: Sequence[Run], keys: Sequence[str], tag: str | None, alone: bool) -> Row:
+    """One line of the table: a run, or the seeds of one setting."""
+    first = group[0]
+    states = Counter(run.state for run in group)
+    name = first.path.name if len(group) == 1 else f"{len(group)} seeds"
+    row: Row = {"run": name, "state": ", ".join(f"{n} {s}" if len(group) > 1 else s for s, n in states.items())}
+    row |= {key: first.keys.get(key) for key in keys if alone or key != "seed"}
+    final = [value for run in group if (value := run.summary.get("final", {}).get(tag)) is not None]
+    best = [run.summary["best"]["value"] for run in group if run.summary.get("best")]
+    rates = [rate for run in group if (rate := run.summary.get("final", {}).get("train/samples_per_s"))]
+    row |= {tag or "objective": spread(final), "best": spread(best), "loss": spread(
+        [loss for run in group if (loss := run.summary.get("final", {}).get("train/loss")) is not None])}
+    row |= {"step": max(run.summary.get("step", 0) for run in group), "samples/s": spread(rates)}
+    return row | {"minutes": sum(run.summary.get("seconds", 0) for run in group) / 60}
+
+
+def spread(values: Sequence[float]) -> Any:
+    """A number, or the mean and the standard deviation of several; None of none."""
+    if len(values) < 2:
+        return values[0] if values else None
+    return Spread(statistics.fmean(values), statistics.stdev(values))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation."""
+
+    mean: float
+    deviation: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} ± {self.deviation:.2g}"
+
+
+def mean(value: Any) -> float:
+    """What a row is sorted by; what has no number stands last."""
+    value = value.mean if isinstance(value, Spread) else value
+    return value if isinstance(value, (int, float)) else -math.inf
+
+
+def text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(runs: Sequence[Run]) -> list[Row]:
+    """One row a setting, the best first: higher is better."""
+    keys, tag = varied(runs), objective(runs)
+    together = groups(runs, keys)
+    alone = len(together) == len(runs)
+    rows = [row_of(group, keys, tag, alone) for group in together]
+    return sorted(rows, key=lambda row: mean(row[tag or "objective"]), reverse=True)
+
+
+def plain(rows: Sequence[Row]) -> str:
+    """The table in columns."""
+    lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+                     for line in lines)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"
+
+
+def flat_rows(runs: Sequence[Run]) -> list[Row]:
+    """One row a run, with all of its last numbers, for other programs."""
+    keys = varied(runs)
+    return [
+        {"run": str(run.path), "state": run.state, **{key: run.keys.get(key) for key in keys},
+         **{key: run.summary.get(key) for key in ("step", "samples", "seconds", "reason")}, **run.summary["final"]}
+        for run in runs
+    ]  # fmt: skip
+
+
+def commas(rows: Sequence[Row]) -> str:
+    file = StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def points(run: Run, tag: str) -> Iterator[tuple[int, int, float, float]]:
+    """Step, samples, hours and value, line by line of metrics.jsonl; the last line may be half written."""
+    file = run.path / "metrics.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else ():
+        if line.endswith("\n") and tag in (row := json.loads(line)):
+            yield row["step"], row["samples"], row["seconds"] / 3600, row[tag]
+
+
+def plot(runs: Sequence[Run], out: Path) -> None:
+    """Curves of the objective and the loss against steps, samples and hours; below, what each varied key does."""
+    from matplotlib.figure import Figure
+
+    tag, keys = objective(runs), [key for key in varied(runs) if key != "seed"]
+    tags = [name for name in (tag, "train/loss") if name]
+    lines = len(tags) + bool(keys)
+    figure = Figure(figsize=(15, 4.2 * lines), layout="tight")
+    for line, name in enumerate(tags):
+        for column, axis in enumerate(("steps", "samples", "hours")):
+            axes = figure.add_subplot(lines, 3, 3 * line + column + 1, xlabel=axis, ylabel=name)
+            for run in runs:
+                rows = list(points(run, name))
+                rows = rows[:: -(-len(rows) // BINS) or 1]
+                label = ", ".join(f"{key}={run.keys.get(key)}" for key in varied(runs)) or run.path.name
+                axes.plot([row[column] for row in rows], [row[3] for row in rows], label=label, linewidth=1)
+            if not column and len(runs) <= 12:
+                axes.legend(fontsize=7)
+    for column, key in enumerate(keys[:3]):
+        axes = figure.add_subplot(lines, 3, 3 * len(tags) + column + 1, xlabel=key, ylabel=tag)
+        effect(axes, runs, key, tag)
+    figure.savefig(out)
+
+
+def effect(axes: Any, runs: Sequence[Run], key: str, tag: str | None) -> None:
+    """The last objective of each run against one key."""
+    pairs = [(run.keys.get(key), value) for run in runs if (value := run.summary["final"].get(tag)) is not None]
+    numbers = all(isinstance(setting, (int, float)) for setting, _ in pairs)
+    settings = [setting if numbers else json.dumps(setting) for setting, _ in pairs]
+    axes.plot(settings, [value for _, value in pairs], "o")
+    if numbers and settings and min(settings) > 0 and max(settings) >= 5 * min(settings):
+        axes.set_xscale("log")
+
+
+def write(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> None:
+    """The table, the numbers or the plot, by the file's ending.
+
+    Raises:
+        SystemExit: the ending is unknown, or the file cannot be written.
+    """
+    kinds = {".md": lambda: markdown(rows), ".csv": lambda: commas(flat_rows(runs)),
+             ".json": lambda: json.dumps(flat_rows(runs), indent=2) + "\n"}
+    try:
+        if out.suffix in (".png", ".svg"):
+            plot(runs, out)
+        elif out.suffix in kinds:
+            out.write_text(kinds[out.suffix](), encoding="utf-8")
+        else:
+            sys.exit(f"--out {out}: expected a name that ends in .csv, .json, .md, .png or .svg")
+    except OSError as error:
+        sys.exit(f"--out {out} cannot be written: {error.strerror}")
+
+
+def main() -> None:
+    """The entry point."""
+    parser = argparse.ArgumentParser(
+        "clipx.compare", description="Compare runs: one table, the best first; only what differs between them.",
+        epilog="python -m clipx.compare outputs/sweeps/NAME --out NAME.md --out NAME.png",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, or folders of them")
+    parser.add_argument("--out", action="append", type=Path, default=[], metavar="FILE",
+                        help=".md the table; .csv, .json every number; .png, .svg curves and the effect of each key")
+    given = parser.parse_args()
+    runs = find(given.runs)
+    rows = table(runs)
+    print(plain(rows))
+    for out in given.out:
+        write(runs, rows, out)
+
+
+if __name__ == "__main__":
+    main()

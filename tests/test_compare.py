@@ -1,0 +1,97 @@
+"""Runs side by side: one table, right, quick, while they run."""
+
+import csv
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import in_process
+from PIL import Image
+
+from clipx.compare import find, host, main, table
+
+TAG = "val/retrieval/mean_recall"
+
+
+def made_up(root: Path, number: int, value: float | None, state: str = "finished", **keys: object) -> Path:
+    """A run's directory as a run leaves it."""
+    run = root / f"run{number:04d}"
+    run.mkdir(parents=True)
+    config = {"name": f"run{number}", "model.image.width": 192, "optim.lr": 5e-4, "seed": 0, "choices.model": "tiny"}
+    final = {"train/loss": 2.0 + number, "train/samples_per_s": 100.0, **({TAG: value} if value is not None else {})}
+    summary = {
+        "state": state, "step": 10, "steps": 10, "samples": 160, "seconds": 60.0, "final": final, "objective": TAG,
+        "best": {"metric": TAG, "value": value + 0.01, "step": 9} if value is not None else {}, "config": {**config, **keys},
+        "process": {"id": os.getpid(), "host": host(), "since": time.time()},
+    }  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(summary))
+    rows = [{"step": step, "samples": 16 * step, "seconds": step, TAG: 0.1 * step, "train/loss": 3} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "samp')
+    return run
+
+
+def test_the_table_has_what_differs_and_the_best_first(tmp_path: Path) -> None:
+    for number, (lr, width) in enumerate([(1e-4, 64), (5e-4, 64), (1e-4, 128)]):
+        made_up(tmp_path, number, [0.2, 0.5, 0.3][number], **{"optim.lr": lr, "model.image.width": width})
+    made_up(tmp_path, 3, None, "failed")
+    rows = table(find([tmp_path]))
+    assert [row["run"] for row in rows] == ["run0001", "run0002", "run0000", "run0003"]
+    assert list(rows[0]) == ["run", "state", "model.image.width", "optim.lr", TAG, "best", "loss", "step", "samples/s",
+                             "minutes"]
+    assert (rows[0][TAG], rows[0]["best"], rows[0]["optim.lr"], rows[-1]["state"]) == (0.5, 0.51, 5e-4, "failed")
+
+
+def test_seeds_of_one_setting_stand_together(tmp_path: Path) -> None:
+    for number, value in enumerate([0.1, 0.2, 0.6, 0.8]):
+        made_up(tmp_path, number, value, **{"optim.lr": 1e-4 if number < 2 else 1e-3, "seed": number % 2})
+    good, poor = table(find([tmp_path]))
+    assert (good["run"], good["state"], good["optim.lr"]) == ("2 seeds", "2 finished", 1e-3)
+    assert str(good[TAG]) == "0.7 ± 0.14" and str(poor[TAG]) == "0.15 ± 0.071" and "seed" not in good
+
+
+def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
+    for number in range(3):
+        made_up(tmp_path, number, 0.1, "running", **{"optim.lr": number})
+    gone = next(number for number in range(100_000, 4_000_000) if not psutil.pid_exists(number))
+    for number, process in ((1, {"id": gone, "since": time.time()}), (2, {"id": os.getpid(), "since": 5.0})):
+        file = tmp_path / f"run{number:04d}/summary.json"
+        summary = json.loads(file.read_text())
+        file.write_text(json.dumps({**summary, "process": {"host": host(), **process}}))
+    assert [run.state for run in find([tmp_path])] == ["running", "killed", "killed"]
+
+
+def test_every_kind_of_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        made_up(tmp_path / "runs", number, 0.1 * number, **{"optim.lr": 10.0 ** -number})
+    outs = [tmp_path / f"table{kind}" for kind in (".md", ".csv", ".json", ".png", ".svg")]
+    monkeypatch.setattr(sys, "argv", ["clipx.compare", str(tmp_path / "runs"), *(f"--out={out}" for out in outs)])
+    main()
+    first = outs[0].read_text().splitlines()[2]
+    assert first.startswith("| run0002 | finished | 0.01 | 0.2 | 0.21 | 4 | 10 | 100 | 1 |")
+    with outs[1].open() as file:
+        assert [float(row[TAG]) for row in csv.DictReader(file)] == [0, 0.1, 0.2]
+    assert [row["optim.lr"] for row in json.loads(outs[2].read_text())] == [1, 0.1, 0.01]
+    with Image.open(outs[3]) as picture:
+        assert picture.width == 1500
+    none = ([str(tmp_path / "none")], "no run is there")
+    for words, told in (none, ([str(tmp_path), "--out=x.doc"], "ends in .csv")):
+        monkeypatch.setattr(sys, "argv", ["clipx.compare", *words])
+        with pytest.raises(SystemExit, match=told):
+            main()
+
+
+def test_a_thousand_runs_are_compared_without_torch_or_hydra(tmp_path: Path) -> None:
+    for number in range(1000):
+        made_up(tmp_path / "runs", number, number / 1000, **{"optim.lr": number})
+    code = ("import sys, time; from clipx.compare import main\n"
+            "sys.argv = ['x', 'runs']; began = time.perf_counter(); main()\n"
+            "assert not {'torch', 'hydra', 'omegaconf', 'matplotlib'} & set(sys.modules)\n"
+            "print(time.perf_counter() - began)")
+    ended = in_process("-c", code, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    *lines, seconds = ended.stdout.splitlines()
+    assert len(lines) == 1001 and lines[1].startswith("run0999") and float(seconds) < 5
