@@ -25,7 +25,8 @@ def made_up(root: Path, number: int, value: float | None, state: str = "finished
     final = {"train/loss": 2.0 + number, "train/samples_per_s": 100.0, **({TAG: value} if value is not None else {})}
     summary = {
         "state": state, "step": 10, "steps": 10, "samples": 160, "seconds": 60.0, "final": final, "objective": TAG,
-        "best": {"metric": TAG, "value": value + 0.01, "step": 9} if value is not None else {}, "config": {**config, **keys},
+        "best": {"metric": TAG, "value": value + 0.01, "step": 9} if value is not None else {},
+        "config": {**config, **keys},
         "process": {"id": os.getpid(), "host": host(), "since": time.time()},
     }  # fmt: skip
     (run / "summary.json").write_text(json.dumps(summary))
