@@ -194,6 +194,8 @@ def fresh_state(config: Train, device: torch.device) -> State:
     torch.manual_seed(config.seed)
     model = build(config.model, "model", config.trust).to(device)
     model.set_grad_checkpoint(config.grad_checkpoint)
+    for tower in config.freeze:
+        {"image": model.visual, "text": model.text}[tower].requires_grad_(False)
     optimizer = build(config.optim, "optim", config.trust)(model)
     return State(model, optimizer, GradScaler(device.type, FIRST_SCALE[config.amp]))
 
