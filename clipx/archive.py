@@ -1,6 +1,7 @@
 """Files of tensors, read without running anything that is in them."""
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
 from typing import Any
@@ -49,7 +50,7 @@ def content_of(path: Path) -> Any:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return dict(tensors_of(Script(archive).load()))
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):      # no bombs
-                return {}
+                raise UnpicklingError(f"{path} is packed")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -64,7 +65,7 @@ class Script(Unpickler):
         self.archive = archive
         self.root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
         self.record = type("Record", (), {})            # a new one each time: a file can write on it
-        super().__init__(archive.open(self.stored("data.pkl")))
+        super().__init__(BytesIO(archive.read(self.stored("data.pkl"))))
 
     def stored(self, name: str) -> str:
         """The name of an entry, which is not packed."""
@@ -80,6 +81,8 @@ class Script(Unpickler):
             return dict
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
+        if module == "torch.jit._pickle" and name.startswith("build_"):     # a list of a type
+            return list
         if module.partition(".")[0] == "__torch__":
             return self.record
         raise UnpicklingError(f"{module}.{name} is not called")

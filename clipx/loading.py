@@ -1,6 +1,5 @@
 """A run or weights, whoever has made them: as a model to use, and as the start of a run."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
 from clipx.weights import HUGGING_FACE, OPEN_CLIP, Node, Weights
-
-logger = logging.getLogger("clipx")
 
 TOWERS = {"image": "clipx.models.vision.ImageEncoder", "text": "clipx.models.text.TextEncoder"}
 HEADS = {1280: 16}          # of a tower, by its width, where nothing says them; else they are 64 wide
@@ -66,12 +63,15 @@ def load(
     return model.to(device).eval(), get_image_transform(model.visual.size), SimpleTokenizer(model.text.context)
 
 
-def initialise(model: CLIP, init_from: str) -> None:
-    """Fill a model with weights; tells what had to be resized.
+def initialise(model: CLIP, init_from: str) -> str:
+    """Fill a model with weights.
 
     Args:
         model: says what is wanted: its picture size may be another than that of the weights, its context shorter.
         init_from: what ``load`` takes.
+
+    Returns:
+        Where they come from, and what was resized, in words.
 
     Raises:
         CheckpointError: there are no weights, or they do not fit.
@@ -85,7 +85,7 @@ def initialise(model: CLIP, init_from: str) -> None:
         raise CheckpointError(f"init_from={init_from} was trained as another model than this one, with the same "
                               f"shapes{remedy}")
     model.load_state_dict(state)
-    logger.info("weights   from %s%s", init_from, told)
+    return f"from {init_from}{told}"
 
 
 def find(where: str | Path) -> Weights:

@@ -13,7 +13,6 @@ from clipx.build import build
 from clipx.checkpoint import CheckpointError
 from clipx.config import Train, differences, flat
 from clipx.distributed import gather
-from clipx.loading import initialise
 from clipx.loop import State
 from clipx.schema import ConfigError, suggest
 
@@ -32,7 +31,7 @@ class Identity:
 
 
 def restore(state: State, config: Train, directory: Path, identity: Identity) -> Path | None:
-    """Put a run's state back, if there is one to go on from; else start from the weights in ``init_from``, if any.
+    """Put a run's state back, if there is one to go on from.
 
     Args:
         state: is filled in place.
@@ -44,8 +43,7 @@ def restore(state: State, config: Train, directory: Path, identity: Identity) ->
         The checkpoint, or None where there is none.
 
     Raises:
-        UserError: the run there is another one, or may not be touched, or its checkpoints are damaged, or the
-            weights do not fit.
+        UserError: the run there is another one, or may not be touched, or its checkpoints are damaged.
     """
     found = find(config.resume, directory / "checkpoints")
     steps = gather(torch.tensor([found[1].get("step", 0) if found else 0])).tolist()
@@ -53,8 +51,6 @@ def restore(state: State, config: Train, directory: Path, identity: Identity) ->
         raise CheckpointError(f"the ranks find different checkpoints in {directory}, of steps {steps}; it has to stand "
                               "where all machines see it")
     if found is None:
-        if config.init_from:
-            initialise(state.model, config.init_from)
         return None
     path, saved = found
     if saved.get("format") != checkpoint.FORMAT:

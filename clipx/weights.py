@@ -19,6 +19,7 @@ FILES = {
     OPEN_CLIP: ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
     HUGGING_FACE: ("model.safetensors", "pytorch_model.bin"),
 }
+OPENAIS = {"input_resolution", "context_length", "vocab_size"}         # beside the weights, in its files alone
 NO_WEIGHTS = re.compile(r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|position_ids)$")
 WRAPPED = re.compile(r"^(module\.|_orig_mod\.)*(text\.)?")
 SHOWN_BY_SHAPES = {"layers", "width", "patch_size", "image_size", "mlp_ratio", "context_length", "vocab_size"}
@@ -54,9 +55,12 @@ class Weights(NamedTuple):
 
 
 def of_state_dict(content: Mapping[str, Any], source: object) -> Weights:
-    """A bare state dict, or one that open_clip's training has wrapped."""
+    """A bare state dict, one that open_clip's training has wrapped, or OpenAI's archive."""
     state = plain(content, source)
-    return Weights(state, node_of(state, source), {})
+    node = node_of(state, source)
+    if content.keys() >= OPENAIS:
+        node["image"]["act"] = node["text"]["act"] = "quick_gelu"
+    return Weights(state, node, {})
 
 
 def of_open_clip(content: Mapping[str, Any], config: Mapping[str, Any], source: object) -> Weights:
