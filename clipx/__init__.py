@@ -12,7 +12,7 @@ HOMES = {
     "CLIP": "clipx.models.clip",
     "clip_vit_b32": "clipx.models.clip",
     "clip_small": "clipx.models.clip",
-    "load": "clipx.checkpoint",
+    "load": "clipx.loading",
     "SimpleTokenizer": "clipx.tokenizer",
     "get_image_transform": "clipx.data.images",
 }

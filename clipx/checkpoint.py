@@ -3,33 +3,22 @@
 import io
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from pickle import UnpicklingError
 from types import TracebackType
 from typing import Any, BinaryIO
-from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from clipx.build import build
-from clipx.data.images import get_image_transform
+from clipx.archive import CheckpointError, opened
 from clipx.distributed import rank
-from clipx.errors import UserError
-from clipx.models.clip import CLIP
-from clipx.tokenizer import SimpleTokenizer
 
 FORMAT = 2          # of what a run needs to go on
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be used."""
 
 
 def versions() -> dict[str, str]:
@@ -159,14 +148,16 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, it is not one of ours, or its bytes have changed.
     """
-    try:
-        packed = is_zipfile(path) and any(entry.compress_type != ZIP_STORED for entry in ZipFile(path).infolist())
-        content = {} if packed else torch.load(path, map_location="cpu", weights_only=True)     # no bombs
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no such checkpoint") from error
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint: it is cut short, or another kind of file") from error
-    if not isinstance(content, dict) or "model_state_dict" not in content:
+    return verified(opened(path), path)
+
+
+def verified(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The same, where it is a checkpoint of ours.
+
+    Raises:
+        CheckpointError: it is not, or its bytes have changed.
+    """
+    if "model_state_dict" not in content:
         raise CheckpointError(f"{path} is not a checkpoint of clipx: it has no model_state_dict")
     if content.get("checksum", expected := checksum(content)) != expected:
         raise CheckpointError(f"{path} is damaged: its checksum does not fit")
@@ -191,34 +182,3 @@ def tensors(node: Any, name: str = "") -> list[tuple[str, Tensor]]:
     if isinstance(node, (list, tuple)):
         return [found for place, value in enumerate(node) for found in tensors(value, f"{name}/{place}")]
     return []
-
-
-def load(
-    run_or_weights: str | Path, device: str | torch.device = "cpu", trust: Sequence[str] = ()
-) -> tuple[CLIP, Callable[[Image.Image], Tensor], SimpleTokenizer]:
-    """A trained model and what feeds it.
-
-    Args:
-        run_or_weights: a run's directory (its best checkpoint, else its last) or a checkpoint.
-        device: where the model goes.
-        trust: packages besides clipx whose code the checkpoint's model may call.
-
-    Returns:
-        The model in evaluation mode, its image transform and its tokenizer.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it cannot be used, or its model is not one of ``clipx.models``.
-    """
-    path = Path(run_or_weights)
-    if path.is_dir():
-        best, last = (path / "checkpoints" / f"clip_{which}.pt" for which in ("best", "last"))
-        path = best if best.exists() else last
-    content = read(path)
-    try:
-        model = build(content.get("config", {}).get("model"), trust=trust, own="clipx.models")
-    except UserError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(model, CLIP):
-        raise CheckpointError(f"{path}: its config's model makes a {type(model).__name__}, not a CLIP")
-    model.load_state_dict(content["model_state_dict"])
-    return model.to(device).eval(), get_image_transform(model.visual.size), SimpleTokenizer(model.text.context)

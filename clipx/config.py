@@ -42,6 +42,8 @@ class Train:
     loss: dict[str, Any]
     evals: dict[str, dict[str, Any]]
     name: str | None
+    init_from: str | None
+    freeze: list[Literal["image", "text"]]
     epochs: PositiveFloat
     max_steps: PositiveInt | None
     stop_at: Duration | None
@@ -86,6 +88,18 @@ class Prepare:
     drop_duplicates: bool
     verify: bool
     workers: Literal["auto"] | NonNegativeInt
+    choices: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Export:
+    """The schema of an export.  conf/export.yaml says what each key means and holds the defaults."""
+
+    run: str
+    to: Literal["open_clip", "hf"]
+    out: str
+    act: Literal["quick_gelu", "gelu"] | None
+    trust: list[str]
     choices: dict[str, Any] = field(default_factory=dict)
 
 

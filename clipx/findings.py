@@ -19,6 +19,7 @@ from clipx.data.sample import Data, Source, Subset
 from clipx.data.shards import Shards
 from clipx.duration import Every
 from clipx.errors import UserError
+from clipx.loading import initialise
 from clipx.log import short
 from clipx.loop import State
 from clipx.machine import Finding, check_device, check_disk, check_memory, check_workers, in_bytes
@@ -82,7 +83,9 @@ def examine(config: Train, directory: Path) -> int:
     if data and state:
         if length:
             with found.part("run") as tell:
-                restore(state, config, directory, identify(config, data, plan))
+                found_at = restore(state, config, directory, identify(config, data, plan))
+                if config.init_from and not found_at:
+                    tell([("ok", f"starts {initialise(state.model, config.init_from)}")])
                 tell(check_progress(directory, state, length))
         with found.part("samples") as tell:
             reader = train_reader(config, data, plan, state.model)

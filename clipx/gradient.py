@@ -110,5 +110,12 @@ def backward(
     for part, state, gradients in zip(parts, states, known, strict=True):
         encoder.set_random_state(state)         # what was drawn, for dropout, is drawn again
         with nullcontext() if part is parts[-1] else encoder.unsynced():
-            torch.autograd.backward(encoder(part)[: len(gradients)], gradients)
+            back(encoder(part)[: len(gradients)], gradients)
     return Outcome(loss.detach(), image.detach(), text.detach(), scale.detach())
+
+
+def back(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Back from features whose gradients are known; not from those of a frozen tower."""
+    pairs = [(x, gradient) for x, gradient in zip(features, gradients, strict=True) if x.requires_grad]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))

@@ -151,8 +151,9 @@ def fit(
 
 def gradient_norms(model: CLIP) -> tuple[Tensor, Tensor]:
     """Of the image tower and of the text tower (2,), and of the whole model ()."""
+    zero = model.logit_scale.new_zeros(())          # of a tower that is frozen
     image, text, scale = (
-        get_total_norm([p.grad for p in part if p.grad is not None])
+        get_total_norm([p.grad for p in part if p.grad is not None] or [zero])
         for part in (model.visual.parameters(), model.text.parameters(), [model.logit_scale])
     )
     norms = torch.stack([image, text])

@@ -51,8 +51,8 @@ def check_memory(config: Train, state: State, tokens: int, device: torch.device 
     """What the tensors of a training step take, against what is free."""
     loss_of = build(config.loss, "loss", config.trust)
     kept = activations(state.model, loss_of, AMP[config.amp], tokens, config.grad_checkpoint)
-    one, size = parameter_bytes(state), min(config.batch_size, config.micro_batch_size or config.batch_size)
-    fixed = one * (2 + moments(state.optimizer))
+    one, size = trained_bytes(state), min(config.batch_size, config.micro_batch_size or config.batch_size)
+    fixed = parameter_bytes(state) + one * (1 + moments(state.optimizer))
     told = (f"about {in_bytes(fixed + kept(size))}: {in_bytes(fixed)} for parameters, gradients and optimiser, "
             f"{in_bytes(kept(size))} for {size:,} pictures at once and captions of {tokens} tokens")
     free = free_bytes(device) if device else math.inf
@@ -74,7 +74,7 @@ def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
     if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
         yield "WRONG", f"{home.absolute()} cannot be written for {directory}; start it from a directory of your own"
         return
-    size = (1 + moments(state.optimizer)) * parameter_bytes(state)
+    size = parameter_bytes(state) + moments(state.optimizer) * trained_bytes(state)
     standing = sum(file.stat().st_size for file in directory.glob("checkpoints/*.pt"))
     need, free = (FILES + kept) * size - standing, shutil.disk_usage(home).free
     told = f"{FILES + kept} checkpoints of {in_bytes(size)}; {in_bytes(free)} are free"
@@ -87,6 +87,11 @@ def in_bytes(count: int) -> str:
 
 def parameter_bytes(state: State) -> int:
     return sum(p.numel() * p.element_size() for p in state.model.parameters())
+
+
+def trained_bytes(state: State) -> int:
+    """Of the parameters that are not frozen."""
+    return sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
 
 
 def moments(optimizer: torch.optim.Optimizer) -> int:

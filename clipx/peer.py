@@ -18,6 +18,7 @@ from clipx.config import Train
 from clipx.data.images import Normalise
 from clipx.data.loader import Chunk
 from clipx.memory import peak
+from clipx.weights import open_clip_config
 
 ENOUGH = 10**9          # samples; the pipeline goes round the shards until nobody asks any more
 PRECISION = {"none": "fp32", "bf16": "amp_bf16", "fp16": "amp"}     # its names
@@ -64,15 +65,7 @@ def open_clip_model(node: Mapping[str, Any]) -> nn.Module:
     """open_clip's model with the sizes of one of ours, whose weights it loads strictly."""
     import open_clip
 
-    image, text = node["image"], node["text"]
-    return open_clip.CLIP(
-        image["embed"],
-        {"image_size": image["size"], "layers": image["depth"], "width": image["width"], "patch_size": image["patch"],
-         "head_width": image["width"] // image["heads"]},
-        {"context_length": text["context"], "vocab_size": text["vocab"], "width": text["width"], "heads": text["heads"],
-         "layers": text["depth"]},
-        quick_gelu=True, output_dict=True,
-    )  # fmt: skip
+    return open_clip.CLIP(**open_clip_config(node), output_dict=True)
 
 
 def open_clip_optimizer(model: nn.Module, optim: Mapping[str, Any]) -> torch.optim.AdamW:

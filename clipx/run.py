@@ -35,6 +35,7 @@ from clipx.evals.validation import Validation
 from clipx.gradient import Forward
 from clipx.health import Doctor
 from clipx.lifeline import Lifeline
+from clipx.loading import initialise
 from clipx.log import RunLog, SilentLog
 from clipx.loop import State, fit
 from clipx.memory import keep_freed
@@ -118,6 +119,7 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
     config, directory = job.config, job.directory
     state, length = fresh_state(config, job.device), job.identity.steps
     found = restore(state, config, directory, job.identity)
+    origin = initialise(state.model, config.init_from) if config.init_from and not found else ""
     if state.step >= length:
         logger.info("%s is finished (%d steps); nothing is changed. name=... starts another run", directory, state.step)
         return None
@@ -128,7 +130,7 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
     last_is_good = found == directory / "checkpoints" / "clip_last.pt"
 
     with log_of(job, state) as log, Saver(directory / "checkpoints", asdict(job.identity), last_is_good) as saver:
-        introduce(job, state, log)
+        introduce(job, state, log, origin)
         after_step = after_step_of(job, state, log, saver, signals)
         signals.patient = True
         try:
@@ -197,6 +199,8 @@ def fresh_state(config: Train, device: torch.device) -> State:
     torch.manual_seed(config.seed)
     model = build(config.model, "model", config.trust).to(device)
     model.set_grad_checkpoint(config.grad_checkpoint)
+    for tower in config.freeze:
+        {"image": model.visual, "text": model.text}[tower].requires_grad_(False)
     optimizer = build(config.optim, "optim", config.trust)(model)
     return State(model, optimizer, GradScaler(device.type, FIRST_SCALE[config.amp]))
 
@@ -272,9 +276,9 @@ def objective(directory: Path, tag: str | None) -> float | None:
     return json.loads((directory / "summary.json").read_text())["final"].get(tag)
 
 
-def introduce(job: Job, state: State, log: RunLog | SilentLog) -> None:
-    """Tell what run this is, and what its shards have lost."""
-    for line in headlines(job, state):
+def introduce(job: Job, state: State, log: RunLog | SilentLog, origin: str) -> None:
+    """Tell what run this is, what weights it starts from, and what its shards have lost."""
+    for line in headlines(job, state, origin):
         logger.info(line)
     if not state.step:
         log.skipped([
@@ -283,7 +287,7 @@ def introduce(job: Job, state: State, log: RunLog | SilentLog) -> None:
         ])
 
 
-def headlines(job: Job, state: State) -> list[str]:
+def headlines(job: Job, state: State, origin: str) -> list[str]:
     """What a run says of itself before it starts."""
     config, data, ranks = job.config, job.data, distributed.world()
     samples, parameters = int(sum(data.train.sizes)), sum(p.numel() for p in state.model.parameters())
@@ -292,6 +296,8 @@ def headlines(job: Job, state: State) -> list[str]:
         f"run       {job.directory}" + (f", goes on behind step {state.step:,}" if state.step else ""),
         f"model     {parameters:,} parameters on {job.device}, amp={config.amp}"
         + (f", {ranks} ranks of {config.batch_size // ranks:,} samples" if ranks > 1 else ""),
+        *([f"weights   {origin}"] if origin else []),
+        *([f"frozen    {', '.join(config.freeze)}"] if config.freeze else []),
         f"data      {samples:,} pictures to train, {held:,} to validate; workers={job.workers}",
         f"length    {told_length(config, samples, job.identity.steps)}",
     ]

@@ -1,15 +1,20 @@
 import copy
 import math
+import re
 
+import hydra
 import open_clip
 import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
+from conftest import ROOT
 from torch import Tensor
 
 import clipx
+from clipx.build import build
 from clipx.compiled import Compiled, compiled
+from clipx.config import resolve
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode, get_image_transform
 from clipx.loss import clip_loss
@@ -61,6 +66,26 @@ def parameters(model: torch.nn.Module) -> int:
 def test_the_models_have_the_parameters_of_their_papers() -> None:
     assert parameters(clip_vit_b32()) == 151_277_313
     assert parameters(clip_small()) == 29_418_625
+
+
+def zoo() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "conf" / "model").glob("vit_*.yaml"))
+
+
+@pytest.mark.parametrize("option", zoo())
+def test_a_model_of_the_zoo_is_open_clips_of_that_name(option: str) -> None:
+    _, size, *rest = re.fullmatch(r"(vit)_([a-z])(\d+)(.*)", option).groups()
+    name = "-".join(["ViT", size.upper(), rest[0], *filter(None, rest[1].split("_"))])
+    with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
+        node = resolve(hydra.compose("train", [f"model={option}", "model.image.act=gelu"])).model
+    with torch.device("meta"):
+        ours, theirs = build(node), open_clip.CLIP(**open_clip.get_model_config(name))
+    shapes, expected = ({key: value.shape for key, value in model.state_dict().items()} for model in (ours, theirs))
+    assert shapes == expected and parameters(ours) == parameters(theirs)
+    assert f"{parameters(ours):,} parameters" in (ROOT / f"conf/model/{option}.yaml").read_text()
+    assert ours.visual.heads == theirs.visual.transformer.resblocks[0].attn.num_heads
+    assert ours.text.heads == theirs.transformer.resblocks[0].attn.num_heads
+    assert isinstance(theirs.transformer.resblocks[0].mlp.gelu, type(ours.text.transformer.resblocks[0].mlp.gelu))
 
 
 def test_open_clip_loads_our_weights_strictly(ours: CLIP) -> None:

@@ -83,6 +83,24 @@ def test_a_pickle_in_place_of_a_checkpoint_is_not_run(tmp_path: Path, ran: Path)
             load(tmp_path / name)
 
 
+@pytest.mark.parametrize("way", ["a call", "a name of torch", "a tensor out of bounds", "written on the reader"])
+def test_a_torchscript_archive_runs_no_code(tmp_path: Path, ran: Path, way: str) -> None:
+    storage = b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI1\ntQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I0\n(I%d\nt(I1\ntI00\nNtR"
+    attack = {
+        "a call": pickle.dumps(Bomb(ran), 2),
+        "a name of torch": b"ctorch\nload\n(V/x\ntR.",
+        "a tensor out of bounds": tensor % 10**9 + b".",
+        "written on the reader": b"ctorch._utils\n_rebuild_tensor_v2\n(N}V__name__\nI1\nstb.",
+    }[way]
+    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
+        for name, data in (("data.pkl", attack), ("constants.pkl", attack), ("version", b"3"), ("data/0", bytes(4)),
+                           ("code/__torch__.py", b"import os")):
+            archive.writestr(f"evil/{name}", data)
+    with pytest.raises(CheckpointError, match=r"evil\.pt is not a checkpoint"):
+        load(tmp_path / "evil.pt")
+
+
 def test_a_pickle_in_place_of_what_was_held_out_is_not_run(
     make_shards: Callable[..., Path], tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +120,8 @@ def test_a_pickle_in_place_of_what_was_held_out_is_not_run(
 
 def test_no_line_of_clipx_unpickles_evaluates_unpacks_or_asks_a_shell() -> None:
     banned = {"eval of ", "exec of ", "system of os", "popen of os", "loads of pickle", "load of pickle",
-              "load of yaml", "load of np", "instantiate", "extractall", "extract", "unsafe_load", "full_load"}
+              "load of yaml", "load of np", "load of torch.jit", "load of jit",
+              "instantiate", "extractall", "extract", "unsafe_load", "full_load"}
     for file in CODE:
         for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
             name = ast.unparse(call.func)

@@ -4,6 +4,8 @@ Shape letters, here and everywhere: B batch, L tokens, T tokens of a whole batch
 N images, M texts, S pixels.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,10 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(1.702 * x) / 1.702
+
+
+Act = Literal["quick_gelu", "gelu"]
+ACTS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}       # OpenAI's, and the exact one
 
 
 class Attention(nn.Module):
@@ -78,10 +84,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two layers, four times as wide between them. (..., D) -> (..., D)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, act: Act):
         super().__init__()
         self.c_fc = Linear(width, 4 * width)
-        self.gelu = QuickGELU()
+        self.gelu = ACTS[act]()
         self.c_proj = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,12 +100,12 @@ class Block(nn.Module):
     With ``read`` only what the read-out tokens need is computed: -> (B, D).
     """
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int, causal: bool, act: Act):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, causal)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, act)
 
     def forward(self, x: Tensor, packed: Packed | None = None, read: bool = False) -> Tensor:
         if read:
@@ -120,9 +126,9 @@ class Transformer(nn.Module):
     ``grad_checkpoint`` forgets what is inside each block on the way forward and computes it again on the way back.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, causal: bool):
+    def __init__(self, width: int, depth: int, heads: int, causal: bool, act: Act):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, causal) for _ in range(depth))
+        self.resblocks = nn.ModuleList(Block(width, heads, causal, act) for _ in range(depth))
         self.grad_checkpoint = False
 
     def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipx.models.layers import Transformer
+from clipx.models.layers import Act, Transformer
 from clipx.models.packed import Packed, pack
 
 
@@ -20,6 +20,7 @@ class TextEncoder(nn.Module):
         depth: blocks.
         heads: attention heads; divides ``width``.
         embed: E, size of the feature.
+        act: between the layers of an MLP: ``quick_gelu``, which CLIP was trained with, or the exact ``gelu``.
 
     The defaults are ViT-B/32's.  Source: Radford et al. 2021, section 2.4 and table 20 (arXiv 2103.00020).
     """
@@ -32,12 +33,13 @@ class TextEncoder(nn.Module):
         depth: int = 12,
         heads: int = 8,
         embed: int = 512,
+        act: Act = "quick_gelu",
     ):
         super().__init__()
-        self.context, self.embed = context, embed
+        self.context, self.embed, self.heads, self.act = context, embed, heads, act
         self.token_embedding = nn.Embedding(vocab, width)
         self.positional_embedding = nn.Parameter(torch.empty(context, width))
-        self.transformer = Transformer(width, depth, heads, causal=True)
+        self.transformer = Transformer(width, depth, heads, causal=True, act=act)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, embed))
         self.initialise(width, depth)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from clipx.models.layers import Transformer
+from clipx.models.layers import Act, Transformer
 
 
 class ImageEncoder(nn.Module):
@@ -16,23 +16,31 @@ class ImageEncoder(nn.Module):
         depth: blocks.
         heads: attention heads; divides ``width``.
         embed: E, size of the feature.
+        act: between the layers of an MLP: ``quick_gelu``, which CLIP was trained with, or the exact ``gelu``.
 
     The defaults are ViT-B/32.  Source: Radford et al. 2021, section 2.4 and table 20 (arXiv 2103.00020).
     """
 
     def __init__(
-        self, size: int = 224, patch: int = 32, width: int = 768, depth: int = 12, heads: int = 12, embed: int = 512
+        self,
+        size: int = 224,
+        patch: int = 32,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        embed: int = 512,
+        act: Act = "quick_gelu",
     ):
         super().__init__()
         if size % patch:
             raise ValueError(f"patch={patch} does not divide size={size}")
-        self.size, self.embed = size, embed
+        self.size, self.embed, self.heads, self.act = size, embed, heads, act
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn((size // patch) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, depth, heads, causal=False)
+        self.transformer = Transformer(width, depth, heads, causal=False, act=act)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed))
 

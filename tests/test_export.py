@@ -1,0 +1,183 @@
+"""``python -m clipx.export``: there and back, checked by those who shall open it; and whole, or not at all."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import transformers
+from conftest import FEW
+from safetensors.torch import load_file
+from test_models import real_batch
+from test_weights import PIXELS, peer
+
+from clipx import export as export_room
+from clipx import load
+from clipx.data.emoji import open_emoji
+from clipx.data.images import decode
+from clipx.loading import described
+from clipx.models.clip import CLIP
+
+Export = Callable[..., None]
+
+
+@pytest.fixture
+def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
+    """``python -m clipx.export WORDS`` in this process, from an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["clipx.export", *words])
+        export_room.main()
+
+    return run
+
+
+@pytest.fixture
+def refuses(export: Export, tmp_path: Path) -> Callable[..., str]:
+    """The one line that an export ends with; it leaves nothing behind."""
+
+    def run(*words: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as ended:
+            export(*words)
+        assert sorted(tmp_path.rglob("*")) == before
+        message = str(ended.value.code)
+        assert "\n" not in message
+        return message
+
+    return run
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.save(peer(False).state_dict(), tmp_path / "w.pt")
+    return tmp_path / "w.pt"
+
+
+def assert_same(one: CLIP, other: CLIP) -> None:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    assert described(one) == described(other)
+
+
+def test_a_run_goes_to_open_clip_and_back_to_the_bit(
+    train: Callable[..., None], export: Export, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(*FEW, "evals=[]", "max_steps=1", "name=x")
+    export("run=outputs/x", "to=open_clip", "out=made/oc")
+    assert sorted(path.name for path in (tmp_path / "made").rglob("*")) == [
+        "oc", "open_clip_config.json", "open_clip_model.safetensors"]
+    assert 'open it with open_clip.create_model_and_transforms("local-dir:made/oc")' in caplog.text
+    ours, transform, _ = load("outputs/x")
+    assert_same(load("made/oc")[0], ours)
+    model, _, theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/made/oc")
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in model.state_dict().items())
+    picture = decode(open_emoji().train.read(3).picture)
+    torch.testing.assert_close(transform(picture), theirs(picture), atol=1e-6, rtol=0)
+    image, _ = real_batch(32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().encode_image(image), ours.encode_image(image), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_weights_go_to_hugging_face_and_back_to_the_bit(
+    export: Export, weights: Path, tmp_path: Path, act: str
+) -> None:
+    export("run=w.pt", f"act={act}", "to=hf", "out=hf")
+    ours, transform, tokenizer = load("w.pt", act=act)
+    assert_same(load("hf")[0], ours)
+    model = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "hf")
+    captions = ["A guide dog, isn't it?", "two  raccoons\n& 3 palm trees", "naïve café 导盲犬 🐕", "x" * 400, ""]
+    pictures = [decode(open_emoji().train.read(number).picture) for number in range(len(captions))]
+    given = processor(text=captions, images=pictures, return_tensors="pt", padding="max_length", truncation=True)
+    ends = tokenizer(captions).argmax(-1)
+    for ids, expected, end in zip(given["input_ids"], tokenizer(captions), ends, strict=True):
+        assert torch.equal(ids[: end + 1], expected[: end + 1])
+    pixels = torch.stack([transform(picture) for picture in pictures])
+    assert (given["pixel_values"] - pixels).abs().max() < 3 / 255 / min(PIXELS["std"])
+    with torch.no_grad():
+        found = model(**{**given, "pixel_values": pixels})
+        torch.testing.assert_close(found.image_embeds, ours.encode_image(pixels, True), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.text_embeds, ours.encode_text(tokenizer(captions), True), atol=1e-5, rtol=0)
+    assert (tmp_path / "hf/model.safetensors").stat().st_mode & 0o044       # others may read it as they may the rest
+
+
+def test_hugging_faces_own_directory_comes_back_with_the_tensors_that_it_had(export: Export, tmp_path: Path) -> None:
+    config = transformers.CLIPConfig(
+        text_config={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vision_config={"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 1,
+                       "image_size": 32, "patch_size": 16}, projection_dim=32)
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "theirs")
+    export("run=theirs", "to=open_clip", "out=oc")
+    export("run=oc", "to=hf", "out=hf")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "hf"))
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["to=onnx", "run=w.pt", "out=new"], "to='onnx': should be 'open_clip' or 'hf'"),
+        (["to=hf", "out=new"], "run has no value; add run=..."),
+        (["to=hf", "run=w.pt", "out=w.pt"], "out=w.pt is there already; name a new directory"),
+        (["to=hf", "run=w.pt", "out=w.pt/new", "act=gelu"], "out=w.pt/new cannot be written: File exists"),
+        (["to=hf", "run=none", "out=new"], "none: there is no such checkpoint"),
+        (["to=hf", "run=w.pt", "out=new"], "w.pt does not say its activation; add act=quick_gelu for OpenAI's weights "
+                                           "and open_clip's -quickgelu models, act=gelu for open_clip's others"),
+        (["too=hf", "run=w.pt", "out=new"], "too: there is no such key; did you mean to?"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_and_leaves_nothing(
+    refuses: Callable[..., str], weights: Path, words: list[str], message: str
+) -> None:
+    assert refuses(*words) == message
+
+
+def test_what_a_format_cannot_say_is_refused(
+    refuses: Callable[..., str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, *rest = load(weights, act="gelu")
+    model.text.act = "quick_gelu"
+    monkeypatch.setattr("clipx.loading.load", lambda *_, **__: (model, *rest))
+    message = refuses("run=w.pt", "to=open_clip", "out=new")
+    assert message == ("open_clip has one activation for both towers, and here model.image.act=gelu and "
+                       "model.text.act=quick_gelu")
+    model.text.token_embedding.weight = torch.nn.Parameter(torch.zeros(100, 128))
+    message = refuses("run=w.pt", "to=hf", "out=new")
+    assert message.startswith("model.text.vocab=100 is not that of the tokenizer, 49,408; to=open_clip")
+
+
+@pytest.mark.parametrize("to", ["open_clip", "hf"])
+def test_an_export_that_computes_something_else_is_not_made(
+    refuses: Callable[..., str], weights: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    def lie(path: Path, content: dict) -> None:
+        text = json.dumps(content).replace('"quick_gelu": false', '"quick_gelu": true')
+        path.write_text(text.replace('"hidden_act": "gelu"', '"hidden_act": "quick_gelu"'))
+
+    monkeypatch.setattr(export_room, "write_json", lie)
+    message = refuses("run=w.pt", f"to={to}", "out=new", "act=gelu")
+    assert message.startswith("the features of pictures differ by ") and message.endswith("; nothing is exported")
+
+
+def test_a_package_that_is_not_there_is_named(
+    refuses: Callable[..., str], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    message = refuses("run=w.pt", "to=hf", "out=new", "act=gelu")
+    assert message == 'to=hf needs transformers; install it with: pip install "clipx[hf]"'
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("to", ["open_clip", "hf"])
+def test_vit_b32_of_open_clip_goes_there_and_back(export: Export, tmp_path: Path, to: str) -> None:
+    torch.save(open_clip.create_model("ViT-B-32-quickgelu").state_dict(), tmp_path / "w.pt")
+    export("run=w.pt", "act=quick_gelu", f"to={to}", "out=new")
+    assert_same(load("new")[0], load("w.pt", act="quick_gelu")[0])

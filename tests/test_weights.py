@@ -1,0 +1,427 @@
+"""Weights of other projects: read, used, trained on, frozen.  The answers are open_clip's and transformers' own."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.multiprocessing
+import transformers
+from conftest import FEW
+from open_clip.model import resize_pos_embed
+from safetensors.torch import save_file
+from test_gradient import CPU, Double, assert_close, chunks_of
+from test_models import padded, perturb, real_batch
+from torch import Tensor, nn
+
+from clipx import checkpoint, load
+from clipx.archive import CheckpointError
+from clipx.batch import parts_of
+from clipx.compiled import Compiled
+from clipx.gradient import backward
+from clipx.loading import described, initialise
+from clipx.loop import gradient_norms
+from clipx.loss import clip_loss
+from clipx.models.clip import CLIP
+from clipx.models.text import TextEncoder
+from clipx.models.vision import ImageEncoder
+
+SIZES = {                       # of conf/model/tiny.yaml with one block in each tower, in open_clip's words
+    "embed_dim": 192,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 192, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49_408, "width": 128, "heads": 2, "layers": 1},
+}
+PIXELS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+ONE_STEP = (*FEW, "evals=[]", "max_steps=1", "optim.lr=0.01", "sched.warmup=0", "name=x")
+
+
+def peer(quick_gelu: bool = True, custom: bool = False, **vision: int) -> nn.Module:
+    torch.manual_seed(0)
+    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    model = kind(**{**SIZES, "vision_cfg": {**SIZES["vision_cfg"], **vision}}, quick_gelu=quick_gelu)
+    perturb(model)
+    return model.eval()
+
+
+def assert_same_features(path: object, other: nn.Module, act: str | None = None, size: int = 32) -> CLIP:
+    model, transform, tokenizer = load(path, act=act)
+    image, tokens = real_batch(size)
+    with torch.no_grad():
+        for ours, theirs in ((model.encode_image(image), other.encode_image(image)),
+                             (model.encode_text(tokens), other.encode_text(padded(tokens)))):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert model.visual.size == size and tokenizer.context == 77 and not model.training
+    return model
+
+
+class Holder(nn.Module):
+    """A module for a script; its children make the names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [1, 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def openai_archive(state: dict[str, Tensor], path: Path) -> Path:
+    """fp16, TorchScript, with three more keys: as OpenAI's files are."""
+    root = Holder()
+    for name, value in state.items():
+        *parents, last = name.split(".")
+        place = root
+        for parent in parents:
+            if parent not in place._modules:
+                place.add_module(parent, Holder())
+            place = place._modules[parent]
+        place.register_parameter(last, nn.Parameter(value.half()))
+    for name, number in (("input_resolution", 32), ("context_length", 77), ("vocab_size", 49_408)):
+        root.register_buffer(name, torch.tensor(number))
+    torch.jit.script(root).save(path)
+    return path
+
+
+def open_clip_directory(path: Path, model: nn.Module, quick_gelu: bool = True, **change: object) -> Path:
+    path.mkdir()
+    config, pixels = {**SIZES, "quick_gelu": quick_gelu, **change.pop("config", {})}, {**PIXELS, **change}
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": pixels}))
+    save_file(dict(model.state_dict()), path / "open_clip_model.safetensors")
+    return path
+
+
+# ---------------------------------------------------------------- read
+
+
+@pytest.mark.parametrize("way", ["bare", "wrapped", "safetensors", "custom text", "half"])
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_a_state_dict_of_open_clip_is_the_same_model(tmp_path: Path, way: str, act: str) -> None:
+    model, path = peer(act == "quick_gelu", custom=way == "custom text"), tmp_path / "weights.pt"
+    if way == "half":
+        model = model.half().float()
+    state = dict(model.state_dict())
+    if way == "safetensors":
+        save_file(state, path := path.with_suffix(".safetensors"))
+    elif way == "wrapped":
+        torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
+    else:
+        torch.save({name: value.half() for name, value in state.items()} if way == "half" else state, path)
+    found = assert_same_features(path, model, act).state_dict()
+    assert all(torch.equal(found[name.removeprefix("text.")], value) for name, value in state.items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_openais_archive_is_read_without_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peer().half().float()
+    path = openai_archive(model.state_dict(), tmp_path / "ViT.pt")
+    scripted = torch.jit.load(path).state_dict()
+    assert scripted["visual.proj"].dtype == torch.float16 and "input_resolution" in scripted
+    monkeypatch.setattr(torch.jit, "load", lambda *_: pytest.fail("its code was loaded"))
+    found = assert_same_features(path, model).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_a_directory_of_hugging_face_is_the_same_model(tmp_path: Path, act: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        text_config={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+                     "hidden_act": act},
+        vision_config={"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 2,
+                       "image_size": 64, "patch_size": 16, "hidden_act": act},
+        projection_dim=96,
+    )
+    other = transformers.CLIPModel(config).eval()
+    perturb(other)
+    other.save_pretrained(tmp_path / "hf")
+    model, _, _ = load(tmp_path / "hf")
+    assert described(model)["image"]["heads"] == 2 and described(model)["text"]["heads"] == 4
+    image, tokens = real_batch(64)
+    with torch.no_grad():
+        found = other(input_ids=tokens, pixel_values=image)
+        torch.testing.assert_close(model.encode_image(image, True), found.image_embeds, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.encode_text(tokens, True), found.text_embeds, atol=1e-5, rtol=0)
+        assert model.logit_scale == other.logit_scale
+
+
+def test_a_directory_of_open_clip_says_its_heads_and_its_activation(tmp_path: Path) -> None:
+    model = peer(False, head_width=32)
+    vision = {"vision_cfg": {**SIZES["vision_cfg"], "head_width": 32}}
+    found = assert_same_features(open_clip_directory(tmp_path / "oc", model, False, config=vision), model)
+    assert found.visual.heads == 6 and found.text.act == "gelu"
+
+
+def test_what_open_clip_has_cached_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, home = peer(), tmp_path / ".cache" / "clip"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, quick in (("tiny-quickgelu", True), ("tiny", False)):
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, {**SIZES, "quick_gelu": quick})
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {
+            "openai": open_clip.pretrained._pcfg(url="https://host/tiny.pt", quick_gelu=True)})
+    with pytest.raises(CheckpointError, match=r"is not on this machine; python -c \"import open_clip; .* downloads it"):
+        load("open_clip:tiny-quickgelu/openai")
+    home.mkdir(parents=True)
+    torch.save(model.state_dict(), home / "tiny.pt")
+    assert_same_features("open_clip:tiny-quickgelu/openai", model)
+    with pytest.raises(CheckpointError, match="another activation than tiny; open_clip:tiny-quickgelu/openai is right"):
+        load("open_clip:tiny/openai")
+    with pytest.raises(CheckpointError, match="open_clip:tiny/none: open_clip has no such weights; tiny: openai"):
+        load("open_clip:tiny/none")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act": None}, "w.pt does not say its activation; add act=quick_gelu for OpenAI's weights"),
+        ({"drop": "visual.proj"}, "w.pt holds another kind of model than CLIP with a Vision Transformer: 'visual.p"),
+        ({"drop": "ln_final.bias"}, "w.pt does not fit: ln_final.bias is missing there and 128 in the model"),
+        ({"add": {"logit_bias": torch.ones(())}}, "logit_bias is one number there and missing in the model"),
+        ({"add": {"epoch": 3}}, "w.pt holds no state dict: names and tensors, or these under state_dict"),
+        ({"file": b"PK\3\4"}, "w.pt is not a checkpoint: it is cut short, or another kind of file"),
+        ({"path": "no.pt"}, "no.pt: there is no such checkpoint"),
+        ({"path": "."}, "clip_last.pt: there is no such checkpoint"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = {**peer().state_dict(), **change.get("add", {})}
+    state.pop(change.get("drop"), None)
+    torch.save(state, "w.pt")
+    if "file" in change:
+        Path("w.pt").write_bytes(change["file"])
+    with pytest.raises(CheckpointError) as error:
+        load(change.get("path", "w.pt"), act=change.get("act", "quick_gelu"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "pool_type": "avg"}}}, "vision_cfg.pool_type='avg' is ano"),
+        ({"config": {"text_cfg": {**SIZES["text_cfg"], "no_causal_mask": True}}}, "text_cfg.no_causal_mask=True is a"),
+        ({"mean": [0.5, 0.5, 0.5]}, "was trained on pictures prepared with mean=[0.5, 0.5, 0.5]; clipx has (0.48"),
+    ],
+)
+def test_another_architecture_of_open_clip_is_refused(tmp_path: Path, given: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load(open_clip_directory(tmp_path / "oc", peer(), **given))
+    assert message in str(error.value)
+
+
+def test_an_activation_that_contradicts_the_weights_is_an_error(tmp_path: Path) -> None:
+    path = open_clip_directory(tmp_path / "oc", peer())
+    with pytest.raises(CheckpointError, match="^act=gelu, but .*oc says that it was trained with act=quick_gelu"):
+        load(path, act="gelu")
+
+
+# ---------------------------------------------------------------- trained on
+
+
+def trained(tmp_path: Path) -> dict[str, object]:
+    return checkpoint.read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
+
+
+@pytest.mark.parametrize("freeze", ["[image]", "[text]", "[image,text]"])
+def test_a_run_starts_from_weights_and_leaves_frozen_towers_as_they_are(
+    train: Callable[..., None], tmp_path: Path, freeze: str
+) -> None:
+    model = peer()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    train(*ONE_STEP, "init_from=w.pt", f"freeze={freeze}", "micro_batch_size=6", "clip_norm=1.0")
+    saved, moved = trained(tmp_path), set()
+    for name, value in model.state_dict().items():
+        if not torch.equal(saved["model_state_dict"][name], value):
+            moved.add("image" if name.startswith("visual.") else "scale" if name == "logit_scale" else "text")
+    assert moved == {"image", "text", "scale"} - set(freeze.strip("[]").split(","))
+    kept = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
+    assert len(saved["optimizer"]["state"]) == kept < len(model.state_dict())
+    assert "weights   from w.pt" in (tmp_path / "outputs/x/train.log").read_text()
+
+
+def test_with_a_low_rate_a_tower_moves_less(train: Callable[..., None], tmp_path: Path) -> None:
+    model = peer()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    train(*ONE_STEP, "init_from=w.pt", "optim.image_lr_scale=0.01", "optim.weight_decay=0")
+    found = trained(tmp_path)["model_state_dict"]
+    moved = {name: (found[name] - model.state_dict()[name]).abs().max().item() for name in ("visual.proj",
+                                                                                           "text_projection")}
+    assert moved["visual.proj"] == pytest.approx(0.01 * moved["text_projection"], rel=0.05)
+
+
+def test_when_a_run_goes_on_its_checkpoint_wins_and_the_weights_may_be_gone(
+    train: Callable[..., None], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    torch.save(peer().state_dict(), tmp_path / "w.pt")
+    words = [*(word for word in ONE_STEP if not word.startswith("max_steps")), "max_steps=3", "init_from=w.pt"]
+    train(*words, "stop_at=1")
+    before = trained(tmp_path)
+    (tmp_path / "w.pt").unlink()
+    train(*words)
+    assert before["step"] == 1 and trained(tmp_path)["step"] == 3
+    assert fails(*words[:-1], "init_from=null").partition("(")[2].startswith("init_from: 'w.pt' -> None)")
+    assert fails(*words, "name=y") == "w.pt: there is no such checkpoint"
+
+
+def test_a_run_starts_from_another_run(train: Callable[..., None], tmp_path: Path) -> None:
+    train(*ONE_STEP)
+    before = trained(tmp_path)["model_state_dict"]
+    train(*ONE_STEP, "init_from=outputs/x", "name=y", "freeze=[image,text]")
+    after = checkpoint.read(tmp_path / "outputs/y/checkpoints/clip_last.pt")["model_state_dict"]
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "logit_scale")
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_position_embeddings_are_resized_as_open_clip_does(
+    train: Callable[..., None], tmp_path: Path, size: int
+) -> None:
+    model = peer()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    train(*ONE_STEP, "init_from=w.pt", "freeze=[image,text]", f"model.image.size={size}", "model.text.context=40")
+    found, expected = trained(tmp_path)["model_state_dict"], dict(model.state_dict())
+    resize_pos_embed(expected, peer(image_size=size))
+    assert torch.equal(found["visual.positional_embedding"], expected["visual.positional_embedding"])
+    assert torch.equal(found["positional_embedding"], expected["positional_embedding"][:40])
+    told = (tmp_path / "outputs/x/train.log").read_text()
+    assert f"from w.pt; position embeddings of pictures resized from 4 x 4 to {size // 8} x {size // 8} patches" in told
+    assert "those of captions cut from 77 to 40 tokens" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init_from=w.pt", "model.image.patch=16"],
+         "init_from=w.pt does not fit: visual.conv1.weight is 192 x 3 x 8 x 8 there and 192 x 3 x 16 x 16 in the model"
+         "; model.image.patch=8 fits"),
+        (["init_from=w.pt", "model.text.context=100"],
+         "init_from=w.pt does not fit: positional_embedding is 77 x 128 there and 100 x 128 in the model; "
+         "model.text.context=77 fits"),
+        (["init_from=w.pt", "model.text.depth=2"],
+         "init_from=w.pt does not fit: transformer.resblocks.1.ln_1.weight is missing there and 128 in the model; "
+         "model.text.depth=1 fits"),
+        (["init_from=oc", "model.image.act=gelu"],
+         "init_from=oc was trained as another model than this one, with the same shapes; model.image.act=quick_gelu "
+         "model.text.act=quick_gelu fits"),
+        (["init_from=oc", "model.image.heads=6"],
+         "init_from=oc was trained as another model than this one, with the same shapes; model.image.heads=3 fits"),
+        (["init_from=none.pt"], "none.pt: there is no such checkpoint"),
+        (["freeze=[vision]"], "freeze=['vision']: should be 'image' or 'text'"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_the_remedy(
+    fails: Callable[..., str], tmp_path: Path, words: list[str], message: str
+) -> None:
+    torch.save(peer().state_dict(), tmp_path / "w.pt")
+    open_clip_directory(tmp_path / "oc", peer())
+    assert fails(*ONE_STEP, *words) == message
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_check_tells_of_weights_that_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from clipx.check import main
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(peer().state_dict(), "w.pt")
+    monkeypatch.setattr("sys.argv", ["clipx.check", *ONE_STEP, "init_from=w.pt", "model.image.patch=16"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "WRONG run       init_from=w.pt does not fit" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- frozen
+
+
+def frozen(*towers: str) -> CLIP:
+    torch.manual_seed(0)
+    model = CLIP(ImageEncoder(size=64, patch=32, width=64, depth=2, heads=1, embed=32),
+                 TextEncoder(width=64, depth=2, heads=1, embed=32)).double()
+    for tower in towers:
+        getattr(model, {"image": "visual", "text": "text"}[tower]).requires_grad_(False)
+    return model
+
+
+def gradients(forward: nn.Module, clip: CLIP, micro: int | None, rank: int = 0, world: int = 1) -> list[Tensor | None]:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    backward(Double(forward, CPU, None), clip_loss, parts_of(chunks_of(64, micro, rank, world), micro), scaler)
+    found = [p.grad for p in clip.parameters()]
+    clip.zero_grad()
+    return found
+
+
+TOWERS = [("image",), ("text",), ("image", "text")]
+
+
+def assert_frozen(found: list[Tensor | None], expected: list[Tensor], clip: CLIP) -> None:
+    pairs = [*zip(found, expected, clip.parameters(), strict=True)]
+    assert all((gradient is None) != p.requires_grad for gradient, _, p in pairs)
+    assert_close(*zip(*[(gradient, whole) for gradient, whole, _ in pairs if gradient is not None], strict=True))
+
+
+@pytest.mark.parametrize("towers", TOWERS)
+@pytest.mark.parametrize("micro", [None, 24])
+def test_what_is_not_frozen_has_the_gradient_that_it_would_have(towers: tuple[str, ...], micro: int | None) -> None:
+    plain, clip = frozen(), frozen(*towers)
+    assert_frozen(gradients(clip, clip, micro), gradients(plain, plain, None), clip)
+
+
+def test_the_norm_of_a_frozen_tower_is_0() -> None:
+    clip = frozen("image")
+    clip_loss(*clip(torch.randn(4, 3, 64, 64).double(), torch.arange(32).view(4, 8))).backward()
+    (image, text), whole = gradient_norms(clip)
+    assert image == 0 < text < whole
+
+
+def ranks_gradients(rank: int, world: int, store: str, path: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    found = {}
+    for towers in TOWERS:
+        clip = frozen(*towers)
+        forward = nn.parallel.DistributedDataParallel(clip, gradient_as_bucket_view=True)
+        for micro in (None, 12):
+            found[towers, micro] = [None if g is None else g.clone() for g in
+                                    gradients(forward, clip, micro, rank, world)]
+    torch.save(found, f"{path}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_with_a_frozen_tower_have_the_gradient_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(ranks_gradients, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    plain = frozen()
+    whole = gradients(plain, plain, None)
+    for rank in range(2):
+        for (towers, _), found in torch.load(tmp_path / f"{rank}.pt").items():
+            assert_frozen(found, whole, frozen(*towers))
+
+
+def test_a_frozen_tower_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    clip = frozen("image")
+    plain = gradients(clip, clip, None)
+    monkeypatch.setattr(torch, "compile", lambda model, compiled=torch.compile: compiled(model, backend="aot_eager"))
+    assert_frozen(gradients(Compiled(clip, 0.0), clip, None), plain, clip)
+
+
+# ---------------------------------------------------------------- at full size
+
+
+@pytest.mark.long
+def test_vit_b32_of_open_clip_is_fine_tuned_with_a_locked_image_tower(
+    train: Callable[..., None], tmp_path: Path
+) -> None:
+    model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    found = assert_same_features(tmp_path / "w.pt", model, "quick_gelu", 224)
+    other = clip = CLIP(ImageEncoder(), TextEncoder())
+    initialise(other, str(tmp_path / "w.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), clip.parameters(), strict=True))
+    train("model=vit_b32", "experiment=smoke", "init_from=w.pt", "freeze=[image]", "batch_size=8", "workers=0",
+          "evals=[]", "max_steps=1", "optim.lr=0.01", "sched.warmup=0", "name=x", "data.samples=40")
+    after = trained(tmp_path)["model_state_dict"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(after[name], value) == name.startswith("visual."), name
