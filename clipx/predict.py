@@ -28,6 +28,7 @@ class Predict:
     json: bool
     device: str
     workers: Literal["auto"] | NonNegativeInt
+    act: Literal["quick_gelu", "gelu"] | None
     trust: list[str]
 
 
@@ -51,7 +52,7 @@ def predict(composed: DictConfig, directory: Path) -> None:
         raise UserError('give either texts="a cat,a dog", to score each picture, or search="a red car", to find some')
     from clipx.predictions import encode_pictures, page, score, search
 
-    found = encode_pictures(config.run, config.images, config.device, config.workers, config.trust)
+    found = encode_pictures(config.run, config.images, config.device, config.workers, config.trust, config.act)
     for place, reason in found.bad.items():
         logger.warning("%s is left out: it %s", place, reason)
     if config.texts is not None:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipx import load
 from clipx.data.files import Files, find_pictures
 from clipx.data.images import Normalise, decode, eval_crop
 from clipx.data.loader import EvalReader, cut, read
 from clipx.errors import UserError
 from clipx.evals.features import encode_texts
+from clipx.loading import load
 from clipx.log import short
 from clipx.models.clip import CLIP
+from clipx.models.layers import Act
 from clipx.run import pick_device, pick_workers
 from clipx.tokenizer import SimpleTokenizer
 
@@ -41,14 +42,16 @@ class Found:
 
 
 @torch.no_grad()
-def encode_pictures(run: str, images: str, device: str, workers: str | int, trust: Sequence[str]) -> Found:
+def encode_pictures(
+    run: str, images: str, device: str, workers: str | int, trust: Sequence[str], act: Act | None
+) -> Found:
     """Load a model and show it pictures.
 
     Raises:
         UserError: the model cannot be loaded, or there is no picture that can be read.
     """
     paths = find_pictures(images)
-    model, _, tokenizer = load(run, pick_device(device), trust)
+    model, _, tokenizer = load(run, pick_device(device), trust, act)
     place, size = model.logit_scale.device, model.visual.size
     reader, normalise = EvalReader(Files(paths), size, tokenizer), Normalise(place)
     processes = pick_workers(workers) if len(paths) > CHUNK else 0
