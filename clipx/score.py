@@ -173,11 +173,11 @@ def place_of(run: str, directory: Path) -> Place:
     if not path.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         return Place(directory, run, False, 0)
-    home = path.absolute().parent.parent
-    if path.absolute().parent.name != "checkpoints" or not (home / "config.yaml").is_file():
+    folder = path.parent if path.parent.name else path.absolute().parent
+    if folder.name != "checkpoints" or not (folder.parent / "config.yaml").is_file():
         return Place(path.parent, path.name, False, 0)
     step = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("step", 0)
-    return Place(home, f"checkpoints/{path.name}", True, step)
+    return Place(folder.parent, f"checkpoints/{path.name}", True, step)
 
 
 @contextmanager
