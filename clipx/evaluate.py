@@ -26,7 +26,7 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
     try:
         score(config, directory)
     except KeyboardInterrupt:
-        raise UserError("interrupted; what is in the table of a run before stands in its metrics.json") from None
+        raise UserError("interrupted; runs that were done before have their numbers in metrics.json") from None
 
 
 if __name__ == "__main__":

@@ -95,9 +95,6 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     try:
         converted = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:
-        unknown = next((found for found in error.errors() if found["type"] == "extra_forbidden"), None)
-        if unknown:
-            raise ConfigError(f"{key}.{'.'.join(map(str, unknown['loc']))}: there is no such key") from error
         reasons = dict.fromkeys(found["msg"].removeprefix("Value error, ") for found in error.errors())
         reason = " or ".join(reasons).replace("Input should", "should").replace("or should be", "or")
         raise ConfigError(f"{key}={value!r}: {reason}") from error

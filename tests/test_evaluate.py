@@ -26,6 +26,7 @@ from clipx.log import SilentLog
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
+from clipx.score import named
 from clipx.tokenizer import SimpleTokenizer
 
 DUMMY = ("data=dummy", "data.val_samples=20", "workers=0", "device=cpu")
@@ -132,6 +133,19 @@ def test_other_data_of_the_same_name_do_not_take_the_place_of_the_first(run: Pat
     assert len(again) == 2 and again["dummy"] == before and again.keys() == after.keys()
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("outputs/a", {"outputs/a": "a"}),
+        ("a,b/c", {"a": "a", "b/c": "c"}),
+        ("[outputs/x=1,outputs/y=2]", {"outputs/x=1": "x=1", "outputs/y=2": "y=2"}),      # no list to Hydra, for its =
+        (["one/a", "two/a", "one/a"], {"one/a": "one/a", "two/a": "two/a"}),
+    ],
+)
+def test_runs_are_headed_by_names_that_tell_them_apart(given: str | list[str], names: dict[str, str]) -> None:
+    assert named(given) == names
+
+
 def test_two_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     code = ("import sys; from pathlib import Path; from clipx.score import merged\n"
             "for number in range(40):\n"
@@ -190,7 +204,7 @@ def test_all_pictures_can_be_scored_and_each_set_of_a_mix_goes_by_its_name(
         (["run=outputs/x", "evals=[zero_shot]", "labelled={x:{folder:no}}"],
          "evals.zero_shot.sets.x.folder=no has no directories of pictures, one a class"),
         (["run=outputs/x", "evals=[zero_shot]", "labelled={x:{foldr:no}}"],
-         "evals.zero_shot.sets.x.foldr: there is no such key"),
+         "evals.zero_shot.sets.x.foldr: there is no such key; did you mean folder?"),
         (["run=outputs/x", "evals=[zero_shot]", "labelled={x:{folder:no}}", "evals.zero_shot.templates=opnai"],
          "evals.zero_shot.sets.x.folder=no"),
         (["run=outputs/x", "evals=[zeroshot]"], "evals=zeroshot: there is no such option; did you mean zero_shot?"),

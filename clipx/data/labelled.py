@@ -33,7 +33,7 @@ INDEX_DIR = Path("~/.cache/clipx")
 class Which(TypedDict, total=False):
     """A labelled data set in a config: one of dataset, folder and shards, and what belongs to it."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="allow")      # open_set tells what is wrong with them
 
     dataset: str    # torchvision's name of it: CIFAR10, Food101, ImageNet
     root: str       # where that stands; nothing is downloaded
@@ -71,6 +71,10 @@ def open_sets(sets: Mapping[str, Which] | None, train: bool = False) -> dict[str
 
 def open_set(key: str, which: Which, train: bool) -> LabelledSet:
     """One labelled data set; ``key`` is the config's."""
+    known = Which.__annotations__
+    for odd in which.keys() - known.keys():
+        near = difflib.get_close_matches(odd, known, n=1) or [", ".join(known)]
+        raise ValueError(f"{key}.{odd}: there is no such key; did you mean {near[0]}?")
     kinds: dict[str, Callable[..., tuple[Source, list[str]]]] = {
         "dataset": open_torchvision, "folder": open_folders, "shards": open_class_shards
     }  # fmt: skip

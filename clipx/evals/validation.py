@@ -54,6 +54,7 @@ class Validation:
         self.labelled = {key: evaluation for key, evaluation in evals.items() if isinstance(evaluation, OnLabelled)}
         self.evals = {key: evaluation for key, evaluation in evals.items() if key not in self.labelled}
         self.sources, self.tokenizer, self.workers, self.amp, self.cache = sources, tokenizer, workers, amp, cache
+        self.told: set[str] = set()         # ids of data whose missing pictures have been told
 
     def __call__(self, model: CLIP, step: int, log: RunLog | SilentLog) -> dict[str, float]:
         """The numbers by tag, ``val/<eval>/<metric>`` or ``val/<eval>@<data>/<metric>``; pictures go to the log."""
@@ -74,11 +75,13 @@ class Validation:
                         numbers[f"val/{key}@{name}/{metric}"] = value
                     else:
                         log.figure(f"val/{key}@{name}/{metric}", value, step)
-                tell_skipped(name, encoder.labelled(data.test).skipped)
+                self.tell_skipped(name, data, encoder)
         return numbers
 
-
-def tell_skipped(name: str, skipped: list[str]) -> None:
-    """Warn of pictures that are missing from the scores."""
-    if skipped:
-        logger.warning("%s: %d pictures are left out, such as %s", name, len(skipped), skipped[0])
+    def tell_skipped(self, name: str, data: LabelledSet, encoder: Encoder) -> None:
+        """Warn, once, of pictures that are missing from the scores."""
+        for source in filter(None, (data.test, data.train)):
+            skipped = encoder.seen[source.id].skipped if source.id in encoder.seen else []
+            if skipped and source.id not in self.told:
+                logger.warning("%s: %d pictures are left out, such as %s", name, len(skipped), skipped[0])
+                self.told.add(source.id)

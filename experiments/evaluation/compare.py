@@ -48,6 +48,9 @@ def make(root: Path, pictures: int) -> None:
     (root / "test/nshards.txt").write_text(f"{SHARDS}\n")
     (root / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
     (root / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    (root / "retrieval").mkdir()        # CLIP_benchmark tells the two kinds of data apart by a file beside them
+    (root / "retrieval/test").symlink_to(root / "test")
+    (root / "retrieval/dataset_type.txt").write_text("retrieval")
     torch.manual_seed(0)
     state = clip_vit_b32().state_dict()
     node = yaml.safe_load((Path(__file__).parent.parent.parent / "conf/model/vit_b32.yaml").read_text())
@@ -59,20 +62,21 @@ def make(root: Path, pictures: int) -> None:
 def commands(root: Path, peer: str) -> dict[str, dict[str, list[str]]]:
     """By task and side."""
     ours = [sys.executable, "-m", "clipx.evaluate", f"run={root}/clipx.pt", "device=cpu", "workers=1"]
-    theirs = [peer, "-m", "clip_benchmark.cli", "eval", "--dataset", "wds/photos", "--dataset_root", str(root),
-              "--model", "ViT-B-32-quickgelu", "--pretrained", f"{root}/open_clip.pt", "--num_workers", "1", "--no_amp",
+    theirs = [peer, "-m", "clip_benchmark.cli", "eval", "--dataset", "wds/photos", "--model", "ViT-B-32-quickgelu",
+              "--pretrained", f"{root}/open_clip.pt", "--num_workers", "1", "--no_amp",
               "--output", f"{root}/theirs.json"]
     return {
         "zero_shot": {
             "clipx": [*ours, "evals=[zero_shot]", f"labelled={{photos:{{shards:{root}/test,classes:"
                       f"{root}/classnames.txt}}}}",
                       f"evals.zero_shot.templates={root}/zeroshot_classification_templates.txt"],
-            "CLIP_benchmark": [*theirs, "--task", "zeroshot_classification"],
+            "CLIP_benchmark": [*theirs, "--dataset_root", str(root), "--task", "zeroshot_classification"],
         },
         "retrieval": {
             "clipx": [*ours, "evals=[retrieval]", "data=shards", f"data.root={root}/test", "data.val=0",
                       "data.caption_key=caption", "split=train"],
-            "CLIP_benchmark": [*theirs, "--task", "zeroshot_retrieval", "--recall_k", "1", "5", "10"],
+            "CLIP_benchmark": [*theirs, "--dataset_root", f"{root}/retrieval", "--task", "zeroshot_retrieval",
+                               "--recall_k", "1", "5", "10"],
         },
     }  # fmt: skip
 
