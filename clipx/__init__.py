@@ -15,6 +15,7 @@ HOMES = {
     "load": "clipx.loading",
     "SimpleTokenizer": "clipx.tokenizer",
     "get_image_transform": "clipx.data.images",
+    "zero_shot_eval": "clipx.evals.zero_shot",
 }
 __all__ = list(HOMES)
 

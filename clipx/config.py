@@ -68,7 +68,28 @@ class Train:
     best: str | None
     objective: str | None
     trust: list[str]
+    labelled: dict[str, dict[str, str]] | None = None
     choices: dict[str, Any] = field(default_factory=dict)       # the options of the groups, for the record
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The schema of an evaluation.  conf/evaluate.yaml says what each key means and holds the defaults."""
+
+    run: str | list[str]
+    evals: dict[str, dict[str, Any]]
+    split: Literal["val", "train"]
+    labelled: dict[str, dict[str, str]] | None
+    bootstrap: PositiveInt | None
+    per_class: bool
+    cache: str | None
+    amp: Literal["none", "bf16", "fp16"]
+    device: str
+    workers: Literal["auto"] | NonNegativeInt
+    act: Literal["quick_gelu", "gelu"] | None
+    trust: list[str]
+    data: dict[str, Any] | None = None
+    choices: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from clipx.data.sample import Data, Source, Subset
 from clipx.data.shards import Shards
 from clipx.duration import Every
 from clipx.errors import UserError
+from clipx.evals.validation import OnLabelled
 from clipx.loading import initialise
 from clipx.log import short
 from clipx.loop import State
@@ -206,11 +207,13 @@ def show(chunk: Chunk) -> Iterator[Finding]:
 
 
 def check_evals(config: Train, data: Data, reader: Callable[[Source], EvalReader]) -> Iterator[Finding]:
-    for name, node in config.evals.items():
-        build(node, f"evals.{name}", config.trust)
-    if config.evals and not data.vals:
+    evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
+    labelled = {key: one.sets for key, one in evals.items() if isinstance(one, OnLabelled)}
+    if len(labelled) < len(evals) and not data.vals:
         yield "odd", "there are no validation pictures, so nothing is scored; data.val=0.02 holds some out"
-    for name, source in data.vals.items() if config.evals else ():
+    vals = dict(data.vals) if len(labelled) < len(evals) else {}
+    vals |= {f"{key}@{name}": found.test for key, sets in labelled.items() for name, found in sets.items()}
+    for name, source in vals.items():
         samples = int(sum(source.sizes))
         told = f"{samples:,} pictures to validate" + (f" of {name}" if name else "")
         if not samples:
@@ -223,5 +226,6 @@ def check_evals(config: Train, data: Data, reader: Callable[[Source], EvalReader
                           f"{chunk.skipped[0].place}: {chunk.skipped[0].reason}; mend them for scores of all")
     for tag in sorted({config.objective, config.best} - {None}):
         name, _, at = (f"{tag}//").split("/")[1].partition("@")
-        if data.vals and tag.startswith("val/") and (name not in config.evals or at not in data.vals):
+        known = labelled.get(name, data.vals) if name in evals else ()
+        if (data.vals or labelled) and tag.startswith("val/") and at not in known:
             yield "odd", f"nothing gives {tag}, which the run is judged by; there are evals={list(config.evals)}"

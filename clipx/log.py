@@ -5,6 +5,7 @@ import logging
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -109,6 +110,11 @@ class RunLog:
         self.tensorboard.add_figure("val/nearest_captions", nearest_captions(val), step)
         self.tensorboard.add_figure("val/similarity", similarity_matrix(val), step)
 
+    def figure(self, tag: str, figure: Any, step: int) -> None:
+        """Show a figure of an evaluation, and keep the latest as a PNG in the run."""
+        keep_figure(self.directory, tag, figure)
+        self.tensorboard.add_figure(tag, figure, step)
+
     def finish(self, state: str) -> None:
         """Tell how the run, or its part in this process, ended."""
         self.summary["state"] = state
@@ -165,7 +171,14 @@ class SilentLog:
     def ignore(self, *_given: object) -> None:
         pass
 
-    scalars = progress = skipped = pictures = finish = flush = write_summary = ignore
+    scalars = progress = skipped = pictures = figure = finish = flush = write_summary = ignore
+
+
+def keep_figure(directory: Path, tag: str, figure: Any, name: str = "") -> None:
+    """Write a figure as a PNG that is called after its tag (without ``val/``)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")             # of letters that the font has not
+        figure.savefig(directory / f"{name}{tag.removeprefix('val/').replace('/', '-')}.png")
 
 
 def cut(path: Path, samples: int) -> list[dict[str, Any]]:

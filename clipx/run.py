@@ -31,7 +31,7 @@ from clipx.data.sample import Data
 from clipx.data.tar import DataError
 from clipx.duration import Every
 from clipx.errors import Interrupted, UserError
-from clipx.evals.validation import Validation
+from clipx.evals.validation import Evaluation, OnLabelled, Validation
 from clipx.gradient import Forward
 from clipx.health import Doctor
 from clipx.lifeline import Lifeline
@@ -64,6 +64,7 @@ class Job:
     workers: int
     data: Data
     plan: Plan | MixPlan
+    evals: dict[str, Evaluation | OnLabelled]
     identity: Identity
 
 
@@ -96,8 +97,9 @@ def run_as_rank(config: Train, directory: Path, signals: Signals, lifeline: Life
     device, workers = pick_device(config.device), pick_workers(config.workers)
     with distributed.in_turn(lifeline):
         data: Data = build(config.data, "data", config.trust)
+        evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
     plan = data.plan(config.seed)
-    job = Job(config, directory, device, workers, data, plan, identify(config, data, plan))
+    job = Job(config, directory, device, workers, data, plan, evals, identify(config, data, plan))
     left_out: list[list[int]] = []
     while diverged := train(job, signals, left_out):
         left_out.append([diverged.first.position, diverged.end])
@@ -255,12 +257,11 @@ def after_step_of(job: Job, state: State, log: RunLog | SilentLog, saver: Saver,
     every = partial(Every, steps=job.identity.steps, epoch=job.plan.samples / config.batch_size)
     keys = ("log_every", "eval_every", "save_every", "keep_every", "stop_at")
     times = Times(*(every(getattr(config, key)) for key in keys))
-    evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
     tokenizer = SimpleTokenizer(state.model.text.context)
     return AfterStep(
         log=log,
         times=times,
-        evaluate=Validation(data.vals, evals, tokenizer, job.workers, AMP[config.amp]),
+        evaluate=Validation(data.vals, job.evals, tokenizer, job.workers, AMP[config.amp]),
         saver=saver,
         best=config.best,
         bad_limit=data.bad_limit - sum(data.lost.values()),

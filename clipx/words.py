@@ -20,6 +20,8 @@ NEUTRAL = {
     "resume_allow", "max_bad_steps", "max_rollbacks", "signal_exit_code",
 }  # fmt: skip
 
+PLACES = r"(labelled|evals\.[^.]+\.sets)\.[^.]+\.(root|folder|shards|train|classes)"       # of labelled data
+
 # Hydra's own directories and log files are not used: a run's directory is made when its config is known to be right
 HYDRA = [
     "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",
@@ -30,7 +32,8 @@ WITH_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-
 
 def is_neutral(key: str) -> bool:
     """Whether a key does not change the meaning of a run."""
-    return re.sub(r"^data\.sources\.[^.]+\.", "data.", key) in NEUTRAL       # of a mix's sources, too
+    in_mix = re.sub(r"^data\.sources\.[^.]+\.", "data.", key)        # of a mix's sources, too
+    return in_mix in NEUTRAL or re.fullmatch(PLACES, key) is not None
 
 
 def legal(words: Sequence[str], sweep: bool) -> list[str]:

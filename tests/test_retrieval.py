@@ -32,11 +32,12 @@ def brute_force(similarity: np.ndarray, right: list[set[int]]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("tile", [3, 1024])
+@pytest.mark.parametrize(("tile", "cells"), [(3, 1 << 25), (1024, 1 << 25), (1024, 20)])
 def test_recall_with_several_captions_a_picture_equals_a_count_by_hand(
-    tile: int, monkeypatch: pytest.MonkeyPatch
+    tile: int, cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "TILE", tile)
+    monkeypatch.setattr(room, "CELLS", cells)
     torch.manual_seed(0)
     owners = [0, 0, 0, 1, 2, 2, 3, 4, 5, 5, 6, 6, 6, 6, 7]
     images = F.normalize(torch.randn(8, 4), dim=-1)
@@ -48,9 +49,67 @@ def test_recall_with_several_captions_a_picture_equals_a_count_by_hand(
     for k in (1, 2, 5):
         assert found[f"i2t_r{k}"] == pytest.approx(np.mean([rank <= k for rank in i2t]))
         assert found[f"t2i_r{k}"] == pytest.approx(np.mean([rank <= k for rank in t2i]))
-    assert found["t2i_median_rank"] == np.median(t2i)
+    for way, place in (("i2t", i2t), ("t2i", t2i)):
+        assert found[f"{way}_median_rank"] == np.median(place)
+        assert found[f"{way}_mean_rank"] == pytest.approx(np.mean(place))
+        assert found[f"{way}_mrr"] == pytest.approx(np.mean(1 / np.array(place)))
     six = [found[f"{way}_r{k}"] for way in ("i2t", "t2i") for k in (1, 2, 5)]
     assert found["mean_recall"] == pytest.approx(np.mean(six)) and 0.3 < found["mean_recall"] < 1
+
+
+def test_five_captions_a_picture_worked_out_by_hand() -> None:
+    """Two pictures, five captions each, on a circle: angles in degrees tell who is near whom."""
+    pictures, captions = torch.tensor([0.0, 90.0]), torch.tensor([50.0, 60, 70, 80, 85, 10, 40, 89, 91, 100])
+    images, texts = (torch.stack([a.deg2rad().cos(), a.deg2rad().sin()], dim=1) for a in (pictures, captions))
+    found = retrieval(features(images, texts, [0] * 5 + [1] * 5), no_texts, ks=(1, 2, 5))
+    # from 0: 10 and 40 of the other picture stand before 50, its first own: rank 3.  From 90: 89 is own: rank 1
+    assert [found[f"i2t_r{k}"] for k in (1, 2, 5)] == [0.5, 0.5, 1]
+    assert (found["i2t_median_rank"], found["i2t_mean_rank"]) == (2, 2)
+    assert found["i2t_mrr"] == pytest.approx((1 / 3 + 1) / 2)
+    # all captions of 0 and two of the other's, 10 and 40, lie nearer to the wrong picture, at 45 and beyond
+    assert [found[f"t2i_r{k}"] for k in (1, 2, 5)] == [0.3, 1, 1]
+    assert found["t2i_mean_rank"] == pytest.approx(1.7) and found["t2i_mrr"] == pytest.approx(0.3 + 0.7 / 2)
+
+
+def noisy(pictures: int, noise: float = 0.8) -> Features:
+    """Pictures with five captions each, some of which are nearer to others."""
+    torch.manual_seed(1)
+    owners = torch.arange(pictures).repeat_interleave(5)
+    images = F.normalize(torch.randn(pictures, 8), dim=-1)
+    return features(images, F.normalize(images[owners] + noise * torch.randn(len(owners), 8), dim=-1), owners.tolist())
+
+
+def test_the_same_features_give_the_recall_of_clip_benchmark() -> None:
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    val, ks = noisy(60, noise=0.4), (1, 5, 10)
+
+    class Given:
+        """A model whose pictures and texts are features already."""
+
+        encode_image = encode_text = staticmethod(lambda x: x)
+
+    batches = [(val.images[start : start + 20], [val.texts[5 * i : 5 * i + 5] for i in range(start, start + 20)])
+               for start in (0, 20, 40)]
+    theirs = peer.evaluate(Given, batches, torch.stack, "cpu", amp=False, recall_k_list=list(ks))
+    ours = retrieval(val, no_texts, ks)
+    for k in ks:
+        assert ours[f"i2t_r{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"])
+        assert ours[f"t2i_r{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"])
+    assert 0.2 < ours["i2t_r1"] < 1
+
+
+def test_intervals_are_those_of_drawing_pictures_again_and_the_same_each_time() -> None:
+    val = noisy(400)
+    found = retrieval(val, no_texts, bootstrap=500)
+    assert found == retrieval(val, no_texts, bootstrap=500)
+    means = [name for name in retrieval(val, no_texts) if not name.endswith("median_rank")]
+    assert all(found[f"{name}_low"] < found[name] < found[f"{name}_high"] for name in means)
+    p = found["i2t_r1"]                                             # one query a picture: a binomial's interval
+    half = 1.96 * (p * (1 - p) / 400) ** 0.5
+    assert found["i2t_r1_high"] - found["i2t_r1_low"] == pytest.approx(2 * half, rel=0.15)
+    hits = (room.ranks(val.texts, val.images, torch.arange(2000), val.owners) <= 1).double().view(400, 5).mean(dim=1)
+    half = 1.96 * hits.std().item() / 400**0.5                     # five that hang together: a picture is what is drawn
+    assert found["t2i_r1_high"] - found["t2i_r1_low"] == pytest.approx(2 * half, rel=0.15)
 
 
 def test_a_model_that_gives_one_answer_to_all_is_last_not_first() -> None:

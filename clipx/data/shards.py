@@ -5,7 +5,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from glob import glob
 from multiprocessing.pool import ThreadPool
@@ -53,7 +53,15 @@ class Shards:
         self.open = lru_cache(OPEN_SHARDS)(self.open)
 
     def __reduce__(self) -> tuple:
-        return Shards, (self.catalogue, self.caption_key, self.index_dir, self.cache)
+        return type(self), (self.catalogue, self.caption_key, self.index_dir, self.cache)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The members that may hold the captions, best first."""
+        return WORDS if self.caption_key is None else ("json",)
+
+    def captions(self, members: Mapping[str, bytes]) -> list[str]:
+        return read_captions(members, self.caption_key)
 
     def remote(self, shard: int) -> Remote:
         row = self.catalogue.rows[shard]
@@ -87,12 +95,11 @@ class Shards:
         picture = next((members[kind] for kind in PICTURES if kind in members), None)
         if picture is None:
             raise BadSample(f"has no picture ({', '.join('.' + kind for kind in PICTURES)})")
-        kinds = WORDS if self.caption_key is None else ["json"]
-        kind = next((kind for kind in kinds if kind in members), None)
+        kind = next((kind for kind in self.kinds if kind in members), None)
         if kind:
             check_bytes(f"its caption (.{kind})", members[kind][1], MOST_WORDS)
         check_bytes("its picture", picture[1], MOST_PICTURE)
-        captions = read_captions({kind: tar.read(*members[kind])} if kind else {}, self.caption_key)
+        captions = self.captions({kind: tar.read(*members[kind])} if kind else {})
         return Sample(row[KEY].decode("utf-8", "replace"), tar.read(*picture), captions)
 
 

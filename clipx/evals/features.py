@@ -1,13 +1,15 @@
-"""The validation set, encoded once for all evaluations."""
+"""What evaluations see: pictures, captions and labels in the joint space, encoded once for all of them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipx.data.images import Normalise
 from clipx.data.loader import Chunk
+from clipx.data.sample import Source
 from clipx.distributed import all_sum, gather, gather_lists, gather_rows, part, rank
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
@@ -15,6 +17,7 @@ from clipx.tokenizer import SimpleTokenizer
 KEPT = 64           # pictures kept for showing
 
 EncodeTexts = Callable[[list[str]], Tensor]
+Scores = dict[str, Any]     # numbers by name; a figure (of matplotlib) where a name's value is none
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,20 @@ class Features:
     def first(self) -> Tensor:
         """(N,) the first caption of each picture."""
         return torch.searchsorted(self.owners, torch.arange(len(self.images)))
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """N pictures with a class each."""
+
+    images: Tensor          # (N, E) unit vectors
+    hidden: Tensor          # (N, D) what the projection into the joint space is given
+    labels: Tensor          # (N,) int64
+    samples: Tensor         # (N,) int64, ids in the source
+    skipped: list[str]      # file, key and reason of each picture that could not be read
+
+
+EncodeImages = Callable[[Source], LabelledFeatures]
 
 
 @torch.no_grad()
@@ -68,6 +85,31 @@ def encode(model: CLIP, chunks: Iterator[Chunk], device: torch.device, amp: torc
         shown=gather_rows(torch.cat(shown))[:KEPT],
         skipped=int(all_sum(torch.tensor(skipped))),
     )
+
+
+@torch.no_grad()
+def encode_labelled(
+    model: CLIP, chunks: Iterator[Chunk], device: torch.device, amp: torch.dtype | None
+) -> LabelledFeatures:
+    """Encode the pictures of a labelled set, whose captions are the numbers of their classes; ranks as in ``encode``.
+
+    One pass gives the feature and what stands before its projection: the class token behind ``ln_post``.
+    """
+    training, normalise = model.training, Normalise(device)
+    model.eval()
+    images, hidden = [torch.empty(0, model.visual.embed)], [torch.empty(0, model.visual.ln_post.normalized_shape[0])]
+    labels, samples, skipped = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)], []
+    hook = model.visual.ln_post.register_forward_hook(lambda _layer, _given, x: hidden.append(x.float().cpu()))
+    for chunk in chunks:
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            images.append(model.encode_image(normalise(chunk.images.to(device)), True).cpu())
+        labels.append(torch.tensor([int(label) for label in chunk.captions]))
+        samples.append(chunk.samples)
+        skipped += [f"{record.place}: {record.reason}" for record in chunk.skipped]
+    hook.remove()
+    model.train(training)
+    return LabelledFeatures(*(gather_rows(torch.cat(rows)) for rows in (images, hidden, labels, samples)),
+                            gather_lists(skipped))
 
 
 @torch.no_grad()

@@ -1,61 +1,87 @@
-"""The validation of a run while it trains: encode once, score with every evaluation, show some pictures."""
+"""The evaluations of a model, while it trains and afterwards: encode once, score with each, show some pictures."""
 
+import logging
 from collections.abc import Callable, Mapping
-from functools import partial
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 
-from clipx.data.loader import EvalReader, cut, read
+from clipx.data.labelled import LabelledSet
 from clipx.data.sample import Source
-from clipx.distributed import part
-from clipx.evals.features import EncodeTexts, Features, encode, encode_texts
+from clipx.evals.encoder import Encoder
+from clipx.evals.features import EncodeImages, EncodeTexts, Features, Scores
 from clipx.log import RunLog, SilentLog
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
+logger = logging.getLogger("clipx")
+
 Evaluation = Callable[[Features, EncodeTexts], dict[str, float]]
 
 
+@runtime_checkable
+class OnLabelled(Protocol):
+    """An evaluation that brings labelled data of its own, and is called for each of these sets."""
+
+    sets: Mapping[str, LabelledSet]
+
+    def __call__(self, data: LabelledSet, encode_images: EncodeImages, encode_texts: EncodeTexts) -> Scores:
+        """Numbers and figures by name."""
+
+
 class Validation:
-    """Scores a model on validation sets.
+    """Scores a model on validation sets, and on the labelled sets of evaluations that have some.
 
     Args:
-        sources: validation sets by name; the first, which goes without a name in tags and pictures, as ``""``.
+        sources: validation sets by name; the first of a run goes without a name in tags and pictures, as ``""``.
         evals: evaluations by name.
         tokenizer: the model's.
         workers: processes that read.
         amp: autocast's type, or None for float32.
+        cache: directory where features are kept, or None.
     """
 
     def __init__(
         self,
         sources: Mapping[str, Source],
-        evals: Mapping[str, Evaluation],
+        evals: Mapping[str, Evaluation | OnLabelled],
         tokenizer: SimpleTokenizer,
         workers: int,
         amp: torch.dtype | None,
+        cache: Path | None = None,
     ):
-        self.sources, self.evals, self.tokenizer, self.workers, self.amp = sources, evals, tokenizer, workers, amp
+        self.labelled = {key: evaluation for key, evaluation in evals.items() if isinstance(evaluation, OnLabelled)}
+        self.evals = {key: evaluation for key, evaluation in evals.items() if key not in self.labelled}
+        self.sources, self.tokenizer, self.workers, self.amp, self.cache = sources, tokenizer, workers, amp, cache
+        self.told: set[str] = set()         # ids of data whose missing pictures have been told
 
     def __call__(self, model: CLIP, step: int, log: RunLog | SilentLog) -> dict[str, float]:
         """The numbers by tag, ``val/<eval>/<metric>`` or ``val/<eval>@<data>/<metric>``; pictures go to the log."""
+        encoder = Encoder(model, self.tokenizer, self.workers, self.amp, self.cache)
         numbers: dict[str, float] = {}
         for name, source in self.sources.items() if self.evals else ():
             at = f"@{name}" if name else ""
-            val = self.encode(model, source)
+            val = encoder.pairs(source)
             if not name:
                 log.pictures(val, step)
-            texts = partial(encode_texts, model, self.tokenizer, model.logit_scale.device)
             for key, evaluation in self.evals.items():
-                scores = evaluation(val, texts)
+                scores = {**evaluation(val, encoder.texts), **({"skipped": val.skipped} if val.skipped else {})}
                 numbers.update({f"val/{key}{at}/{metric}": value for metric, value in scores.items()})
-            if val.skipped:
-                numbers[f"val/skipped{at}"] = val.skipped
+        for key, evaluation in self.labelled.items():
+            for name, data in evaluation.sets.items():
+                for metric, value in evaluation(data, encoder.labelled, encoder.texts).items():
+                    if isinstance(value, (int, float)):
+                        numbers[f"val/{key}@{name}/{metric}"] = value
+                    else:
+                        log.figure(f"val/{key}@{name}/{metric}", value, step)
+                self.tell_skipped(name, data, encoder)
         return numbers
 
-    def encode(self, model: CLIP, source: Source) -> Features:
-        """All pictures and captions of a validation set in the joint space."""
-        device = model.logit_scale.device
-        reader = EvalReader(source, model.visual.size, self.tokenizer)
-        own = part([*cut(range(sum(source.sizes)))])
-        return encode(model, read(reader, own, self.workers, pin=device.type == "cuda"), device, self.amp)
+    def tell_skipped(self, name: str, data: LabelledSet, encoder: Encoder) -> None:
+        """Warn, once, of pictures that are missing from the scores."""
+        for source in filter(None, (data.test, data.train)):
+            skipped = encoder.seen[source.id].skipped if source.id in encoder.seen else []
+            if skipped and source.id not in self.told:
+                logger.warning("%s: %d pictures are left out, such as %s", name, len(skipped), skipped[0])
+                self.told.add(source.id)

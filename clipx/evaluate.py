@@ -1,0 +1,33 @@
+"""``python -m clipx.evaluate``: runs or weights -> numbers."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from clipx.config import Evaluate, command, resolve
+from clipx.errors import UserError
+
+
+def main() -> None:
+    """The entry point."""
+    command("evaluate", evaluate)
+
+
+def evaluate(composed: DictConfig, directory: Path) -> None:
+    """The numbers of some runs.
+
+    Args:
+        composed: the config, as Hydra composes it.
+        directory: where results go that can stand beside nothing, since the weights are no file.
+    """
+    config = resolve(composed, Evaluate)
+    from clipx.score import score  # torch comes in here, so that --help and mistakes in the config answer at once
+
+    try:
+        score(config, directory)
+    except KeyboardInterrupt:
+        raise UserError("interrupted; runs that were done before have their numbers in metrics.json") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Runs and weights scored one after the other: numbers beside each, and one table of all."""
+
+import fcntl
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from clipx import distributed
+from clipx.build import build
+from clipx.config import Evaluate
+from clipx.data.sample import Data, Source
+from clipx.errors import UserError
+from clipx.evals.validation import OnLabelled, Validation
+from clipx.loading import load
+from clipx.log import SilentLog, keep_figure
+from clipx.run import AMP, pick_device, pick_workers
+
+logger = logging.getLogger("clipx")
+
+Numbers = dict[str, float]      # by tag
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the results of a run, or of weights, go."""
+
+    directory: Path
+    weights: str        # the file, as metrics.json names it
+    run: bool           # whether it is a run's directory, which has TensorBoard's events
+    step: int           # of the checkpoint
+
+    def figure(self, tag: str, figure: Any, step: int) -> None:
+        """Keep a figure of an evaluation."""
+        keep_figure(self.directory, tag, figure, "" if self.run else f"{Path(self.weights).stem}-")
+        if self.run:
+            with SummaryWriter(str(self.directory)) as tensorboard:
+                tensorboard.add_figure(tag, figure, step)
+
+    def write(self, numbers: Numbers, ids: Mapping[str, str]) -> None:
+        """Into metrics.json, by weights, data and evaluation, and to TensorBoard.
+
+        Args:
+            numbers: by tag.
+            ids: what tells data from others of the same name, by ``<eval>@<data>``.
+        """
+        fresh: dict[str, Numbers] = {}
+        for tag, value in numbers.items():
+            group, metric = parsed(tag)
+            fresh.setdefault(group, {})[metric] = value
+        with merged(self.directory / "metrics.json") as results:
+            own = results.setdefault(self.weights, {})
+            for group, found in fresh.items():
+                (evaluation, _, data), source = group.partition("@"), ids[group]
+                if own.get(data, {}).get(evaluation, {}).get("data", source) != source:
+                    data += f"#{source[:8]}"        # other data of that name have been scored before
+                own.setdefault(data, {})[evaluation] = {"step": self.step, "data": source, **found}
+        if self.run:
+            with SummaryWriter(str(self.directory)) as tensorboard:
+                for tag, value in numbers.items():
+                    if "/per_class/" not in tag:
+                        tensorboard.add_scalar(tag, value, self.step)
+
+
+def score(config: Evaluate, directory: Path) -> None:
+    """Evaluate all runs on all data, alone or as one of several ranks.
+
+    Raises:
+        UserError: a run, the data or an evaluation is not what it should be.
+    """
+    device, workers = pick_device(config.device), pick_workers(config.workers)
+    runs = named(config.run)
+    with distributed.joined() as lifeline:
+        with distributed.in_turn(lifeline):
+            evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
+            sources = sources_of(config) if any(not isinstance(one, OnLabelled) for one in evals.values()) else {}
+        ids = ids_of(sources, evals)
+        table: dict[str, Numbers] = {}
+        for run, label in runs.items():
+            model, _, tokenizer = load(run, device, config.trust, config.act)
+            place = place_of(run, directory)
+            cache = Path(config.cache).expanduser() if config.cache else None
+            validation = Validation(sources, evals, tokenizer, workers, AMP[config.amp], cache)
+            table[label] = validation(model, place.step, SilentLog() if distributed.rank() else place)
+            if distributed.rank() == 0:
+                place.write(table[label], ids)
+                logger.info("%s: %s", label, place.directory / "metrics.json")
+    if distributed.rank() == 0:
+        for line in lines(table):
+            logger.info(line)
+
+
+def named(given: str | list[str]) -> dict[str, str]:
+    """Runs, each with what heads its column: its name where that tells them apart.
+
+    ``A,B`` and ``[A,B]`` are lists where Hydra has not read them as such, and no file has that name.
+    """
+    if isinstance(given, str):
+        given = [given] if Path(given).exists() else given.removeprefix("[").removesuffix("]").split(",")
+    runs = list(dict.fromkeys(run.strip() for run in given))
+    names = [Path(run).name for run in runs]
+    return dict(zip(runs, names if len(set(names)) == len(names) else runs, strict=True))
+
+
+def sources_of(config: Evaluate) -> dict[str, Source]:
+    """The pictures and captions that are searched, by name."""
+    if config.data is None:
+        raise UserError(f"data has no value, and evals={list(config.evals)} score pictures with captions; add "
+                        "data=coco|folder|shards|... data.root=DIR, or choose others: evals=[zero_shot]")
+    data: Data = build(config.data, "data", config.trust)
+    option, root = config.choices.get("data", "data"), config.data.get("root") or config.data.get("val_shards")
+    name = plain(Path(str(root)).name) if option in ("shards", "folder") and root else option
+    if config.split == "train":
+        return {name: data.train}
+    if not data.vals:
+        raise UserError(f"split=val: {name} has no validation pictures; split=train takes all, or give data.val=DIR")
+    return {plain(own) or name: source for own, source in data.vals.items()}
+
+
+def plain(name: str) -> str:
+    """A name that fits into a tag."""
+    return re.sub(r"[^\w.,=+-]", "-", name)
+
+
+def ids_of(sources: Mapping[str, Source], evals: Mapping[str, Any]) -> dict[str, str]:
+    """What tells data from others of the same name, by ``<eval>@<data>``."""
+    found = {}
+    for key, one in evals.items():
+        used = {name: data.test for name, data in one.sets.items()} if isinstance(one, OnLabelled) else sources
+        found.update({f"{key}@{name}": blake2b(source.id.encode(), digest_size=8).hexdigest()
+                      for name, source in used.items()})
+    return found
+
+
+def parsed(tag: str) -> tuple[str, str]:
+    """``val/zero_shot@cifar10/top1`` -> ``zero_shot@cifar10`` and ``top1``."""
+    _, group, metric = tag.split("/", 2)
+    return group, metric
+
+
+def lines(table: Mapping[str, Numbers]) -> Iterator[str]:
+    """One column a run, one line a number, with its interval where it has one."""
+    tags = list(dict.fromkeys(tag for numbers in table.values() for tag in numbers))
+    shown = [tag for tag in tags if "/per_class/" not in tag and not tag.endswith(("_low", "_high"))]
+    cells = [["", "", *table], *([*parsed(tag), *(cell(numbers, tag) for numbers in table.values())] for tag in shown)]
+    cells = [["" if row and line[0] == cells[row - 1][0] else line[0], *line[1:]] for row, line in enumerate(cells)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        yield "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+
+
+def cell(numbers: Numbers, tag: str) -> str:
+    if tag not in numbers:
+        return "-"
+    ends = [f"{numbers[f'{tag}_{end}']:.4g}" for end in ("low", "high") if f"{tag}_{end}" in numbers]
+    return f"{numbers[tag]:.4g}" + (f" ({' to '.join(ends)})" if ends else "")
+
+
+def place_of(run: str, directory: Path) -> Place:
+    """Beside the weights, or in the run that they belong to."""
+    path = Path(run)
+    if (path / "checkpoints").is_dir():
+        best, last = (path / "checkpoints" / f"clip_{which}.pt" for which in ("best", "last"))
+        path = best if best.exists() else last
+    if path.is_dir():
+        return Place(path, path.name, False, 0)         # of another project
+    if not path.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        return Place(directory, run, False, 0)
+    folder = path.parent if path.parent.name else path.absolute().parent
+    if folder.name != "checkpoints" or not (folder.parent / "config.yaml").is_file():
+        return Place(path.parent, path.name, False, 0)
+    step = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("step", 0)
+    return Place(folder.parent, f"checkpoints/{path.name}", True, step)
+
+
+@contextmanager
+def merged(path: Path) -> Iterator[dict[str, Any]]:
+    """A file of JSON, to be changed: no other process changes it meanwhile, and it is written whole or not at all."""
+    try:
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            yield content
+            temporary = path.with_name(f"{path.name}.writing")
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            os.close(descriptor)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); move it away, and it is made anew") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error

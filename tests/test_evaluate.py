@@ -1,0 +1,296 @@
+"""``python -m clipx.evaluate``: where the numbers of runs and weights go, and that they are those of training."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FEW, picture, summary
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_check import check  # noqa: F401, the fixture
+from test_zero_shot import class_folders, class_shards
+
+from clipx import checkpoint
+from clipx.data.dummy import Dummy
+from clipx.evals import encoder
+from clipx.evals.linear_probe import LinearProbe
+from clipx.evals.retrieval import retrieval
+from clipx.evals.validation import Validation
+from clipx.evals.zero_shot import ZeroShot
+from clipx.log import SilentLog
+from clipx.models.clip import CLIP
+from clipx.models.text import TextEncoder
+from clipx.models.vision import ImageEncoder
+from clipx.score import named
+from clipx.tokenizer import SimpleTokenizer
+
+DUMMY = ("data=dummy", "data.val_samples=20", "workers=0", "device=cpu")
+Evaluate = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run; read only."""
+    from clipx.train import main
+
+    where = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        patch.setattr(sys, "argv", ["clipx.train", *FEW, "max_steps=4", "name=x"])
+        main()
+    return where / "outputs/x"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "outputs/x"))
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Evaluate:
+    """``python -m clipx.evaluate WORDS`` in this process, from an empty directory: what it tells."""
+    from clipx.evaluate import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["clipx.evaluate", *words])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as ended:
+            assert "\n" not in str(ended.code)
+            return str(ended.code)
+        return capsys.readouterr().err
+
+    return run
+
+
+def metrics(directory: Path) -> dict:
+    return json.loads((directory / "metrics.json").read_text())
+
+
+def test_a_run_gives_the_numbers_of_its_training_to_a_file_to_tensorboard_and_to_a_table(
+    run: Path, evaluate: Evaluate
+) -> None:
+    told = evaluate("run=outputs/x", *DUMMY)
+    found = metrics(run)["checkpoints/clip_best.pt"]["dummy"]["retrieval"]
+    trained = {tag: value for tag, value in summary(run)["final"].items() if tag.startswith("val/retrieval/")}
+    assert len(trained) == 13
+    for tag, value in trained.items():
+        assert found[tag.rpartition("/")[2]] == pytest.approx(value), tag
+    assert found["step"] == 4 and found["mean_recall_low"] <= found["mean_recall"] <= found["mean_recall_high"]
+    events = EventAccumulator(str(run)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val/retrieval@dummy/mean_recall")] == [
+        (4, pytest.approx(found["mean_recall"]))
+    ]
+    lines = told.splitlines()
+    assert lines[0] == "x: outputs/x/metrics.json" and lines[1].split() == ["x"]
+    assert lines[2].split()[:2] == ["retrieval@dummy", "i2t_r1"] and " to " in lines[2]
+    assert lines[3].startswith(" ") and len(lines) == 15
+
+
+def test_several_runs_give_one_table_and_weights_keep_their_numbers_beside_them(
+    run: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    shutil.copy(run / "checkpoints/clip_last.pt", tmp_path / "mine/a.pt")
+    shutil.copy(run / "checkpoints/clip_last.pt", tmp_path / "mine/b.pt")
+    (tmp_path / "bees").mkdir()
+    class_folders(tmp_path / "bees/test")
+    words = ("evals=[zero_shot]", "labelled={bees:{folder:bees/test}}", "workers=0", "device=cpu",
+             "evals.zero_shot.templates=simple")
+    told = evaluate("run=[outputs/x,mine/a.pt]", *words)
+    assert told.splitlines()[2].split() == ["x", "a.pt"]
+    assert told == evaluate("run=outputs/x,mine/a.pt", *words)
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+        "a-zero_shot@bees-mistakes.png", "a.pt", "b.pt", "metrics.json"
+    ]
+    assert (run / "zero_shot@bees-mistakes.png").stat().st_size > 5000
+    first = metrics(tmp_path / "mine")
+    assert set(first["a.pt"]["bees"]["zero_shot"]) >= {"top1", "per_class/red panda", "pictures", "skipped", "data"}
+    evaluate("run=mine/a.pt", *DUMMY)
+    evaluate("run=mine/b.pt", *DUMMY)
+    merged = metrics(tmp_path / "mine")
+    assert merged["a.pt"]["bees"] == first["a.pt"]["bees"]
+    assert set(merged["a.pt"]) == {"bees", "dummy"} and set(merged["b.pt"]) == {"dummy"}
+
+
+def test_other_data_of_the_same_name_do_not_take_the_place_of_the_first(run: Path, evaluate: Evaluate) -> None:
+    evaluate("run=outputs/x", *DUMMY)
+    before = metrics(run)["checkpoints/clip_best.pt"]["dummy"]
+    evaluate("run=outputs/x", *DUMMY, "data.val_samples=10")
+    after = metrics(run)["checkpoints/clip_best.pt"]
+    assert len(after) == 2 and after["dummy"] == before
+    evaluate("run=outputs/x", *DUMMY, "data.val_samples=10", "bootstrap=null")
+    again = metrics(run)["checkpoints/clip_best.pt"]
+    assert len(again) == 2 and again["dummy"] == before and again.keys() == after.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("outputs/a", {"outputs/a": "a"}),
+        ("a,b/c", {"a": "a", "b/c": "c"}),
+        ("[outputs/x=1,outputs/y=2]", {"outputs/x=1": "x=1", "outputs/y=2": "y=2"}),      # no list to Hydra, for its =
+        (["one/a", "two/a", "one/a"], {"one/a": "one/a", "two/a": "two/a"}),
+    ],
+)
+def test_runs_are_headed_by_names_that_tell_them_apart(given: str | list[str], names: dict[str, str]) -> None:
+    assert named(given) == names
+
+
+def test_two_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    code = ("import sys; from pathlib import Path; from clipx.score import merged\n"
+            "for number in range(40):\n"
+            "    with merged(Path('metrics.json')) as found: found[f'{sys.argv[1]}-{number}'] = number\n")
+    started = [subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path) for name in "ab"]
+    assert [process.wait() for process in started] == [0, 0]
+    assert len(metrics(tmp_path)) == 80
+
+
+def test_features_are_kept_by_what_weights_and_data_hold(
+    run: Path, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = class_folders(tmp_path / "bees/test", each=2)
+    class_folders(tmp_path / "bees/train", each=3, shift=2)
+    words = ("run=outputs/x", "evals=[zero_shot,linear_probe,retrieval]", *DUMMY, "cache=kept",
+             "labelled={bees:{folder:bees/test,train:bees/train}}", "evals.zero_shot.templates=simple")
+    first = evaluate(*words)
+    assert len(list((tmp_path / "kept").iterdir())) == 3 and "linear_probe@bees" in first
+    with monkeypatch.context() as patch:
+        for name in ("encode", "encode_labelled"):
+            patch.setattr(encoder, name, None)          # nothing is encoded
+        assert evaluate(*words) == first
+    size = (root / "bee/0.png").stat().st_size
+    changed = picture(200)
+    (root / "bee/0.png").write_bytes(changed + bytes(max(0, size - len(changed))))
+    evaluate(*words)
+    assert len(list((tmp_path / "kept").iterdir())) == 4
+    content = checkpoint.read(run / "checkpoints/clip_best.pt")
+    content["model_state_dict"]["logit_scale"] += 0.1
+    checkpoint.save(run / "checkpoints/clip_best.pt", content)
+    evaluate(*words)
+    assert len(list((tmp_path / "kept").iterdir())) == 7
+    for file in (tmp_path / "kept").iterdir():
+        file.write_bytes(b"x")
+    assert "is damaged; delete it, and it is made again" in evaluate(*words)
+
+
+def test_all_pictures_can_be_scored_and_each_set_of_a_mix_goes_by_its_name(
+    run: Path, evaluate: Evaluate, make_shards: Callable[..., Path]
+) -> None:
+    root = make_shards(20, 10)
+    told = evaluate("run=outputs/x", "data=shards", f"data.root={root}", "split=train", "data.val=0", "workers=0")
+    assert "retrieval@shards  i2t_r1" in told
+    assert evaluate("run=outputs/x", "data=shards", f"data.root={root}", "data.val=0", "workers=0") == (
+        "split=val: shards has no validation pictures; split=train takes all, or give data.val=DIR"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["run=no", *DUMMY], "no: there is no such checkpoint"),
+        ([*DUMMY], "run has no value; add run=..."),
+        (["run=outputs/x"], "data has no value, and evals=['retrieval'] score pictures with captions; add data=coco"),
+        (["run=outputs/x", "evals=[zero_shot]"], "evals.zero_shot.sets has no value; name labelled data: labelled={"),
+        (["run=outputs/x", "evals=[zero_shot]", "labelled={x:{folder:no}}"],
+         "evals.zero_shot.sets.x.folder=no has no directories of pictures, one a class"),
+        (["run=outputs/x", "evals=[zero_shot]", "labelled={x:{foldr:no}}"],
+         "evals.zero_shot.sets.x.foldr: there is no such key; did you mean folder?"),
+        (["run=outputs/x", "evals=[zero_shot]", "labelled={x:{folder:no}}", "evals.zero_shot.templates=opnai"],
+         "evals.zero_shot.sets.x.folder=no"),
+        (["run=outputs/x", "evals=[zeroshot]"], "evals=zeroshot: there is no such option; did you mean zero_shot?"),
+        (["run=outputs/x", "bootstrap=0"], "bootstrap=0: should be greater than 0"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(given: list[str], line: str, run: Path, evaluate: Evaluate) -> None:
+    assert evaluate(*given).startswith(line)
+    assert not (run / "metrics.json").exists()
+
+
+def test_training_scores_labelled_data_as_it_goes_and_keeps_the_best_by_them(
+    train: Callable[..., None], tmp_path: Path
+) -> None:
+    class_folders(tmp_path / "a")
+    class_shards(tmp_path / "b", [b"0", b"1", b"2", b"3"] * 3)
+    class_folders(tmp_path / "learn", shift=2)
+    train(*FEW, "max_steps=4", "eval_every=2", "name=y", "evals=[retrieval,zero_shot,linear_probe]",
+          "labelled={a:{folder:a,train:learn},b:{shards:b,train:b}}", "evals.zero_shot.templates=simple",
+          "evals.linear_probe.sets={a:{folder:a,train:learn}}", "best=val/zero_shot@b/mean_per_class")
+    tags = summary(tmp_path / "outputs/y")["final"]
+    assert {"val/retrieval/mean_recall", "val/zero_shot@a/top1", "val/zero_shot@b/top1",
+            "val/linear_probe@a/top1"} <= tags.keys()
+    assert not [tag for tag in tags if "per_class/" in tag or tag.endswith("_low")]
+    best = summary(tmp_path / "outputs/y")["best"]
+    assert best["metric"] == "val/zero_shot@b/mean_per_class"
+    assert best["value"] >= tags["val/zero_shot@b/mean_per_class"]
+    assert (tmp_path / "outputs/y/checkpoints/clip_best.pt").exists()
+    events = EventAccumulator(str(tmp_path / "outputs/y"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Scalars("val/zero_shot@a/top1")] == [2, 4]
+    assert [event.step for event in events.Images("val/zero_shot@a/mistakes")] == [2, 4]
+
+
+def test_check_looks_at_the_labelled_data(check: Callable[..., tuple[str, int]], tmp_path: Path) -> None:  # noqa: F811
+    root = class_folders(tmp_path / "a")
+    (root / "bee/0.png").write_bytes(b"no picture")
+    words = ("data=dummy", "data.samples=40", "data.val_samples=20", "batch_size=8", "model.image.depth=1",
+             "evals=[zero_shot]", "labelled={a:{folder:a}}", "objective=val/zero_shot@a/top1")
+    told, code = check(*words)
+    assert code == 0 and "12 pictures to validate of zero_shot@a" in told
+    assert "1 of the first 32 are left out, such as bee/0.png: does not decode" in told and "nothing gives" not in told
+    assert "nothing gives val/zero_shot@c/top1" in check(*words, "best=val/zero_shot@c/top1")[0]
+
+
+def scores(root: str) -> dict[str, float]:
+    torch.manual_seed(0)
+    model = CLIP(ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
+                 TextEncoder(width=64, depth=1, heads=1, embed=32))
+    sets = {"a": {"folder": f"{root}/a", "train": f"{root}/learn"}}
+    evals = {"retrieval": partial(retrieval, bootstrap=20), "zero_shot": ZeroShot(sets, "simple"),
+             "linear_probe": LinearProbe(sets)}
+    validation = Validation({"": Dummy(300, 32, 0)}, evals, SimpleTokenizer(), 0, None, Path(root, "kept"))
+    return validation(model, 1, SilentLog())
+
+
+def on_rank(rank: int, world: int, root: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=world)
+    torch.save([scores(root), scores(root)], f"{root}/{rank}.pt")       # the second from what is kept
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_share_the_work_and_get_what_one_gets(tmp_path: Path) -> None:
+    class_folders(tmp_path / "a", each=70)
+    class_folders(tmp_path / "learn", each=5, shift=3)
+    torch.multiprocessing.spawn(on_rank, (2, str(tmp_path)), nprocs=2)
+    shutil.rmtree(tmp_path / "kept")
+    alone = scores(str(tmp_path))
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == [alone, alone]     # bit for bit
+
+
+@pytest.mark.long
+def test_under_torchrun_one_rank_writes_what_one_process_would(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    evaluate("run=outputs/x", *DUMMY)
+    alone = metrics(run)
+    (run / "metrics.json").unlink()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "clipx.evaluate", "run=outputs/x", *DUMMY]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300).stderr
+    assert metrics(run) == alone and told.count("mean_recall") == 1
+
+
+def test_help_needs_no_torch_and_names_the_commands(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    ended = subprocess.run([sys.executable, "-m", "clipx.evaluate", "--help"], cwd=tmp_path, capture_output=True,
+                           text=True)
+    assert ended.returncode == 0 and "run=outputs/NAME data=coco" in ended.stdout, ended.stderr

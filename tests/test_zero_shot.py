@@ -1,0 +1,308 @@
+"""Labelled pictures, and what zero-shot classification and the linear probe make of them."""
+
+import logging
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import picture, write_tar
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+from clipx import zero_shot_eval
+from clipx.data.images import get_image_transform
+from clipx.data.labelled import LabelledSet, open_sets
+from clipx.errors import UserError
+from clipx.evals import linear_probe, templates, zero_shot
+from clipx.evals.encoder import Encoder
+from clipx.evals.features import LabelledFeatures, encode_texts
+from clipx.evals.linear_probe import LinearProbe
+from clipx.evals.templates import classifier, read_templates
+from clipx.evals.validation import Validation
+from clipx.evals.zero_shot import ZeroShot
+from clipx.log import SilentLog
+from clipx.models.clip import CLIP
+from clipx.models.text import TextEncoder
+from clipx.models.vision import ImageEncoder
+from clipx.tokenizer import SimpleTokenizer
+
+NAMES = ["ant", "bee", "cow", "dog", "elk", "fox"]
+CLASSES = ["red panda", *NAMES[:3]]
+
+
+@pytest.fixture
+def model() -> CLIP:
+    torch.manual_seed(0)
+    return CLIP(ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
+                TextEncoder(width=64, depth=1, heads=1, embed=32)).eval()
+
+
+def class_folders(root: Path, each: int = 3, shift: int = 0) -> Path:
+    for number, name in enumerate(["ant", "bee", "cow", "red_panda"]):
+        (root / name).mkdir(parents=True)
+        for copy in range(each):
+            (root / name / f"{copy}.png").write_bytes(picture(60 * number + 7 * copy + shift))
+    return root
+
+
+def class_shards(root: Path, labels: list[bytes]) -> Path:
+    members = []
+    for number, label in enumerate(labels):
+        members += [(f"{number:03d}.png", picture(9 * number)), (f"{number:03d}.cls", label)]
+    write_tar(root / "part-0.tar", members)
+    (root / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
+    return root
+
+
+def mnist(root: Path, labels: list[int], train: bool = False) -> Path:
+    """MNIST's files as torchvision reads them: 28 x 28 bytes a picture."""
+    raw, part = root / "MNIST" / "raw", "train" if train else "t10k"
+    raw.mkdir(parents=True, exist_ok=True)
+    for which in ("train", "t10k"):         # torchvision wants all four
+        for kind in ("images-idx3", "labels-idx1"):
+            if not (raw / f"{which}-{kind}-ubyte").exists():
+                (raw / f"{which}-{kind}-ubyte").write_bytes(b"")
+    pixels = np.stack([np.full((28, 28), 20 * label + 5 + place, np.uint8) for place, label in enumerate(labels)])
+    (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, len(labels), 28, 28) + pixels.tobytes())
+    (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, len(labels)) + bytes(labels))
+    return root
+
+
+def scores(model: CLIP, evaluation: ZeroShot | LinearProbe, workers: int = 0) -> dict[str, float]:
+    validation = Validation({}, {"it": evaluation}, SimpleTokenizer(), workers, None)
+    return {tag.removeprefix("val/it@"): value for tag, value in validation(model, 1, SilentLog()).items()}
+
+
+# ---------------------------------------------------------------- the numbers, next to others'
+
+
+def test_the_same_model_gives_the_classifier_and_the_accuracies_of_clip_benchmark(model: CLIP, tmp_path: Path) -> None:
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    words, root = read_templates("simple"), class_folders(tmp_path / "x", each=5)
+    tokenizer = SimpleTokenizer()
+    theirs = peer.zero_shot_classifier(
+        model, tokenizer, CLASSES, [word.replace("{}", "{c}") for word in words], "cpu", amp=False
+    )
+    texts = partial(encode_texts, model, tokenizer, torch.device("cpu"))
+    assert torch.allclose(classifier(texts, CLASSES, words), theirs.T, atol=1e-6)
+
+    data = open_sets({"x": {"folder": str(root)}})["x"]
+    found = Encoder(model, tokenizer, 0, None).labelled(data.test)
+    transform = get_image_transform(32)
+    batch = torch.stack([transform(Image.open(file)) for file in sorted(root.rglob("*.png"))]), found.labels
+    their_texts = peer.zero_shot_classifier(model, tokenizer, NAMES, ["a {c}"], "cpu", amp=False)
+    logits, target = peer.run_classification(model, their_texts, [batch], "cpu", amp=False)
+    # from here on by scikit-learn: with numpy 2.4 and later, clip_benchmark's own accuracy() ends in a TypeError
+    top1, top5 = (top_k_accuracy_score(target, logits, k=k, labels=range(6)) for k in (1, 5))
+    ours = ZeroShot({"x": {"folder": str(root)}}, ["a {c}"])(replace(data, classes=NAMES), lambda _: found, texts)
+    assert (ours["top1"], ours["top5"]) == (top1, top5)
+    assert ours["mean_per_class"] == pytest.approx(balanced_accuracy_score(target, logits.argmax(dim=1)))
+    assert zero_shot_eval(model, tokenizer, [batch], class_names=NAMES, templates=["a {}"]) == top1
+
+
+def given(images: torch.Tensor, labels: torch.Tensor) -> Callable[..., LabelledFeatures]:
+    return lambda source: LabelledFeatures(images, images, labels, torch.arange(len(labels)), [])
+
+
+def test_top_1_top_5_and_the_mean_of_classes_are_scikit_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(zero_shot, "TILE", 7)
+    torch.manual_seed(0)
+    texts, labels = F.normalize(torch.randn(12, 8), dim=-1), torch.randint(12, (50,))
+    images = F.normalize(texts[labels] + 0.5 * torch.randn(50, 8), dim=-1)
+    names = [f"class {number}" for number in range(12)]
+    evaluation = ZeroShot({"x": {"folder": str(class_folders(tmp_path / "x"))}}, ["{}"], per_class=True, mistakes=0)
+    found = evaluation(LabelledSet(None, None, names), given(images, labels), lambda prompts: texts)
+    logits = (images @ texts.T).numpy()
+    for k in (1, 5):
+        assert found[f"top{k}"] == top_k_accuracy_score(labels, logits, k=k, labels=range(12))
+    assert found["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
+    own = labels == 3
+    assert found["per_class/class 3"] == pytest.approx((logits.argmax(1)[own] == 3).mean())
+    assert 0.3 < found["top1"] < found["top5"] <= 1
+
+
+def test_the_class_texts_are_encoded_in_tiles_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def texts(prompts: list[str]) -> torch.Tensor:
+        asked.extend(prompts)
+        return F.normalize(torch.tensor([[len(prompt), prompt.count("a"), 1.0] for prompt in prompts]), dim=-1)
+
+    whole = classifier(texts, NAMES, ["a {}", "the {}!"])
+    assert len(asked) == len(set(asked)) == 12
+    monkeypatch.setattr(templates, "TEXTS", 4)
+    assert torch.equal(classifier(texts, NAMES, ["a {}", "the {}!"]), whole)
+    both = F.normalize(texts(["a ant", "the ant!"]).mean(dim=0), dim=-1)
+    assert torch.allclose(whole[0], both)
+
+
+# ---------------------------------------------------------------- templates
+
+
+def test_templates_come_by_name_from_a_list_or_from_a_file(tmp_path: Path) -> None:
+    assert len(read_templates("openai")) == 80 and read_templates("openai")[0] == "a bad photo of a {}."
+    assert len(read_templates("simple")) == 7
+    (tmp_path / "words.txt").write_text("a {c}\n\nmy {}\n")
+    assert read_templates(str(tmp_path / "words.txt")) == ["a {}", "my {}"]
+    assert read_templates("a photo of a {}.") == ["a photo of a {}."]
+    with pytest.raises(ValueError, match=r"^templates=\['a photo'\]: \['a photo'\] has no {} where the name"):
+        read_templates(["a photo"])
+    with pytest.raises(ValueError, match="^templates=opnai: there is no such file"):
+        read_templates("opnai")
+
+
+# ---------------------------------------------------------------- labelled data
+
+
+def read_all(data: LabelledSet) -> list[int]:
+    return [int(data.test.read(number).captions[0]) for number in range(sum(data.test.sizes))]
+
+
+def test_a_folder_of_class_folders_names_its_classes(tmp_path: Path) -> None:
+    data = open_sets({"x": {"folder": str(class_folders(tmp_path / "x", each=2))}})["x"]
+    assert data.classes == ["ant", "bee", "cow", "red panda"] and read_all(data) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert data.test.locate(7) == "red_panda/1.png"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_with_cls_are_read_by_workers_and_name_their_classes(model: CLIP, tmp_path: Path, workers: int) -> None:
+    root = class_shards(tmp_path / "x", [b"0", b"3", b"1\n", b"2"])
+    data = open_sets({"x": {"shards": str(root)}})["x"]
+    assert data.classes == CLASSES and read_all(data) == [0, 3, 1, 2]
+    assert Encoder(model, SimpleTokenizer(), workers, None).labelled(data.test).labels.tolist() == [0, 3, 1, 2]
+
+
+def test_a_data_set_of_torchvisions_keeps_its_pixels_and_names(tmp_path: Path) -> None:
+    root = mnist(mnist(tmp_path, [3, 1, 4]), [1, 5], train=True)
+    data = open_sets({"x": {"dataset": "MNIST", "root": str(root)}}, train=True)["x"]
+    assert data.classes[3] == "3 - three" and read_all(data) == [3, 1, 4] and sum(data.train.sizes) == 2
+    from clipx.data.images import decode
+    assert np.asarray(decode(data.test.read(1).picture))[0, 0].tolist() == [26, 26, 26]
+
+
+def test_open_clips_class_names_are_1000() -> None:
+    from clipx.data.labelled import read_names
+
+    names = read_names("imagenet", "classes")
+    assert len(names) == 1000 and names[1] == "goldfish"
+
+
+@pytest.mark.parametrize("which", ["folder", "shards"])
+def test_a_broken_picture_is_counted_and_told(
+    which: str, model: CLIP, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if which == "folder":
+        root = class_folders(tmp_path / "x")
+        (root / "bee" / "1.png").write_bytes(picture(1)[:50])
+        place = "bee/1.png: does not decode"
+    else:
+        root = class_shards(tmp_path / "x", [b"0", b"one", b"2"])
+        place = "part-0.tar/001: its class (.cls) is no number"
+    with caplog.at_level(logging.WARNING, "clipx"):
+        found = scores(model, ZeroShot({"x": {which: str(root)}}, "simple"))
+    assert (found["x/skipped"], found["x/pictures"]) == ((1, 11) if which == "folder" else (1, 2))
+    assert f"x: 1 pictures are left out, such as {place}" in caplog.text
+
+
+def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None:
+    root = class_shards(tmp_path / "x", [b"0", b"4"])
+    with pytest.raises(UserError, match=r"^part-0.tar/001 has the label 4, but there are 4 class names, for 0 to 3; "
+                                        r"give the list that belongs to the data, classes=FILE, one name a line$"):
+        scores(model, ZeroShot({"x": {"shards": str(root)}}, "simple"))
+    with pytest.raises(UserError, match="^a picture of the loader has the label 9, but there are 4 class names"):
+        zero_shot_eval(model, SimpleTokenizer(), [(torch.zeros(1, 3, 32, 32), torch.tensor([9]))], CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("which", "line"),
+    [
+        ({}, "sets.x={}: give one of dataset=CIFAR10 (with root=DIR), folder=DIR and shards=DIR"),
+        ({"dataset": "CIFAR11", "root": "."}, "sets.x.dataset=CIFAR11: torchvision has no such data set; did you "),
+        ({"dataset": "CIFAR10"}, "sets.x.root has no value; it is where CIFAR10 stands"),
+        ({"dataset": "CIFAR10", "root": "no"}, "sets.x.root=no: CIFAR10 is not there, or not whole (Dataset not found "
+         "or corrupted. You can use download=True to download it); nothing is downloaded here, "
+         "torchvision.datasets.CIFAR10('no', download=True) does it"),
+        ({"dataset": "CIFAR10", "root": "no", "split": "val"}, "sets.x.split=val: CIFAR10 has train and test"),
+        ({"dataset": "DTD", "root": "no", "split": "dev"}, "sets.x.split=dev: Unknown value 'dev' for argument split."),
+        ({"dataset": "FakeData"}, "sets.x.classes has no value; FakeData does not name its classes: classes=FILE"),
+        ({"folder": "no"}, "sets.x.folder=no has no directories of pictures, one a class, such as no/cat/1.jpg"),
+        ({"folder": "x", "classes": "few"}, "sets.x.classes=few has 2 names, and x 4 classes; give one name a line"),
+        ({"folder": "x", "classes": "no"}, "sets.x.classes=no: there is no such file; it holds the class names"),
+        ({"folder": "x", "root": "no"}, "sets.x.root belongs to a dataset of torchvision's; folder=x has none"),
+        ({"shards": "no*.tar"}, "sets.x.shards=no*.tar: there is no file no*.tar"),
+        ({"shards": "x"}, "sets.x.shards=x: expected tars of this machine; copy remote ones first"),
+        ({"shards": "http://h/a.tar"}, "sets.x.shards=http://h/a.tar: expected tars of this machine"),
+    ],
+)
+def test_a_set_that_is_wrong_is_told_in_one_line(
+    which: dict[str, str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    class_folders(tmp_path / "x")
+    (tmp_path / "few").write_text("a\nb\n")
+    with pytest.raises(ValueError) as told:
+        open_sets({"x": which})
+    assert str(told.value).startswith(line) and "\n" not in str(told.value)
+
+
+def test_the_mistakes_that_are_most_confident_come_first(model: CLIP, tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "x")
+    data = open_sets({"x": {"folder": str(root)}})["x"]
+    texts, labels = torch.eye(4), torch.arange(12) // 3
+    images = F.normalize(texts[labels] + torch.linspace(0.9, 1.1, 12)[:, None] * texts[(labels + 1) % 4], dim=-1)
+    found = ZeroShot({"x": {"folder": str(root)}}, ["{}"], mistakes=3)(data, given(images, labels), lambda _: texts)
+    titles = [axes.get_title() for axes in found["mistakes"].axes]
+    assert len(titles) == 3 and titles[0] == "100% ant\nis red panda"
+
+
+# ---------------------------------------------------------------- the linear probe
+
+
+def test_the_features_of_the_probe_are_those_before_the_projection(model: CLIP, tmp_path: Path) -> None:
+    data = open_sets({"x": {"folder": str(class_folders(tmp_path / "x"))}})["x"]
+    found = Encoder(model, SimpleTokenizer(), 0, None).labelled(data.test)
+    assert found.hidden.shape == (12, 64)
+    assert torch.allclose(F.normalize(found.hidden @ model.visual.proj.detach(), dim=-1), found.images, atol=1e-6)
+
+
+def test_the_search_finds_the_peak_of_96_steps_in_few_tries() -> None:
+    for peak in (0, 1, 37, 50, 96):
+        tried = []
+
+        def worth(strength: float, peak: int = peak, tried: list[float] = tried) -> float:
+            tried.append(strength)
+            return -abs(np.log10(strength) - np.log10(linear_probe.STRENGTHS[peak]))
+
+        assert linear_probe.search(worth)[0] == linear_probe.STRENGTHS[peak] and len(tried) == len(set(tried)) <= 15
+    assert linear_probe.search(lambda strength: 1.0)[0] == 1e6         # of equals the strongest
+    assert np.allclose(np.diff(np.log10(linear_probe.STRENGTHS)), 1 / 8)
+
+
+def test_the_probe_is_scikit_learns_at_the_strength_that_was_found(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    centres = torch.randn(4, 16)
+    y, y_test = torch.randint(4, (200,)), torch.randint(4, (80,))
+    x, x_test = centres[y] + 1.5 * torch.randn(200, 16), centres[y_test] + 1.5 * torch.randn(80, 16)
+    which = {"folder": str(class_folders(tmp_path / "a")), "train": str(class_folders(tmp_path / "b", 4, 3))}
+    probe = LinearProbe({"x": which})
+    data = probe.sets["x"]
+    found = probe(data, lambda source: given(*((x, y) if source is data.train else (x_test, y_test)))(source), None)
+    peer = LogisticRegression(C=1 / found["strength"], max_iter=1000).fit(x.numpy(), y.numpy())
+    predicted = peer.predict(x_test.numpy())
+    assert found["top1"] == pytest.approx(peer.score(x_test.numpy(), y_test.numpy())) and found["top1"] > 0.5
+    assert found["mean_per_class"] == pytest.approx(balanced_accuracy_score(y_test, predicted))
+
+
+def test_a_probe_asks_for_pictures_to_learn_from(tmp_path: Path) -> None:
+    root = str(class_folders(tmp_path / "x"))
+    with pytest.raises(ValueError, match=r"^sets.x.train has no value; a probe learns from pictures that it is not"):
+        LinearProbe({"x": {"folder": root}})
+    with pytest.raises(ValueError, match=r"expected the same classes, and other pictures than those of the test$"):
+        LinearProbe({"x": {"folder": root, "train": root}})
