@@ -20,8 +20,8 @@ from clipx.data.shards import Shards
 from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.evals.validation import OnLabelled
+from clipx.figures import short
 from clipx.loading import initialise
-from clipx.log import short
 from clipx.loop import State
 from clipx.machine import Finding, check_device, check_disk, check_memory, check_workers, in_bytes
 from clipx.resume import restore

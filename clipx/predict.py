@@ -50,7 +50,7 @@ def predict(composed: DictConfig, directory: Path) -> None:
     config = resolve(composed, Predict)
     if (config.texts is None) == (config.search is None):
         raise UserError('give either texts="a cat,a dog", to score each picture, or search="a red car", to find some')
-    from clipx.predictions import encode_pictures, page, score, search
+    from clipx.predictions import encode_pictures, score, search, show
 
     found = encode_pictures(config.run, config.images, config.device, config.workers, config.trust, config.act)
     for place, reason in found.bad.items():
@@ -61,7 +61,7 @@ def predict(composed: DictConfig, directory: Path) -> None:
         return
     rows = search(found, config.search, config.top)
     tell(rows, config.json)
-    page(rows, config.search, Path(config.out))
+    show(rows, config.search, Path(config.out))
     logger.info("%s shows them", config.out)
 
 

@@ -14,14 +14,13 @@ from clipx.data.images import Normalise, decode, eval_crop
 from clipx.data.loader import EvalReader, cut, read
 from clipx.errors import UserError
 from clipx.evals.features import encode_texts
+from clipx.figures import page, short
 from clipx.loading import load
-from clipx.log import short
 from clipx.models.clip import CLIP
 from clipx.models.layers import Act
 from clipx.run import pick_device, pick_workers
 from clipx.tokenizer import SimpleTokenizer
 
-COLUMNS = 4         # of the page
 SHOWN = 224         # pixels of a picture on it
 CHUNK = 64          # pictures that a worker reads at once
 
@@ -89,22 +88,15 @@ def search(found: Found, text: str, top: int) -> list[dict[str, Any]]:
     ]
 
 
-def page(rows: list[dict[str, Any]], text: str, out: Path) -> None:
+def show(rows: list[dict[str, Any]], text: str, out: Path) -> None:
     """Draw the pictures of a search, nearest first, as much of them as the model sees.
 
     Raises:
         UserError: ``out`` cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    lines = -(-len(rows) // COLUMNS)
-    figure = Figure(figsize=(3 * COLUMNS, 3.3 * lines), layout="tight")
+    pictures = [eval_crop(decode(Path(row["image"]).read_bytes()), SHOWN) for row in rows]
+    figure = page(pictures, [f"{row['cosine']:.3f}  {short(Path(row['image']).name)}" for row in rows])
     figure.suptitle(short(text))
-    for place, row in enumerate(rows, 1):
-        axes = figure.add_subplot(lines, COLUMNS, place)
-        axes.imshow(eval_crop(decode(Path(row["image"]).read_bytes()), SHOWN))
-        axes.set_title(f"{row['cosine']:.3f}  {short(Path(row['image']).name)}", fontsize=8)
-        axes.axis("off")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # of letters that the font has not

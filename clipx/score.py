@@ -21,8 +21,9 @@ from clipx.config import Evaluate
 from clipx.data.sample import Data, Source
 from clipx.errors import UserError
 from clipx.evals.validation import OnLabelled, Validation
+from clipx.figures import keep_figure
 from clipx.loading import load
-from clipx.log import SilentLog, keep_figure
+from clipx.log import SilentLog
 from clipx.run import AMP, pick_device, pick_workers
 
 logger = logging.getLogger("clipx")

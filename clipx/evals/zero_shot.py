@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from pydantic import NonNegativeInt
@@ -12,6 +11,7 @@ from clipx.data.images import decode, eval_crop
 from clipx.data.labelled import LabelledSet, Which, check_label, open_sets
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores, encode_texts
 from clipx.evals.templates import classifier, read_templates
+from clipx.figures import page
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
@@ -54,9 +54,10 @@ class ZeroShot:
         wrong = (~right[:, 0]).nonzero()[:, 0]
         shown = wrong[confidence[wrong].argsort(descending=True)][: self.mistakes].tolist()
         if shown:
-            told = [(int(found.samples[row]), f"{confidence[row]:.0%} {data.classes[best[row, 0]]}",
-                     f"is {data.classes[found.labels[row]]}") for row in shown]
-            scores["mistakes"] = page(data, told)
+            pictures = [eval_crop(decode(data.test.read(int(found.samples[row])).picture), SHOWN) for row in shown]
+            titles = [f"{confidence[row]:.0%} {data.classes[best[row, 0]]}\nis {data.classes[found.labels[row]]}"
+                      for row in shown]
+            scores["mistakes"] = page(pictures, [title.replace("$", r"\$") for title in titles])
         return scores
 
 
@@ -84,21 +85,6 @@ def per_class(right: Tensor, labels: Tensor, classes: list[str], each: bool) -> 
     there = counts.nonzero()[:, 0].tolist()
     own = {f"per_class/{classes[number]}": share[number].item() for number in there} if each else {}
     return {"mean_per_class": share[there].mean().item(), **own}
-
-
-def page(data: LabelledSet, mistakes: list[tuple[int, str, str]]) -> Any:
-    """A figure: pictures by their ids, each with what it was taken for and what it is."""
-    from matplotlib.figure import Figure
-
-    columns = 4
-    rows = -(-len(mistakes) // columns)
-    figure = Figure(figsize=(2.6 * columns, 3 * rows), layout="tight")
-    for place, (sample, taken, own) in enumerate(mistakes, 1):
-        axes = figure.add_subplot(rows, columns, place)
-        axes.imshow(eval_crop(decode(data.test.read(sample).picture), SHOWN))
-        axes.set_title(f"{taken}\n{own}".replace("$", r"\$"), fontsize=8)
-        axes.axis("off")
-    return figure
 
 
 @torch.no_grad()
