@@ -27,6 +27,7 @@ from clipx.loss import clip_loss
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
+from clipx.weights import to_hugging_face
 
 SIZES = {                       # of conf/model/tiny.yaml with one block in each tower, in open_clip's words
     "embed_dim": 192,
@@ -210,6 +211,32 @@ def test_another_architecture_of_open_clip_is_refused(tmp_path: Path, given: dic
     with pytest.raises(CheckpointError) as error:
         load(open_clip_directory(tmp_path / "oc", peer(), **given))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_config": {"hidden_act": "silu"}}, "vision_config has hidden_act='silu' and layer_norm_eps=1e-05"),
+        ({"text_config": {"layer_norm_eps": 1e-6}}, "text_config has hidden_act='quick_gelu' and layer_norm_eps=1e-06"),
+        ({"text_config": {"eos_token_id": 7}}, "text_config.eos_token_id=7; clipx reads the feature of a caption at"),
+        ({"pixels": {"image_mean": [0.5, 0.5, 0.5]}}, "was trained on pictures prepared with mean=[0.5, 0.5, 0.5]"),
+        ({"drop": "text_model.encoder.layers.0.self_attn.k_proj.bias"}, "there is no k_proj or v_proj"),
+        ({"add": "vision_model.head.attention.in_proj_bias"}, "vision_model.head.attention.in_proj_bias has no place"),
+        ({"config": "{"}, "config.json cannot be read: Expecting property name"),
+    ],
+)
+def test_another_architecture_of_hugging_face_is_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    state = to_hugging_face(peer().state_dict())
+    state.pop(change.get("drop"), None)
+    state |= {change["add"]: torch.ones(3)} if "add" in change else {}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(change.get("config", json.dumps(change)))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(change.get("pixels", {})))
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_activation_that_contradicts_the_weights_is_an_error(tmp_path: Path) -> None:
