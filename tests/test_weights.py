@@ -301,6 +301,15 @@ def test_a_run_starts_from_another_run(train: Callable[..., None], tmp_path: Pat
     assert all(torch.equal(after[name], before[name]) for name in before if name != "logit_scale")
 
 
+def test_a_checkpoint_that_leaves_defaults_out_has_those_of_the_towers(tmp_path: Path) -> None:
+    towers = {"image": {"_target_": "clipx.models.vision.ImageEncoder", "depth": 1},
+              "text": {"_target_": "clipx.models.text.TextEncoder", "depth": 1, "width": 768}}
+    model = CLIP(ImageEncoder(depth=1), TextEncoder(depth=1, width=768))
+    checkpoint.save(tmp_path / "x.pt", {"model_state_dict": model.state_dict(), "config": {
+        "model": {"_target_": "clipx.models.clip.CLIP", **towers}}})
+    assert described(load(tmp_path / "x.pt")[0]) == described(model)
+
+
 @pytest.mark.parametrize("size", [16, 64])
 def test_position_embeddings_are_resized_as_open_clip_does(
     train: Callable[..., None], tmp_path: Path, size: int
