@@ -124,6 +124,7 @@ def of_run(path: Path, content: dict[str, Any] | None = None) -> Weights:
     node = content.get("config", {}).get("model")
     for tower in own_towers(node):
         tower.setdefault("act", "quick_gelu")       # a checkpoint from before there was another
+        tower.setdefault("heads", 12 if tower["_target_"] == TOWERS["image"] else 8)       # the towers' own defaults
     return Weights(content["model_state_dict"], node, {})
 
 
@@ -144,7 +145,8 @@ def complete(tower: Node, act: Act | None, where: str) -> None:
     if tower["act"] is None:
         raise CheckpointError(f"{where} does not say its activation; add act=quick_gelu for OpenAI's weights and "
                               "open_clip's -quickgelu models, act=gelu for open_clip's others")
-    tower.setdefault("heads", HEADS.get(tower["width"], tower["width"] // 64))
+    if "width" in tower and "heads" not in tower:
+        tower["heads"] = HEADS.get(tower["width"], tower["width"] // 64)
 
 
 def described(model: CLIP) -> Node:

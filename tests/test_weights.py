@@ -27,6 +27,7 @@ from clipx.loss import clip_loss
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
+from clipx.weights import to_hugging_face
 
 SIZES = {                       # of conf/model/tiny.yaml with one block in each tower, in open_clip's words
     "embed_dim": 192,
@@ -212,6 +213,32 @@ def test_another_architecture_of_open_clip_is_refused(tmp_path: Path, given: dic
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_config": {"hidden_act": "silu"}}, "vision_config has hidden_act='silu' and layer_norm_eps=1e-05"),
+        ({"text_config": {"layer_norm_eps": 1e-6}}, "text_config has hidden_act='quick_gelu' and layer_norm_eps=1e-06"),
+        ({"text_config": {"eos_token_id": 7}}, "text_config.eos_token_id=7; clipx reads the feature of a caption at"),
+        ({"pixels": {"image_mean": [0.5, 0.5, 0.5]}}, "was trained on pictures prepared with mean=[0.5, 0.5, 0.5]"),
+        ({"drop": "text_model.encoder.layers.0.self_attn.k_proj.bias"}, "there is no k_proj or v_proj"),
+        ({"add": "vision_model.head.attention.in_proj_bias"}, "vision_model.head.attention.in_proj_bias has no place"),
+        ({"config": "{"}, "config.json cannot be read: Expecting property name"),
+    ],
+)
+def test_another_architecture_of_hugging_face_is_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    state = to_hugging_face(peer().state_dict())
+    state.pop(change.get("drop"), None)
+    state |= {change["add"]: torch.ones(3)} if "add" in change else {}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(change.get("config", json.dumps(change)))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(change.get("pixels", {})))
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 def test_an_activation_that_contradicts_the_weights_is_an_error(tmp_path: Path) -> None:
     path = open_clip_directory(tmp_path / "oc", peer())
     with pytest.raises(CheckpointError, match="^act=gelu, but .*oc says that it was trained with act=quick_gelu"):
@@ -272,6 +299,15 @@ def test_a_run_starts_from_another_run(train: Callable[..., None], tmp_path: Pat
     train(*ONE_STEP, "init_from=outputs/x", "name=y", "freeze=[image,text]")
     after = checkpoint.read(tmp_path / "outputs/y/checkpoints/clip_last.pt")["model_state_dict"]
     assert all(torch.equal(after[name], before[name]) for name in before if name != "logit_scale")
+
+
+def test_a_checkpoint_that_leaves_defaults_out_has_those_of_the_towers(tmp_path: Path) -> None:
+    towers = {"image": {"_target_": "clipx.models.vision.ImageEncoder", "depth": 1},
+              "text": {"_target_": "clipx.models.text.TextEncoder", "depth": 1, "width": 768}}
+    model = CLIP(ImageEncoder(depth=1), TextEncoder(depth=1, width=768))
+    checkpoint.save(tmp_path / "x.pt", {"model_state_dict": model.state_dict(), "config": {
+        "model": {"_target_": "clipx.models.clip.CLIP", **towers}}})
+    assert described(load(tmp_path / "x.pt")[0]) == described(model)
 
 
 @pytest.mark.parametrize("size", [16, 64])
