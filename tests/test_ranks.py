@@ -235,6 +235,7 @@ def on_its_own_disk(rank: int, world: int, store: str, folder: str) -> None:
     found = Path(folder) / ("x" if rank else "elsewhere")
     with pytest.raises(CheckpointError, match=r"the ranks find different checkpoints in .*, of steps \[0, 2\]; "):
         restore(None, config, found, None)
+    torch.distributed.destroy_process_group()
 
 
 def test_ranks_that_do_not_see_the_same_directory_say_so(train: Callable[..., None], tmp_path: Path) -> None:
