@@ -19,7 +19,7 @@ from clipx.evals.features import Features, LabelledFeatures, encode, encode_labe
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
-ON_CPU = 64         # pictures that go forward at once there: more take memory, and no less time
+ON_CPU = 64         # pictures that go forward at once there: more take memory and save little time
 
 Kind = TypeVar("Kind", Features, LabelledFeatures)
 
