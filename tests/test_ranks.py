@@ -38,12 +38,12 @@ RUN = (*WORDS, "data.samples=400", "eval_every=20", "save_every=5", "max_steps=6
 
 
 def scores(names: str) -> dict[str, float]:
-    """What a model is worth on 600 pictures: three chunks, so a fourth rank has none."""
+    """What a model is worth on 150 pictures: three chunks, so a fourth rank has none."""
     torch.manual_seed(0)
     model = CLIP(ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
                  TextEncoder(width=64, depth=1, heads=1, embed=32))
     evals = {"retrieval": retrieval, "naming": partial(naming, names=names)}
-    return Validation({"": Dummy(600, 32, 0)}, evals, SimpleTokenizer(), 0, None)(model, 1, SilentLog())
+    return Validation({"": Dummy(150, 32, 0)}, evals, SimpleTokenizer(), 0, None)(model, 1, SilentLog())
 
 
 def on_rank(rank: int, world: int, store: str, names: str) -> None:
@@ -63,7 +63,7 @@ def on_rank(rank: int, world: int, store: str, names: str) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_evaluation_and_get_what_one_gets(world: int, tmp_path: Path) -> None:
     words = (tmp_path / "names.txt")
-    words.write_text("\n".join(sorted({Dummy(600, 32, 0).read(number).captions[0] for number in range(600)})))
+    words.write_text("\n".join(sorted({Dummy(150, 32, 0).read(number).captions[0] for number in range(150)})))
     torch.multiprocessing.spawn(on_rank, (world, str(tmp_path / "store"), str(words)), nprocs=world)
     alone = scores(str(words))
     for rank in range(world):

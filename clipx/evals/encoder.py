@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from clipx import checkpoint
-from clipx.data.loader import Chunk, EvalReader, cut, read
+from clipx.data.loader import MOST_IN_CHUNK, Chunk, EvalReader, cut, read
 from clipx.data.sample import BadSample, Source
 from clipx.distributed import gather_lists, part, rank
 from clipx.errors import UserError
 from clipx.evals.features import Features, LabelledFeatures, encode, encode_labelled, encode_texts
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
+
+ON_CPU = 64         # pictures that go forward at once there: more take memory and save little time
 
 Kind = TypeVar("Kind", Features, LabelledFeatures)
 
@@ -69,7 +71,8 @@ class Encoder:
     def chunks(self, source: Source) -> Iterator[Chunk]:
         """This rank's share."""
         reader = EvalReader(source, self.model.visual.size, self.tokenizer)
-        own = part([*cut(range(int(sum(source.sizes))))])
+        size = ON_CPU if self.device.type == "cpu" else MOST_IN_CHUNK
+        own = part([*cut(range(int(sum(source.sizes))), size)])
         return read(reader, own, self.workers, pin=self.device.type == "cuda")
 
     def key(self, source: Source) -> str:

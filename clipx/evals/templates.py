@@ -15,8 +15,8 @@ def read_templates(given: str | list[str]) -> list[str]:
     """Templates with ``{}`` (or ``{c}``) for the name of a class.
 
     Args:
-        given: ``openai``, the 80 of the paper's ensemble; ``simple``, the 7 of them that do best; a file, one a line;
-            or templates.
+        given: ``openai``, the 80 of the paper's ensemble; ``simple``, 7 of them that OpenAI picked one by one; a file,
+            one a line; or templates.
 
     Raises:
         ValueError: there are none such, or one has no place for the name.
