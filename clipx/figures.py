@@ -29,7 +29,7 @@ def page(pictures: Sequence[Image.Image], titles: Sequence[str], columns: int = 
     from matplotlib.figure import Figure
 
     rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(3 * columns, 3.3 * rows), layout="tight")
+    figure = Figure(figsize=(3 * columns, 3.4 * rows + 0.4), layout="constrained")
     for place, (picture, title) in enumerate(zip(pictures, titles, strict=True), 1):
         axes = figure.add_subplot(rows, columns, place)
         axes.imshow(picture)
