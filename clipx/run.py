@@ -80,6 +80,7 @@ def run(config: Train, directory: Path) -> float | None:
     """
     try:
         with Signals() as signals, distributed.joined() as lifeline:
+            signals.last_words = lifeline is not None
             worth = run_as_rank(config, directory, signals, lifeline)
     except OSError as error:
         if error.errno not in UNWRITABLE:

@@ -12,10 +12,13 @@ class Signals:
 
     Attributes:
         patient: whether somebody looks at ``asked``; before that, signals do what they always do.
+        last_words: whether an error that ends the ``with`` is to be told whatever comes: torchrun sends SIGTERM to all
+            ranks as soon as one has ended.
         asked: the name of the first one; None where there was none.
     """
 
     patient: bool = False
+    last_words: bool = False
     asked: str | None = None
 
     def __enter__(self) -> "Signals":
@@ -27,7 +30,7 @@ class Signals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if error and self.last_words and number == signal.SIGTERM else handler)
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         if not self.patient or (self.asked and number == signal.SIGINT):
