@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-import yaml
+from omegaconf import OmegaConf
 from webdataset import TarWriter
 
 from clipx import checkpoint, clip_vit_b32
@@ -53,8 +53,7 @@ def make(root: Path, pictures: int) -> None:
     (root / "retrieval/dataset_type.txt").write_text("retrieval")
     torch.manual_seed(0)
     state = clip_vit_b32().state_dict()
-    node = yaml.safe_load((Path(__file__).parent.parent.parent / "conf/model/vit_b32.yaml").read_text())
-    node["text"]["embed"] = node["image"]["embed"]
+    node = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf/model/vit_b32.yaml"), resolve=True)
     checkpoint.save(root / "clipx.pt", {"model_state_dict": state, "config": {"model": node}})
     torch.save(state, root / "open_clip.pt")
 
