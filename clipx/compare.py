@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 
-WHERE = {"name", "choices", "device", "workers", "resume"}      # keys that say nothing of what a run is
+WHERE = {"name", "varied", "device", "workers", "resume"}       # keys that say nothing of what a run is
 BINS = 200          # points of a curve
 
 
@@ -33,8 +34,9 @@ class Run:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The run's config, flat."""
-        return {key: value for key, value in self.summary.get("config", {}).items() if key.split(".")[0] not in WHERE}
+        """The run's config, flat; a group's option stands under the group's name."""
+        config = self.summary.get("config", {})
+        return {key.removeprefix("choices."): value for key, value in config.items() if key.split(".")[0] not in WHERE}
 
 
 def is_gone(summary: Mapping[str, Any]) -> bool:
@@ -71,10 +73,20 @@ def find(paths: Sequence[Path]) -> list[Run]:
 
 
 def varied(runs: Sequence[Run]) -> list[str]:
-    """The keys in which runs differ."""
+    """The keys in which runs differ; where a group's option does, those of its keys that differ besides."""
     configs = [run.keys for run in runs]
     every = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in every if len({json.dumps(config.get(key)) for config in configs}) > 1]
+    return [key for key in every if differs(key, configs)]
+
+
+def differs(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a key has several values; where its group has several options, whether it has under one of them."""
+    group = key.split(".")[0]
+    having = [config for config in configs if key in config]        # a job that failed early has its words alone
+    options = [json.dumps(config.get(group)) for config in having] if key != group else []
+    several = len({*options, "null"}) > 2
+    values = {(option if several else "", json.dumps(config[key])) for config, option in zip_longest(having, options)}
+    return len(values) > len({option for option, _ in values})
 
 
 def groups(runs: Sequence[Run], keys: Sequence[str]) -> list[list[Run]]:

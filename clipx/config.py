@@ -1,12 +1,11 @@
 """Configuration enters once, through ``command``, and becomes plain typed values in ``resolve``."""
 
-import logging
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -17,22 +16,31 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
-from tqdm import tqdm
 
 from clipx import duration, words
+from clipx.console import console, other_rank, printable
 from clipx.errors import Interrupted, UserError
 from clipx.schema import ConfigError, check_call, check_node, suggest
+from clipx.sweep import CONF, Failures, JobEnd, is_sweep, settings, varied
 
-CONF = "clipx.conf"
 Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
 Schema = TypeVar("Schema")
 
 
 @dataclass(frozen=True)
-class Train:
+class Composed:
+    """What the door adds to a config, for the record."""
+
+    choices: dict[str, Any] = field(default_factory=dict, kw_only=True)     # the options of the groups
+    varied: list[str] = field(default_factory=list, kw_only=True)           # keys of the sweep, else of the words
+
+
+@dataclass(frozen=True)
+class Train(Composed):
     """The schema of a training run.  conf/train.yaml says what each key means and holds the defaults."""
 
     model: dict[str, Any]
@@ -69,11 +77,10 @@ class Train:
     objective: str | None
     trust: list[str]
     labelled: dict[str, dict[str, str]] | None = None
-    choices: dict[str, Any] = field(default_factory=dict)       # the options of the groups, for the record
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Composed):
     """The schema of an evaluation.  conf/evaluate.yaml says what each key means and holds the defaults."""
 
     run: str | list[str]
@@ -89,11 +96,10 @@ class Evaluate:
     act: Literal["quick_gelu", "gelu"] | None
     trust: list[str]
     data: dict[str, Any] | None = None
-    choices: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Prepare:
+class Prepare(Composed):
     """The schema of making shards.  conf/prepare.yaml says what each key means and holds the defaults."""
 
     source: dict[str, Any]
@@ -109,11 +115,10 @@ class Prepare:
     drop_duplicates: bool
     verify: bool
     workers: Literal["auto"] | NonNegativeInt
-    choices: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Composed):
     """The schema of an export.  conf/export.yaml says what each key means and holds the defaults."""
 
     run: str
@@ -121,7 +126,6 @@ class Export:
     out: str
     act: Literal["quick_gelu", "gelu"] | None
     trust: list[str]
-    choices: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve(composed: DictConfig, schema: type[Schema] = Train) -> Schema:
@@ -159,7 +163,8 @@ def options(key: str) -> str:
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
     """What has another meaning in two configs: by key, ``key: before -> after``."""
     old, new = flat(before), flat(after)
-    keys = [key for key in {**old, **new} if not words.is_neutral(key) and not key.startswith("choices.")]
+    recorded = {"choices", "varied"}
+    keys = [key for key in {**old, **new} if not words.is_neutral(key) and key.split(".")[0] not in recorded]
     return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)}
 
 
@@ -171,7 +176,7 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def command(name: str, job: Callable[[DictConfig, Path], float | None]) -> None:
+def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: bool = False) -> None:
     """The door of every Hydra command: conf/NAME.yaml, or the file in ``config=FILE``, and the words of the process.
 
     A mistake of the user's ends in one line and exit code 1.  In a sweep a failed job does not end the others, and
@@ -180,54 +185,62 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None]) -> None:
     Args:
         name: of the command and of its primary config.
         job: gets the composed config and the run's directory; its result is what a sweep optimises.
+        trains: whether it is a training run; in a sweep each is told in a line.
     """
     given = sys.argv[1:]
-    failures: list[str] = []
+    failures = Failures(words.OUTPUTS / ".sweep" / f"failed-{os.getpid()}")
+    told: list[str] = []
     try:
         saved, given = take_saved(given)
-        sweep = bool({"-m", "--multirun"} & set(given))
-        run = Job(job, saved, sweep, failures)
+        legal = words.legal(given, is_sweep(given))
+        run = Job(job, saved, words.parted(legal)[1], failures, trains)
         path, primary = (str(saved.parent.resolve()), saved.stem) if saved else (f"pkg://{CONF}", name)
-        with hydra_reads([f"clipx.{name}", *words.legal(given, sweep), *words.HYDRA]):
+        with hydra_reads([f"clipx.{name}", *legal, *words.HYDRA]):
             hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
+        told = [run.mistake] if run.mistake else failures.told()
     except UserError as error:
-        failures = failures or [str(error)]
+        told = [*failures.told(), str(error)]
     except Interrupted as ended:
         if not other_rank():
             print(f"goes on with  python -m clipx.{name} {shlex.join(given)}", file=sys.stderr)
         sys.exit(ended.code)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        failures.append(explain(error, name, given))
-    if failures:
-        sys.exit(printable("\n".join(failures)))
+        told = [*failures.told(), explain(error, name, given)]
+    if told:
+        sys.exit(printable("\n".join(told)))
 
 
 @dataclass
 class Job:
-    """What Hydra calls: one run, its mistakes noted."""
+    """What Hydra calls: one run, alone or of a sweep."""
 
     job: Callable[[DictConfig, Path], float | None]
     saved: Path | None
-    sweep: bool
-    failures: list[str]
+    overrides: list[str]        # of the command
+    failures: Failures
+    trains: bool
+    mistake: str = ""
 
     def __call__(self, composed: DictConfig) -> float | None:
         ran = HydraConfig.get()
-        given = OmegaConf.to_container(ran.overrides.task, resolve=False)
-        if self.saved is None:
-            chosen = {group: ran.runtime.choices[group] for group in words.GROUPS if group in ran.runtime.choices}
-            if chosen:
-                OmegaConf.update(composed, "choices", chosen, force_add=True)
+        sweep = ran.mode == RunMode.MULTIRUN
+        own = OmegaConf.to_container(ran.overrides.task, resolve=False)
+        keys = varied(self.overrides, list(ran.sweeper.get("params") or {}) if sweep else [], sweep)
+        chosen = {group: ran.runtime.choices[group] for group in words.GROUPS if group in ran.runtime.choices}
+        if chosen and self.saved is None:
+            OmegaConf.update(composed, "choices", chosen, force_add=True)
+            OmegaConf.update(composed, "varied", keys, force_add=True)
         name = None if composed.get("name") is None else str(composed.name)         # 5 is a name, too
-        with console():
-            try:
-                return self.job(composed, words.run_directory(given, name, self.sweep, self.saved))
-            except UserError as error:
-                self.failures.append(f"{' '.join(given)}: {error}" if self.sweep else str(error))
-                if not self.sweep:
-                    return None         # told by command, in one line
-                logging.getLogger("clipx").error("failed: %s", self.failures[-1])
-                raise                   # the sweep goes on and Hydra raises it again at its end
+        directory = words.run_directory(own, name, keys if sweep else None, self.saved)
+        end = nullcontext()
+        if sweep:
+            end = JobEnd(ran.job.num, settings(own, keys), directory, self.failures, self.trains)
+        try:
+            with console(sweep and self.trains), end:
+                return self.job(composed, directory)
+        except UserError as error:
+            self.mistake = str(error)       # of a run alone; told by command, in one line
+        return None
 
 
 @contextmanager
@@ -241,37 +254,6 @@ def hydra_reads(argv: list[str]) -> Iterator[None]:
         sys.argv = before[0]
         if before[1] is None:
             del os.environ["HYDRA_FULL_ERROR"]
-
-
-def other_rank() -> str:
-    """The number of this process where it is not the first of several."""
-    return os.environ.get("RANK", "0").lstrip("0")
-
-
-class Console(logging.Handler):
-    """Log lines on the terminal, above the progress bar; of ranks other than the first, errors alone."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(printable(self.format(record)), file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """The text without what steers a terminal: names of files and samples are a stranger's."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
-
-
-@contextmanager
-def console() -> Iterator[None]:
-    """Show what clipx logs, for as long as a command runs."""
-    logger, handler = logging.getLogger("clipx"), Console(logging.ERROR if other_rank() else logging.INFO)
-    if other_rank():
-        handler.setFormatter(logging.Formatter(f"rank {other_rank()}: %(message)s"))
-    logger.setLevel(logging.DEBUG)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def take_saved(given: Sequence[str]) -> tuple[Path | None, list[str]]:

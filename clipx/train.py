@@ -9,7 +9,7 @@ from clipx.config import command, resolve
 
 def main() -> None:
     """The entry point."""
-    command("train", train)
+    command("train", train, trains=True)
 
 
 def train(composed: DictConfig, directory: Path) -> float | None:

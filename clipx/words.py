@@ -41,13 +41,16 @@ def legal(words: Sequence[str], sweep: bool) -> list[str]:
 
     Options come first: argparse wants all of the overrides in one row.
     """
+    options, overrides = parted(words)
+    return [*options, *(quoted(word, sweep) for word in overrides)]
+
+
+def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's options with their values, and the overrides."""
     options, overrides = [], []
     for before, word in zip(["", *words], words, strict=False):
-        if word.startswith("-") or before in WITH_VALUE:
-            options.append(word)
-        else:
-            overrides.append(quoted(word, sweep))
-    return [*options, *overrides]
+        (options if word.startswith("-") or before in WITH_VALUE else overrides).append(word)
+    return options, overrides
 
 
 def quoted(word: str, sweep: bool) -> str:
@@ -76,7 +79,7 @@ def quote(value: str) -> str:
 
 def directory_name(words: Sequence[str]) -> str:
     """The words in the letters of a file name, later ones over earlier ones; with a hash where that loses anything."""
-    by_key = {word.partition("=")[0].lstrip("+"): word for word in words}
+    by_key = {key_of(word): word for word in words}
     text = ",".join(sorted(word for key, word in by_key.items() if not is_neutral(key)))
     name = re.sub(r"[^\w.,=+~-]|^\.+$", "_", text)         # outputs/.. would be no directory of a run's
     if name != text or len(name) > MOST_LETTERS:
@@ -84,18 +87,25 @@ def directory_name(words: Sequence[str]) -> str:
     return name
 
 
-def run_directory(words: Sequence[str], name: str | None, sweep: bool, saved: Path | None = None) -> Path:
+def key_of(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+def run_directory(
+    words: Sequence[str], name: str | None, swept: Sequence[str] | None = None, saved: Path | None = None
+) -> Path:
     """Where a run lives: the same words find it again.
 
     Args:
         words: the overrides of the run.
-        name: the key ``name``; in a sweep it names the sweep, else the run.
-        sweep: whether the run is a job of a sweep.
+        name: the key ``name``; in a sweep it names the sweep, and stands for the words that all jobs share.
+        swept: keys that the sweep varies whose job the run is; None for a run alone.
         saved: the config file of another run that this one repeats.
     """
-    own = directory_name(words)
-    if sweep:
+    if swept is not None:
+        own = directory_name([word for word in words if not name or key_of(word) in swept])
         return OUTPUTS / "sweeps" / (directory_name([name]) if name else "sweep") / (own or "default")
+    own = directory_name(words)
     if name:
         return OUTPUTS / directory_name([name])
     return OUTPUTS / (",".join(filter(None, [saved.parent.name if saved else "", own])) or "default")

@@ -81,12 +81,12 @@ def test_the_yaml_of_a_group_restates_the_defaults_of_what_it_calls(option: str)
 
 def test_export_yaml_states_every_key_of_the_schema() -> None:
     stated = set(yaml.safe_load((ROOT / "conf/export.yaml").read_text())) - {"hydra"}
-    assert stated == {field.name for field in fields(Export)} - {"choices"}
+    assert stated == {field.name for field in fields(Export)} - {"choices", "varied"}
 
 
 def test_train_yaml_states_every_key_of_the_schema() -> None:
     stated = set(yaml.safe_load((ROOT / "conf/train.yaml").read_text())) - {"defaults", "hydra"}
-    assert stated - {"evals"} == {field.name for field in fields(Train)} - {*GROUPS, "choices"}
+    assert stated - {"evals"} == {field.name for field in fields(Train)} - {*GROUPS, "choices", "varied"}
 
 
 @pytest.mark.parametrize(
@@ -171,15 +171,15 @@ def test_odd_paths_reach_the_data(fails: Callable[..., str]) -> None:
 
 def test_the_same_words_find_the_same_directory() -> None:
     def directory(*given: str, **where: object) -> str:
-        return str(words.run_directory(list(given), where.pop("name", None), where.pop("sweep", False), **where))
+        return str(words.run_directory(list(given), where.pop("name", None), where.pop("swept", None), **where))
 
     assert directory("optim.lr=1e-4", "model=tiny") == "outputs/model=tiny,optim.lr=1e-4"
     assert directory("model=tiny", "optim.lr=5e-4", "optim.lr=1e-4") == directory("optim.lr=1e-4", "model=tiny")
     assert directory("model=tiny", "data.root=/x", "workers=3", "stop_at=5", "log_every=1") == "outputs/model=tiny"
     assert directory() == "outputs/default"
     assert directory("seed=1", name="mine") == "outputs/mine"
-    assert directory("seed=1", "optim.lr=1", sweep=True) == "outputs/sweeps/sweep/optim.lr=1,seed=1"
-    assert directory("seed=1", sweep=True, name="s") == "outputs/sweeps/s/seed=1"
+    assert directory("seed=1", "optim.lr=1", swept=["seed"]) == "outputs/sweeps/sweep/optim.lr=1,seed=1"
+    assert directory("seed=1", "optim.lr=1", swept=["seed"], name="s") == "outputs/sweeps/s/seed=1"
     assert directory("seed=1", saved=Path("outputs/x/config.yaml")) == "outputs/x,seed=1"
 
 

@@ -135,22 +135,6 @@ def test_the_same_run_again_from_its_config(
     assert "did you mean optim.lr?" in fails("config=outputs/x/config.yaml", "optim.lrr=0.01")
 
 
-def test_a_sweep_gives_each_job_a_directory_and_outlives_a_failed_one(
-    train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        train("-m", "optim.lr=1e-4,fast,5e-4", "experiment=smoke", "workers=0", "max_steps=2", "batch_size=16")
-    assert ended.value.code != 0 and "optim.lr=fast" in str(ended.value.code)
-    jobs = tmp_path / "outputs" / "sweeps" / "sweep"
-    states = {path.name: summary(path)["state"] for path in jobs.iterdir()}
-    assert states == {
-        f"batch_size=16,experiment=smoke,max_steps=2,optim.lr={lr}": "finished" for lr in ("0.0001", "0.0005")
-    }
-    rates = [read(path / "checkpoints/clip_last.pt")["config"]["optim"]["lr"] for path in sorted(jobs.iterdir())]
-    assert rates == [1e-4, 5e-4]
-    assert "failed: " in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains_float32_weights(amp: str, train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, f"amp={amp}", "name=x", "max_steps=4")

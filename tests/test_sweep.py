@@ -1,0 +1,121 @@
+"""Several jobs from one line: each finds its directory, tells its end in a line, and leaves nothing behind."""
+
+import gc
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import FEW, assert_same_state, lines, summary
+
+from clipx import run
+from clipx.checkpoint import read
+from clipx.compare import find, table
+from clipx.sweep import is_sweep
+
+Train = Callable[..., None]
+SHORT = (*FEW, "max_steps=2", "eval_every=1")
+
+
+@pytest.fixture
+def sweep(train: Train, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Its lines, and what it ends with."""
+
+    def run(*words: str) -> tuple[str, str]:
+        code = ""
+        try:
+            train(*words)
+        except SystemExit as ended:
+            code = str(ended.code)
+        return capsys.readouterr().err, code
+
+    return run
+
+
+def test_each_job_has_a_directory_and_a_line_and_a_failed_one_ends_no_other(
+    sweep: Callable[..., tuple[str, str]], tmp_path: Path
+) -> None:
+    told, code = sweep("-m", *SHORT, "name=s", "optim.lr=1e-4,fast,5e-4")
+    assert code == "optim.lr=fast: optim.lr='fast': should be a valid number, unable to parse string as a number"
+    shown = [line for line in told.splitlines() if line.startswith("[")]
+    heads = ["[0] optim.lr=0.0001: finished at step 2", "[1] optim.lr=fast: failed: optim.lr='fast'",
+             "[2] optim.lr=0.0005: finished at step 2"]
+    assert [line.startswith(head) for line, head in zip(shown, heads, strict=True)] == [True] * 3
+    assert "val/retrieval/mean_recall 0." in shown[0] and "model     " not in told
+    jobs = tmp_path / "outputs/sweeps/s"
+    ends = {path.name: summary(path)["state"] for path in jobs.iterdir()}
+    assert ends == {"optim.lr=0.0001": "finished", "optim.lr=fast": "failed", "optim.lr=0.0005": "finished"}
+    assert read(jobs / "optim.lr=0.0005/checkpoints/clip_last.pt")["config"]["optim"]["lr"] == 5e-4
+    assert [row["optim.lr"] for row in table(find([jobs]))][2] == "fast"
+
+    before = {path: path.stat().st_mtime_ns for path in jobs.rglob("clip_last.pt")}
+    told, code = sweep("-m", *SHORT, "name=s", "optim.lr=1e-4,5e-4,1e-3")
+    assert code == "" and before.items() < {p: p.stat().st_mtime_ns for p in jobs.rglob("clip_last.pt")}.items()
+    assert [line.split(":")[1][:9] for line in told.splitlines() if line.startswith("[")] == [" finished"] * 3
+
+
+def test_without_a_name_the_words_that_all_share_keep_sweeps_apart(
+    sweep: Callable[..., tuple[str, str]], tmp_path: Path
+) -> None:
+    for steps in (1, 2):
+        told, code = sweep("-m", *FEW[:2], *FEW[2:6], f"max_steps={steps}", "seed=0,1")
+        assert code == "", told
+    jobs = sorted(path.name for path in (tmp_path / "outputs/sweeps/sweep").iterdir())
+    assert len(jobs) == 4 and all("experiment=smoke" in job for job in jobs)
+
+
+def test_a_defect_in_one_job_keeps_its_traceback_and_the_others_train(
+    sweep: Callable[..., tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run.train
+
+    def breaks(job: run.Job, *rest: Any) -> Any:
+        if job.config.seed == 0:
+            raise ZeroDivisionError("nobody expected this")
+        return whole(job, *rest)
+
+    monkeypatch.setattr(run, "train", breaks)
+    told, code = sweep("-m", *SHORT, "name=s", "seed=0,1")
+    assert code == "seed=0: ZeroDivisionError: nobody expected this" and "Traceback" in told and "in breaks" in told
+    jobs = tmp_path / "outputs/sweeps/s"
+    assert [summary(jobs / f"seed={seed}")["state"] for seed in (0, 1)] == ["failed", "finished"]
+
+
+def test_a_recipe_that_sweeps_needs_no_m(sweep: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    recipe = tmp_path / "own/experiment/widths.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("# @package _global_\nname: widths\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '3,4'}}}\n")
+    words = ["--config-dir", str(tmp_path / "own"), "experiment=widths"]
+    assert is_sweep(words) and not is_sweep(words[2:]) and not is_sweep(["experiment=smoke"])
+    rest = [word for word in SHORT if not word.startswith("experiment")]
+    told, code = sweep(*words, "data=dummy", *rest, "optim.lr=1e-4,1e-3")
+    assert code == "", told
+    names = sorted(path.name for path in (tmp_path / "outputs/sweeps/widths").iterdir())
+    assert names == [f"optim.lr={lr},seed={seed}" for lr in ("0.0001", "0.001") for seed in (3, 4)]
+
+
+def test_jobs_leave_nothing_behind_in_the_process(
+    sweep: Callable[..., tuple[str, str]], train: Train, tmp_path: Path
+) -> None:
+    def traces() -> tuple[Any, ...]:
+        gc.collect()
+        return (
+            [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)],
+            logging.getLogger("clipx").handlers[:], threading.active_count(), psutil.Process().num_fds(),
+            len(psutil.Process().children()), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+
+    train(*SHORT, "seed=1", "name=alone")
+    before = traces()
+    sweep("-m", *SHORT, "name=s", "seed=0,1")
+    assert traces() == before
+    assert_same_state(tmp_path / "outputs/alone", tmp_path / "outputs/sweeps/s/seed=1")
+    tags = [{tag: value for tag, value in row.items() if tag.startswith("val/") or tag == "train/loss"}
+            for row in lines(tmp_path / "outputs/sweeps/s/seed=1")]
+    assert tags == [{tag: value for tag, value in row.items() if tag.startswith("val/") or tag == "train/loss"}
+                    for row in lines(tmp_path / "outputs/alone")]
