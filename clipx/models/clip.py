@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from clipx.build import build
@@ -25,17 +26,18 @@ class CLIP(nn.Module):
     Args:
         image: the image tower.
         text: the text tower; its ``embed`` is the image tower's.
+        temperature: at the start, above 0; it is learnt, between 1 and 0.01.
 
     Source: Radford et al. 2021 (arXiv 2103.00020).
     """
 
-    def __init__(self, image: ImageEncoder, text: TextEncoder):
+    def __init__(self, image: ImageEncoder, text: TextEncoder, temperature: PositiveFloat = 0.07):
         super().__init__()
         if image.embed != text.embed:
             raise ValueError(f"text.embed={text.embed} is not image.embed={image.embed}; the towers share one space")
         self.visual = image
         self.text = text
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.register_state_dict_post_hook(text_to_root)
         self.register_load_state_dict_pre_hook(root_to_text)
 
