@@ -197,8 +197,7 @@ class AfterStep:
         better = value is not None and value > state.best.get("value", float("-inf"))
         if better:
             state.best = {"metric": self.best, "value": value, "step": state.step}
-        self.log.summary["best"] = state.best       # a resumed run's, too
-        self.log.write_summary()
+        self.log.best(state.best, state.step)
         self.restart_clock()
         return ["best"] if better else []
 

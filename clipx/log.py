@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from clipx import board
 from clipx.evals.features import Features
 from clipx.figures import keep_figure, nearest_captions, similarity_matrix
 
@@ -26,6 +27,7 @@ class RunLog:
         directory: the run's.
         config: as text, for TensorBoard.
         about: what summary.json says of the run itself, for those who compare.
+        hparams: what TensorBoard's HPARAMS shows of it.
         steps: the run's length, for the progress bar.
         step: where the run goes on; what was logged behind it is dropped.
         samples: likewise.
@@ -34,14 +36,14 @@ class RunLog:
     """
 
     def __init__(
-        self, directory: Path, config: str, about: Mapping[str, Any], steps: int, step: int, samples: int,
-        seconds: float, epoch_samples: int,
+        self, directory: Path, config: str, about: Mapping[str, Any], hparams: Mapping[str, Any], steps: int,
+        step: int, samples: int, seconds: float, epoch_samples: int,
     ):
         self.directory, self.config, self.epoch_samples = directory, config, epoch_samples
         self.began = time.monotonic() - seconds
         self.summary: dict[str, Any] = {"state": "running", "step": step, "steps": steps, "final": {}, "best": {}}
         self.summary.update(about)
-        self.steps, self.step, self.samples = steps, step, samples
+        self.hparams, self.steps, self.step, self.samples = hparams, steps, step, samples
 
     def __enter__(self) -> "RunLog":
         for row in cut(self.directory / "metrics.jsonl", self.samples):
@@ -53,7 +55,9 @@ class RunLog:
         self.metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.step + 1)
         self.tensorboard.add_text("config", f"```yaml\n{self.config}```", self.step)
-        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
+        board.introduce(self.tensorboard, self.hparams, self.summary["objective"])
+        self.bar = tqdm(desc=self.directory.name, total=self.steps, initial=self.step, unit="step", leave=False,
+                        disable=None, dynamic_ncols=True)
         self.write_summary()
         return self
 
@@ -77,7 +81,7 @@ class RunLog:
 
     def scalars(self, numbers: Mapping[str, float], step: int, samples: int) -> None:
         """Write numbers by tag, to TensorBoard and as one line of metrics.jsonl."""
-        for tag, value in numbers.items():
+        for tag, value in {**numbers, **board.at_a_glance(numbers, self.summary["objective"])}.items():
             self.tensorboard.add_scalar(tag, value, step)
         epoch = round(samples / self.epoch_samples, 4)
         head = {"step": step, "samples": samples, "epoch": epoch, "seconds": round(self.seconds, 3)}
@@ -85,6 +89,13 @@ class RunLog:
         self.metrics.flush()
         self.summary.update(head)
         self.summary["final"].update(numbers)
+
+    def best(self, found: Mapping[str, Any], step: int) -> None:
+        """Keep what was best so far: metric, value and step."""
+        self.summary["best"] = dict(found)
+        if found:
+            self.tensorboard.add_scalar(board.best_tag(found["metric"]), found["value"], step)
+        self.write_summary()
 
     def progress(self, step: int, numbers: Mapping[str, float]) -> None:
         """Move the bar and set what stands behind it."""
@@ -111,6 +122,8 @@ class RunLog:
     def finish(self, state: str) -> None:
         """Tell how the run, or its part in this process, ended."""
         self.summary["state"] = state
+        if state == "finished":
+            board.end(self.tensorboard)
         for line in closing(self.directory, self.summary):
             logger.info(line)
 
@@ -164,7 +177,7 @@ class SilentLog:
     def ignore(self, *_given: object) -> None:
         pass
 
-    scalars = progress = skipped = pictures = figure = finish = flush = write_summary = ignore
+    scalars = best = progress = skipped = pictures = figure = finish = flush = write_summary = ignore
 
 
 def cut(path: Path, samples: int) -> list[dict[str, Any]]:

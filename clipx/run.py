@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipx import distributed
 from clipx.after_step import AfterStep, Diverged, Times
+from clipx.board import row_of
 from clipx.build import build
 from clipx.checkpoint import Saver
 from clipx.compiled import compiled
@@ -246,10 +247,11 @@ def log_of(job: Job, state: State) -> RunLog | SilentLog:
     text = yaml.safe_dump(asdict(job.config), sort_keys=False, allow_unicode=True)
     (job.directory / "config.yaml").write_text(text, encoding="utf-8")
     process = {"id": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-    about = {"objective": job.config.objective, "process": process, "config": flat(asdict(job.config))}
-    return RunLog(
-        job.directory, text, about, job.identity.steps, state.step, state.samples, state.seconds, job.plan.samples
-    )
+    config = flat(asdict(job.config))
+    about = {"objective": job.config.objective, "process": process, "config": config}
+    row = row_of(config, job.config.choices, job.config.varied)
+    return RunLog(job.directory, text, about, row, job.identity.steps, state.step, state.samples, state.seconds,
+                  job.plan.samples)
 
 
 def after_step_of(job: Job, state: State, log: RunLog | SilentLog, saver: Saver, signals: Signals) -> AfterStep:
@@ -262,7 +264,7 @@ def after_step_of(job: Job, state: State, log: RunLog | SilentLog, saver: Saver,
     return AfterStep(
         log=log,
         times=times,
-        evaluate=Validation(data.vals, job.evals, tokenizer, job.workers, AMP[config.amp]),
+        evaluate=Validation(data.vals, job.evals, tokenizer, job.workers, AMP[config.amp], with_loss=True),
         saver=saver,
         best=config.best,
         bad_limit=data.bad_limit - sum(data.lost.values()),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipx.data.images import Normalise
@@ -15,6 +16,7 @@ from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
 KEPT = 64           # pictures kept for showing
+TILE = 1024         # queries of the loss at once
 
 EncodeTexts = Callable[[list[str]], Tensor]
 Scores = dict[str, Any]     # numbers by name; a figure (of matplotlib) where a name's value is none
@@ -49,6 +51,17 @@ class LabelledFeatures:
 
 
 EncodeImages = Callable[[Source], LabelledFeatures]
+
+
+def pair_loss(val: Features, scale: float) -> float:
+    """Symmetric cross-entropy, nats, of all N pictures and their first captions as one batch; ln(N) is chance."""
+    texts, total = val.texts[val.first], 0.0
+    for queries, items in ((val.images, texts), (texts, val.images)):
+        for start in range(0, len(queries), TILE):
+            logits = scale * queries[start : start + TILE] @ items.T                # (T, N)
+            own = torch.arange(start, start + len(logits))
+            total += F.cross_entropy(logits, own, reduction="sum").item()
+    return total / (2 * len(texts))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from clipx.data.labelled import LabelledSet
 from clipx.data.sample import Source
 from clipx.evals.encoder import Encoder
-from clipx.evals.features import EncodeImages, EncodeTexts, Features, Scores
+from clipx.evals.features import EncodeImages, EncodeTexts, Features, Scores, pair_loss
 from clipx.log import RunLog, SilentLog
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
@@ -40,6 +40,7 @@ class Validation:
         workers: processes that read.
         amp: autocast's type, or None for float32.
         cache: directory where features are kept, or None.
+        with_loss: whether to give the loss of the pictures and their first captions, ``val/loss``, too.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class Validation:
         workers: int,
         amp: torch.dtype | None,
         cache: Path | None = None,
+        with_loss: bool = False,
     ):
         self.labelled = {key: evaluation for key, evaluation in evals.items() if isinstance(evaluation, OnLabelled)}
         self.evals = {key: evaluation for key, evaluation in evals.items() if key not in self.labelled}
         self.sources, self.tokenizer, self.workers, self.amp, self.cache = sources, tokenizer, workers, amp, cache
+        self.with_loss = with_loss
         self.told: set[str] = set()         # ids of data whose missing pictures have been told
 
     def __call__(self, model: CLIP, step: int, log: RunLog | SilentLog) -> dict[str, float]:
@@ -65,6 +68,8 @@ class Validation:
             val = encoder.pairs(source)
             if not name:
                 log.pictures(val, step)
+            if self.with_loss:
+                numbers[f"val/loss{at}"] = pair_loss(val, model.logit_scale.exp().item())
             for key, evaluation in self.evals.items():
                 scores = {**evaluation(val, encoder.texts), **({"skipped": val.skipped} if val.skipped else {})}
                 numbers.update({f"val/{key}{at}/{metric}": value for metric, value in scores.items()})
