@@ -166,6 +166,26 @@ def plain(rows: Sequence[Row]) -> str:
                      for line in lines)
 
 
+STYLES = {"failed": "red", "killed": "red", "running": "yellow", "stopped": "yellow"}
+
+
+def show(rows: Sequence[Row]) -> None:
+    """The table on a terminal, in its width and colours; in plain columns where there is none."""
+    if not sys.stdout.isatty():
+        print(plain(rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    found = Table(box=None, header_style="bold")
+    for key in rows[0]:
+        found.add_column(key, overflow="fold")
+    for number, row in enumerate(rows):
+        style = next((style for state, style in STYLES.items() if state in row["state"]), None)
+        found.add_row(*map(text, row.values()), style=style or (None if number else "bold green"))
+    Console(markup=False, highlight=False).print(found)
+
+
 def markdown(rows: Sequence[Row]) -> str:
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([text(value) for value in row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"
@@ -262,7 +282,7 @@ def main() -> None:
     given = parser.parse_args()
     runs = find(given.runs)
     rows = table(runs)
-    print(plain(rows))
+    show(rows)
     for out in given.out:
         write(runs, rows, out)
 

@@ -2,7 +2,11 @@
 
 import gc
 import logging
+import os
 import signal
+import statistics
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +15,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import FEW, assert_same_state, lines, summary
+from conftest import FEW, assert_same_state, in_process, lines, summary
+from test_killed import until
 
 from clipx import run
 from clipx.checkpoint import read
-from clipx.compare import find, table
+from clipx.compare import Spread, find, table
 from clipx.sweep import is_sweep
 
 Train = Callable[..., None]
+TAG = "val/retrieval/mean_recall"
 SHORT = (*FEW, "max_steps=2", "eval_every=1")
 
 
@@ -119,3 +125,36 @@ def test_jobs_leave_nothing_behind_in_the_process(
             for row in lines(tmp_path / "outputs/sweeps/s/seed=1")]
     assert tags == [{tag: value for tag, value in row.items() if tag.startswith("val/") or tag == "train/loss"}
                     for row in lines(tmp_path / "outputs/alone")]
+
+
+@pytest.mark.long
+def test_a_sweep_that_is_killed_goes_on_with_the_same_words(tmp_path: Path) -> None:
+    words = ["-m", "clipx.train", "-m", *FEW, "save_every=5", "name=s", "optim.lr=1e-4,1e-3", "seed=0,1,2"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    assert in_process(*words, cwd=tmp_path / "whole").returncode == 0
+    started = subprocess.Popen([sys.executable, *words], cwd=tmp_path / "cut", start_new_session=True,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    jobs = tmp_path / "cut/outputs/sweeps/s"
+    third = jobs / "optim.lr=0.0001,seed=2"
+    until(lambda: (third / "metrics.jsonl").exists() and len(lines_of(third)) > 8, started)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    states = {run.path.name: run.state for run in find([jobs])}
+    assert states == {f"optim.lr=0.0001,seed={seed}": state for seed, state in enumerate(["finished"] * 2 + ["killed"])}
+    before = {seed: (jobs / f"optim.lr=0.0001,seed={seed}/summary.json").read_bytes() for seed in (0, 1)}
+
+    again = in_process(*words, cwd=tmp_path / "cut")
+    assert again.returncode == 0 and again.stderr.count(": finished at step 20") == 6, again.stderr
+    assert all((jobs / f"optim.lr=0.0001,seed={seed}/summary.json").read_bytes() == old for seed, old in before.items())
+    for job in jobs.iterdir():
+        assert_same_state(job, tmp_path / "whole/outputs/sweeps/s" / job.name)
+    rows = table(find([jobs]))
+    assert [(row["run"], row["state"]) for row in rows] == [("3 seeds", "3 finished")] * 2
+    for row in rows:
+        values = [summary(jobs / f"optim.lr={row['optim.lr']},seed={seed}")["final"][TAG] for seed in range(3)]
+        assert row[TAG] == Spread(statistics.fmean(values), statistics.stdev(values))
+
+
+def lines_of(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
