@@ -134,7 +134,8 @@ class Spread:
     deviation: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} ± {self.deviation:.2g}"
+        deviation = self.deviation if self.deviation > 1e-9 * abs(self.mean) else 0      # beneath it, rounding
+        return f"{self.mean:.4g} ± {deviation:.2g}"
 
 
 def mean(value: Any) -> float:
