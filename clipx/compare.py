@@ -224,7 +224,7 @@ def plot(runs: Sequence[Run], out: Path) -> None:
 
     tag, keys = objective(runs), [key for key in varied(runs) if key != "seed"]
     tags = [name for name in (tag, "train/loss") if name]
-    lines = len(tags) + bool(keys)
+    lines = len(tags) + (-(-len(keys) // 3) if tag else 0)
     figure = Figure(figsize=(15, 4.2 * lines), layout="tight")
     for line, name in enumerate(tags):
         for column, axis in enumerate(("steps", "samples", "hours")):
@@ -236,16 +236,15 @@ def plot(runs: Sequence[Run], out: Path) -> None:
                 axes.plot([row[column] for row in rows], [row[3] for row in rows], label=label, linewidth=1)
             if not column and len(runs) <= 12:
                 axes.legend(fontsize=7)
-    for column, key in enumerate(keys[:3]):
-        axes = figure.add_subplot(lines, 3, 3 * len(tags) + column + 1, xlabel=key, ylabel=tag)
-        effect(axes, runs, key, tag)
+    for place, key in enumerate(keys if tag else [], 3 * len(tags) + 1):
+        effect(figure.add_subplot(lines, 3, place, xlabel=key, ylabel=tag), runs, key, tag)
     figure.savefig(out)
 
 
-def effect(axes: Any, runs: Sequence[Run], key: str, tag: str | None) -> None:
+def effect(axes: Any, runs: Sequence[Run], key: str, tag: str) -> None:
     """The last objective of each run against one key."""
     pairs = [(run.keys.get(key), value) for run in runs if (value := run.summary["final"].get(tag)) is not None]
-    numbers = all(isinstance(setting, (int, float)) for setting, _ in pairs)
+    numbers = all(isinstance(setting, (int, float)) and not isinstance(setting, bool) for setting, _ in pairs)
     settings = [setting if numbers else json.dumps(setting) for setting, _ in pairs]
     axes.plot(settings, [value for _, value in pairs], "o")
     if numbers and settings and min(settings) > 0 and max(settings) >= 5 * min(settings):

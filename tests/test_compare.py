@@ -67,17 +67,18 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
 
 def test_every_kind_of_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
-        made_up(tmp_path / "runs", number, 0.1 * number, **{"optim.lr": 10.0 ** -number})
+        keys = {"a.width": number, "compile": number > 1, "evals.a.ks": [number]}
+        made_up(tmp_path / "runs", number, 0.1 * number, **{"optim.lr": 10.0 ** -number}, **keys)
     outs = [tmp_path / f"table{kind}" for kind in (".md", ".csv", ".json", ".png", ".svg")]
     monkeypatch.setattr(sys, "argv", ["clipx.compare", str(tmp_path / "runs"), *(f"--out={out}" for out in outs)])
     main()
     first = outs[0].read_text().splitlines()[2]
-    assert first.startswith("| run0002 | finished | 0.01 | 0.2 | 0.21 | 4 | 10 | 100 | 1 |")
+    assert first.startswith("| run0002 | finished | 0.01 | 2 | True | [2] | 0.2 | 0.21 | 4 | 10 | 100 | 1 |")
     with outs[1].open() as file:
         assert [float(row[TAG]) for row in csv.DictReader(file)] == [0, 0.1, 0.2]
     assert [row["optim.lr"] for row in json.loads(outs[2].read_text())] == [1, 0.1, 0.01]
     with Image.open(outs[3]) as picture:
-        assert picture.width == 1500
+        assert picture.size == (1500, 4 * 420)         # two rows of curves, two for the effects of four keys
     none = ([str(tmp_path / "none")], "no run is there")
     for words, told in (none, ([str(tmp_path), "--out=x.doc"], "ends in .csv")):
         monkeypatch.setattr(sys, "argv", ["clipx.compare", *words])

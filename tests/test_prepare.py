@@ -125,7 +125,7 @@ def test_every_source_composes_and_restates_the_defaults_of_what_it_calls(path: 
 
 def test_prepare_yaml_states_every_key_of_the_schema_and_the_help_every_source(tmp_path: Path) -> None:
     stated = yaml.safe_load((ROOT / "conf/prepare.yaml").read_text())
-    assert set(stated) - {"defaults", "hydra"} == {field.name for field in fields(Prepare)} - {"choices"}
+    assert set(stated) - {"defaults", "hydra"} == {field.name for field in fields(Prepare)} - {"choices", "varied"}
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     shown = in_process("-m", "clipx.prepare", "--help", cwd=tmp_path).stdout
     assert all(path.stem in shown for path in (ROOT / "conf/source").glob("*.yaml"))
