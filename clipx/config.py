@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from clipx import duration, words
 from clipx.errors import Interrupted, UserError
+from clipx.help import page
 from clipx.schema import ConfigError, check_call, check_node, suggest
 
 CONF = "clipx.conf"
@@ -182,13 +183,17 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None]) -> None:
         job: gets the composed config and the run's directory; its result is what a sweep optimises.
     """
     given = sys.argv[1:]
+    if {"-h", "--help"} & set(given):
+        return print(page(name, given))
+    if {"-sc", "--shell-completion"} & set(given):
+        os.environ["COMP_LINE"] = words.completable(os.environ.get("COMP_LINE", ""))
     failures: list[str] = []
     try:
         saved, given = take_saved(given)
         sweep = bool({"-m", "--multirun"} & set(given))
         run = Job(job, saved, sweep, failures)
         path, primary = (str(saved.parent.resolve()), saved.stem) if saved else (f"pkg://{CONF}", name)
-        with hydra_reads([f"clipx.{name}", *words.legal(given, sweep), *words.HYDRA]):
+        with hydra_reads([f"clipx-{name}", *words.legal(given, sweep), *words.HYDRA]):
             hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
     except UserError as error:
         failures = failures or [str(error)]
