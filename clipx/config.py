@@ -24,8 +24,9 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, Posit
 from clipx import duration, words
 from clipx.console import console, other_rank, printable
 from clipx.errors import Interrupted, UserError
+from clipx.help import CONF, page
 from clipx.schema import ConfigError, check_call, check_node, suggest
-from clipx.sweep import CONF, Failures, JobEnd, is_sweep, settings, varied
+from clipx.sweep import Failures, JobEnd, is_sweep, settings, varied
 
 Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
 Schema = TypeVar("Schema")
@@ -188,6 +189,10 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
         trains: whether it is a training run; in a sweep each is told in a line.
     """
     given = sys.argv[1:]
+    if {"-h", "--help"} & set(given):
+        return print(page(name, given))
+    if {"-sc", "--shell-completion"} & set(given):
+        os.environ["COMP_LINE"] = words.completable(os.environ.get("COMP_LINE", ""))
     failures = Failures(words.OUTPUTS / ".sweep" / f"failed-{os.getpid()}")
     told: list[str] = []
     try:
@@ -195,7 +200,7 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
         legal = words.legal(given, is_sweep(given))
         run = Job(job, saved, words.parted(legal)[1], failures, trains)
         path, primary = (str(saved.parent.resolve()), saved.stem) if saved else (f"pkg://{CONF}", name)
-        with hydra_reads([f"clipx.{name}", *legal, *words.HYDRA]):
+        with hydra_reads([f"clipx-{name}", *legal, *words.HYDRA]):
             hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
         told = [run.mistake] if run.mistake else failures.told()
     except UserError as error:

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 from clipx.errors import UserError
 from clipx.lifeline import Lifeline, meet
@@ -108,6 +109,11 @@ def gather(x: Tensor) -> Tensor:
     gathered = [torch.empty_like(x) for _ in range(world())]
     dist.all_gather(gathered, x.contiguous())
     return torch.cat(gathered)
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """As ``gather``; back to each rank's rows comes the sum of what all ranks make of them."""
+    return x if world() == 1 else torch.cat(all_gather(x.contiguous()))
 
 
 def gather_rows(x: Tensor) -> Tensor:

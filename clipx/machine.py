@@ -125,7 +125,8 @@ def activations(
     if not grad_checkpoint:
         return lambda size: a + b * size
     whole = activations(model, loss_of, amp, tokens, grad_checkpoint=False)
-    blocks = min(len(tower.transformer.resblocks) for tower in (model.visual, model.text))
+    towers = [tower for tower in (model.visual, model.text) if hasattr(tower, "transformer")]
+    blocks = min(len(tower.transformer.resblocks) for tower in towers)
     return lambda size: a + b * size + whole(size) // blocks
 
 

@@ -15,8 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from clipx import words
 from clipx.console import other_rank, tell
 from clipx.errors import UserError
-
-CONF = "clipx.conf"
+from clipx.help import CONF
 
 
 def is_sweep(given: Sequence[str]) -> bool:

@@ -72,6 +72,14 @@ def fits_grammar(word: str, sweep: bool) -> bool:
     return not option or isinstance(override.value(), (str, list))      # model=5 names an option, too
 
 
+def completable(line: str) -> str:
+    """What the shell completes, without the words before the last that would stop Hydra from answering."""
+    words = [*line.split(), *([""] if line.endswith(" ") else [])]
+    kept = [word for before, word in zip(words, words[1:-1], strict=False) if before in WITH_VALUE
+            or word.startswith("-") or (fits_grammar(word, sweep=True) and not word.startswith("config="))]
+    return " ".join([*words[:1], *kept, *words[1:][-1:]])
+
+
 def quote(value: str) -> str:
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)                  # backslashes count only before a quote
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"

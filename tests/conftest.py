@@ -1,13 +1,17 @@
 """What tests share: one thread, small real shards, and a way to call a command in this process."""
 
+import csv
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -109,3 +113,67 @@ def assert_same_state(a: Path, b: Path) -> None:
         assert torch.equal(tensor, two["model_state_dict"][name]), name
     for number, moments in one["optimizer"]["state"].items():
         assert all(torch.equal(tensor, two["optimizer"]["state"][number][name]) for name, tensor in moments.items())
+
+
+class Block(NamedTuple):
+    """What stands between fences in a document."""
+
+    mark: str           # of the comment right before it, without which it is run: "not run: needs COCO"
+    file: str           # of the line before it, where it is what a file holds
+    language: str
+    text: str
+
+
+def blocks(document: Path) -> list[Block]:
+    pattern = r"(?:<!-- (.*?) -->\n|`(\S+)`\n\n)?```(\w*)\n(.*?)```"
+    return [Block(*found) for found in re.findall(pattern, document.read_text(encoding="utf-8"), re.DOTALL)]
+
+
+def follow(document: Path, place: Path) -> None:
+    """Do what a document says, block by block, in a directory that has what its reader has."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HOME": str(place), "OMP_NUM_THREADS": "1"}
+    for block in blocks(document):
+        if block.mark or not (block.file or block.language in ("bash", "python")):
+            continue
+        if block.file:
+            (place / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (place / block.file).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            exec(compile(block.text, str(document), "exec"), {})
+        else:
+            command = ["bash", "-euo", "pipefail", "-c", block.text]
+            ended = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+            assert ended.returncode == 0, f"{block.text}\n{ended.stdout}\n{ended.stderr}"
+
+
+@pytest.fixture
+def reader(train: Callable[..., None], tmp_path: Path) -> Path:
+    """A directory with what the documents say that their reader has, in small: pictures, a table, a run of the demo."""
+    from clipx.data.dummy import Dummy
+
+    shapes, (images, rows) = Dummy(400, 64, seed=0), (tmp_path / name for name in ("pictures/images", "rows"))
+    images.mkdir(parents=True)
+    rows.mkdir()
+    table = []
+    for number in range(400):
+        sample = shapes.read(number)
+        (images / f"{number:04d}.png").write_bytes(sample.picture)
+        table.append({"image": f"images/{number:04d}.png", "caption": sample.captions[0]})
+    lines = [f"{Path(row['image']).name}\t{row['caption']}\n" for row in table]
+    (tmp_path / "pictures/captions.txt").write_text("".join(lines))
+    with (tmp_path / "pictures/table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "caption"])
+        writer.writeheader()
+        writer.writerows(table)
+    for name, part in (("train", table[:320]), ("val", table[320:])):
+        entries = [json.dumps({"image": f"../pictures/{row['image']}", "text": row["caption"]}) for row in part]
+        (rows / f"{name}.jsonl").write_text("\n".join(entries))
+    raccoon = ROOT / "experiments/demo/raccoon.png"
+    for place in ("experiments/demo", "labelled/raccoon", "labelled/horse"):
+        (tmp_path / place).mkdir(parents=True)
+        shutil.copy(raccoon, tmp_path / place)
+    shutil.copy(raccoon, tmp_path / "photo.png")
+    train(*FEW, "max_steps=1", "evals=[]", "name=x")
+    (tmp_path / "outputs/x").rename(tmp_path / "outputs/experiment=demo")
+    return tmp_path

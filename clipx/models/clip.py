@@ -9,6 +9,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from clipx.build import build
+from clipx.errors import UserError
 from clipx.models.packed import Packed
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
@@ -24,7 +25,7 @@ class CLIP(nn.Module):
     The state dict has OpenAI's keys: the image tower under ``visual.``, the text tower at the root.
 
     Args:
-        image: the image tower.
+        image: the image tower, or any module with ``size`` and ``embed``, (B, 3, S, S) -> (B, E).
         text: the text tower; its ``embed`` is the image tower's.
         temperature: at the start, above 0; it is learnt, between 1 and 0.01.
 
@@ -60,8 +61,11 @@ class CLIP(nn.Module):
 
     def set_grad_checkpoint(self, on: bool | Literal["image", "text"]) -> None:
         """Trade a second forward pass through the blocks, or those of one tower, for the memory of what is in them."""
-        self.visual.transformer.grad_checkpoint = on in (True, "image")
-        self.text.transformer.grad_checkpoint = on in (True, "text")
+        for name, tower in (("image", self.visual), ("text", self.text)):
+            if hasattr(tower, "transformer"):
+                tower.transformer.grad_checkpoint = on in (True, name)
+            elif on in (True, name):
+                raise UserError(f"grad_checkpoint={on}: {type(tower).__name__} has no blocks to compute again")
 
 
 def finish(features: Tensor, normalize: bool) -> Tensor:

@@ -1,0 +1,62 @@
+"""docs/extend.md does what it says: parts from outside the project train, and are what was asked for."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import FEW, ROOT, blocks, follow, in_process, lines, summary
+
+from clipx import load
+
+PAGE = ROOT / "docs/extend.md"
+MINE = ("--config-dir", "mine/conf", "trust=[mine]")
+
+
+def test_each_part_takes_less_than_twenty_lines() -> None:
+    for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
+        code = "".join(re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL))
+        assert 0 < len([line for line in code.splitlines() if line.strip()]) < 20, section.splitlines()[0]
+
+
+@pytest.mark.long
+def test_parts_from_outside_are_used_as_the_page_says(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow(PAGE, reader)
+    runs = {name: reader / "outputs" / name for name in ("conv", "rows", "smooth", "gap")}
+    assert all(summary(run)["state"] == "finished" for run in runs.values())
+
+    monkeypatch.syspath_prepend(str(reader))
+    model, _, _ = load(runs["conv"], trust=["mine"])
+    assert type(model.visual).__name__ == "ConvTower" and (runs["conv"] / "metrics.json").exists()
+    assert summary(runs["rows"])["config"]["data.train"] == "rows/train.jsonl"
+    assert "320 pictures to train, 80 to validate" in (runs["rows"] / "train.log").read_text()
+    assert summary(runs["gap"])["best"]["metric"] == "val/gap/closeness"
+    scored = [row["val/gap/distance"] for row in lines(runs["gap"]) if "val/gap/distance" in row]
+    assert scored and 0 < scored[-1] < 2 and '"gap"' in (runs["gap"] / "metrics.json").read_text()
+
+    ended = in_process("-m", "clipx.train", "--config-dir", "mine/conf", "--help", cwd=reader)
+    assert "conv              Convolutions for the pictures" in ended.stdout
+    ended = in_process("-m", "clipx.train", *MINE[:2], "model=conv", cwd=reader)
+    assert ended.stderr.startswith("model.image._target_=mine.conv.ConvTower is not clipx's own code; trust=[mine]")
+    for words, line in ((("model=conv", "model.image.widht=1"), "did you mean model.image.width?"),
+                        (("model=conv", "grad_checkpoint=true"), "ConvTower has no blocks to compute again")):
+        ended = in_process("-m", "clipx.train", *MINE, *words, cwd=reader)
+        assert ended.returncode == 1 and ended.stderr.strip().endswith(line), ended.stderr
+    checked = in_process("-m", "clipx.check", *MINE, "experiment=smoke", "model=conv", cwd=reader)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.long
+def test_a_loss_from_outside_is_exact_across_processes_and_micro_batches(tmp_path: Path) -> None:
+    for block in blocks(PAGE):
+        if block.file:
+            (tmp_path / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / block.file).write_text(block.text)
+    words = ("-m", "clipx.train", *MINE, *FEW, "loss=smooth", "evals=[]", "max_steps=4")
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for given in ((*words, "name=one"), (*words, "name=parts", "micro_batch_size=4"), (*two, *words, "name=two")):
+        ended = in_process(*given, cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+    one, parts, ranks = ([row["train/loss"] for row in lines(tmp_path / "outputs" / name)]
+                         for name in ("one", "parts", "two"))
+    assert len(one) == 4 and one[0] > one[-1]
+    assert parts == pytest.approx(one, rel=1e-4) and ranks == pytest.approx(one, rel=1e-4)

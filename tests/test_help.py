@@ -1,0 +1,113 @@
+"""--help is a page worth reading, and the shell completes keys and options."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, in_process
+
+from clipx.config import Evaluate, Export, Prepare, Train
+from clipx.help import page
+from clipx.predict import Predict
+from clipx.words import GROUPS, completable
+
+SCHEMAS = {"train": Train, "check": Train, "bench": Train, "evaluate": Evaluate, "prepare": Prepare, "export": Export,
+           "predict": Predict}
+OF_GROUPS = {"train": {*GROUPS} - {"source"}, "check": {*GROUPS} - {"source"}, "bench": {*GROUPS} - {"source"},
+             "evaluate": {"data", "evals"}, "prepare": {"source"}, "export": set(), "predict": set()}
+
+
+def test_every_command_of_hydra_has_a_page() -> None:
+    assert set(SCHEMAS) == {path.stem for path in (ROOT / "conf").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_a_page_has_an_example_and_every_key_with_its_default_and_what_it_is(command: str) -> None:
+    shown, text = page(command), (ROOT / f"conf/{command}.yaml").read_text()
+    assert re.search(rf"^  python -m clipx\.{command} \S", shown, re.MULTILINE)
+    stated = set(yaml.safe_load(text)) - {"defaults", "hydra"}
+    for key in stated | {field.name for field in fields(SCHEMAS[command])} - {*GROUPS, "choices", "varied"}:
+        assert re.search(rf"^  {key}: \S.* # \S", shown, re.MULTILINE), key
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_a_page_has_every_option_of_every_group_with_what_it_is(command: str) -> None:
+    shown = page(command)
+    assert {*re.findall(r"^  (\w+)=$", shown, re.MULTILINE)} == OF_GROUPS[command]
+    for group in OF_GROUPS[command]:
+        listed = re.search(rf"^  {group}=\n((?:  [ *] \S.*\n)+)", shown, re.MULTILINE)[1]
+        options = {line[4:].split()[0]: line[4:].split()[1:] for line in listed.splitlines()}
+        assert set(options) == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} and all(options.values())
+
+
+def test_the_defaults_are_marked_and_their_keys_shown() -> None:
+    shown = page("train")
+    marked = re.findall(r"^  \* (\w+)", shown, re.MULTILINE)
+    assert marked == ["tiny", "emoji", "adamw_paper", "warmup_cosine", "info_nce", "retrieval"]
+    assert [f"{key}={option}" for key, option in re.findall(r"^Keys of (\w+)=(\w+):", shown, re.MULTILINE)] == [
+        "model=tiny", "data=emoji", "optim=adamw_paper", "sched=warmup_cosine", "loss=info_nce", "evals=retrieval"]
+    assert "  optim:\n    _target_: clipx.optim.adamw\n    _partial_: true\n    lr: 5e-4\n" in shown
+
+
+def test_the_options_that_are_given_are_shown_in_place_of_the_defaults(tmp_path: Path) -> None:
+    shown = page("train", ["data=coco", "evals=[naming,zero_shot]", "experiment=demo", "--help"])
+    assert "Keys of data=shards:" in shown and "    root: ${oc.env:CLIPX_DATA,data}/coco" in shown
+    assert "  evals.naming:\n" in shown and "  evals.zero_shot:\n" in shown and "evals.retrieval:" not in shown
+    assert "\n  batch_size: 128\n" in shown and "data=emoji:" not in shown
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("# All mine\n_target_: mine.Model\n")
+    assert re.search(r"^    mine +All mine$", page("train", ["--config-dir", str(tmp_path)]), re.MULTILINE)
+
+
+@pytest.mark.parametrize("given", [["--help"], ["model=small", "-h"]])
+def test_help_is_answered_before_anything_else_and_without_torch(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    shown = in_process("-m", "clipx.train", *given, cwd=tmp_path)
+    assert shown.returncode == 0 and shown.stderr == "" and shown.stdout == page("train", given) + "\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
+
+
+@pytest.fixture
+def complete(tmp_path: Path) -> Callable[[str], list[str]]:
+    """What bash offers behind a line, once Hydra's completion is installed as the page says."""
+
+    def run(line: str) -> list[str]:
+        command = line.split()[0]
+        script = f"""eval "$({command} -sc install=bash)"
+            complete -p {command} | grep -q 'hydra_bash_completion {command}$' || exit 3
+            COMP_LINE="$1" COMP_POINT=${{#1}} COMP_CWORD=$2
+            hydra_bash_completion; printf '%s\\n' "${{COMPREPLY[@]}}" """
+        number = len(line.split()) - (not line.endswith(" "))
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        ended = subprocess.run(["bash", "-c", script, "bash", line, str(number)], cwd=tmp_path, capture_output=True,
+                               text=True, env={**os.environ, "PATH": path})
+        assert ended.returncode == 0 and ended.stderr == "", ended
+        return ended.stdout.split()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("clipx-train model=vit_l", ["model=vit_l14", "model=vit_l14_336", "model=vit_l16"]),
+        ("clipx-train data=folder data.roo", ["data.root="]),
+        ("clipx-train config=x.yaml data.root='/a b'=c optim.l", ["optim.lr="]),
+        ("clipx-prepare source=c", ["source=cc3m", "source=coco", "source=csv"]),
+    ],
+)
+def test_bash_completes_keys_and_options(line: str, offered: list[str], complete: Callable[[str], list[str]]) -> None:
+    assert complete(line) == offered
+
+
+def test_words_that_hydra_cannot_read_do_not_hinder_completion() -> None:
+    assert completable("clipx-train -m --config-dir D optim.lr=1,2 data.root=/a=b 'x y' config=c mod") == (
+        "clipx-train -m --config-dir D optim.lr=1,2 mod")
+    assert completable("clipx-train model=tiny ") == "clipx-train model=tiny "
+    assert completable("clipx-train") == "clipx-train" and completable("") == ""
