@@ -76,7 +76,8 @@ def tune(
     if not space:
         raise ConfigError("there is nothing to search; give a key several values, such as "
                           "'optim.lr=tag(log,interval(1e-5,1e-2))'")
-    plain = OmegaConf.to_container(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), resolve=True)
+    jobs = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    plain = OmegaConf.to_container(jobs, resolve=True)
     if plain.get("objective") is None:
         raise ConfigError("objective=null: a search needs a number to go by, such as val/retrieval/mean_recall")
     name = None if plain.get("name") is None else str(plain["name"])
@@ -99,8 +100,8 @@ def check_rungs(rungs: Sequence[duration.Duration]) -> None:
     """
     lengths = [duration.parse(rung) for rung in rungs]
     if len({unit for _, unit in lengths}) > 1 or sorted(set(lengths)) != lengths:
-        raise ConfigError(f"{KEYS}rungs=[{','.join(map(str, rungs))}]: expected durations of one unit, each longer than "
-                          "the one before")
+        raise ConfigError(f"{KEYS}rungs=[{','.join(map(str, rungs))}]: should be durations of one unit, each longer "
+                          "than the one before")
 
 
 def open_study(directory: Path, settings: Settings, meaning: dict[str, Any]) -> Study:
@@ -122,7 +123,8 @@ def open_study(directory: Path, settings: Settings, meaning: dict[str, Any]) -> 
     if before is None:
         study.set_user_attr("meaning", meaning)
     elif changes := differences(before, meaning):
-        raise UserError(f"{directory} holds another search ({'; '.join(changes.values())}); name=... starts one of its own")
+        raise UserError(f"{directory} holds another search ({'; '.join(changes.values())}); name=... starts one of its "
+                        "own")
     return study
 
 
@@ -184,22 +186,19 @@ class Search:
                 self.study.tell(trial, value, TrialState.FAIL if value is None else None)
         self.report()
         if self.lost:
-            raise UserError("\n".join(self.lost))
+            raise UserError("\n".join(dict.fromkeys(self.lost)))
 
     def batch(self, left: list[Trial]) -> list[Trial]:
         """The next trials; takes those that are left first."""
         batch, left[:] = left[: self.settings.n_jobs], left[self.settings.n_jobs :]
         while len(batch) < self.settings.n_jobs and len(self.study.trials) < self.settings.n_trials:
             batch.append(self.study.ask())
-            self.settled(batch[-1])
+            self.drawn(batch[-1])
         return batch
 
-    def settled(self, trial: Trial) -> list[str]:
+    def drawn(self, trial: Trial | FrozenTrial) -> list[str]:
         """The words of a trial, which are drawn the first time."""
         self.study.sampler = sampler_of(self.settings, trial.number)
-        return self.words(trial)
-
-    def words(self, trial: Trial | FrozenTrial) -> list[str]:
         return [propose(trial, override) for override in self.space]
 
     def climb(self, batch: Sequence[Trial], step: int, rung: duration.Duration) -> list[Trial]:
@@ -219,16 +218,16 @@ class Search:
                 continue
             if trial.should_prune():
                 self.study.tell(trial, state=TrialState.PRUNED)
-                tell(f"pruned at {rung}: {' '.join(self.words(trial))}")
+                tell(f"pruned at {rung}: {' '.join(self.drawn(trial))}")
             else:
                 going.append(trial)
         return going
 
     def launch(self, trials: Sequence[Trial], stop: str) -> list[float | None]:
         """What each is worth; None for one that has failed.  Trials of the same words are one job."""
-        jobs = {tuple(self.settled(trial)): trial.number for trial in trials}
+        jobs = {tuple(self.drawn(trial)): trial.number for trial in trials}
         values = dict(zip(jobs, self.launch_all(list(jobs), stop, min(jobs.values(), default=0)), strict=True))
-        return [values[tuple(self.words(trial))] for trial in trials]
+        return [values[tuple(self.drawn(trial))] for trial in trials]
 
     def launch_all(self, jobs: Sequence[tuple[str, ...]], stop: str, number: int) -> list[float | None]:
         """The numbers of jobs; where a process is killed, each is tried alone."""
@@ -249,7 +248,7 @@ class Search:
         if value is not None and math.isfinite(value):
             return value
         if value is not None or not has_failed(self.place(job)):
-            self.lost.append(f"{self.place(job).name}: objective={self.objective} is {value}, no number to go by")
+            self.lost.append(f"{self.place(job).name}: the run gives no number to go by as objective={self.objective}")
         return None
 
     def place(self, job: Sequence[str]) -> Path:
@@ -264,7 +263,7 @@ class Search:
         tell(f"trials    {len(self.study.trials)}: {counts}")
         if ended[TrialState.COMPLETE]:
             best = self.study.best_trial
-            config = self.place(self.words(best)) / "config.yaml"
-            tell(f"best      {self.objective} {best.value:.4g}: {shlex.join(self.words(best))}")
+            config = self.place(self.drawn(best)) / "config.yaml"
+            tell(f"best      {self.objective} {best.value:.4g}: {shlex.join(self.drawn(best))}")
             tell(f"repeat    python -m clipx.train {shlex.quote(f'config={config}')} name=best")
         tell(f"compare   python -m clipx.compare {shlex.quote(str(self.directory))}")
