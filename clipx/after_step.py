@@ -46,8 +46,11 @@ class Diverged(UserError):
     """
 
     def __init__(self, first: BadStep, end: int, steps: int, scale: float, norms: dict[str, float]):
+        super().__init__(first, end, steps, scale, norms)       # all of them: it may come from another process
         self.first, self.end, self.steps, self.scale, self.norms = first, end, steps, scale, norms
-        super().__init__(f"the loss or its gradient has not been finite for {steps:,} steps, from step {first.step} on")
+
+    def __str__(self) -> str:
+        return f"the loss or its gradient has not been finite for {self.steps:,} steps, from step {self.first.step} on"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -211,6 +212,9 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
         sys.exit(ended.code)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         told = [*failures.told(), explain(error, name, given)]
+    except BrokenExecutor:
+        told = [*failures.told(), "a job's process was killed, as for want of memory, which ended the others; the same "
+                "words go on; hydra.launcher.n_jobs=1 runs one at a time"]
     if told:
         sys.exit(printable("\n".join(told)))
 
@@ -292,6 +296,8 @@ def explain(error: Exception, name: str, given: Sequence[str]) -> str:
     text = first_line(error)
     key = re.search(r"Could not override '([^']+)'", text)
     option = re.search(r"Could not (?:find|load) '([^']+)/([^']+)'", text)
+    if "does not support sweep type" in text:
+        return "an interval has no list of values to go through; add hydra/sweeper=optuna, which searches it"
     with hydra.initialize_config_module(CONF, version_base="1.3"):
         if option:
             options = GlobalHydra.instance().config_loader().get_group_options(option[1])

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from clipx import board
+from clipx.distributed import one_of_several_jobs
 from clipx.evals.features import Features
 from clipx.figures import keep_figure, nearest_captions, similarity_matrix
 
@@ -57,7 +58,7 @@ class RunLog:
         self.tensorboard.add_text("config", f"```yaml\n{self.config}```", self.step)
         board.introduce(self.tensorboard, self.hparams, self.summary["objective"])
         self.bar = tqdm(desc=self.directory.name, total=self.steps, initial=self.step, unit="step", leave=False,
-                        disable=None, dynamic_ncols=True)
+                        disable=one_of_several_jobs() or None, dynamic_ncols=True)
         self.write_summary()
         return self
 

@@ -137,3 +137,9 @@ def ending(directory: Path) -> str:
     tag = summary.get("objective")
     worth = f", {tag} {summary['final'][tag]:.4g}" if tag in summary["final"] else ""
     return f"{summary['state']} at step {summary['step']:,}{worth}, {summary['seconds'] / 60:.1f} min"
+
+
+def has_failed(directory: Path) -> bool:
+    """Whether the run there has, and said so."""
+    file = directory / "summary.json"
+    return file.exists() and json.loads(file.read_text())["state"] == "failed"

@@ -20,6 +20,7 @@ from clipx.data.cache import PIPE, Cache, Remote, download, file_system, is_last
 from clipx.data.index import FORMAT, TOLD, find_index, index_paths, make_index, read_head, read_table, write_table
 from clipx.data.index import successes as counted
 from clipx.data.tar import DataError
+from clipx.distributed import one_of_several_jobs
 
 MANY = 1000                 # shards; for so many, what their indexes say is kept in one file
 ASKED = 64                  # remote shards that are asked about at once
@@ -113,8 +114,9 @@ def open_indexes(shards: Sequence[Path], index_dir: Path) -> list[Path]:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use; of jobs at once each has the share that joblib gives its threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores))) if one_of_several_jobs() else cores
 
 
 def make_indexes(shards: Sequence[Path], index_dir: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from multiprocessing import active_children
+from multiprocessing import active_children, get_all_start_methods
 from multiprocessing.connection import wait
 from threading import Thread, current_thread, main_thread
 
@@ -206,6 +206,7 @@ def read(
     loader = DataLoader(
         reader, batch_size=None, sampler=itertools.chain([first] if first else [], ranges), num_workers=workers,
         collate_fn=as_it_is, pin_memory=pin, worker_init_fn=settle,
+        multiprocessing_context=get_all_start_methods()[0] if workers else None,    # the system's, not joblib's
         generator=torch.Generator(),        # the default one would advance torch's global random state
     )
     watched: list[int] = []

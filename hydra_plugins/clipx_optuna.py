@@ -1,0 +1,28 @@
+"""``hydra/sweeper=optuna``.  Hydra takes plugins from this namespace package alone and imports it at every start: what
+takes time is imported when a search begins."""
+
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class OptunaSweeper(Sweeper):
+    """A sweep whose jobs Optuna proposes; conf/hydra/sweeper/optuna.yaml says what its keys mean."""
+
+    def __init__(self, **settings: Any):
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.loader = config, hydra_context.config_loader
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        from clipx.tune import tune
+
+        tune(self.settings, self.config, list(arguments), self.launcher, self.loader)
