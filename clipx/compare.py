@@ -16,7 +16,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-WHERE = {"name", "varied", "device", "workers", "resume"}       # keys that say nothing of what a run is
+WHERE = {"name", "varied", "stop_at", "device", "workers", "resume"}        # keys that say nothing of what a run is
 BINS = 200          # points of a curve
 
 
