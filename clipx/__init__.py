@@ -6,8 +6,6 @@ The names below are imported when they are first used, so that ``import clipx`` 
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
-
 HOMES = {
     "CLIP": "clipx.models.clip",
     "clip_vit_b32": "clipx.models.clip",
@@ -21,10 +19,12 @@ __all__ = list(HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return globals().setdefault(name, importlib.import_module("importlib.metadata").version("clipx"))
     if name not in HOMES:
         raise AttributeError(f"module 'clipx' has no attribute {name!r}")
     return getattr(importlib.import_module(HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *HOMES]
+    return [*globals(), *HOMES, "__version__"]

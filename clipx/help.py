@@ -49,8 +49,8 @@ def page(command: str, words: Sequence[str] = ()) -> str:
 
 
 def parts(text: str) -> tuple[str, list[str | dict], str]:
-    """The comment that a config opens with, its defaults list, and the lines of its keys; Hydra's own are left out."""
-    lines = text.partition("\nhydra:")[0].splitlines()
+    """The comment that a config opens with, its defaults list, and the lines of its keys."""
+    lines = text.splitlines()
     comment = [*takewhile(lambda line: line.startswith("#"), lines)]
     rest = lines[len(comment) :]
     keys = [*dropwhile(lambda line: not line or line.startswith(("defaults:", "  - ")), rest)]

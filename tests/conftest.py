@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,12 +129,12 @@ def blocks(document: Path) -> list[Block]:
     return [Block(*found) for found in re.findall(pattern, document.read_text(encoding="utf-8"), re.DOTALL)]
 
 
-def follow(document: Path, place: Path) -> None:
+def follow(document: Path, place: Path, languages: Collection[str] = ("bash", "python")) -> None:
     """Do what a document says, block by block, in a directory that has what its reader has."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HOME": str(place), "OMP_NUM_THREADS": "1"}
     for block in blocks(document):
-        if block.mark or not (block.file or block.language in ("bash", "python")):
+        if block.mark or not (block.file or block.language in languages):
             continue
         if block.file:
             (place / block.file).parent.mkdir(parents=True, exist_ok=True)
@@ -169,11 +169,15 @@ def reader(train: Callable[..., None], tmp_path: Path) -> Path:
     for name, part in (("train", table[:320]), ("val", table[320:])):
         entries = [json.dumps({"image": f"../pictures/{row['image']}", "text": row["caption"]}) for row in part]
         (rows / f"{name}.jsonl").write_text("\n".join(entries))
-    raccoon = ROOT / "experiments/demo/raccoon.png"
-    for place in ("experiments/demo", "labelled/raccoon", "labelled/horse"):
-        (tmp_path / place).mkdir(parents=True)
-        shutil.copy(raccoon, tmp_path / place)
-    shutil.copy(raccoon, tmp_path / "photo.png")
+    for shape in ("circle", "square"):
+        drawn = [row["image"] for row in table if shape in row["caption"]][:20]
+        for number, image in enumerate(drawn):
+            folder = tmp_path / ("labelled" if number % 2 else "known") / shape
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "pictures" / image, folder)
+    (tmp_path / "experiments/demo").mkdir(parents=True)
+    shutil.copy(ROOT / "experiments/demo/raccoon.png", tmp_path / "experiments/demo")
+    shutil.copy(ROOT / "experiments/demo/raccoon.png", tmp_path / "photo.png")
     train(*FEW, "max_steps=1", "evals=[]", "name=x")
     (tmp_path / "outputs/x").rename(tmp_path / "outputs/experiment=demo")
     return tmp_path

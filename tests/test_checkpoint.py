@@ -2,6 +2,7 @@ import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
@@ -36,8 +37,12 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_says_how_much_room_it_n
 
 
 def test_a_directory_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, mode: str) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+    opened = Path.open
+
+    def refuse(path: Path, mode: str = "r", **how: Any) -> IO[Any]:
+        if "w" in mode:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, mode, **how)
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):

@@ -1,21 +1,49 @@
-"""The README's Python runs as it is written."""
+"""README.md and docs/ do what they say: every command and every Python block runs as it is written, or says why not."""
 
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FEW, ROOT
+from conftest import ROOT, blocks, follow
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_python_of_the_readme_runs_as_written(number: int, train: Callable[..., None], tmp_path: Path) -> None:
-    train(*FEW, "max_steps=1", "evals=[]", "name=x")
-    (tmp_path / "outputs/x").rename(tmp_path / "outputs/experiment=demo")
-    for place in ("experiments/demo", "pictures/raccoon", "pictures/horse"):
-        (tmp_path / place).mkdir(parents=True)
-        shutil.copy(ROOT / "experiments/demo/raccoon.png", tmp_path / place)
-    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), {})
+def test_what_is_not_run_says_why_and_most_is_run() -> None:
+    run = 0
+    for page in (README, *DOCS):
+        marks = [block.mark for block in blocks(page) if block.language in ("bash", "python")]
+        assert len(marks) == len(re.findall(r"^```(?:bash|python)$", page.read_text(), re.MULTILINE))
+        assert all(re.fullmatch(r"not run: \w.{5,}", mark) for mark in marks if mark), page
+        assert not all(marks), page
+        run += sum(1 if not mark else -1 for mark in marks)
+    assert run > 0
+
+
+def test_no_command_hides_outside_the_blocks() -> None:
+    for page in (README, *DOCS):
+        assert not re.findall(r"^    (?:python|make|tensorboard|torchrun) .*", page.read_text(), re.MULTILINE), page
+
+
+def test_the_readme_leads_through_every_room() -> None:
+    tour = README.read_text().partition("## To read it in an afternoon")[2].partition("\n## ")[0]
+    for path in [*(ROOT / "clipx").rglob("*.py")]:
+        room = path.parent.name if path.stem == "__init__" else path.stem
+        assert re.search(rf"\b{room}\b", tour), path.relative_to(ROOT)
+
+
+def test_every_link_leads_somewhere() -> None:
+    for page in (README, *DOCS):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluate.md"])
+def test_the_python_alone_runs_as_written(page: str, reader: Path) -> None:
+    follow(ROOT / page, reader, {"python"})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in DOCS if page.stem != "extend")])
+def test_the_commands_and_the_python_run_as_written(page: str, reader: Path) -> None:
+    follow(ROOT / page, reader)
