@@ -196,7 +196,8 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
         legal = words.legal(given, is_sweep(given))
         run = Job(job, saved, words.parted(legal)[1], failures, trains)
         path, primary = (str(saved.parent.resolve()), saved.stem) if saved else (f"pkg://{CONF}", name)
-        with hydra_reads([f"clipx.{name}", *legal, *words.HYDRA]):
+        ours = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []        # for hydra/sweeper=optuna
+        with hydra_reads([f"clipx.{name}", *legal, *ours, *words.HYDRA]):
             hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
         told = [run.mistake] if run.mistake else failures.told()
     except UserError as error:
@@ -291,6 +292,8 @@ def explain(error: Exception, name: str, given: Sequence[str]) -> str:
     text = first_line(error)
     key = re.search(r"Could not override '([^']+)'", text)
     option = re.search(r"Could not (?:find|load) '([^']+)/([^']+)'", text)
+    if "validated against ConfigStore schema" in text:
+        return "hydra-optuna-sweeper has a hydra/sweeper=optuna of its own; pip uninstall hydra-optuna-sweeper"
     if "does not support sweep type" in text:
         return "an interval has no list of values to go through; add hydra/sweeper=optuna, which searches it"
     with hydra.initialize_config_module(CONF, version_base="1.3"):

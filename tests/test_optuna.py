@@ -15,9 +15,11 @@ from typing import Any
 import optuna
 import pytest
 from conftest import FEW, assert_same_state, in_process, summary
+from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf
 
 from clipx.config import Train
 from clipx.errors import Interrupted, UserError
@@ -260,6 +262,14 @@ def test_the_recipe_searches_without_m(train: Callable[..., None], pretended: Pr
     pattern = r"model\.image\.depth=[1-4],optim\.lr=0\.\d+,optim\.weight_decay=0"
     assert all(re.fullmatch(pattern, name) for name, _ in pretended.ran)
     assert Path("outputs/sweeps/tune/optuna.journal").exists()
+
+
+def test_the_config_of_a_run_can_be_searched_around(train: Callable[..., None], pretended: Pretended) -> None:
+    with initialize_config_module("clipx.conf", version_base="1.3"):
+        saved = OmegaConf.to_yaml(compose("train", ["experiment=smoke"]), resolve=True)
+    Path("saved.yaml").write_text(saved)
+    train("config=saved.yaml", "-m", "name=s", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", SPACE)
+    assert len(pretended.ran) == 3 and all(name.startswith("optim.lr=") for name, _ in pretended.ran)
 
 
 def test_a_start_without_a_search_imports_no_optuna(tmp_path: Path) -> None:
