@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
@@ -202,10 +203,10 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
         told = [run.mistake] if run.mistake else failures.told()
     except UserError as error:
         told = [*failures.told(), str(error)]
-    except Interrupted as ended:
+    except (Interrupted, KeyboardInterrupt) as ended:       # the latter where joblib runs the jobs
         if not other_rank():
             print(f"goes on with  python -m clipx.{name} {shlex.join(given)}", file=sys.stderr)
-        sys.exit(ended.code)
+        sys.exit(ended.code if isinstance(ended, Interrupted) else 128 + signal.SIGINT)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         told = [*failures.told(), explain(error, name, given)]
     except BrokenExecutor:
