@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
@@ -201,15 +202,16 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
         legal = words.legal(given, is_sweep(given))
         run = Job(job, saved, words.parted(legal)[1], failures, trains)
         path, primary = (str(saved.parent.resolve()), saved.stem) if saved else (f"pkg://{CONF}", name)
-        with hydra_reads([f"clipx-{name}", *legal, *words.HYDRA]):
+        ours = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []        # for hydra/sweeper=optuna
+        with hydra_reads([f"clipx-{name}", *legal, *ours, *words.HYDRA]):
             hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
         told = [run.mistake] if run.mistake else failures.told()
     except UserError as error:
         told = [*failures.told(), str(error)]
-    except Interrupted as ended:
+    except (Interrupted, KeyboardInterrupt) as ended:       # the latter where joblib runs the jobs
         if not other_rank():
             print(f"goes on with  python -m clipx.{name} {shlex.join(given)}", file=sys.stderr)
-        sys.exit(ended.code)
+        sys.exit(ended.code if isinstance(ended, Interrupted) else 128 + signal.SIGINT)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         told = [*failures.told(), explain(error, name, given)]
     except BrokenExecutor:
@@ -296,6 +298,8 @@ def explain(error: Exception, name: str, given: Sequence[str]) -> str:
     text = first_line(error)
     key = re.search(r"Could not override '([^']+)'", text)
     option = re.search(r"Could not (?:find|load) '([^']+)/([^']+)'", text)
+    if "validated against ConfigStore schema" in text:
+        return "hydra-optuna-sweeper has a hydra/sweeper=optuna of its own; pip uninstall hydra-optuna-sweeper"
     if "does not support sweep type" in text:
         return "an interval has no list of values to go through; add hydra/sweeper=optuna, which searches it"
     with hydra.initialize_config_module(CONF, version_base="1.3"):

@@ -115,7 +115,8 @@ def test_intervals_are_those_of_drawing_pictures_again_and_the_same_each_time() 
 
 def test_a_model_that_gives_one_answer_to_all_is_last_not_first() -> None:
     same = F.normalize(torch.ones(10, 4), dim=-1)
-    assert ranks(same, same, torch.arange(10), torch.arange(10)).tolist() == [10] * 10
+    for answer in (same, same * float("nan")):
+        assert ranks(answer, answer, torch.arange(10), torch.arange(10)).tolist() == [10] * 10
 
 
 def test_perfect_features_are_first() -> None:

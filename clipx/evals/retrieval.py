@@ -36,7 +36,7 @@ def ranks(queries: Tensor, items: Tensor, query: Tensor, item: Tensor) -> Tensor
         right = torch.zeros_like(similarity, dtype=torch.bool)
         right[query[inside] - start, item[inside]] = True
         best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)  # (T, 1)
-        found.append(1 + ((similarity >= best) & ~right).sum(dim=1))
+        found.append(1 + (~(similarity < best) & ~right).sum(dim=1))           # NaN is a tie, too
     return torch.cat(found)
 
 

@@ -1,0 +1,299 @@
+"""A search: Optuna proposes the words, poor trials end early by stop_at, and the same words go on to the same end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import FEW, assert_same_state, in_process, summary
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf
+
+from clipx.config import Train
+from clipx.errors import Interrupted, UserError
+from clipx.tune import propose
+from clipx.words import legal
+
+TAG = "val/retrieval/mean_recall"
+SPACE = "optim.lr=tag(log,interval(1e-6,1e-1))"
+SEARCH = ("-m", *FEW, "max_steps=10", "name=s", "hydra/sweeper=optuna", "hydra.sweeper.startup=2")
+FOUND = Path("outputs/sweeps/s")
+
+
+@pytest.fixture
+def search(train: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[list[str], str]]:
+    """Its lines, and what it ends with."""
+
+    def run(*words: str) -> tuple[list[str], str]:
+        code = ""
+        try:
+            train(*SEARCH, *words)
+        except SystemExit as ended:
+            code = str(ended.code)
+        return capsys.readouterr().err.splitlines(), code
+
+    return run
+
+
+class Pretended:
+    """Runs that only give numbers: the larger the learning rate the better.  Those that have begun are in ``ran``."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str, Any]] = []
+        self.before: Callable[[Train], None] = lambda config: None
+
+    def __call__(self, config: Train, directory: Path) -> float | None:
+        self.ran.append((directory.name, config.stop_at))
+        self.before(config)
+        lr = config.optim["lr"]
+        value = {2: None, 4: float("nan")}.get(lr, lr)
+        state = "finished" if config.stop_at is None else "stopped"
+        final = {} if value is None else {config.objective: value}
+        told = {"state": state, "step": 1, "seconds": 1.0, "objective": config.objective, "final": final}
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "summary.json").write_text(json.dumps(told))
+        return value
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
+    runs = Pretended()
+    monkeypatch.setattr("clipx.run.run", runs)
+    return runs
+
+
+def trials() -> list[optuna.trial.FrozenTrial]:
+    journal = optuna.storages.journal.JournalFileBackend(str(FOUND / "optuna.journal"))
+    return optuna.load_study(study_name="clipx", storage=optuna.storages.JournalStorage(journal)).trials
+
+
+def test_poor_trials_stop_early_and_the_others_end_as_runs_that_never_stopped(
+    search: Callable[..., tuple[list[str], str]], train: Callable[..., None]
+) -> None:
+    words = (SPACE, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[20%]")
+    told, code = search(*words)
+    assert code == "", told
+    found = {run.name: summary(run) for run in FOUND.iterdir() if run.is_dir()}
+    ended = sorted((one["state"], one["step"]) for one in found.values())
+    assert ended.count(("finished", 10)) >= 2 and ("stopped", 2) in ended and len(ended) == 4
+    best = max((one["final"][TAG], name) for name, one in found.items() if one["state"] == "finished")
+    assert f"best      {TAG} {best[0]:.4g}: {best[1]}" in told
+    assert f"repeat    python -m clipx.train config={FOUND}/{best[1]}/config.yaml name=best" in told
+    assert sum(line.startswith("pruned at 20%: optim.lr=") for line in told) == ended.count(("stopped", 2))
+
+    before = {path: path.stat().st_mtime_ns for path in FOUND.rglob("*/*") if path.is_file()}
+    again, code = search(*words)
+    assert code == "" and again == told[-4:]
+    assert before == {path: path.stat().st_mtime_ns for path in FOUND.rglob("*/*") if path.is_file()}
+
+    train(*FEW, "max_steps=10", best[1], "name=straight")
+    assert_same_state(FOUND / best[1], Path("outputs/straight"))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_search_that_is_broken_off_proposes_what_an_unbroken_one_does(
+    search: Callable[..., tuple[list[str], str]], pretended: Pretended, sampler: str
+) -> None:
+    words = (SPACE, "model.image.depth=range(1,4)", "hydra.sweeper.n_trials=8", f"hydra.sweeper.sampler={sampler}",
+             "hydra.sweeper.rungs=[20%,50%]", "stop_at=90%")
+    search(*words)
+    straight, pretended.ran = pretended.ran, []
+    names = [trial.params for trial in trials()]
+    (FOUND / "optuna.journal").unlink()
+
+    def stops(config: Train) -> None:
+        if len(pretended.ran) in (2, 7, 12):
+            raise Interrupted(0)
+
+    pretended.before = stops
+    for _ in range(3):
+        assert search(*words)[1] == "0"
+    assert search(*words)[1] == ""
+    assert [trial.params for trial in trials()] == names
+    assert list(dict.fromkeys(pretended.ran)) == straight and len(pretended.ran) == len(straight) + 3
+    assert {stop for _, stop in straight} == {"20%", "50%", "90%"}
+
+    search(*words[:2], "hydra.sweeper.n_trials=9", *words[3:])      # all in all
+    assert len(trials()) == 9
+    assert search(*words[:2], *words[4:], "hydra.sweeper.n_trials=3")[1] == "" and len(trials()) == 9
+
+
+def test_halving_lets_the_better_half_go_on(
+    search: Callable[..., tuple[list[str], str]], pretended: Pretended
+) -> None:
+    search(SPACE, "hydra.sweeper.n_trials=12", "hydra.sweeper.rungs=[20%,50%]", "hydra.sweeper.pruner=halving",
+           "hydra.sweeper.sampler=random")
+    reached = [sum(stop == rung for _, stop in pretended.ran) for rung in ("20%", "50%", None)]
+    assert reached[0] == 12 and 3 <= reached[2] <= reached[1] <= 8
+    best = max(trials(), key=lambda trial: trial.params["optim.lr"])
+    assert best.state == optuna.trial.TrialState.COMPLETE
+
+
+def test_a_failed_trial_ends_no_other_and_is_told_at_the_end(
+    search: Callable[..., tuple[list[str], str]], pretended: Pretended
+) -> None:
+    def fails(config: Train) -> None:
+        if config.optim["lr"] == 3:
+            raise UserError("it is too fast")
+
+    pretended.before = fails
+    told, code = search("optim.lr=1,2,3,4", "hydra.sweeper.n_trials=12", "hydra.sweeper.sampler=random")
+    no_number = [f"optim.lr={lr}: the run gives no number to go by as objective={TAG}" for lr in (2, 4)]
+    assert set(code.split("\n")) == {"optim.lr=3: it is too fast", *no_number}
+    states = {trial.params["optim.lr"]: trial.state.name for trial in trials()}
+    assert states == {"1": "COMPLETE", "2": "FAIL", "3": "FAIL", "4": "FAIL"} and len(trials()) == 12
+    assert f"best      {TAG} 1: optim.lr=1" in told
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
+    """Have something done before jobs are launched, with their last words."""
+
+    def use(before: Callable[[list[str]], None]) -> None:
+        whole = Plugins.instantiate_launcher
+
+        def instantiate(self: Plugins, **given: Any) -> Launcher:
+            launcher = whole(self, **given)
+            launch = launcher.launch
+
+            def noted(jobs: list[list[str]], initial_job_idx: int) -> Any:
+                before([words[-1] for words in jobs])
+                return launch(jobs, initial_job_idx=initial_job_idx)
+
+            launcher.launch = noted
+            return launcher
+
+        monkeypatch.setattr(Plugins, "instantiate_launcher", instantiate)
+
+    return use
+
+
+def test_trials_at_once_are_one_batch_and_a_job_whose_process_is_killed_fails_alone(
+    search: Callable[..., tuple[list[str], str]], pretended: Pretended, launched: Callable[..., None]
+) -> None:
+    batches = []
+
+    def kill(jobs: list[str]) -> None:
+        batches.append(jobs)
+        if "optim.lr=5" in jobs:
+            raise BrokenProcessPool("a process was killed")
+
+    launched(kill)
+    _, code = search("optim.lr=1,3,5", "hydra.sweeper.n_jobs=6", "hydra.sweeper.n_trials=12",
+                     "hydra.sweeper.sampler=random")
+    assert sorted(batches[0]) == ["optim.lr=1", "optim.lr=3", "optim.lr=5"]
+    assert all(len(set(batch)) == len(batch) for batch in batches)      # equal trials are one job
+    states = {trial.params["optim.lr"]: trial.state.name for trial in trials()}
+    assert states == {"1": "COMPLETE", "3": "COMPLETE", "5": "FAIL"} and len(trials()) == 12
+    assert code == "optim.lr=5: its process was killed, as for want of memory"
+
+
+def test_in_a_grid_a_killed_process_is_told_in_a_line(
+    fails: Callable[..., str], pretended: Pretended, launched: Callable[..., None]
+) -> None:
+    def kill(jobs: list[str]) -> None:
+        raise BrokenProcessPool("a process was killed")
+
+    launched(kill)
+    assert fails("-m", *FEW, "seed=1,2").startswith("a job's process was killed, as for want of memory")
+
+
+@pytest.mark.parametrize(("word", "among"), [
+    ("optim.lr=tag(log,interval(1e-5,1e-2))", None), ("optim.lr=interval(0,1)", None),
+    ("model.image.depth=int(interval(2,4))", {"2", "3", "4"}), ("model.image.depth=range(2,6)", {"2", "3", "4", "5"}),
+    ("batch_size=tag(log,range(1,4))", {"1", "2", "3"}), ("batch_size=range(8,1,-3)", {"2", "5", "8"}),
+    ("loss.x=range(0,1,0.25)", {"0", "0.25", "0.5", "0.75"}), ("batch_size=choice(64,128)", {"64", "128"}),
+    ("batch_size=64,128", {"64", "128"}), ("freeze=[image],[text]", {"[image]", "[text]"}),
+    ("+data.root='a b','c=d'", {"'a b'", "'c=d'"}),
+])  # fmt: skip
+def test_every_kind_of_sweep_can_be_searched(word: str, among: set[str] | None) -> None:
+    assert legal([word], sweep=True) == [word]
+    override = OverridesParser.create().parse_override(word)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    drawn = [propose(study.ask(), override).partition("=") for _ in range(30)]
+    assert {key for key, _, _ in drawn} == {word.partition("=")[0]}
+    values = {value for _, _, value in drawn}
+    assert values == among if among else len(values) == 30 and all(0 <= float(value) <= 1 for value in values)
+
+
+def test_a_mistake_ends_in_a_line(
+    fails: Callable[..., str], search: Callable[..., tuple[list[str], str]], pretended: Pretended,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert fails("-m", *FEW, SPACE) == (
+        "an interval has no list of values to go through; add hydra/sweeper=optuna, which searches it")
+    assert search(SPACE, "hydra.sweeper.sampler=best")[1] == "hydra.sweeper.sampler='best': should be 'tpe' or 'random'"
+    assert search(SPACE, "hydra.sweeper.rungs=[30%,2ep]")[1].startswith("hydra.sweeper.rungs=[30%,2ep]: should be dura")
+    assert search(SPACE, "hydra.sweeper.rungs=[30%,10%]")[1].startswith("hydra.sweeper.rungs=[30%,10%]: should be dura")
+    assert search(SPACE, "hydra.sweeper.rungs=[soon]")[1].startswith("hydra.sweeper.rungs=['soon']: should be a durati")
+    assert search()[1].startswith("there is nothing to search; give a key several values")
+    assert search(SPACE, "objective=null")[1].startswith("objective=null: a search needs a number to go by")
+    assert not FOUND.exists() and not pretended.ran
+    assert search("optim.lr=tag(log,interval(0,1))")[1].startswith("optim.lr=tag(log,interval(0,1)): `low > 0` must")
+
+    assert search(SPACE, "hydra.sweeper.n_trials=1", "name=t")[1] == ""
+    ran = len(pretended.ran)
+    assert search("optim.lr=interval(0,1)", "seed=5", "name=t")[1] == (
+        "outputs/sweeps/t holds another search (seed: 0 -> 5; hydra.sweeper.params.optim.lr: "
+        "'tag(log,interval(1e-6,1e-1))' -> 'interval(0,1)'); name=... starts one of its own")
+    assert len(pretended.ran) == ran
+
+    monkeypatch.delitem(sys.modules, "clipx.tune")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert search(SPACE)[1] == 'hydra/sweeper=optuna searches with Optuna; pip install "clipx[optuna]"'
+
+
+def test_the_recipe_searches_without_m(train: Callable[..., None], pretended: Pretended) -> None:
+    train("experiment=tune", "hydra.sweeper.n_trials=2", "optim.weight_decay=0")
+    assert len(pretended.ran) == 6 and {stop for _, stop in pretended.ran} == {"20%", "50%", None}
+    pattern = r"model\.image\.depth=[1-4],optim\.lr=0\.\d+,optim\.weight_decay=0"
+    assert all(re.fullmatch(pattern, name) for name, _ in pretended.ran)
+    assert Path("outputs/sweeps/tune/optuna.journal").exists()
+
+
+def test_the_config_of_a_run_can_be_searched_around(train: Callable[..., None], pretended: Pretended) -> None:
+    with initialize_config_module("clipx.conf", version_base="1.3"):
+        saved = OmegaConf.to_yaml(compose("train", ["experiment=smoke"]), resolve=True)
+    Path("saved.yaml").write_text(saved)
+    train("config=saved.yaml", "-m", "name=s", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", SPACE)
+    assert len(pretended.ran) == 3 and all(name.startswith("optim.lr=") for name, _ in pretended.ran)
+
+
+def test_a_start_without_a_search_imports_no_optuna(tmp_path: Path) -> None:
+    code = "import sys, hydra_plugins.clipx_optuna; assert not {'optuna', 'torch', 'numpy'} & set(sys.modules)"
+    assert in_process("-c", code, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.long
+def test_a_search_that_is_killed_goes_on_with_the_trial_it_was_at(
+    search: Callable[..., tuple[list[str], str]], tmp_path: Path
+) -> None:
+    words = (SPACE, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[20%,50%]", "max_steps=60", "eval_every=null")
+    process = subprocess.Popen([sys.executable, "-m", "clipx.train", *SEARCH, *words], cwd=tmp_path,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    while "[1]" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = trials()
+    assert before[-1].state == optuna.trial.TrialState.RUNNING and len(before) < 4
+    assert search(*words)[1] == ""
+    after = trials()
+    assert [trial.params for trial in after[: len(before)]] == [trial.params for trial in before]
+    assert len(after) == 4 and all(trial.state.is_finished() for trial in after)
+    states = [summary(run)["state"] for run in FOUND.iterdir() if run.is_dir()]
+    assert len(states) == 4 and set(states) <= {"finished", "stopped"}
