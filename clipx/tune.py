@@ -1,10 +1,12 @@
 """A search: Optuna proposes the words of the jobs, poor ones end early, and the same words go on with it."""
 
+import fcntl
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +37,7 @@ except ModuleNotFoundError as error:
     raise UserError('hydra/sweeper=optuna searches with Optuna; pip install "clipx[optuna]"') from error
 
 KEYS = "hydra.sweeper."
+JOURNAL = "optuna.journal"
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ def tune(
         "direction": settings.direction, "rungs": settings.rungs,
     }}}  # fmt: skip
     fixed = [override.input_line for override in overrides if not override.is_sweep_override()]
-    study = open_study(directory, settings, meaning)
-    Search(settings, study, launcher, space, fixed, keys, name, directory, plain["objective"]).run()
+    with alone(directory):
+        study = open_study(directory, settings, meaning)
+        Search(settings, study, launcher, space, fixed, keys, name, directory, plain["objective"]).run()
 
 
 def check_rungs(rungs: Sequence[duration.Duration]) -> None:
@@ -104,6 +108,23 @@ def check_rungs(rungs: Sequence[duration.Duration]) -> None:
                           "than the one before")
 
 
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Be the one process that searches there: trials that run are this one's, or of one that is no more.
+
+    Raises:
+        UserError: another one does.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / JOURNAL).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process searches in {directory}; name=... starts a search of its own, "
+                            "hydra.sweeper.n_jobs=... runs several trials at once") from error
+        yield
+
+
 def open_study(directory: Path, settings: Settings, meaning: dict[str, Any]) -> Study:
     """The study in a sweep's directory; a new one where there is none.
 
@@ -111,11 +132,10 @@ def open_study(directory: Path, settings: Settings, meaning: dict[str, Any]) -> 
         UserError: the one there searches something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)        # jobs have a line each already
-    directory.mkdir(parents=True, exist_ok=True)
     pruner = optuna.pruners.MedianPruner(settings.startup)
     if settings.pruner == "halving":
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
-    journal = JournalStorage(JournalFileBackend(str(directory / "optuna.journal")))
+    journal = JournalStorage(JournalFileBackend(str(directory / JOURNAL)))
     study = optuna.create_study(
         storage=journal, study_name="clipx", direction=settings.direction, pruner=pruner, load_if_exists=True
     )

@@ -1,5 +1,6 @@
 """A search: Optuna proposes the words, poor trials end early by stop_at, and the same words go on to the same end."""
 
+import fcntl
 import json
 import os
 import re
@@ -250,6 +251,10 @@ def test_a_mistake_ends_in_a_line(
         "outputs/sweeps/t holds another search (seed: 0 -> 5; hydra.sweeper.params.optim.lr: "
         "'tag(log,interval(1e-6,1e-1))' -> 'interval(0,1)'); name=... starts one of its own")
     assert len(pretended.ran) == ran
+
+    with (FOUND / "optuna.journal").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert search(SPACE)[1].startswith("another process searches in outputs/sweeps/s; name=... starts a search of")
 
     monkeypatch.delitem(sys.modules, "clipx.tune")
     monkeypatch.setitem(sys.modules, "optuna", None)
