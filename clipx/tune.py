@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,25 +127,28 @@ def alone(directory: Path) -> Iterator[None]:
 
 
 def open_study(directory: Path, settings: Settings, meaning: dict[str, Any]) -> Study:
-    """The study in a sweep's directory; a new one where there is none.
+    """The study in a sweep's directory; a new one where there is none, or none that knows of a number.
 
     Raises:
         UserError: the one there searches something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)        # jobs have a line each already
+    journal = JournalStorage(JournalFileBackend(str(directory / JOURNAL)))
     pruner = optuna.pruners.MedianPruner(settings.startup)
     if settings.pruner == "halving":
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
-    journal = JournalStorage(JournalFileBackend(str(directory / JOURNAL)))
-    study = optuna.create_study(
-        storage=journal, study_name="clipx", direction=settings.direction, pruner=pruner, load_if_exists=True
-    )
-    before = study.user_attrs.get("meaning")
-    if before is None:
-        study.set_user_attr("meaning", meaning)
-    elif changes := differences(before, meaning):
+    opened = partial(optuna.create_study, storage=journal, study_name="clipx", direction=settings.direction,
+                     pruner=pruner, load_if_exists=True)
+    study = opened()
+    changes = differences(study.user_attrs.get("meaning", meaning), meaning)
+    states = {trial.state for trial in study.trials}
+    if not states & {TrialState.COMPLETE, TrialState.PRUNED} and (changes or TrialState.FAIL in states):
+        optuna.delete_study(study_name="clipx", storage=journal)
+        study, changes = opened(), {}
+    if changes:
         raise UserError(f"{directory} holds another search ({'; '.join(changes.values())}); name=... starts one of its "
                         "own")
+    study.set_user_attr("meaning", meaning)
     return study
 
 
