@@ -1,11 +1,14 @@
 """A search: Optuna proposes the words of the jobs, poor ones end early, and the same words go on with it."""
 
+import fcntl
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +38,7 @@ except ModuleNotFoundError as error:
     raise UserError('hydra/sweeper=optuna searches with Optuna; pip install "clipx[optuna]"') from error
 
 KEYS = "hydra.sweeper."
+JOURNAL = "optuna.journal"
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,9 @@ def tune(
         "direction": settings.direction, "rungs": settings.rungs,
     }}}  # fmt: skip
     fixed = [override.input_line for override in overrides if not override.is_sweep_override()]
-    study = open_study(directory, settings, meaning)
-    Search(settings, study, launcher, space, fixed, keys, name, directory, plain["objective"]).run()
+    with alone(directory):
+        study = open_study(directory, settings, meaning)
+        Search(settings, study, launcher, space, fixed, keys, name, directory, plain["objective"]).run()
 
 
 def check_rungs(rungs: Sequence[duration.Duration]) -> None:
@@ -104,27 +109,46 @@ def check_rungs(rungs: Sequence[duration.Duration]) -> None:
                           "than the one before")
 
 
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Be the one process that searches there: trials that run are this one's, or of one that is no more.
+
+    Raises:
+        UserError: another one does.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / JOURNAL).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process searches in {directory}; name=... starts a search of its own, "
+                            "hydra.sweeper.n_jobs=... runs several trials at once") from error
+        yield
+
+
 def open_study(directory: Path, settings: Settings, meaning: dict[str, Any]) -> Study:
-    """The study in a sweep's directory; a new one where there is none.
+    """The study in a sweep's directory; a new one where there is none, or none that knows of a number.
 
     Raises:
         UserError: the one there searches something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)        # jobs have a line each already
-    directory.mkdir(parents=True, exist_ok=True)
+    journal = JournalStorage(JournalFileBackend(str(directory / JOURNAL)))
     pruner = optuna.pruners.MedianPruner(settings.startup)
     if settings.pruner == "halving":
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
-    journal = JournalStorage(JournalFileBackend(str(directory / "optuna.journal")))
-    study = optuna.create_study(
-        storage=journal, study_name="clipx", direction=settings.direction, pruner=pruner, load_if_exists=True
-    )
-    before = study.user_attrs.get("meaning")
-    if before is None:
-        study.set_user_attr("meaning", meaning)
-    elif changes := differences(before, meaning):
+    opened = partial(optuna.create_study, storage=journal, study_name="clipx", direction=settings.direction,
+                     pruner=pruner, load_if_exists=True)
+    study = opened()
+    changes = differences(study.user_attrs.get("meaning", meaning), meaning)
+    states = {trial.state for trial in study.trials}
+    if not states & {TrialState.COMPLETE, TrialState.PRUNED} and (changes or TrialState.FAIL in states):
+        optuna.delete_study(study_name="clipx", storage=journal)
+        study, changes = opened(), {}
+    if changes:
         raise UserError(f"{directory} holds another search ({'; '.join(changes.values())}); name=... starts one of its "
                         "own")
+    study.set_user_attr("meaning", meaning)
     return study
 
 

@@ -1,5 +1,6 @@
 """A search: Optuna proposes the words, poor trials end early by stop_at, and the same words go on to the same end."""
 
+import fcntl
 import json
 import os
 import re
@@ -157,6 +158,20 @@ def test_a_failed_trial_ends_no_other_and_is_told_at_the_end(
     assert f"best      {TAG} 1: optim.lr=1" in told
 
 
+def test_where_all_have_failed_the_same_words_try_again(
+    search: Callable[..., tuple[list[str], str]], pretended: Pretended
+) -> None:
+    def fails(config: Train) -> None:
+        raise UserError("the disk is full")
+
+    pretended.before, mended = fails, pretended.before
+    for _ in range(2):
+        assert search(SPACE, "hydra.sweeper.n_trials=2")[1].count("the disk is full") == 2 and len(trials()) == 2
+    pretended.before = mended
+    assert search(SPACE, "hydra.sweeper.n_trials=2")[1] == ""
+    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 2
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
     """Have something done before jobs are launched, with their last words."""
@@ -243,6 +258,7 @@ def test_a_mistake_ends_in_a_line(
     assert search(SPACE, "objective=null")[1].startswith("objective=null: a search needs a number to go by")
     assert not FOUND.exists() and not pretended.ran
     assert search("optim.lr=tag(log,interval(0,1))")[1].startswith("optim.lr=tag(log,interval(0,1)): `low > 0` must")
+    assert search(SPACE, "hydra.sweeper.n_trials=1")[1] == "" and len(pretended.ran) == 1
 
     assert search(SPACE, "hydra.sweeper.n_trials=1", "name=t")[1] == ""
     ran = len(pretended.ran)
@@ -250,6 +266,10 @@ def test_a_mistake_ends_in_a_line(
         "outputs/sweeps/t holds another search (seed: 0 -> 5; hydra.sweeper.params.optim.lr: "
         "'tag(log,interval(1e-6,1e-1))' -> 'interval(0,1)'); name=... starts one of its own")
     assert len(pretended.ran) == ran
+
+    with (FOUND / "optuna.journal").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert search(SPACE)[1].startswith("another process searches in outputs/sweeps/s; name=... starts a search of")
 
     monkeypatch.delitem(sys.modules, "clipx.tune")
     monkeypatch.setitem(sys.modules, "optuna", None)
