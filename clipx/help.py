@@ -18,6 +18,7 @@ Switches that every command has, from Hydra:
   --config-dir DIR      options of your own: DIR/model/mine.yaml is model=mine
   +KEY=VALUE, ~KEY      adds a key that an option has not stated; takes one away
   -sc install=bash      completion of keys and options: eval "$(clipx-NAME -sc install=bash)"
+  --hydra-help          the rest of them
 """
 
 
