@@ -210,7 +210,8 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
         told = [*failures.told(), str(error)]
     except (Interrupted, KeyboardInterrupt) as ended:       # the latter where joblib runs the jobs
         if not other_rank():
-            print(f"goes on with  python -m clipx.{name} {shlex.join(given)}", file=sys.stderr)
+            again = f"goes on with  python -m clipx.{name} {shlex.join(given)}"
+            print(*failures.told(), again, sep="\n", file=sys.stderr)
         sys.exit(ended.code if isinstance(ended, Interrupted) else 128 + signal.SIGINT)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         told = [*failures.told(), explain(error, name, given)]
