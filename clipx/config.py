@@ -208,7 +208,9 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
         told = [run.mistake] if run.mistake else failures.told()
     except UserError as error:
         told = [*failures.told(), str(error)]
-    except (Interrupted, KeyboardInterrupt) as ended:       # the latter where joblib runs the jobs
+    except (Interrupted, KeyboardInterrupt) as ended:
+        if isinstance(ended, KeyboardInterrupt) and not is_sweep(given):
+            raise                                           # at the second Ctrl-C; in a sweep joblib may run the jobs
         if not other_rank():
             again = f"goes on with  python -m clipx.{name} {shlex.join(given)}"
             print(*failures.told(), again, sep="\n", file=sys.stderr)
