@@ -75,6 +75,17 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return run
 
 
+def train_in(cwd: Path, *words: str) -> Path:
+    """A small run in a directory, for fixtures that outlive a test."""
+    from clipx.train import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["clipx.train", *FEW, *words, "name=x"])
+        main()
+    return cwd / "outputs/x"
+
+
 @pytest.fixture
 def fails(train: Callable[..., None]) -> Callable[..., str]:
     """The one line that a command ends with."""

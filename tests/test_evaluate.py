@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FEW, picture, summary
+from conftest import FEW, picture, summary, train_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_check import check  # noqa: F401, the fixture
 from test_zero_shot import class_folders, class_shards
@@ -36,14 +36,7 @@ Evaluate = Callable[..., str]
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run; read only."""
-    from clipx.train import main
-
-    where = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(where)
-        patch.setattr(sys, "argv", ["clipx.train", *FEW, "max_steps=4", "name=x"])
-        main()
-    return where / "outputs/x"
+    return train_in(tmp_path_factory.mktemp("trained"), "max_steps=4")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FEW, picture
+from conftest import picture, train_in
 from PIL import Image
 
 from clipx import load
@@ -19,13 +19,8 @@ Ask = Callable[..., None]
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a run, and twelve pictures of it."""
-    from clipx.train import main
-
     cwd = tmp_path_factory.mktemp("asked")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["clipx.train", *FEW, "max_steps=30", "optim.lr=1e-3", "name=x"])
-        main()
+    train_in(cwd, "max_steps=30", "optim.lr=1e-3")
     (cwd / "pictures/deeper").mkdir(parents=True)
     for number in range(12):
         folder = cwd / "pictures" / ("deeper" if number % 2 else "")
