@@ -121,7 +121,7 @@ def test_each_named_set_says_what_makes_it_where_it_is_not_there(fails: Callable
     assert fails("data=laion400m", "data.root=no").endswith("img2dataset makes them; give the directory that it wrote, "
                                                             "data.root=DIR")
     assert fails("data=shards", "data.root=published").endswith("for pictures with captions.txt use data=folder")
-    assert fails("data=folder", "data.root=no").startswith("data.root=no needs images/ with the pictures and captions")
+    assert fails("data=folder", "data.root=no").startswith("data.root=no is not a directory (seen from ")
     assert fails("data=mix", "data.sources.coco.root=no").startswith("data.sources.coco.root=no is not a directory; ")
 
 

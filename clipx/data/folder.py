@@ -28,6 +28,8 @@ class Folder:
 
     def __init__(self, root: Path, key: str = "root"):
         listing = root / "captions.txt"
+        if not root.is_dir():
+            raise ValueError(f"{key}={root} is not a directory (seen from {Path.cwd()}); it needs {LAYOUT}")
         if not listing.is_file() or not (root / "images").is_dir():
             raise ValueError(f"{key}={root} needs {LAYOUT}; for shards (*.tar) use data=shards")
         self.images = root / "images"
