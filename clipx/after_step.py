@@ -196,6 +196,8 @@ class AfterStep:
         self.last_evaluated = state.step
         if numbers:
             self.log.scalars(numbers, state.step, state.samples)
+            shown = {tag: numbers[tag] for tag in (self.best, "val/loss") if tag in numbers}
+            logger.info("step %s  %s", f"{state.step:,}", "  ".join(f"{tag} {one:.4g}" for tag, one in shown.items()))
         value = numbers.get(self.best)
         better = value is not None and value > state.best.get("value", float("-inf"))
         if better:

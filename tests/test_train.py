@@ -33,7 +33,8 @@ def test_a_run_leaves_what_was_promised(train: Callable[..., None], tmp_path: Pa
     best = max(line["val/retrieval/mean_recall"] for line in scores)
     assert told["state"] == "finished" and told["step"] == 15 and told["best"]["value"] == best
     assert told["final"]["train/loss"] == steps[-1]["train/loss"]
-    assert "finished at step 15 of 15" in (run / "train.log").read_text()
+    told = (run / "train.log").read_text()
+    assert "finished at step 15 of 15" in told and "step 7  val/retrieval/mean_recall 0." in told
 
 
 def test_tensorboard_has_the_same_numbers_and_the_pictures(train: Callable[..., None], tmp_path: Path) -> None:
