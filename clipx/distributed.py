@@ -1,6 +1,5 @@
 """Several processes as one: who is who, gathers and sums.  In a process alone nothing happens."""
 
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,11 +34,6 @@ def local_rank() -> int:
 def local_world() -> int:
     """How many processes share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def one_of_several_jobs() -> bool:
-    """Whether joblib runs this process beside others, each a job of a sweep."""
-    return multiprocessing.get_start_method(allow_none=True) == "loky"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -20,7 +20,6 @@ from clipx.data.cache import PIPE, Cache, Remote, download, file_system, is_last
 from clipx.data.index import FORMAT, TOLD, find_index, index_paths, make_index, read_head, read_table, write_table
 from clipx.data.index import successes as counted
 from clipx.data.tar import DataError
-from clipx.distributed import one_of_several_jobs
 
 MANY = 1000                 # shards; for so many, what their indexes say is kept in one file
 ASKED = 64                  # remote shards that are asked about at once
@@ -111,6 +110,11 @@ def open_indexes(shards: Sequence[Path], index_dir: Path) -> list[Path]:
                 found[shard] = index
                 bar.update(shard.stat().st_size)
     return [found[shard] for shard in shards]
+
+
+def one_of_several_jobs() -> bool:
+    """Whether joblib runs this process beside others, each a job of a sweep."""
+    return get_start_method(allow_none=True) == "loky"
 
 
 def usable_cores() -> int:
