@@ -30,7 +30,7 @@ def page(command: str, words: Sequence[str] = ()) -> str:
         words: that were given beside ``--help``; GROUP=OPTION and ``--config-dir DIR`` count.
     """
     places = [Path(str(files(CONF)))]
-    places += [Path(after) for word, after in zip(words, words[1:], strict=False) if word in ("--config-dir", "-cd")]
+    places += config_dirs(words)
     head, defaults, keys = parts((places[0] / f"{command}.yaml").read_text(encoding="utf-8"))
     if "train" in defaults:             # the words of train, and some more
         _, defaults, more = parts((places[0] / "train.yaml").read_text(encoding="utf-8"))
@@ -47,6 +47,12 @@ def page(command: str, words: Sequence[str] = ()) -> str:
         for name in re.findall(r"\w+", option) if isinstance(option, str) else option or []:
             sections += section(places, group, name)
     return "\n".join([*sections, SWITCHES.replace("NAME", command)])
+
+
+def config_dirs(words: Sequence[str]) -> list[Path]:
+    """The directories of options that the words add."""
+    after = [Path(word) for before, word in zip(words, words[1:], strict=False) if before in ("--config-dir", "-cd")]
+    return [*after, *(Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir="))]
 
 
 def parts(text: str) -> tuple[str, list[str | dict], str]:

@@ -15,18 +15,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from clipx import words
 from clipx.console import other_rank, tell
 from clipx.errors import UserError
-from clipx.help import CONF
+from clipx.help import CONF, config_dirs
 
 
 def is_sweep(given: Sequence[str]) -> bool:
     """Whether the words start several jobs: ``-m`` is among them, or a recipe whose ``hydra.mode`` is MULTIRUN."""
     if {"-m", "--multirun"} & set(given):
         return True
-    folders = [files(CONF)]
-    for before, word in zip(["", *given], given, strict=False):
-        option, _, value = word.partition("=")
-        if before in ("--config-dir", "-cd") or option == "--config-dir" and value:
-            folders.append(Path(value or word))
+    folders = [files(CONF), *config_dirs(given)]
     names = [word.partition("=")[2] for word in given if word.startswith("experiment=")]
     recipes = [folder / "experiment" / f"{name}.yaml" for name in names for folder in folders]
     found = [yaml.safe_load(recipe.read_text(encoding="utf-8")) for recipe in recipes if recipe.is_file()]
