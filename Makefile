@@ -1,27 +1,58 @@
-# Two commands on a fresh machine: `make demo` trains on real pictures, `make test` runs the suite.
+# Two commands on a fresh machine with Python and make: `make demo` trains on real pictures, `make test` runs the suite.
 PYTHON ?= python3
 BIN := .venv/bin
+UV := $(BIN)/python -m uv
+LOCK := requirements.lock
 
-.PHONY: demo test test-all
+.PHONY: demo test test-all test-lowest test-newest lint lock
 
 demo: .venv/installed
 	$(BIN)/python -m clipx.train experiment=demo
 
-test: .venv/tested
-	$(BIN)/ruff check .
+test: .venv/tested lint
 	$(BIN)/python -m pytest
 
-test-all: .venv/tested
-	$(BIN)/ruff check .
+test-all: .venv/tested lint
 	$(BIN)/python -m pytest -m ""
 
-.venv/installed: setup.cfg pyproject.toml
+lint: .venv/tested
+	$(BIN)/ruff check .
+
+# The ends of the ranges in setup.cfg; the lock lies between them.
+test-lowest: .venv-lowest/tested
+	.venv-lowest/bin/python -m pytest
+
+test-newest: .venv-newest/tested
+	.venv-newest/bin/python -m pytest
+
+# The versions of development, for every Python and platform that clipx supports.
+lock: .venv/uv
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --all-extras setup.cfg \
+		--custom-compile-command "make lock" --output-file $(LOCK)
+
+.venv/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "clipx needs Python 3.10 to 3.13, and this is " \
+		+ sys.version.split()[0] + "; name another one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	@echo "Installing into .venv: some GB, most of it PyTorch; this takes minutes."
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	touch $@
+
+.venv/installed: .venv/uv setup.cfg pyproject.toml $(LOCK)
+	@echo "Installing clipx into .venv: PyTorch and 87 packages; on Linux a download of 3 GB, and 6 GB on disk."
+	$(UV) pip install --python $(BIN)/python --constraints $(LOCK) --editable .
 	touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@echo "Installing what the tests need: 100 more packages, a download of 0.3 GB."
+	$(UV) pip install --python $(BIN)/python --constraints $(LOCK) --editable '.[test]'
+	touch $@
+
+.venv-lowest/tested: .venv/uv setup.cfg pyproject.toml
+	$(UV) venv --clear --python $(BIN)/python .venv-lowest
+	$(UV) pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[test]'
+	touch $@
+
+.venv-newest/tested: .venv/uv setup.cfg pyproject.toml
+	$(UV) venv --clear --python $(BIN)/python .venv-newest
+	$(UV) pip install --python .venv-newest/bin/python --upgrade --editable '.[test]'
 	touch $@
