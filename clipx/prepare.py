@@ -62,10 +62,10 @@ def check_shards(config: Prepare, tars: Tars, workers: int) -> tuple[Path, str]:
     Raises:
         UserError: training would stop at one of them.
     """
-    whole = tars
+    whole, bad = tars, 0
     if config.verify:
-        whole = verify(tars, Path(config.out or tars.root).expanduser() / "bad.jsonl", workers)
-    index(whole)
+        whole, bad = verify(tars, Path(config.out or tars.root).expanduser() / "bad.jsonl", workers)
+    index(whole, bad)
     if broken := [shard.name for shard in tars.shards if shard not in whole.shards]:
         raise UserError(f"training would stop at {', '.join(broken[:3])}, {len(broken)} of {len(tars.shards)} files; "
                         f"pack what is no whole tar again, or move it out of {tars.root}")

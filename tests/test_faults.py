@@ -1,12 +1,14 @@
 """Everything that goes wrong with data, on real tars broken on purpose: a run survives it with a true account, or
 ends with an error that says what is wrong."""
 
+import gzip
 import io
 import itertools
 import json
 import os
 import random
 import signal
+import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,22 +182,105 @@ def test_what_a_cut_has_lost_counts_and_is_listed(tmp_path: Path, train: Callabl
     assert {line["place"] for line in listed[1:]} == {"b.tar/022"}
 
 
-def test_an_empty_tar_among_others_is_nothing_and_alone_an_error(tmp_path: Path) -> None:
+def test_a_tar_without_members_among_others_is_nothing_and_alone_an_error(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", members())
     write_tar(tmp_path / "b.tar", [])
-    (tmp_path / "c.tar").touch()
     reader = reader_of(tmp_path)
-    assert list(reader.source.sizes) == [SAMPLES, 0, 0] and account(two_epochs(reader)) == {}
+    assert list(reader.source.sizes) == [SAMPLES, 0] and account(two_epochs(reader)) == {}
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DataError, match="hold no samples"):
         reader_of(tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"PK\x03\x04" + b"x" * 2000, b"short", random.Random(0).randbytes(5000)])
-def test_a_file_that_is_no_tar_is_named(tmp_path: Path, data: bytes) -> None:
+def test_a_file_of_zero_bytes_counts_as_samples_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "a.tar", members())
+    (tmp_path / "c.tar").touch()
+    with pytest.raises(ValueError, match=rf"^max_skipped=0\.01: .*c\.tar is empty \(0 bytes\); about {SAMPLES} samples "
+                       r"are lost; fetch or pack it again, or set 0\.5 to go on without them"):
+        reader_of(tmp_path)
+    (tmp_path / "c_stats.json").write_text(json.dumps({"successes": 3}))
+    (tmp_path / "c.tar.index").unlink()
+    reader = reader_of(tmp_path)
+    assert list(reader.source.sizes) == [SAMPLES, 0] and account(two_epochs(reader)) == {}
+    assert "c.tar is empty (0 bytes); about 3 samples are lost" in caplog.text
+
+
+def test_tars_that_were_joined_are_read_to_the_end_of_the_last(tmp_path: Path) -> None:
+    samples = list(members().items())
+    parts = [write(tmp_path / "parts" / name, dict(some)) for name, some in (("a", samples[:20]), ("b", samples[20:]))]
+    (tmp_path / "joined.tar").write_bytes(bytes(3 << 20).join(part.read_bytes() for part in parts))
+    source = reader_of(tmp_path).source
+    assert [source.read(number).captions for number in range(SAMPLES)] == [[f"thing {n}"] for n in range(SAMPLES)]
+    (tmp_path / "joined.tar").write_bytes(parts[0].read_bytes() + parts[1].read_bytes()[:-20_000])
+    assert reader_of(tmp_path, max_skipped=1).source.catalogue.rows["cut"].all()
+
+
+@pytest.mark.parametrize("after", [b"words", b"words" * 1000])
+def test_bytes_after_the_end_mark_that_are_no_tar_are_an_error_that_says_how_to_cut_them_off(
+    tmp_path: Path, after: bytes
+) -> None:
+    shard = write(tmp_path / "a.tar", members())
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes() + after)
+    with pytest.raises(DataError, match=rf"a\.tar holds {len(after):,} bytes after its end mark .*truncate -s {size} "):
+        reader_of(tmp_path)
+    os.truncate(shard, size)
+    assert list(reader_of(tmp_path).source.sizes) == [SAMPLES]
+
+
+def by_kind(samples: Members) -> list[tuple[str, bytes]]:
+    """The members as a tar has them that was written without sorting: all pictures, then all captions."""
+    return [several[place] for place in (0, 1) for several in samples.values()]
+
+
+def test_a_tar_that_was_not_sorted_says_so_and_how_to_write_it_again(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", by_kind(members()))
+    with pytest.raises(ValueError, match=rf"^max_skipped=0\.01: .*a\.tar: the members of a sample are not adjacent, so "
+                       rf"{2 * SAMPLES} of its {2 * SAMPLES} samples lack some; write it in .*\)$") as raised:
+        reader_of(tmp_path)
+    command = str(raised.value).partition("(")[2].rstrip(")")
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    (tmp_path / "a.tar").unlink()
+    reader = reader_of(tmp_path)
+    assert list(reader.source.sizes) == [SAMPLES] and account(two_epochs(reader)) == {}
+
+
+def test_few_samples_whose_members_are_not_adjacent_are_told_and_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = members()
+    apart = by_kind({key: samples.pop(key) for key in ("000", "001", "002")})
+    write_tar(tmp_path / "a.tar", [*apart, *by_kind({"100": samples.pop("003")}), *itertools.chain(*samples.values())])
+    reader = reader_of(tmp_path)
+    assert "so 6 of its 43 samples lack some" in caplog.text
+    assert set(account(two_epochs(reader))) == {"000", "001", "002"}
+
+
+def test_files_that_macos_adds_to_a_tar_are_left_out(tmp_path: Path) -> None:
+    rows = [(name, data) for sample in members().values() for member in sample
+            for name, data in ((f"./._{member[0]}", b"\x00\x05\x16\x07"), (f"./{member[0]}", member[1]))]
+    write_tar(tmp_path / "a.tar", rows)
+    reader = reader_of(tmp_path)
+    assert list(reader.source.sizes) == [SAMPLES] and account(two_epochs(reader)) == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"short", "; leave it out, or pack it again"),
+        (random.Random(0).randbytes(5000), "; leave it out, or pack it again"),
+        (b"PK\x03\x04" + b"x" * 2000, ": it is a zip archive"),
+        (gzip.compress(bytes(10_240)), ": it is compressed with gzip; unpack it: gunzip < "),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", ": it is a Git LFS .* git lfs pull"),
+        (b"\n<!DOCTYPE html><html>" + b"x" * 600, ": it is an HTML page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", ": it is an XML page"),
+    ],
+    ids=["short", "random", "zip", "gzip", "Git LFS", "HTML", "XML"],
+)
+def test_a_file_that_is_no_tar_is_named_for_what_it_is(tmp_path: Path, data: bytes, what: str) -> None:
     write(tmp_path / "a.tar", members())
     (tmp_path / "b.tar").write_bytes(data)
-    with pytest.raises(DataError, match=r"b\.tar is not a tar; leave it out, or pack it again"):
+    with pytest.raises(DataError, match=rf"b\.tar is not a tar{what}"):
         reader_of(tmp_path)
 
 

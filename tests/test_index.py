@@ -140,6 +140,14 @@ def test_an_index_is_made_once_and_again_when_the_shard_changes(
     assert open_catalogue(shards, tmp_path / "cache").rows["samples"].tolist() == [1, 2]
 
 
+def test_an_index_of_an_older_format_is_made_again(make_shards: Callable[..., Path], tmp_path: Path) -> None:
+    shard = make_shards(3) / "part-000.tar"
+    index = make_index(shard, tmp_path)
+    new = index.read_bytes()
+    index.write_bytes(new.replace(b'"format": 2', b'"format": 1').replace(b'"samples": 3', b'"samples": 2')[:-1])
+    assert open_catalogue([shard], tmp_path / "cache").rows["samples"].tolist() == [3] and index.read_bytes() == new
+
+
 def test_an_index_that_is_not_one_is_made_again(make_shards: Callable[..., Path], tmp_path: Path) -> None:
     shard = make_shards(3) / "part-000.tar"
     shard.with_name(f"{shard.name}.index").write_bytes(b"\x93NUMPY not ours")

@@ -603,6 +603,18 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
     assert "next      python -m clipx.train model=small data=shards data.root=s" in caplog.text
 
 
+@pytest.mark.parametrize("more", [[], ["verify=true"]])
+def test_shards_that_training_would_refuse_end_with_exit_code_1(
+    more: list[str], refused: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="clipx")
+    rows = [(f"{number}.jpg", picture(number, "jpeg")) for number in range(20)]
+    write_tar(tmp_path / "s/a.tar", [*rows, *((f"{number}.txt", b"a thing") for number in range(20))])
+    assert refused("source=shards", "src=s", *more).startswith("40 of the 40 samples in s cannot be used, and training "
+                                                               "ends at more than 1% (data.max_skipped); ")
+    assert "the members of a sample are not adjacent" in caplog.text and "next" not in caplog.text
+
+
 def test_img2datasets_shards_are_indexed_as_they_are_and_its_counts_are_held_against_them(
     prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,7 +24,7 @@ from clipx.data.tar import DataError
 MANY = 1000                 # shards; for so many, what their indexes say is kept in one file
 ASKED = 64                  # remote shards that are asked about at once
 MOST_BESIDE = 64 << 20      # bytes of an index or of counts on a server
-KNOWN = "remote.json"       # the file that keeps the answers of one remote directory
+KNOWN = f"remote-{FORMAT}.json"      # the file that keeps the answers of one remote directory
 ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), *((name, "<i8") for name in TOLD)])
 
 
@@ -52,7 +52,7 @@ def open_catalogue(shards: Sequence[Path], index_dir: Path) -> Catalogue:
     """
     rows = np.zeros(len(shards), ROW)
     for number, shard in enumerate(shards):
-        rows[number] = (*size_and_time(shard), 0, 0, 0, 0)
+        rows[number]["bytes"], rows[number]["mtime"] = size_and_time(shard)
     known = read_catalogue(shards, index_dir)
     fresh = np.zeros(len(shards), bool)
     if known is not None:
@@ -193,7 +193,7 @@ def ask(remote: Remote) -> list[int] | Remote:
         return remote
     system, path = file_system(remote.url)
     size, count = system.size(path), counted(small_file(beside(remote.url, f"{remote.path.stem}_stats.json")) or b"")
-    return remote._replace(size=size) if None in (size, count) else [size, count, count, count, 0]
+    return remote._replace(size=size) if None in (size, count) else [size, count, count, count, 0, 0]
 
 
 def row_of(index: Path) -> list[int]:

@@ -2,8 +2,8 @@
 
 Made once by hopping from header to header, kept beside the shard (or under ``index_dir``), read by memory map.
 The file is one line of JSON, padded to 64 bytes (format, shard, bytes, ends; samples, how many of them can be read and
-how many there were as far as is known, whether the tar is cut; dtype), then one numpy record a sample: its key, and for
-each kind of member the pair (offset, size) in the tar; (0, 0) where it has none.
+how many there were as far as is known, whether the tar is cut, how many samples are parts of one; dtype), then one
+numpy record a sample: its key, and for each kind of member the pair (offset, size) in the tar; (0, 0) without it.
 """
 
 import json
@@ -16,10 +16,10 @@ import numpy as np
 
 from clipx.data.tar import MOST_NAME, CutShort, DataError, members
 
-FORMAT = 1
+FORMAT = 2                  # 1 ended at the first end mark, and counted nothing as parts
 KEY = "__key__"             # the field that holds the key, as WebDataset calls it
 END = 16_384                # bytes at either end of a tar that tell whether it is still the same; a pad is 10,240
-TOLD = ("samples", "readable", "total", "cut")      # what the head of an index tells of its shard
+TOLD = ("samples", "readable", "total", "cut", "parts")     # what the head of an index tells of its shard
 MOST_SAMPLES = 1 << 40      # of a shard; who says more lies
 MAX_KINDS = 64              # kinds of member in a shard; more means that the dots in the names are not extensions
 
@@ -36,7 +36,7 @@ def make_index(shard: Path, index_dir: Path, place: Path | None = None) -> Path:
     total = max(len(samples), promised(shard, index_dir)) if cut else len(samples)
     name = place.stem if place else shard.name
     head = {"format": FORMAT, "shard": name, "bytes": size, "ends": ends(shard), "readable": readable,
-            "total": total, "cut": cut}
+            "total": total, "cut": cut, "parts": parts(samples)}
     return write_table([place] if place else index_paths(shard, index_dir), head, samples)
 
 
@@ -83,6 +83,21 @@ def scan(shard: Path) -> tuple[np.ndarray, bool]:
     return table, cut
 
 
+def parts(samples: np.ndarray) -> int:
+    """How many samples are parts of one: its members are not adjacent in the tar, as tars are written without sorting.
+
+    Whole samples that share a key are not parts: they have members of the same kind.
+    """
+    _, key, times = np.unique(samples[KEY], return_inverse=True, return_counts=True)
+    again = times > 1
+    if not again.any():
+        return 0
+    most = np.zeros(len(times), int)                # of one kind, how many members a key has
+    for kind in samples.dtype.names[1:]:
+        most = np.maximum(most, np.bincount(key, samples[kind][:, 0] > 0, len(times)).astype(int))
+    return int(times[again & (most == 1)].sum())
+
+
 def reaches_behind(samples: np.ndarray, size: int) -> int:
     """How many samples reach behind the end of a tar of ``size`` bytes."""
     kinds = samples.dtype.names[1:]
@@ -92,7 +107,7 @@ def reaches_behind(samples: np.ndarray, size: int) -> int:
 def promised(shard: Path, index_dir: Path) -> int:
     """How many samples a shard that is cut had when it was whole, as far as anything tells."""
     older = [read_head(path) for path in index_paths(shard, index_dir) if path.exists()]
-    return max([head["total"] for head in older if head.get("format") == FORMAT] + [published(shard) or 0])
+    return max([head.get("total", 0) for head in older if head.get("format") in (1, FORMAT)] + [published(shard) or 0])
 
 
 def published(shard: Path) -> int | None:

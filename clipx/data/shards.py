@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
@@ -251,7 +252,7 @@ def open_shards(
     else:
         split = hold_out(source, val, copies.index_dir)
     data = Data(*split, **how, lost=lost_samples(source.catalogue))
-    tell_cut(source.catalogue, data)
+    tell_faults(source.catalogue, data)
     return data
 
 
@@ -259,41 +260,58 @@ def open_source(shards: list[Path | str], caption_key: str | None, cache: Cache)
     return Shards(open_all(shards, cache), caption_key, cache.index_dir, cache)
 
 
+def totals(catalogue: Catalogue) -> np.ndarray:
+    """(shards,) how many samples each had when it was whole; of an empty file, if nothing tells, the others' mean."""
+    rows = catalogue.rows
+    known = rows["total"] > 0
+    mean = round(rows["total"][known].mean()) if known.any() else 0
+    return np.where((rows["bytes"] == 0) & ~known, mean, rows["total"])
+
+
 def lost_samples(catalogue: Catalogue) -> dict[str, int]:
-    """How many samples each shard that is cut short is known to have had behind the cut."""
-    behind = catalogue.rows["total"] - catalogue.rows["samples"]
-    return {catalogue.shards[number].name: int(behind[number]) for number in np.flatnonzero(behind)}
+    """How many samples each shard that is cut short had after the cut."""
+    after = totals(catalogue) - catalogue.rows["samples"]
+    return {catalogue.shards[number].name: int(after[number]) for number in np.flatnonzero(after)}
 
 
-def told_of_cuts(catalogue: Catalogue) -> list[str]:
-    """A sentence on each shard that is cut short."""
-    told = []
-    for number in np.flatnonzero(catalogue.rows["cut"]).tolist():
-        shard, readable, total = catalogue.shards[number], *map(int, catalogue.rows[number][["readable", "total"]])
-        if readable < total:
-            told.append(f"{shard} is cut short: {readable:,} of its {total:,} samples can be read")
-        else:
-            told.append(f"{shard} has no end mark and may be cut short; {total:,} samples in it are used")
-    return told
+def faults(catalogue: Catalogue) -> Iterator[tuple[int, str]]:
+    """How many samples of a shard cannot be used, and why, for each shard with something wrong that its index shows."""
+    for shard, row, total in zip(catalogue.shards, catalogue.rows, totals(catalogue).tolist(), strict=True):
+        readable = int(row["readable"])
+        if row["bytes"] == 0:
+            yield total, f"{shard} is empty (0 bytes); about {total:,} samples are lost; fetch or pack it again"
+        elif row["cut"] and readable < total:
+            yield total - readable, (
+                f"{shard} is cut short: {readable:,} of its {total:,} samples can be read; pack it again"
+            )
+        elif row["cut"]:
+            yield 0, f"{shard} has no end mark and may be cut short; {total:,} samples in it are used"
+        if row["parts"]:
+            yield int(row["parts"]), (
+                f"{shard}: the members of a sample are not adjacent, so {row['parts']:,} of its {row['samples']:,} "
+                f"samples lack some; write it in the order of the names (mkdir x && tar -xf {shlex.quote(str(shard))} "
+                "-C x && tar --sort=name -cf NEW.tar -C x .)"
+            )
 
 
-def tell_cut(catalogue: Catalogue, data: Data) -> None:
-    """Warn of each shard that is cut short.
+def tell_faults(catalogue: Catalogue, data: Data) -> None:
+    """Warn of each shard that is cut short, empty or out of order.
 
     Raises:
-        ValueError: what is lost is more than ``max_skipped`` allows.
+        ValueError: more samples cannot be used than ``max_skipped`` allows.
         DataError: there is nothing at all.
     """
-    readable, total = (int(catalogue.rows[name].sum()) for name in ("readable", "total"))
-    if not readable:
-        raise DataError(f"{catalogue.shards[0]} and the {len(catalogue.shards) - 1} shards behind it hold no samples")
-    for told in told_of_cuts(catalogue):
-        if total - readable > data.bad_limit:
-            share = math.ceil(1000 * (total - readable) / total) / 1000
-            raise ValueError(
-                f"max_skipped={data.max_skipped}: {told}; pack it again, or set {share} to go on without them"
-            )
-        logger.warning(told)
+    if not catalogue.rows["readable"].any():
+        raise DataError(f"{catalogue.shards[0]} and the {len(catalogue.shards) - 1} shards after it hold no samples")
+    found, total = list(faults(catalogue)), int(totals(catalogue).sum())
+    bad = sum(count for count, _ in found)
+    if bad > data.bad_limit:
+        _, worst = max(found)
+        share = math.ceil(1000 * bad / total) / 1000
+        without = f", or set {share} to go on without them" if share < 1 else ""
+        raise ValueError(f"max_skipped={data.max_skipped}: {worst}{without}")
+    for _, fault in found:
+        logger.warning(fault)
 
 
 def in_root(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:

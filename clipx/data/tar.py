@@ -1,6 +1,7 @@
 """The headers of a tar: what it holds and where, without reading what is inside (ustar, GNU and pax)."""
 
 import os
+import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,21 @@ BLOCK = 512                 # bytes of a header, and what members are padded to
 MOST_HEADER = 1 << 20       # bytes behind a pax or GNU header: names, and what file systems attach
 MOST_NAME = 1 << 10         # bytes; an index has room for the longest name in every row
 MOST_SIZE = 1 << 62         # bytes of a member; more than an index can count
+ZEROS = 1 << 20             # bytes that are read at once after an end mark
+APPLE = b"._"               # how the names begin of what macOS's tar adds to each file: its attributes
+
+# what files that are called .tar are instead: how they begin, and what to do
+OTHERS = (
+    (b"\x1f\x8b", "compressed with gzip; unpack it: gunzip < {0} > NEW.tar"),
+    (b"\xfd7zXZ", "compressed with xz; unpack it: xz -d < {0} > NEW.tar"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it: zstd -d < {0} > NEW.tar"),
+    (b"BZh", "compressed with bzip2; unpack it: bunzip2 < {0} > NEW.tar"),
+    (b"PK\x03\x04", "a zip archive; unpack it and pack the files again as a tar"),
+    (b"version https://git-lfs", "a Git LFS pointer in place of the file; fetch it: git lfs pull"),
+    (b"<!doctype html", "an HTML page, such as servers send in place of a file; download it again"),
+    (b"<html", "an HTML page, such as servers send in place of a file; download it again"),
+    (b"<?xml", "an XML page, such as servers send in place of a file; download it again"),
+)
 
 
 class DataError(UserError):
@@ -24,18 +40,29 @@ class CutShort(Exception):
 def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
     """Name, offset and size of each regular file in a tar; of one that is cut, the last may reach behind its end.
 
+    Tars that were joined with ``cat`` are read to the end of the last; the files that macOS adds (``._NAME``) are left
+    out.
+
     Raises:
-        CutShort: the tar ends without its end mark; all that stands before the cut has been given.
-        DataError: a header is damaged, or the file is no tar.
+        CutShort: the tar ends without its end mark, or is empty; all that stands before the cut has been given.
+        DataError: a header is damaged, the file is no tar, or what follows its end mark is none.
     """
     end = shard.stat().st_size
     descriptor = os.open(shard, os.O_RDONLY)
     try:
-        position, count, long_name, long_size = 0, 0, None, None
+        position, count, mark, long_name, long_size = 0, 0, None, None, None
         while position < end:
             header = os.pread(descriptor, BLOCK, position)
             if len(header) == BLOCK and not header.strip(b"\0"):
-                return                                      # the end mark
+                mark, position = position, skip_zeros(descriptor, position)
+                if position >= end:
+                    return
+                header = os.pread(descriptor, BLOCK, position)
+                if not is_header(header):
+                    raise DataError(
+                        f"{shard} holds {end - position:,} bytes after its end mark (byte {mark:,}) that are not a "
+                        f"tar; pack it again, or cut them off: truncate -s {position} {shard}"
+                    )
             name, size, kind = parse_header(header, shard, count)
             start = position + BLOCK
             if kind in b"xgLK":
@@ -54,25 +81,42 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
                     if len(name := long_name or name) > MOST_NAME:
                         raise DataError(f"{shard} has a name of {len(name):,} bytes, more than {MOST_NAME:,}; pack it "
                                         "again with shorter ones")
-                    yield name, start, size
+                    if not name.rpartition(b"/")[2].startswith(APPLE):
+                        yield name, start, size
                     count += 1
                 long_name, long_size = None, None
             position = start + size + -size % BLOCK
-        if end:                                             # a file of 0 bytes is an empty tar
-            raise CutShort
+        raise CutShort
     finally:
         os.close(descriptor)
+
+
+def skip_zeros(descriptor: int, position: int) -> int:
+    """Where the first block stands, from a position on, that is not all zeros; or the end of the file."""
+    while data := os.pread(descriptor, ZEROS, position):
+        if rest := data.lstrip(b"\0"):
+            return position + (len(data) - len(rest)) // BLOCK * BLOCK
+        position += len(data)
+    return position
+
+
+def is_header(block: bytes) -> bool:
+    """Whether the checksum of a tar header matches."""
+    # adler32's low half is 1 + the sum of the bytes modulo 65521; the checksum counts its own field as spaces
+    try:
+        total = int(block[148:156].strip(b"\0 "), 8)
+    except ValueError:
+        return False
+    return len(block) == BLOCK and (total + sum(block[148:156]) - 256 + 1) % 65521 == zlib.adler32(block) & 0xFFFF
 
 
 def parse_header(header: bytes, shard: Path, count: int) -> tuple[bytes, int, bytes]:
     """Name, size and type flag of a tar header, its checksum held."""
     if len(header) < BLOCK and count:
         raise CutShort
+    if not is_header(header):
+        raise damaged(shard, count)
     try:
-        # adler32's low half is 1 + the sum of the bytes modulo 65521; the checksum counts its own field as spaces
-        total = int(header[148:156].strip(b"\0 "), 8)
-        if (total + sum(header[148:156]) - 256 + 1) % 65521 != zlib.adler32(header) & 0xFFFF:
-            raise ValueError
         large = header[124] & 0x80          # GNU's way to write 8 GB and more
         size = int.from_bytes(header[125:136], "big") if large else int(header[124:136].strip(b"\0 ") or b"0", 8)
         if not 0 <= size < MOST_SIZE:
@@ -106,7 +150,11 @@ def pax_name_and_size(data: bytes, shard: Path, count: int) -> tuple[bytes | Non
 
 def damaged(shard: Path, count: int) -> DataError:
     if not count:
-        return DataError(f"{shard} is not a tar; leave it out, or pack it again")
+        with shard.open("rb") as file:
+            begin = file.read(64).lstrip().lower()
+        found = next((told for mark, told in OTHERS if begin.startswith(mark.lower())), None)
+        told = f": it is {found.format(shlex.quote(str(shard)))}" if found else "; leave it out, or pack it again"
+        return DataError(f"{shard} is not a tar{told}")
     return DataError(
         f"{shard} is damaged behind its first {count:,} members, and what follows cannot be told; pack it again, or "
         "leave it out of data.shards"

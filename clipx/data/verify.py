@@ -15,8 +15,8 @@ from clipx.data.index import published
 from clipx.data.layouts import Tars
 from clipx.data.processes import spread
 from clipx.data.report import write
-from clipx.data.sample import BadSample
-from clipx.data.shards import PICTURES, Shards, told_of_cuts
+from clipx.data.sample import LEAST_BAD, BadSample, Data
+from clipx.data.shards import PICTURES, Shards, faults, lost_samples, totals
 from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
@@ -24,32 +24,46 @@ logger = logging.getLogger("clipx")
 SHOWN = 5                   # bad samples that the console names
 
 
-def index(tars: Tars) -> None:
+def index(tars: Tars, bad: int = 0) -> None:
     """Make the indexes of shards and tell what they hold.
 
+    Args:
+        tars: the shards.
+        bad: how many of their samples ``verify`` found bad.
+
     Raises:
-        DataError: one is not a tar.
+        DataError: one is not a tar, or training would end at so many bad samples.
     """
     catalogue = open_catalogue(tars.shards, tars.index_dir)
     rows = catalogue.rows
     logger.info("indexed   %s samples in %s shards, %.1f MB", f"{rows['samples'].sum():,}", f"{len(rows):,}",
                 rows["bytes"].sum() / 1e6)
-    for told in told_of_cuts(catalogue):
-        logger.warning(told)
-    for shard, found in zip(tars.shards, rows["samples"].tolist(), strict=True):
+    found, total = list(faults(catalogue)), int(totals(catalogue).sum())
+    for _, fault in found:
+        logger.warning(fault)
+    bad = max(bad + sum(lost_samples(catalogue).values()), sum(count for count, _ in found))
+    if bad > max(LEAST_BAD, int(Data.max_skipped * total)):
+        raise DataError(
+            f"{bad:,} of the {total:,} samples in {tars.root} cannot be used, and training ends at more than "
+            f"{Data.max_skipped:.0%} (data.max_skipped); pack them again, or set data.max_skipped to train without them"
+        )
+    for shard, samples in zip(tars.shards, rows["samples"].tolist(), strict=True):
         counted = published(shard)
-        if counted not in (None, found):
-            logger.warning("%s holds %d samples, but %s_stats.json says %d", shard, found, shard.stem, counted)
+        if counted not in (None, samples):
+            logger.warning("%s holds %d samples, but %s_stats.json says %d", shard, samples, shard.stem, counted)
 
 
-def verify(tars: Tars, listing: Path, workers: int) -> Tars:
-    """Read and decode every sample once; gives back the shards that are whole tars.
+def verify(tars: Tars, listing: Path, workers: int) -> tuple[Tars, int]:
+    """Read and decode every sample once.
 
     Args:
         tars: shards, or files that should be some.
         listing: file for one line of JSON for each bad sample: shard, key, offset of the picture in the tar (of the
             sample's first member where it has none), reason; and for each file that is not a whole tar, without key.
         workers: processes; 0 works in this one.
+
+    Returns:
+        The shards that are whole tars, and how many of their samples are bad.
 
     Raises:
         DataError: none of them is a tar.
@@ -77,7 +91,7 @@ def verify(tars: Tars, listing: Path, workers: int) -> Tars:
     whole = [shard for shard in tars.shards if shard.relative_to(tars.root).as_posix() not in broken]
     if not whole:
         raise DataError(f"{tars.root} holds no shard that can be read; {listing} says why")
-    return tars._replace(shards=whole)
+    return tars._replace(shards=whole), len(samples)
 
 
 def verify_shard(shard: Path, root: Path, caption_key: str | None, index_dir: Path) -> tuple[int, list[dict[str, Any]]]:
