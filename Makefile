@@ -10,20 +10,20 @@ demo: .venv/installed
 	$(BIN)/python -m clipx.train experiment=demo
 
 test: .venv/tested lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 test-all: .venv/tested lint
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest --numprocesses auto -m ""
 
 lint: .venv/tested
 	$(BIN)/ruff check .
 
-# The ends of the ranges in setup.cfg; the lock lies between them.
+# The ends of the ranges in setup.cfg; the lock lies between them.  Old releases warn of what newer neighbours deprecate.
 test-lowest: .venv-lowest/tested
-	.venv-lowest/bin/python -m pytest
+	.venv-lowest/bin/python -m pytest --numprocesses auto -W ignore::DeprecationWarning
 
 test-newest: .venv-newest/tested
-	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/python -m pytest --numprocesses auto
 
 # The versions of development, for every Python and platform that clipx supports.
 lock: .venv/uv

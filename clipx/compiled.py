@@ -19,7 +19,8 @@ def compiled(model: CLIP) -> Forward:
     try:
         torch.compile(torch.sin)(torch.ones(2, device=model.logit_scale.device))
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = next(line for line in str(error).splitlines() if line)
+        cause = error.inner_exception
+        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
         logger.warning("compile=true: the model is not compiled (%s); a C++ compiler is needed, such as g++, and on a "
                        "GPU triton", reason)
         return model
