@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from clipx.errors import UserError
 
@@ -51,7 +52,14 @@ def content_of(path: Path) -> Any:
                 return dict(tensors_of(Script(archive).load()))
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):      # no bombs
                 raise UnpicklingError(f"{path} is packed")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        if is_zipfile(path) and (objects := get_unsafe_globals_in_checkpoint(path)):
+            raise CheckpointError(f"{path} is not a checkpoint of tensors alone: it holds objects ({objects[0]}), and "
+                                  "code in a file is never run; save its state dict by itself where it was made: "
+                                  "torch.save(model.state_dict(), FILE)") from error
+        raise
 
 
 class Script(Unpickler):

@@ -19,6 +19,7 @@ from clipx.models.layers import Act
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
+from clipx.unwrap import check_finite
 from clipx.weights import HUGGING_FACE, OPEN_CLIP, Node, Weights
 
 TOWERS = {"image": "clipx.models.vision.ImageEncoder", "text": "clipx.models.text.TextEncoder"}
@@ -101,11 +102,12 @@ def find(where: str | Path) -> Weights:
         found = weights.directory(path)
     elif path.is_dir():
         best, last = (path / "checkpoints" / f"clip_{which}.pt" for which in ("best", "last"))
-        return of_run(best if best.exists() else last)
-    elif "model_state_dict" in (content := opened(path)):
-        return of_run(path, content)
+        found = of_run(best if best.exists() else last)
+    elif is_ours(content := opened(path)):
+        found = of_run(path, content)
     else:
         found = weights.of_state_dict(content, path)
+    check_finite(found.state, where)
     for key, value in PIXELS.items():
         said = found.pixels.get(key)
         if said is not None and not close(said, value):
@@ -118,10 +120,19 @@ def close(one: Any, other: Any) -> bool:
     return one == other if isinstance(other, str) else torch.allclose(torch.tensor(one), torch.tensor(other), atol=1e-3)
 
 
+def is_ours(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is clipx's; others have a model_state_dict, too, but no config of a model."""
+    state = content.get("model_state_dict")
+    tensors = isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
+    return tensors and isinstance(content.get("config"), Mapping)
+
+
 def of_run(path: Path, content: dict[str, Any] | None = None) -> Weights:
     """The weights in a checkpoint of ours."""
     content = verified(opened(path) if content is None else content, path)
-    node = content.get("config", {}).get("model")
+    if not is_ours(content):
+        raise CheckpointError(f"{path} is not a checkpoint of clipx: it has no config, or no tensors")
+    node = content["config"].get("model")
     for tower in own_towers(node):
         tower.setdefault("act", "quick_gelu")       # a checkpoint from before there was another
         tower.setdefault("heads", 12 if tower["_target_"] == TOWERS["image"] else 8)       # the towers' own defaults

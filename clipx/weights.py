@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipx.archive import CheckpointError, opened
+from clipx.unwrap import unwrapped
 
 Node = dict[str, Any]       # of the config: what a model is made of
 
@@ -20,8 +21,6 @@ FILES = {
     HUGGING_FACE: ("model.safetensors", "pytorch_model.bin"),
 }
 OPENAIS = {"input_resolution", "context_length", "vocab_size"}         # beside the weights, in its files alone
-NO_WEIGHTS = re.compile(r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|position_ids)$")
-WRAPPED = re.compile(r"^(module\.|_orig_mod\.)*(text\.)?")
 SHOWN_BY_SHAPES = {"layers", "width", "patch_size", "image_size", "mlp_ratio", "context_length", "vocab_size"}
 TOLD = SHOWN_BY_SHAPES | {"head_width", "heads", "patch_dropout", "output_tokens"}
 OURS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}    # as clipx has it
@@ -55,7 +54,7 @@ class Weights(NamedTuple):
 
 
 def of_state_dict(content: Mapping[str, Any], source: object) -> Weights:
-    """A bare state dict, one that open_clip's training has wrapped, or OpenAI's archive."""
+    """A state dict, bare or wrapped by what trained it, or OpenAI's archive."""
     state = plain(content, source)
     node = node_of(state, source)
     if content.keys() >= OPENAIS:
@@ -162,10 +161,9 @@ def places(said: Mapping[str, Any]) -> Iterator[Path]:
 
 def plain(content: Mapping[str, Any], source: object) -> dict[str, Tensor]:
     """OpenAI's keys and float32, of any layout; without wrappers, prefixes and what is no weight."""
-    inner = content.get("state_dict", content)
-    if not isinstance(inner, Mapping) or not all(isinstance(value, Tensor) for value in inner.values()) or not inner:
-        raise CheckpointError(f"{source} holds no state dict: names and tensors, or these under state_dict")
-    state = {WRAPPED.sub("", name): value.float() for name, value in inner.items() if not NO_WEIGHTS.search(name)}
+    state = {name.removeprefix("text."): value.float() for name, value in unwrapped(content, source).items()}
+    if state.get("logit_scale", torch.empty(0)).shape == (1,):         # FSDP has no tensor without a dimension
+        state["logit_scale"] = state["logit_scale"][0]
     return from_hugging_face(state, source) if "text_model.final_layer_norm.weight" in state else state
 
 
@@ -183,8 +181,9 @@ def node_of(state: Mapping[str, Tensor], source: object) -> Node:
         text = {"vocab": vocab, "context": len(state["positional_embedding"]),
                 **tower_of(state, "", text_width, state["text_projection"])}
     except (KeyError, ValueError) as error:
+        names = ", ".join(list(state)[:3])
         raise CheckpointError(f"{source} holds another kind of model than CLIP with a Vision Transformer: {error} is "
-                              "missing or odd") from error
+                              f"missing or odd; it has {names} ...") from error
     return {"_target_": "clipx.models.clip.CLIP", "image": {"_target_": "clipx.models.vision.ImageEncoder", **image},
             "text": {"_target_": "clipx.models.text.TextEncoder", **text}}
 

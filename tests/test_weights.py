@@ -1,5 +1,6 @@
 """Weights of other projects: read, used, trained on, frozen.  The answers are open_clip's and transformers' own."""
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,59 @@ def test_a_state_dict_of_open_clip_is_the_same_model(tmp_path: Path, way: str, a
     assert all(torch.equal(found[name.removeprefix("text.")], value) for name, value in state.items())
 
 
+def wrap(state: dict[str, Tensor], prefix: str, inside: str = "") -> dict[str, Tensor]:
+    return {prefix + name.replace(".attn.", f".attn.{inside}"): value for name, value in state.items()}
+
+
+WRAPPERS: dict[str, Callable[[dict[str, Tensor]], dict[str, object]]] = {
+    "Lightning": lambda state: {"state_dict": wrap(state, "model."), "epoch": 3, "loops": {}},
+    "FSDP": lambda state: wrap(state, "_fsdp_wrapped_module.", "_fsdp_wrapped_module."),
+    "checkpointed blocks": lambda state: wrap(state, "", "_checkpoint_wrapped_module."),
+    "DDP around compile": lambda state: {"model": wrap(state, "module._orig_mod.")},
+    "DeepSpeed": lambda state: {"module": wrap(state, "module.")},
+    "a tutorial": lambda state: {"model_state_dict": state, "optimizer_state_dict": {}, "epoch": 3},
+    "AveragedModel": lambda state: {"n_averaged": torch.tensor(3), **wrap(state, "module.")},
+    "an average beside the weights": lambda state: {"ema_state_dict": wrap(state, "", "x."), "state_dict": state},
+    "one value of one dimension": lambda state: {**state, "logit_scale": state["logit_scale"][None]},
+    "custom text": lambda state: {"model": {
+        f"model.{'' if name.startswith(('visual', 'logit')) else 'text.'}{name}": state[name] for name in state}},
+    "Hugging Face": lambda state: {"state_dict": wrap(to_hugging_face(state), "clip.")},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_what_a_trainer_wraps_around_weights_is_dropped(tmp_path: Path, wrapper: str) -> None:
+    state = peer().state_dict()
+    torch.save(WRAPPERS[wrapper](dict(state)), tmp_path / "w.pt")
+    found = load(tmp_path / "w.pt", act="quick_gelu")[0].state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_an_average_is_used_and_named_where_there_is_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = peer().state_dict()
+    torch.save({"ema_state_dict": wrap(state, "module.")}, tmp_path / "w.pt")
+    with caplog.at_level("INFO", "clipx"):
+        found = load(tmp_path / "w.pt", act="quick_gelu")[0].state_dict()
+    assert torch.equal(found["visual.proj"], state["visual.proj"])
+    assert "w.pt has no weights but their moving average, ema_state_dict, which is used" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("ours", [True, False])
+def test_weights_that_are_not_finite_are_refused_by_the_name_of_the_tensor(
+    tmp_path: Path, value: float, ours: bool
+) -> None:
+    state = {name: tensor.clone() for name, tensor in peer().state_dict().items()}
+    state["visual.proj"][1, 2:4] = value
+    model = {"model": {"_target_": "clipx.models.clip.CLIP"}}
+    content = {"model_state_dict": state, "config": model} if ours else state
+    (checkpoint.save if ours else lambda path, content: torch.save(content, path))(tmp_path / "w.pt", content)
+    with pytest.raises(CheckpointError, match=r"w\.pt: 2 of the 36,864 values of visual\.proj are NaN or infinite"):
+        load(tmp_path / "w.pt", act="quick_gelu")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_openais_archive_is_read_without_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = peer().half().float()
@@ -180,6 +234,7 @@ def test_what_open_clip_has_cached_is_found_by_its_name(tmp_path: Path, monkeypa
         ({"drop": "ln_final.bias"}, "w.pt does not fit: ln_final.bias is missing there and 128 in the model"),
         ({"add": {"logit_bias": torch.ones(())}}, "logit_bias is one number there and missing in the model"),
         ({"add": {"epoch": 3}}, "w.pt holds no state dict: names and tensors, or these under state_dict"),
+        ({"add": {"x": argparse.Namespace()}}, "w.pt is not a checkpoint of tensors alone: it holds objects (arg"),
         ({"file": b"PK\3\4"}, "w.pt is not a checkpoint: it is cut short, or another kind of file"),
         ({"path": "no.pt"}, "no.pt: there is no such checkpoint"),
         ({"path": "."}, "clip_last.pt: there is no such checkpoint"),
@@ -343,6 +398,9 @@ def test_position_embeddings_are_resized_as_open_clip_does(
          "model.text.act=quick_gelu fits"),
         (["init_from=oc", "model.image.heads=6"],
          "init_from=oc was trained as another model than this one, with the same shapes; model.image.heads=3 fits"),
+        (["init_from=nan.pt"],
+         "nan.pt: 1 of the 1 values of logit_scale are NaN or infinite; use a checkpoint from before the training "
+         "diverged"),
         (["init_from=none.pt"], "none.pt: there is no such checkpoint"),
         (["freeze=[vision]"], "freeze=['vision']: should be 'image' or 'text'"),
     ],
@@ -351,6 +409,7 @@ def test_what_does_not_fit_is_told_with_the_remedy(
     fails: Callable[..., str], tmp_path: Path, words: list[str], message: str
 ) -> None:
     torch.save(peer().state_dict(), tmp_path / "w.pt")
+    torch.save({**peer().state_dict(), "logit_scale": torch.tensor(float("nan"))}, tmp_path / "nan.pt")
     open_clip_directory(tmp_path / "oc", peer())
     assert fails(*ONE_STEP, *words) == message
     assert not (tmp_path / "outputs").exists()
