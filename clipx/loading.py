@@ -57,6 +57,8 @@ def load(
         model = build(found.node, trust=trust, own="clipx.models")
     except UserError as error:
         raise CheckpointError(f"{run_or_weights}: {error}") from error
+    except TypeError as error:          # an argument that the target does not have, or of another type
+        raise CheckpointError(f"{run_or_weights}: its config's model cannot be made: {error}") from error
     if not isinstance(model, CLIP):
         raise CheckpointError(f"{run_or_weights}: its config's model makes a {type(model).__name__}, not a CLIP")
     check_shapes(found.state, model, str(run_or_weights))

@@ -1,6 +1,5 @@
 """State dicts of other projects, in and out.  Ours has OpenAI's keys, which are open_clip's, too."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipx.archive import CheckpointError, opened
+from clipx.foreign import HuggingFaceConfig, OpenClipConfig, Pixels, read_json
 from clipx.unwrap import unwrapped
 
 Node = dict[str, Any]       # of the config: what a model is made of
@@ -100,24 +100,14 @@ def directory(path: Path) -> Weights:
         CheckpointError: it is neither, or not whole, or of another architecture.
     """
     kind = OPEN_CLIP if (path / OPEN_CLIP).is_file() else HUGGING_FACE
-    config = read_json(path / kind)
+    config = read_json(path / kind, OpenClipConfig if kind == OPEN_CLIP else HuggingFaceConfig)
     file = next((path / name for name in FILES[kind] if (path / name).is_file()), path / FILES[kind][0])
     if kind == OPEN_CLIP:
         return of_open_clip(opened(file), config, path)
     found = of_hugging_face(opened(file), config, path)
     pixels = path / "preprocessor_config.json"
-    said = read_json(pixels) if pixels.is_file() else {}
+    said = read_json(pixels, Pixels) if pixels.is_file() else {}
     return found._replace(pixels={key.removeprefix("image_"): value for key, value in said.items()})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no config")
-    return found
 
 
 def cached(name: str) -> Weights:

@@ -182,6 +182,15 @@ def test_what_a_checkpoints_config_makes_is_a_clip(tmp_path: Path, node: object,
         load(checkpoint_of(tmp_path / "evil.pt", node))
 
 
+@pytest.mark.parametrize("odd", [{"width": "wide"}, {"wings": 2}])
+def test_a_model_that_cannot_be_made_from_a_checkpoints_config_is_one_line(
+    tmp_path: Path, odd: dict[str, object]
+) -> None:
+    path = checkpoint_of(tmp_path / "odd.pt", {**MODEL, "image": {**TOWERS["image"], **odd}})
+    with pytest.raises(CheckpointError, match="odd.pt: its config's model cannot be made: [^\n]*$"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("target", "home"),
     [("clipx.run.Path", "pathlib"), ("clipx.data.pack.asdict", "dataclasses"), ("clipx.config.files", "importlib"),

@@ -259,6 +259,8 @@ def test_what_cannot_be_loaded_is_told_in_one_line(
     [
         ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "pool_type": "avg"}}}, "vision_cfg.pool_type='avg' is ano"),
         ({"config": {"text_cfg": {**SIZES["text_cfg"], "no_causal_mask": True}}}, "text_cfg.no_causal_mask=True is a"),
+        ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "head_width": 400}}}, "model.image.heads=0 does not"),
+        ({"config": {"text_cfg": {**SIZES["text_cfg"], "heads": 3}}}, "model.text.heads=3 does not divide width=12"),
         ({"mean": [0.5, 0.5, 0.5]}, "was trained on pictures prepared with mean=[0.5, 0.5, 0.5]; clipx has (0.48"),
     ],
 )
@@ -292,6 +294,41 @@ def test_another_architecture_of_hugging_face_is_refused(
     with pytest.raises(CheckpointError) as error:
         load(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("open_clip_config.json", {}, "model_cfg: field required"),
+        ("open_clip_config.json", [], "its content: input should be a valid dictionary"),
+        ("open_clip_config.json", {"model_cfg": {"text_cfg": {}}}, "model_cfg.vision_cfg: field required"),
+        ("open_clip_config.json", {"model_cfg": {"vision_cfg": 3, "text_cfg": {}}},
+         "model_cfg.vision_cfg: input should be a valid dictionary"),
+        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {"head_width": 0}, "text_cfg": {}}},
+         "model_cfg.vision_cfg.head_width: input should be greater than 0"),
+        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {}, "text_cfg": {"heads": "8"}}},
+         "model_cfg.text_cfg.heads: input should be a valid integer"),
+        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": {"mean": "x"}},
+         "preprocess_cfg.mean"),
+        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": {"std": [1, 1]}},
+         "preprocess_cfg.std"),
+        ("config.json", {"vision_config": "x"}, "vision_config: input should be a valid dictionary"),
+        ("config.json", {"text_config": {"hidden_act": ["gelu"]}}, "text_config.hidden_act: input should be a valid s"),
+        ("preprocessor_config.json", {"image_mean": {"r": 1}}, "image_mean"),
+    ],
+)  # fmt: skip
+def test_a_config_of_another_project_that_is_odd_is_one_line(
+    tmp_path: Path, file: str, content: object, message: str
+) -> None:
+    state = dict(peer().state_dict())
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    save_file(to_hugging_face(state), tmp_path / "model.safetensors")
+    if file != "open_clip_config.json":
+        (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path)
+    assert message in str(error.value) and file in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_activation_that_contradicts_the_weights_is_an_error(tmp_path: Path) -> None:

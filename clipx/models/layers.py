@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"heads={heads} does not divide width={width}")
         self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))

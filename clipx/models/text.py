@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from clipx.models.layers import Act, Transformer
@@ -27,12 +28,12 @@ class TextEncoder(nn.Module):
 
     def __init__(
         self,
-        vocab: int = 49_408,
-        context: int = 77,
-        width: int = 512,
-        depth: int = 12,
-        heads: int = 8,
-        embed: int = 512,
+        vocab: PositiveInt = 49_408,
+        context: PositiveInt = 77,
+        width: PositiveInt = 512,
+        depth: PositiveInt = 12,
+        heads: PositiveInt = 8,
+        embed: PositiveInt = 512,
         act: Act = "quick_gelu",
     ):
         super().__init__()

@@ -1,6 +1,7 @@
 """The image tower: a Vision Transformer that reads its feature at the class token."""
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from clipx.models.layers import Act, Transformer
@@ -23,12 +24,12 @@ class ImageEncoder(nn.Module):
 
     def __init__(
         self,
-        size: int = 224,
-        patch: int = 32,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        embed: int = 512,
+        size: PositiveInt = 224,
+        patch: PositiveInt = 32,
+        width: PositiveInt = 768,
+        depth: PositiveInt = 12,
+        heads: PositiveInt = 12,
+        embed: PositiveInt = 512,
         act: Act = "quick_gelu",
     ):
         super().__init__()
