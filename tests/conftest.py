@@ -9,7 +9,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +62,23 @@ def make_shards(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / folder
 
     return make
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], str]]:
+    """Serves a directory by HTTP; gives its URL."""
+    servers = []
+
+    def start(root: Path) -> str:
+        handler = partial(SimpleHTTPRequestHandler, directory=str(root))
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture

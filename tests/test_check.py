@@ -8,7 +8,6 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
-import fsspec
 import hydra
 import pytest
 import torch
@@ -152,12 +151,11 @@ def test_shards_that_are_broken_are_told(check: Check, make_shards: Callable[...
 
 
 def test_a_cache_too_small_for_remote_shards_is_told(
-    check: Check, make_shards: Callable[..., Path], tmp_path: Path
+    check: Check, make_shards: Callable[..., Path], serve: Callable[[Path], str], tmp_path: Path
 ) -> None:
-    root, store = make_shards(10, 12), fsspec.filesystem("memory")
+    root = make_shards(10, 12)
     open_shards(str(root), val=0)                                   # makes the indexes
-    store.put(f"{root}/", "/check/", recursive=True)
-    remote = ("data=shards", "data.shards=memory://check/part-{000..001}.tar", "data.val=0", "data.cache=cache",
+    remote = ("data=shards", f"data.shards={serve(root)}/part-{{000..001}}.tar", "data.val=0", "data.cache=cache",
               f"data.index_dir={tmp_path}/indexes", *FEW)
     told, code = check(*remote, "data.cache_gb=1e-5")
     assert code == 1 and "WRONG samples   data.cache_gb=1e-05 is too small for two windows of shards" in told

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from hashlib import blake2b
@@ -20,27 +20,20 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import mkstemp
 from threading import Event
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
+from clipx.data import stores
 from clipx.data.index import belongs, make_index, read_head
 from clipx.data.plan import MixPlan, Plan, Window
+from clipx.data.stores import PIPE, download, persist
 from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
 
-PIPE = "pipe:"
-WAITS = (1, 3, 10, 30, 60, 120)     # seconds before a copy that failed is tried again
-SILENCE = 30                        # seconds without a byte after which an HTTP server counts as failed
 AT_ONCE = 4                         # copies side by side
 AHEAD = 64                          # windows that are copied ahead, where there is room
 CHECKED = 4096                      # windows whose size is known to fit before a run starts
-PAUSE = 0.5                         # seconds between two looks at the position
 LOOK = 0.02                         # seconds between two looks for a shard
-GRACE = 0.25                        # seconds that a copy has to end when the run does
-BLOCK = 1 << 20                     # bytes read from a pipe at once
-
-Item = TypeVar("Item", bound=Hashable)
-Result = TypeVar("Result")
 
 
 class Remote(NamedTuple):
@@ -217,7 +210,7 @@ class Ahead:
         if self.fills:
             pool = self.stack.enter_context(ThreadPool(1 + AT_ONCE))        # daemons: nobody waits for them at exit
             job = pool.apply_async(self.fill, (pool,), error_callback=self.fail)
-            self.stack.callback(job.wait, PAUSE + AT_ONCE * GRACE)
+            self.stack.callback(job.wait, stores.PAUSE + AT_ONCE * stores.GRACE)
 
     def fill(self, pool: ThreadPool) -> None:
         while not self.stopped.is_set():
@@ -226,7 +219,7 @@ class Ahead:
             if missing:
                 self.caches[0].fetch(missing[:AT_ONCE], wanted, pool, self.stopped)
             else:
-                self.stopped.wait(PAUSE)
+                self.stopped.wait(stores.PAUSE)
 
     def fail(self, error: BaseException) -> None:
         """What becomes of an error in ``fill``."""
@@ -234,7 +227,7 @@ class Ahead:
             return
         if not isinstance(error, DataError):
             logger.error("the thread that copies shards has ended", exc_info=error)
-        self.tell(str(error) if isinstance(error, DataError) else told(error))
+        self.tell(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
 
     def tell(self, why: str) -> None:
         """Tell all who wait that nothing more will come."""
@@ -290,71 +283,12 @@ class Ahead:
         return [self.remotes[number] for number in window.shards if number in self.remotes]
 
 
-def persist(
-    pool: ThreadPool, function: Callable[[Item], Result], items: Mapping[Item, str], stopped: Event
-) -> dict[Item, Result]:
-    """What a function gives for some items, side by side; what fails is tried again after growing waits.
-
-    Each storage library raises what it likes, so errors are looked at as values.
-
-    Args:
-        pool: works.
-        function: of an item.
-        items: with their URLs.
-        stopped: ends it.
-
-    Raises:
-        DataError: an item fails for good, or all too often.
-    """
-    found: dict[Item, Result] = {}
-    for wait in (*WAITS, None):
-        errors: dict[Item, BaseException] = {}
-        jobs = {
-            item: pool.apply_async(function, (item,), error_callback=partial(errors.__setitem__, item))
-            for item in items if item not in found
-        }
-        for item, job in jobs.items():
-            while not job.ready() and not stopped.is_set():
-                job.wait(PAUSE)
-            if job.ready() and item not in errors:
-                found[item] = job.get()
-        if stopped.is_set():
-            for job in jobs.values():       # they end with the next bytes that come
-                job.wait(GRACE)
-            raise DataError("nothing is copied any more")
-        if not errors:
-            break
-        item = next((item for item, error in errors.items() if is_lasting(error)), next(iter(errors)))
-        error = errors[item]
-        if isinstance(error, DataError):
-            raise error
-        if wait is None or is_lasting(error):
-            raise DataError(
-                f"{items[item]} cannot be copied ({told(error)}); when it can be, the same command goes on from the "
-                "last checkpoint"
-            ) from error
-        logger.warning("%s cannot be copied (%s); tried again in %g s", items[item], told(error), wait)
-        stopped.wait(wait)
-    return found
-
-
-def told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no answer'}"
-
-
-def is_lasting(error: BaseException) -> bool:
-    """Whether another try would end in the same way."""
-    status = getattr(error, "status", 0)        # of aiohttp
-    again = status < 400 or status >= 500 or status in (408, 429)
-    return isinstance(error, (DataError, FileNotFoundError, PermissionError)) or not again
-
-
 def copy(remote: Remote, stopped: Event, most: int) -> None:
     """Copy a shard of ``most`` bytes at most; it stands in its place when it is whole and has its index.
 
     Raises:
         DataError: it has not as many samples as was said, or more bytes.
-        OSError: it has not as many bytes; and whatever else the storage library raises.
+        OSError: it has not as many bytes, or its server fails.
     """
     for path in remote.path, remote.index:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -386,50 +320,3 @@ def copy(remote: Remote, stopped: Event, most: int) -> None:
 def counts(index: Path) -> int | None:
     """The samples of an index."""
     return read_head(index).get("samples")
-
-
-def download(url: str, part: Path, stopped: Event, most: int) -> None:
-    """Write what a URL gives into a file.
-
-    Raises:
-        DataError: it is more than ``most`` bytes, or ``stopped`` is set; and whatever the storage library raises.
-    """
-    from fsspec.callbacks import Callback
-    from webdataset.gopen import gopen
-
-    def go_on(_size: int | None, done: int, **_: Any) -> None:
-        if stopped.is_set():
-            raise DataError("nothing is copied any more")
-        if done > most:
-            raise DataError(f"{url} gives more than {most:,} bytes, what it should have or data.cache_gb has room for")
-
-    progress = Callback(hooks={"go on": go_on})
-    if not url.startswith(PIPE):
-        system, path = file_system(url)
-        system.get_file(path, str(part), callback=progress)
-        return
-    with gopen(url) as source, part.open("wb") as file:
-        while block := source.read(BLOCK):
-            file.write(block)
-            progress.relative_update(len(block))
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it.
-
-    Raises:
-        DataError: there is none, or its library is not installed.
-    """
-    from fsspec.core import url_to_fs
-
-    try:
-        if not url.startswith("http"):
-            return url_to_fs(url)
-        from aiohttp import ClientTimeout
-
-        timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)    # its own is 5 min for a file
-        return url_to_fs(url, client_kwargs={"timeout": timeout})
-    except ImportError as error:
-        raise DataError(f'{url} needs a library that is not here ({error}); pip install "clipx[remote]"') from error
-    except ValueError as error:
-        raise DataError(f"{url} cannot be opened: {error}") from error

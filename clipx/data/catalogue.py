@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_context, get_start_method
@@ -16,9 +16,10 @@ from threading import Event
 import numpy as np
 from tqdm import tqdm
 
-from clipx.data.cache import PIPE, Cache, Remote, download, file_system, is_lasting, persist
+from clipx.data.cache import Cache, Remote
 from clipx.data.index import FORMAT, TOLD, find_index, index_paths, make_index, read_head, read_table, write_table
 from clipx.data.index import successes as counted
+from clipx.data.stores import PIPE, download, is_lasting, persist, size_of
 from clipx.data.tar import DataError
 
 MANY = 1000                 # shards; for so many, what their indexes say is kept in one file
@@ -181,7 +182,8 @@ def ask(remote: Remote) -> list[int] | Remote:
     """Bytes and TOLD of a remote shard; where nothing beside it says, the shard, its size filled in if that is known.
 
     Raises:
-        DataError: the library for the URL is missing; and whatever else the storage library raises.
+        DataError: obstore is not installed.
+        OSError: the server fails.
     """
     if not remote.url.startswith(PIPE) and not remote.index.exists():
         found = small_file(beside(remote.url, remote.index.name))
@@ -191,9 +193,8 @@ def ask(remote: Remote) -> list[int] | Remote:
         return row_of(remote.index)
     if remote.url.startswith(PIPE):
         return remote
-    system, path = file_system(remote.url)
-    size, count = system.size(path), counted(small_file(beside(remote.url, f"{remote.path.stem}_stats.json")) or b"")
-    return remote._replace(size=size) if None in (size, count) else [size, count, count, count, 0, 0]
+    size, count = size_of(remote.url), counted(small_file(beside(remote.url, f"{remote.path.stem}_stats.json")) or b"")
+    return remote._replace(size=size) if count is None else [size, count, count, count, 0, 0]
 
 
 def row_of(index: Path) -> list[int]:
@@ -209,13 +210,14 @@ def beside(url: str, name: str) -> str:
 
 def small_file(url: str) -> bytes | None:
     """What a URL gives; None where there is nothing, or nothing for us."""
-    with NamedTemporaryFile() as part, ThreadPoolExecutor(1) as pool:
-        error = pool.submit(download, url, Path(part.name), Event(), MOST_BESIDE).exception()       # as a value
-        if error is None:
-            return part.read()
-    if is_lasting(error):
-        return None
-    raise error
+    with NamedTemporaryFile() as part:
+        try:
+            download(url, Path(part.name), Event(), MOST_BESIDE)
+        except (OSError, DataError) as error:
+            if is_lasting(error):
+                return None
+            raise
+        return part.read()
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -18,12 +18,13 @@ import numpy as np
 from pydantic import PositiveFloat
 from typing_extensions import Unpack
 
-from clipx.data.cache import PIPE, Cache, Remote, file_system, persist
+from clipx.data.cache import Cache, Remote
 from clipx.data.captions import MOST_WORDS, read_captions
 from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.index import KEY, find_index, read_table
 from clipx.data.mix import Chain
 from clipx.data.sample import MOST_PICTURE, BadSample, Data, How, Sample, Source, check_bytes, hold_out
+from clipx.data.stores import PIPE, matches_of, persist
 from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
@@ -372,9 +373,8 @@ def named(name: str, key: str, allow_pipe: bool) -> list[Path | str]:
     if SCHEME.match(name) and not name.startswith("file:"):
         if "*" not in name:
             return [name]
-        system, path = file_system(name)
         with ThreadPool(1) as pool:
-            return [system.unstrip_protocol(match) for match in persist(pool, system.glob, {path: name}, Event())[path]]
+            return persist(pool, matches_of, {name: name}, Event())[name]
     path = re.sub(r"^file:(//(localhost)?(?=/))?", "", name)
     return [Path(path)] if Path(path).is_file() else [Path(match) for match in sorted(glob(path))]
 
