@@ -50,26 +50,20 @@ def predict(composed: DictConfig, directory: Path) -> None:
     config = resolve(composed, Predict)
     if (config.texts is None) == (config.search is None):
         raise UserError('give either texts="a cat,a dog", to score each picture, or search="a red car", to find some')
-    from clipx.predictions import encode_pictures, score, search, show
+    from clipx.predictions import encode_pictures, score, search, show, texts_of
 
+    texts = None if config.texts is None else texts_of(config.texts)
     found = encode_pictures(config.run, config.images, config.device, config.workers, config.trust, config.act)
     for place, reason in found.bad.items():
         logger.warning("%s is left out: it %s", place, reason)
-    if config.texts is not None:
-        rows = score(found, texts_of(config.texts), config.top)
+    if texts is not None:
+        rows = score(found, texts, config.top)
         tell(rows, config.json)
         return
     rows = search(found, config.search, config.top)
     tell(rows, config.json)
-    show(rows, config.search, Path(config.out))
+    show(rows, config.search, Path(config.out).expanduser())
     logger.info("%s shows them", config.out)
-
-
-def texts_of(given: str) -> list[str]:
-    """The texts in a file, one a line, or parted by commas."""
-    file = Path(given)
-    parts = file.read_text(encoding="utf-8").splitlines() if file.is_file() else given.split(",")
-    return [part.strip() for part in parts if part.strip()]
 
 
 def tell(rows: list[dict[str, Any]], as_json: bool) -> None:

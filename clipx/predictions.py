@@ -1,5 +1,7 @@
 """What a trained model says of pictures."""
 
+import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipx.data.files import Files, find_pictures
+from clipx.data.files import Files, find_pictures, read_lines
 from clipx.data.images import Normalise, decode, eval_crop
 from clipx.data.loader import EvalReader, cut, read
 from clipx.errors import UserError
@@ -23,6 +25,7 @@ from clipx.tokenizer import SimpleTokenizer
 
 SHOWN = 224         # pixels of a picture on it
 CHUNK = 64          # pictures that a worker reads at once
+LIKE_A_FILE = re.compile(r"^[^,]*(/[^,]*|\.[A-Za-z]\w{0,4})$")      # one text, with a slash or an extension
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,28 @@ def encode_pictures(
     return Found(model, tokenizer, kept, torch.cat(features), bad)
 
 
+def texts_of(given: str) -> list[str]:
+    """The texts in a file, one a line, or parted by commas.
+
+    Raises:
+        UserError: there are none, the file is not UTF-8 text, or what looks like a file is not there.
+    """
+    file = os.path.expanduser(given)        # os.path takes a long text for no file, where Path raises
+    if os.path.isfile(file):
+        texts = read_lines(Path(file), "texts")
+    elif LIKE_A_FILE.search(given) or os.path.isdir(file):
+        raise UserError(f"texts={given}: there is no such file; expected one with a text a line, or texts with commas "
+                        'between them: "a cat,a dog"')
+    else:
+        texts = [part.strip() for part in given.split(",") if part.strip()]
+    if not texts:
+        raise UserError(f'texts={given} holds none; expected some, such as "a cat,a dog"')
+    return texts
+
+
 @torch.no_grad()
 def score(found: Found, texts: list[str], top: int) -> list[dict[str, Any]]:
     """The texts that fit each picture best, with their probabilities among all texts, and cosines."""
-    if not texts:
-        raise UserError('texts holds none; expected some, such as "a cat,a dog"')
     cosine = found.features @ found.texts(texts).T                          # (N, M)
     chance = (found.model.logit_scale.exp().cpu() * cosine).softmax(dim=-1)
     best = chance.topk(min(top, len(texts)), dim=-1).indices.tolist()

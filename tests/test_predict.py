@@ -102,9 +102,29 @@ def test_what_is_wrong_ends_in_one_line(ask: Ask, asked: Path) -> None:
     given = ("run=outputs/x", "images=pictures")
     assert refused(ask, *given).startswith('give either texts="a cat,a dog", to score each picture')
     assert refused(ask, *given, "texts=a", "search=b").startswith("give either")
-    assert refused(ask, *given, "texts=' , '").startswith("texts holds none")
+    assert refused(ask, *given, "texts=' , '") == 'texts= ,  holds none; expected some, such as "a cat,a dog"'
+    for name in ("nosuch.txt", "lists/nosuch", "pictures", "my texts.TXT"):
+        assert refused(ask, *given, f"texts={name}").startswith(f"texts={name}: there is no such file; expected one")
+    for encoding in ("utf-16", "latin-1"):
+        (asked / "coded.txt").write_text("a café\na bar", encoding=encoding)
+        assert "texts=coded.txt is not UTF-8 text, but perhaps" in refused(ask, *given, "texts=coded.txt")
     assert refused(ask, "run=outputs/x", "images=none", "texts=a").startswith("images=none: no picture is there")
     assert "there is no such checkpoint" in refused(ask, "run=outputs/y", "images=pictures", "texts=a")
     assert refused(ask, *given, "search=b", "out=no/page.png").startswith("out=no/page.png cannot be written")
     assert refused(ask, *given, "search=b", "out=page.xyz").startswith("out=page.xyz cannot be written")
     assert "run has no value; add run=" in refused(ask, "images=pictures", "texts=a")
+
+
+def test_twenty_prompts_fit_on_the_command_line(ask: Ask, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f"a photo of a red circle, number {number}".replace(",", ".") for number in range(20)]
+    ask("run=outputs/x", "images=pictures/00.png", f"texts={','.join(texts)}", "top=20", "json=true")
+    assert {row["text"] for row in json.loads(capsys.readouterr().out)} == set(texts)
+
+
+def test_lines_of_a_file_of_texts_end_at_line_feeds_alone(
+    ask: Ask, asked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (asked / "odd.txt").write_bytes("\ufeffa red circle\u2028on a wall\r\na blue bar\n".encode())
+    ask("run=outputs/x", "images=pictures/00.png", "texts=odd.txt", "json=true")
+    found = {row["text"] for row in json.loads(capsys.readouterr().out)}
+    assert found == {"a red circle\u2028on a wall", "a blue bar"}

@@ -172,12 +172,46 @@ def test_a_folder_of_class_folders_names_its_classes(tmp_path: Path) -> None:
     assert data.test.locate(7) == "red_panda/1.png"
 
 
+def test_directories_that_a_system_made_are_no_classes_and_empty_ones_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = class_folders(tmp_path / "x", each=1)
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "ant/.ipynb_checkpoints", "bee/@eaDir/0.png", "auk"):
+        (root / name).mkdir(parents=True)
+        (root / name / ("0.png" if name != "auk" else "notes.txt")).write_bytes(picture(1))
+    (root / "cow" / "._0.png").write_bytes(b"AppleDouble")
+    with caplog.at_level(logging.WARNING, "clipx"):
+        data = open_sets({"x": {"folder": str(root)}})["x"]
+    assert data.classes == ["ant", "auk", "bee", "cow", "red panda"] and read_all(data) == [0, 2, 3, 4]
+    assert "1 of 5 classes have no pictures, but are among those to choose from: auk" in caplog.text
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_with_cls_are_read_by_workers_and_name_their_classes(model: CLIP, tmp_path: Path, workers: int) -> None:
     root = class_shards(tmp_path / "x", [b"0", b"3", b"1\n", b"2"])
     data = open_sets({"x": {"shards": str(root)}})["x"]
     assert data.classes == CLASSES and read_all(data) == [0, 3, 1, 2]
     assert Encoder(model, SimpleTokenizer(), workers, None).labelled(data.test).labels.tolist() == [0, 3, 1, 2]
+
+
+def test_class_names_of_clip_benchmark_are_found_one_level_up_and_the_test_split_below(tmp_path: Path) -> None:
+    root = class_shards(tmp_path / "x", [b"0", b"3"])
+    for split in ("test", "train"):
+        (root / split).mkdir()
+    write_tar(root / "train" / "0.tar", [("0.png", picture(1)), ("0.cls", b"2")])
+    (root / "part-0.tar").rename(root / "test" / "0.tar")
+    for place in ("x", "x/test"):
+        data = open_sets({"x": {"shards": str(tmp_path / place), "train": str(root)}}, train=True)["x"]
+        assert data.classes == CLASSES and read_all(data) == [0, 3] and data.train.read(0).captions == ["2"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
+def test_class_names_in_another_encoding_are_one_line(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "names.txt").write_text("café\nbar\n", encoding=encoding)
+    given = {"folder": str(class_folders(tmp_path / "x")), "classes": str(tmp_path / "names.txt")}
+    with pytest.raises(UserError, match=r"^sets.x.classes=.*names.txt is not UTF-8 text, but perhaps "
+                                        rf"{'CP1252' if encoding == 'cp1252' else 'UTF-16'}; save it as UTF-8: iconv"):
+        open_sets({"x": given})
 
 
 def test_a_data_set_of_torchvisions_keeps_its_pixels_and_names(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Pictures by path, without captions."""
+"""Files by path: pictures without captions, and lists of lines."""
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -9,6 +9,8 @@ from PIL import Image
 from clipx.data.sample import MOST_PICTURE, Sample, check_bytes
 from clipx.data.shards import patiently
 from clipx.data.tar import DataError
+
+CLUTTER = {"@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 
 
 class Files:
@@ -34,11 +36,45 @@ def find_pictures(where: str) -> list[Path]:
     """
     Image.init()
     known = set(Image.registered_extensions())
-    root = Path(where)
+    root = Path(where).expanduser()
     if root.is_file():
         return [root]
-    found = root.rglob("*") if root.is_dir() else map(Path, glob.glob(where, recursive=True))
+    found = below(root) if root.is_dir() else map(Path, glob.glob(str(root), recursive=True))
     pictures = sorted(path for path in found if path.is_file() and path.suffix.lower() in known)
     if not pictures:
         raise DataError(f"images={where}: no picture is there; expected a file, a directory, or a pattern: 'DIR/*.jpg'")
     return pictures
+
+
+def below(root: Path) -> Iterator[Path]:
+    """All paths below a directory but those that a file manager, a NAS or a notebook has left there."""
+    for path in root.rglob("*"):
+        if not any(map(is_clutter, path.relative_to(root).parts)):
+            yield path
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or directory of that name is hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in CLUTTER
+
+
+def read_lines(path: Path, key: str) -> list[str]:
+    """The lines of a file that are not blank.
+
+    Args:
+        path: the file.
+        key: the config's, for the error.
+
+    Raises:
+        DataError: it is not UTF-8 text.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+        if "\0" not in text:
+            return [line.strip() for line in text.split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        pass
+    encoding = "UTF-16" if b"\0" in content else "CP1252"
+    raise DataError(f"{key}={path} is not UTF-8 text, but perhaps {encoding}; save it as UTF-8: "
+                    f"iconv -f {encoding} -t UTF-8 {path} > NEW")

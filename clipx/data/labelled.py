@@ -6,6 +6,7 @@ The caption of a sample is the number of its class; so workers, ranks, bounds an
 import difflib
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,10 +22,13 @@ from typing_extensions import TypedDict
 
 from clipx.data.cache import Cache
 from clipx.data.catalogue import Catalogue, open_all
+from clipx.data.files import below, is_clutter, read_lines
 from clipx.data.images import BROKEN, check_size, to_rgb
 from clipx.data.sample import DECODED, MOST_PICTURE, BadSample, Sample, Source, check_bytes
 from clipx.data.shards import SCHEME, Shards, expand, in_directory, patiently
 from clipx.data.tar import DataError
+
+logger = logging.getLogger("clipx")
 
 PICTURE_FILES = {ending for ending, format in Image.registered_extensions().items() if format in DECODED}
 INDEX_DIR = Path("~/.cache/clipx")
@@ -195,8 +199,9 @@ class ClassFolders:
 def open_folders(key: str, which: Which, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
     """A directory of class directories."""
     root = Path(which["folder"]).expanduser()
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    files = [(path, number) for number, folder in enumerate(folders) for path in sorted(folder.rglob("*"))
+    there = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    folders = sorted(path for path in there if not is_clutter(path.name))
+    files = [(path, number) for number, folder in enumerate(folders) for path in sorted(below(folder))
              if path.suffix.lower() in PICTURE_FILES and path.is_file()]
     if not files:
         raise ValueError(f"{key}.{kind}={root} has no directories of pictures, one a class, such as {root}/cat/1.jpg")
@@ -204,6 +209,9 @@ def open_folders(key: str, which: Which, kind: str, names: list[str] | None) -> 
         raise ValueError(f"{key}.classes={which['classes']} has {len(names)} names, and {root} {len(folders)} classes; "
                          "give one name a line, in the order of the directories' names")
     classes = names or [plain(folder.name) for folder in folders]
+    if empty := [folder.name for number, folder in enumerate(folders) if number not in {label for _, label in files}]:
+        logger.warning("%s.%s=%s: %d of %d classes have no pictures, but are among those to choose from: %s", key, kind,
+                       root, len(empty), len(folders), ", ".join(empty))
     return ClassFolders(root, files, classes), classes
 
 
@@ -240,16 +248,24 @@ def open_class_shards(key: str, which: Which, kind: str, names: list[str] | None
     """A directory of tars, or tars by name, on this machine."""
     place = which["shards"]
     root = Path(place).expanduser()
-    tars = in_directory(root) if root.is_dir() else expand(place, f"{key}.{kind}")
+    split = root / ("train" if kind == "train" else "test")         # of CLIP_benchmark's
+    tars = (in_directory(root) or in_directory(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
     if not tars or any(SCHEME.match(str(tar)) for tar in tars):
         raise ValueError(f"{key}.{kind}={place}: expected tars of this machine; copy remote ones first")
-    listing = tars[0].with_name("classnames.txt")
-    if not (names or listing.is_file()):
-        raise ValueError(f"{key}.classes has no value, and there is no {listing}; give classes=FILE, one name a line")
-    classes = names or read_names(str(listing), f"{key}.classes")
+    classes = names or beside_shards(tars[0].parent, f"{key}.classes")
     index_dir = INDEX_DIR.expanduser()
     cache = Cache(index_dir / "shards", 0, index_dir)           # stays empty
     return ClassShards(open_all(tars, cache), None, index_dir, cache, classes), classes
+
+
+def beside_shards(directory: Path, key: str) -> list[str]:
+    """The class names in classnames.txt beside the tars or, as CLIP_benchmark writes it, one level up."""
+    listings = [place / "classnames.txt" for place in (directory, directory.absolute().parent)]
+    listing = next(filter(Path.is_file, listings), None)
+    if listing is None:
+        raise ValueError(f"{key} has no value, and there is no {listings[0]}, nor one above; give classes=FILE, one "
+                         "name a line")
+    return read_lines(listing, key)
 
 
 # ---------------------------------------------------------------- names
@@ -262,7 +278,7 @@ def read_names(place: str, key: str) -> list[str]:
     path = Path(place).expanduser()
     if not path.is_file():
         raise ValueError(f"{key}={place}: there is no such file; it holds the class names, one a line, or is imagenet")
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return read_lines(path, key)
 
 
 def plain(name: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from clipx.data.emoji import THINGS
+from clipx.data.files import read_lines
 from clipx.errors import UserError
 from clipx.evals.features import EncodeTexts, Features
 from clipx.evals.retrieval import ranks, recalls
@@ -28,10 +29,10 @@ def naming(
         i2t_r1, ..., t2i_r10 and medians; and as ``shuffled_...`` what the same features give when the pictures
         are dealt out to the names at random: chance.
     """
-    file = Path(names) if names else THINGS
+    file = Path(names).expanduser() if names else THINGS
     if not file.is_file():
         raise UserError(f"evals.naming.names={names}: there is no such file; it holds all names, one a line")
-    candidates = file.read_text(encoding="utf-8").splitlines()
+    candidates = read_lines(file, "evals.naming.names")
     number = {name: place for place, name in enumerate(candidates)}
     own = [val.captions[place] for place in val.first.tolist()]
     unknown = set(own) - number.keys()
