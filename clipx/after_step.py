@@ -193,6 +193,7 @@ class AfterStep:
     def run_evaluation(self, state: State) -> list[str]:
         """Score the model; names it ``best`` where nothing before was better."""
         numbers = self.evaluate(state.model, state.step, self.log)
+        self.log.skipped([{"samples": state.samples, **record} for record in self.evaluate.skipped])
         self.last_evaluated = state.step
         if numbers:
             self.log.scalars(numbers, state.step, state.samples)

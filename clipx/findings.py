@@ -15,7 +15,7 @@ from clipx.build import build
 from clipx.config import Train
 from clipx.data.loader import Chunk, EvalReader, TrainReader, copied_ahead, train_ranges
 from clipx.data.mix import Chain
-from clipx.data.sample import Data, Source, Subset
+from clipx.data.sample import Data, Source, Subset, hint
 from clipx.data.shards import Shards
 from clipx.duration import Every
 from clipx.errors import UserError
@@ -210,7 +210,9 @@ def check_evals(config: Train, data: Data, reader: Callable[[Source], EvalReader
     evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
     labelled = {key: one.sets for key, one in evals.items() if isinstance(one, OnLabelled)}
     if len(labelled) < len(evals) and not data.vals:
-        yield "odd", "there are no validation pictures, so nothing is scored; data.val=0.02 holds some out"
+        remedy = hint(int(sum(data.train.sizes))) if "val" in config.data else "give each source some"
+        remedy = "data.val_samples=256 makes some" if "val_samples" in config.data else remedy
+        yield "odd", f"there are no validation pictures, so nothing is scored; {remedy}"
     vals = dict(data.vals) if len(labelled) < len(evals) else {}
     vals |= {f"{key}@{name}": found.test for key, sets in labelled.items() for name, found in sets.items()}
     for name, source in vals.items():

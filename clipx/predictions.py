@@ -59,9 +59,12 @@ def encode_pictures(
     processes = pick_workers(workers) if len(paths) > CHUNK else 0
     kept, features, bad = [], [torch.empty(0, model.visual.embed)], {}
     for chunk in read(reader, cut(range(len(paths)), CHUNK), processes, pin=place.type == "cuda"):
-        features.append(model.encode_image(normalise(chunk.images.to(place)), True).cpu())
+        if len(chunk):
+            features.append(model.encode_image(normalise(chunk.images.to(place)), True).cpu())
         kept += [paths[sample] for sample in chunk.samples.tolist()]
         bad.update({record.place: record.reason for record in chunk.skipped})
+    if not kept:
+        raise UserError(f"images={images}: no picture can be read, such as {next(iter(bad))}: {bad[next(iter(bad))]}")
     return Found(model, tokenizer, kept, torch.cat(features), bad)
 
 

@@ -119,7 +119,8 @@ def sources_of(config: Evaluate) -> dict[str, Source]:
                         "data=coco|folder|shards|... data.root=DIR, or choose others: evals=[zero_shot]")
     data: Data = build(config.data, "data", config.trust)
     option, root = config.choices.get("data", "data"), config.data.get("root") or config.data.get("val_shards")
-    name = plain(Path(str(root)).name) if option in ("shards", "folder") and root else option
+    name = plain(Path(os.path.abspath(str(root))).name) if option in ("shards", "folder") and root else ""
+    name = name or option
     if config.split == "train":
         return {name: data.train}
     if not data.vals:

@@ -57,8 +57,30 @@ def quoted(word: str, sweep: bool) -> str:
     key, equals, value = word.partition("=")
     if not equals or fits_grammar(word, sweep):
         return word
-    parts = value.split(",") if sweep else [value]
-    return f"{key}=" + ",".join(part if fits_grammar(f"{key}={part}", sweep) else quote(part) for part in parts)
+    return f"{key}=" + ",".join(quoted_value(key, part, sweep) for part in (parts_of(value) if sweep else [value]))
+
+
+def quoted_value(key: str, value: str, sweep: bool) -> str:
+    """A value, quoted as a whole or, of a list, in those of its parts that Hydra's grammar rejects."""
+    if fits_grammar(f"{key}={value}", sweep):
+        return value
+    if value.startswith("[") and value.endswith("]"):
+        listed = f"[{','.join(quoted_value(key, part, sweep=False) for part in parts_of(value[1:-1]))}]"
+        if fits_grammar(f"{key}={listed}", sweep):
+            return listed
+    return quote(value)
+
+
+def parts_of(value: str) -> list[str]:
+    """A value, cut at the commas that are not within brackets or braces."""
+    parts, depth = [""], 0
+    for letter in value:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts if depth == 0 else value.split(",")
 
 
 def fits_grammar(word: str, sweep: bool) -> bool:

@@ -147,7 +147,7 @@ def test_shards_that_are_broken_are_told(check: Check, make_shards: Callable[...
     first.write_bytes(first.read_bytes()[:-24_000])
     told, code = check("data=shards", f"data.root={root}", "data.val=0", *FEW)
     assert code == 0 and "odd   data      " in told and "samples are lost with the ends of part-000.tar; fetch" in told
-    assert "odd   evals     there are no validation pictures, so nothing is scored; data.val=0.02 holds some" in told
+    assert "odd   evals     there are no validation pictures, so nothing is scored; data.val=0.5 holds out 7" in told
 
 
 def test_a_cache_too_small_for_remote_shards_is_told(
@@ -182,6 +182,16 @@ def test_bad_samples_are_counted_by_their_reasons(check: Check, tmp_path: Path) 
     assert code == 1 and "WRONG samples   64 samples in a row are bad" in told and "ok    disk" in told
 
 
+def test_where_nothing_is_held_out_a_share_is_named_that_holds_something_out(
+    check: Check, make_shards: Callable[..., Path]
+) -> None:
+    told, code = check("data=shards", f"data.root={make_shards(20)}", *FEW)
+    assert code == 0 and "val=0.02 of 20 pictures is none, so nothing is validated; data.val=0.5 holds out 10" in told
+    assert "there are no validation pictures, so nothing is scored; data.val=0.5 holds out 10" in told
+    told, _ = check("data=dummy", "data.samples=20", "data.val_samples=0", *FEW)
+    assert "nothing is scored; data.val_samples=256 makes some" in told
+
+
 def test_captions_that_are_all_the_same_are_told(check: Check, tmp_path: Path) -> None:
     members = [member for n in range(20) for member in ((f"{n}.png", picture(n)), (f"{n}.txt", "导盲犬 $x".encode()))]
     write_tar(tmp_path / "same" / "train" / "a.tar", members)
@@ -190,10 +200,11 @@ def test_captions_that_are_all_the_same_are_told(check: Check, tmp_path: Path) -
     told, code = check(*given)
     assert code == 0 and "odd   samples   of the first 20 captions only 1 differ; with loss.same=mask" in told
     assert "odd   evals     1 of the first 32 are left out, such as a.tar/0: does not decode: it is no picture" in told
+    assert "captions only" not in check(*given, "loss.same=mask")[0]
     write_tar(tmp_path / "same" / "val" / "a.tar", [])
     told, code = check(*given)
-    assert code == 1 and "WRONG evals     0 pictures to validate; give others (data.val=..., data.val_shards" in told
-    assert "captions only" not in check(*given, "loss.same=mask")[0]
+    assert code == 1 and "WRONG data " in told
+    assert "the 0 shards after it, which validate, hold no samples; give others (data.val_shards=...)" in told
 
 
 def test_a_run_that_stands_there_is_told_and_left_as_it_is(

@@ -162,6 +162,13 @@ def test_in_a_sweep_a_comma_parts_values_and_each_is_quoted_where_it_must_be() -
     ]
 
 
+@pytest.mark.parametrize("sweep", [False, True])
+def test_in_a_list_each_value_is_quoted_where_it_must_be(sweep: bool) -> None:
+    (word,) = words.legal(["data.shards=[s/{00000..00001}.tar,b/{x,y}.tar,c.tar]"], sweep)
+    override = OverridesParser.create().parse_override(word)
+    assert override.value() == ["s/{00000..00001}.tar", "b/{x,y}.tar", "c.tar"] and not override.is_sweep_override()
+
+
 def test_the_value_of_an_option_is_no_override() -> None:
     assert words.legal(["--config-dir", "/a=b"], sweep=False) == ["--config-dir", "/a=b"]
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture, write_tar
+from conftest import FEW, in_process, picture, summary, write_tar
 
+from clipx.data import shards as shards_room
 from clipx.data.captions import read_captions
 from clipx.data.dummy import open_dummy
 from clipx.data.emoji import THINGS, open_emoji
@@ -61,12 +62,62 @@ def test_a_directory_with_train_and_val_uses_both(make_shards: Callable[..., Pat
     assert data.train.locate(2) == "part-000.tar/00002"
 
 
+@pytest.mark.parametrize("name", ["validation", "valid", "dev", "test"])
+def test_validation_shards_are_found_under_their_other_names_and_the_log_says_where(
+    name: str, make_shards: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="clipx")
+    root = make_shards(4, folder="set/train").parent
+    make_shards(3, folder=f"set/{name}")
+    data = open_shards(str(root))
+    assert list(data.train.sizes) == [4] and list(data.val.sizes) == [3]
+    assert f"validation pictures are those of {root / name}" in caplog.text
+    make_shards(2, folder="set/val")
+    assert list(open_shards(str(root)).val.sizes) == [2]
+
+
+def test_validation_shards_do_not_train_and_the_log_says_so(
+    make_shards: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="clipx")
+    root = make_shards(4, 2, 3)
+    data = open_shards(shards=f"{root}/*.tar", val_shards=f"{root}/../shards/part-001.tar")
+    assert list(data.train.sizes) == [4, 3] and list(data.val.sizes) == [2]
+    assert "1 of 3 shards are validation shards and left out of training" in caplog.text
+    with pytest.raises(ValueError, match="^all 3 training shards, such as .*part-000.tar, are validation shards"):
+        open_shards(str(root), val=str(root))
+
+
 def test_globs_and_brace_lists_stand_in_for_a_directory(make_shards: Callable[..., Path]) -> None:
     root = make_shards(4, 2, 3)
     brace = open_shards(shards=f"{root}/part-{{000..001}}.tar", val_shards=f"{root}/part-002.tar")
     assert list(brace.train.sizes) == [4, 2] and list(brace.val.sizes) == [3]
     several = open_shards(shards=[f"{root}/part-00[01].tar", f"{root}/part-002.tar"], val=0)
     assert list(several.train.sizes) == [4, 2, 3] and several.val is None
+
+
+def test_a_list_of_patterns_has_its_braces_expanded_each(make_shards: Callable[..., Path]) -> None:
+    root = make_shards(4, 2, 3)
+    data = open_shards(shards=[f"{root}/part-{{000..001}}.tar", f"{root}/part-00[2].tar"], val=0)
+    assert list(data.train.sizes) == [4, 2, 3]
+
+
+def test_many_shards_are_read_where_few_files_may_be_open(make_shards: Callable[..., Path], tmp_path: Path) -> None:
+    root = make_shards(*[1] * 150)
+    code = ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
+            "from clipx.data.shards import open_shards\n"
+            f"data = open_shards({str(root)!r}, val=0.1)\n"
+            "for source in (data.train, data.val):\n"
+            "    for sample in range(int(sum(source.sizes))):\n"
+            "        source.read(sample)\n")
+    assert in_process("-c", code, cwd=tmp_path).stderr == ""
+
+
+def test_a_low_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [[256, 100_000]]
+    monkeypatch.setattr(shards_room.resource, "getrlimit", lambda _: tuple(limits[-1]))
+    monkeypatch.setattr(shards_room.resource, "setrlimit", lambda _, new: limits.append(new))
+    assert shards_room.most_open() == shards_room.OPEN_SHARDS and limits[-1] == (4096, 100_000)
 
 
 def test_a_file_name_with_braces_is_taken_as_it_is(make_shards: Callable[..., Path]) -> None:
@@ -226,11 +277,28 @@ def test_the_validation_of_a_folder_may_be_another_folder(tmp_path: Path) -> Non
         open_folder(str(train), val=str(val))
 
 
+def test_a_folder_may_have_train_and_validation_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="clipx")
+    make_folder(tmp_path / "set/train", "a.png\tone\nb b.png\ttwo\n")
+    make_folder(tmp_path / "set/dev", "a.png\tone\n")
+    data = open_folder(str(tmp_path / "set"))
+    assert list(data.train.sizes) == [2] and list(data.val.sizes) == [1]
+    assert f"validation pictures are those of {tmp_path / 'set/dev'}" in caplog.text
+    with pytest.raises(ValueError, match="^val=.* is what trains; give another directory"):
+        open_folder(str(tmp_path / "set/train"), val=str(tmp_path / "set/dev/../train"))
+
+
 def test_dummy_pictures_are_the_same_each_time_and_differ_from_those_held_out() -> None:
     a, b = open_dummy(), open_dummy()
     assert a.train.read(7) == b.train.read(7) != a.val.read(7)
     captions = {a.train.read(number).captions[0] for number in range(400)}
     assert len(captions) > 80 and "a red circle in the upper left" in captions
+
+
+def test_a_run_on_dummy_pictures_needs_none_to_validate(train: Callable[..., None], tmp_path: Path) -> None:
+    train(*FEW, "data.val_samples=0", "max_steps=1", "eval_every=1", "name=x")
+    assert summary(tmp_path / "outputs/x")["step"] == 1
+    assert open_dummy(val_samples=0).val is None
 
 
 def test_the_embedded_pictures_are_whole() -> None:

@@ -187,6 +187,15 @@ def test_all_pictures_can_be_scored_and_each_set_of_a_mix_goes_by_its_name(
     )
 
 
+def test_data_in_the_current_directory_go_by_its_name(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(20):
+        (tmp_path / f"images/{number}.png").write_bytes(picture(number))
+    (tmp_path / "captions.txt").write_text("".join(f"{number}.png\tthing {number}\n" for number in range(20)))
+    told = evaluate("run=outputs/x", "data=folder", "data.root=.", "data.val=0.5", "workers=0")
+    assert f"retrieval@{tmp_path.name}" in told and tmp_path.name in metrics(run)["checkpoints/clip_best.pt"]
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [

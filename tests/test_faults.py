@@ -27,6 +27,7 @@ from clipx.data.loader import TRIES, Chunk, TrainReader, read, train_ranges
 from clipx.data.plan import Plan
 from clipx.data.shards import open_shards
 from clipx.data.tar import DataError
+from clipx.evals import encoder as encoder_room
 from clipx.tokenizer import SimpleTokenizer
 
 TOKENIZER = SimpleTokenizer()
@@ -409,6 +410,37 @@ def test_nothing_but_bad_samples_is_an_error_within_seconds(tmp_path: Path, work
     write(tmp_path / "a.tar", samples)
     with pytest.raises(DataError, match=f"^{TRIES} samples in a row are bad, the last of them a.tar/"):
         two_epochs(reader_of(tmp_path), workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_validation_pictures_that_are_bad_by_the_chunk_are_counted_and_listed(
+    tmp_path: Path, train: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    workers: int,
+) -> None:
+    monkeypatch.setattr(encoder_room, "ON_CPU", 8)
+    write(tmp_path / "data/train/a.tar", members())
+    held = members(17)
+    for key in list(held)[8:]:
+        spoil(key, "jpg", b"broken")(held)
+    write(tmp_path / "data/val/a.tar", held)
+    train("data=shards", "data.root=data", "model=tiny", "batch_size=8", "max_steps=2", "eval_every=1", "name=x",
+          f"workers={workers}", "device=cpu")
+    run = tmp_path / "outputs/x"
+    assert "validation: 9 pictures are left out, such as a.tar/008: does not decode" in caplog.text
+    rows = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["set"], row["place"]) for row in rows] == [("validation", f"a.tar/{n:03d}") for n in range(8, 17)]
+    scored = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "val/loss" in row]
+    assert len(scored) == 2 and all(row["val/retrieval/skipped"] == 9 for row in scored)
+
+
+def test_only_a_validation_set_without_any_usable_picture_is_an_error(
+    tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    write(tmp_path / "data/train/a.tar", members())
+    write_tar(tmp_path / "data/val/a.tar", [(f"{number}.jpg", b"broken") for number in range(9)])
+    assert fails("data=shards", "data.root=data", "model=tiny", "batch_size=8", "max_steps=1", "device=cpu",
+                 "workers=0").startswith("none of the 9 pictures to score can be used, such as a.tar/0: ")
+
 
 
 def test_bad_samples_are_bounded_by_max_skipped(

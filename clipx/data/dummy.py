@@ -68,8 +68,8 @@ def open_dummy(
 
     Args:
         samples: for training.
-        val_samples: for validation; other pictures.
+        val_samples: for validation; other pictures.  0: none.
         size: side of a picture, pixels.
         how: as in ``Data``.
     """
-    return Data(Dummy(samples, size, seed=0), Dummy(val_samples, size, seed=1), **how)
+    return Data(Dummy(samples, size, seed=0), Dummy(val_samples, size, seed=1) if val_samples else None, **how)

@@ -1,5 +1,6 @@
 """A folder of pictures as a source: images/ and captions.txt, as they are."""
 
+import logging
 from hashlib import blake2b
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import numpy as np
 from typing_extensions import Unpack
 
 from clipx.data.captions import checked
-from clipx.data.sample import MOST_PICTURE, BadSample, Data, How, Sample, check_bytes, hold_out
+from clipx.data.sample import MOST_PICTURE, VALIDATION, BadSample, Data, How, Sample, check_bytes, hold_out
 from clipx.data.shards import patiently
 from clipx.data.tar import DataError
+
+logger = logging.getLogger("clipx")
 
 LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
 
@@ -80,14 +83,27 @@ def open_folder(
     """A folder of pictures, and its validation set.
 
     Args:
-        root: has images/ and captions.txt.
-        val: the share of the pictures held out for validation, or another directory of the same layout.
+        root: has images/ and captions.txt; or train/ with these, and maybe val/ (or another name in ``VALIDATION``).
+        val: another directory of the same layout for validation; or, where none is beside train/, the share of the
+            pictures held out.
         how: as in ``Data``.
 
     Raises:
-        ValueError: a directory has not that layout.
+        ValueError: a directory has not that layout, or training and validation are the same.
         DataError: a line of captions.txt is no caption.
     """
-    source = Folder(Path(root))
-    split = (source, Folder(Path(val), "val")) if isinstance(val, str) else hold_out(source, val)
-    return Data(*split, **how)
+    place = Path(root)
+    source = Folder(place / "train" if has_listing(place / "train") and not has_listing(place) else place)
+    beside = next((place / name for name in VALIDATION if has_listing(place / name)), None)
+    if isinstance(val, str):
+        if Path(val).resolve() == source.images.parent.resolve():
+            raise ValueError(f"val={val} is what trains; give another directory, or a share of the pictures: val=0.02")
+        return Data(source, Folder(Path(val), "val"), **how)
+    if beside:
+        logger.info("validation pictures are those of %s", beside)
+        return Data(source, Folder(beside), **how)
+    return Data(*hold_out(source, val), **how)
+
+
+def has_listing(directory: Path) -> bool:
+    return (directory / "captions.txt").is_file()

@@ -84,12 +84,12 @@ class Reader(Dataset):
         lengths = tokens.argmax(dim=-1) + 1
         return Chunk(
             images=images.permute(0, 3, 1, 2),
-            tokens=tokens[:, : int(lengths.max())].contiguous(),
+            tokens=tokens[:, : int(lengths.max()) if flat else 0].contiguous(),
             lengths=lengths,
             captions=flat,
-            owners=torch.repeat_interleave(torch.tensor([len(several) for several in captions])),
+            owners=torch.repeat_interleave(torch.tensor([len(several) for several in captions], dtype=torch.int64)),
             position=positions.start,
-            samples=torch.tensor(samples),
+            samples=torch.tensor(samples, dtype=torch.int64),
             ids=None if pictures is None else torch.tensor([*zip(pictures, map(signed_hash, flat), strict=True)]),
             skipped=skipped,
         )
@@ -151,6 +151,8 @@ def signed_hash(what: bytes | str) -> int:
 class EvalReader(Reader):
     """Chunks for evaluation: in the source's order, the middle of each picture, all of its captions.
 
+    What is bad is left out, so a chunk may be empty.
+
     Args:
         source: the samples.
         size: side of a picture, pixels.
@@ -173,8 +175,6 @@ class EvalReader(Reader):
                 continue
             captions.append(sample.captions)
             samples.append(position)
-        if not samples:
-            raise DataError(f"{skipped[0].place} to {skipped[-1].place}: no picture can be used: {skipped[0].reason}")
         return self.pack(positions, images[: len(samples)], captions, samples, skipped)
 
 

@@ -1,5 +1,6 @@
 """What a source of data is: samples by number, whatever they are kept in."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -13,7 +14,11 @@ from tqdm import tqdm
 
 from clipx.data.plan import MixPlan, Plan
 
+logger = logging.getLogger("clipx")
+
+VALIDATION = ("val", "validation", "valid", "dev", "test")      # directories beside train/, the first that is there
 MOST_HELD_OUT = 5000        # pictures; more tell nothing more
+SHARES = (0.02, 0.1, 0.2, 0.5)      # to hold out, the more the fewer pictures there are
 LARGE = 1_000_000           # samples of a source for which it is kept which of them are held out
 LEAST_BAD = 10              # bad samples that never end a run
 MOST_PICTURE = 256 << 20    # bytes of a picture's file: the most pixels that are decoded take no more as they are
@@ -157,6 +162,8 @@ def hold_out(source: Keyed, share: float, kept: Path | None = None) -> tuple[Sou
     samples = sum(source.sizes)
     count = min(round(share * samples), MOST_HELD_OUT)
     if count == 0:
+        if share:
+            logger.warning("val=%s of %d pictures is none, so nothing is validated; %s", share, samples, hint(samples))
         return source, None
     file = kept / f"held-{blake2b(f'{source.id} {count}'.encode(), digest_size=8).hexdigest()}.npy" if kept else None
     ids = chosen_before(file, count) if file and samples >= LARGE else None
@@ -166,6 +173,12 @@ def hold_out(source: Keyed, share: float, kept: Path | None = None) -> tuple[Sou
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(file, ids)
     return Subset(source, ids, without=True), Subset(source, ids)
+
+
+def hint(samples: int) -> str:
+    """The share to hold out of so many pictures that leaves enough to score."""
+    share = next((share for share in SHARES if share * samples >= 10), SHARES[-1])
+    return f"data.val={share} holds out {round(share * samples):,}"
 
 
 def chosen_before(file: Path, count: int) -> np.ndarray | None:

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+import resource
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from clipx.data.captions import MOST_WORDS, read_captions
 from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.index import KEY, find_index, read_table
 from clipx.data.mix import Chain
-from clipx.data.sample import MOST_PICTURE, BadSample, Data, How, Sample, Source, check_bytes, hold_out
+from clipx.data.sample import MOST_PICTURE, VALIDATION, BadSample, Data, How, Sample, Source, check_bytes, hold_out
 from clipx.data.stores import PIPE, matches_of, persist
 from clipx.data.tar import DataError
 
@@ -31,7 +32,8 @@ logger = logging.getLogger("clipx")
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 WORDS = ("txt", "json")
-OPEN_SHARDS = 256           # that a process keeps open, with two file descriptors each
+OPEN_SHARDS = 256           # that a source keeps open at most, with two file descriptors each
+OPEN_FILES = 4096           # of a process, where the system lets it raise its limit so far
 WAITS = (0.2, 1.0, 3.0)     # seconds before a read that failed is tried again
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://")
 
@@ -52,7 +54,7 @@ class Shards:
         self.catalogue, self.caption_key, self.index_dir, self.cache = catalogue, caption_key, index_dir, cache
         self.sizes, self.id = catalogue.rows["samples"], catalogue.id
         self.ends = np.cumsum(self.sizes)
-        self.open = lru_cache(OPEN_SHARDS)(self.open)
+        self.open = lru_cache(most_open())(self.open)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.catalogue, self.caption_key, self.index_dir, self.cache)
@@ -103,6 +105,18 @@ class Shards:
         check_bytes("its picture", picture[1], MOST_PICTURE)
         captions = self.captions({kind: tar.read(*members[kind])} if kind else {})
         return Sample(row[KEY].decode("utf-8", "replace"), tar.read(*picture), captions)
+
+
+def most_open() -> int:
+    """How many shards a source may keep open: an eighth of the files that this process may open, for there are others.
+
+    The soft limit is raised first, as far as the hard one lets it: macOS has 256, Linux mostly 1,024.
+    """
+    soft, hard = (OPEN_FILES if limit == resource.RLIM_INFINITY else limit for limit in
+                  resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < (most := min(hard, OPEN_FILES)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return max(1, min(OPEN_SHARDS, max(soft, most) // 8))
 
 
 class OpenShard:
@@ -212,9 +226,9 @@ def open_shards(
     """Training and validation shards, indexed.
 
     Args:
-        root: directory with train/*.tar and val/*.tar, or with *.tar.
+        root: directory with train/*.tar and val/*.tar (or another name in ``VALIDATION``), or with *.tar.
         shards: in place of ``root``: files, URLs, globs or brace lists, one or several.
-        val_shards: likewise, for validation.
+        val_shards: likewise, for validation; those of them that ``shards`` names too do not train.
         val: where there are no validation shards, the share of the pictures held out, or a directory of shards.
         caption_key: the key of ``.json`` that holds the captions; None for ``.txt``, else json's ``caption``.
         index_dir: where an index goes that cannot stand beside its shard.
@@ -245,10 +259,14 @@ def open_shards(
             f"val={val} would take pictures out of all shards, and these are remote; give data.val_shards=URL, "
             "or data.val=0 for none"
         )
+    train = not_validating(train, held)
     copies = Cache(Path(cache).expanduser(), int(1e9 * cache_gb), Path(index_dir).expanduser())
     source = open_source(train, caption_key, copies)
     if held:
         split = source, open_source(held, caption_key, copies)
+        if not sum(split[1].sizes):
+            raise DataError(f"{held[0]} and the {len(held) - 1} shards after it, which validate, hold no samples; give "
+                            "others (data.val_shards=...), or leave them out")
         copies.keep([split[1].remote(number) for number in split[1].catalogue.urls])
     else:
         split = hold_out(source, val, copies.index_dir)
@@ -337,7 +355,27 @@ def in_root(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:
         elif made_by:
             remedy = f"make its shards with: python -m clipx.prepare source={made_by} src=DIR out={root}"
         raise ValueError(f"root={root} {reason}; {remedy}")
-    return train, in_directory(root / "val")
+    for directory in (root / name for name in VALIDATION):
+        if held := in_directory(directory):
+            logger.info("validation pictures are those of %s", directory)
+            return train, held
+    return train, []
+
+
+def not_validating(train: list[Path | str], held: list[Path | str]) -> list[Path | str]:
+    """The training shards without those that are validation shards, too.
+
+    Raises:
+        ValueError: nothing is left to train on.
+    """
+    validating = {shard if isinstance(shard, str) else shard.resolve() for shard in held}
+    kept = [shard for shard in train if (shard if isinstance(shard, str) else shard.resolve()) not in validating]
+    if not kept:
+        raise ValueError(f"all {len(train):,} training shards, such as {train[0]}, are validation shards; give others")
+    if len(kept) < len(train):
+        both = len(train) - len(kept)
+        logger.info("%d of %d shards are validation shards and left out of training", both, len(train))
+    return kept
 
 
 def in_directory(directory: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from clipx.evals.features import Features, LabelledFeatures, encode, encode_labe
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
+FORMAT = 2          # of the files with features
 ON_CPU = 64         # pictures that go forward at once there: more take memory and save little time
 
 Kind = TypeVar("Kind", Features, LabelledFeatures)
@@ -83,8 +84,9 @@ class Encoder:
         ramp = torch.linspace(-1, 1, 3 * size * size, device=self.device).view(1, 3, size, size)
         with torch.no_grad():
             probe = torch.cat([model.encode_image(ramp, True), model.encode_text(tokens.to(self.device), True)])
-        told = [checkpoint.checksum(model.state_dict()), tokens.tolist(), probe.cpu().numpy().round(3).tolist(), size,
-                self.amp, *gather_lists([digest(source, sample) for sample in part(range(int(sum(source.sizes))))])]
+        told = [FORMAT, checkpoint.checksum(model.state_dict()), tokens.tolist(),
+                probe.cpu().numpy().round(3).tolist(), size, self.amp,
+                *gather_lists([digest(source, sample) for sample in part(range(int(sum(source.sizes))))])]
         return gather_lists([blake2b(str(told).encode(), digest_size=16).hexdigest()])[0]
 
 

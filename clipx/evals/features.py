@@ -11,7 +11,8 @@ from torch import Tensor
 from clipx.data.images import Normalise
 from clipx.data.loader import Chunk
 from clipx.data.sample import Source
-from clipx.distributed import all_sum, gather, gather_lists, gather_rows, part, rank
+from clipx.data.tar import DataError
+from clipx.distributed import gather, gather_lists, gather_rows, part, rank
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
@@ -19,6 +20,7 @@ KEPT = 64           # pictures kept for showing
 TILE = 1024         # queries of the loss at once
 
 EncodeTexts = Callable[[list[str]], Tensor]
+Skip = tuple[str, str]      # file and key of a picture, and why it could not be read
 Scores = dict[str, Any]     # numbers by name; a figure (of matplotlib) where a name's value is none
 
 
@@ -31,7 +33,7 @@ class Features:
     owners: Tensor          # (M,) the picture of each caption
     captions: list[str]     # M
     shown: Tensor           # (min(N, 64), 3, S, S) uint8, the first pictures
-    skipped: int            # pictures that could not be read
+    skipped: list[Skip]     # pictures that could not be read
 
     @property
     def first(self) -> Tensor:
@@ -47,7 +49,7 @@ class LabelledFeatures:
     hidden: Tensor          # (N, D) what the projection into the joint space is given
     labels: Tensor          # (N,) int64
     samples: Tensor         # (N,) int64, ids in the source
-    skipped: list[str]      # file, key and reason of each picture that could not be read
+    skipped: list[Skip]     # pictures that could not be read
 
 
 EncodeImages = Callable[[Source], LabelledFeatures]
@@ -73,31 +75,52 @@ def encode(model: CLIP, chunks: Iterator[Chunk], device: torch.device, amp: torc
         chunks: of an EvalReader, this rank's share.
         device: the model's.
         amp: autocast's type, or None for float32.
+
+    Raises:
+        DataError: no picture can be read.
     """
     training, normalise, size = model.training, Normalise(device), model.visual.size
     model.eval()
     images, texts = ([torch.empty(0, model.visual.embed)] for _ in range(2))        # a rank may have no chunk
     owners, shown = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3, size, size, dtype=torch.uint8)]
-    captions, skipped, count = [], 0, 0
+    captions, skipped, count = [], [], 0
     for chunk in chunks:
+        skipped += reasons(chunk)
+        if not len(chunk):
+            continue
         with torch.autocast(device.type, amp, enabled=amp is not None):
             images.append(model.encode_image(normalise(chunk.images.to(device)), True).cpu())
             texts.append(model.encode_text(chunk.tokens.to(device), True).cpu())
         owners.append(chunk.owners + count)
         captions += chunk.captions
         shown.append(chunk.images[: max(0, KEPT - count)])
-        skipped += len(chunk.skipped)
         count += len(chunk)
     model.train(training)
-    before = gather(torch.tensor([count]))[: rank()].sum()
+    counts, skipped = gather(torch.tensor([count])), gather_lists(skipped)
+    check_any(int(counts.sum()), skipped)
     return Features(
         images=gather_rows(torch.cat(images)),
         texts=gather_rows(torch.cat(texts)),
-        owners=gather_rows(torch.cat(owners) + before),
+        owners=gather_rows(torch.cat(owners) + counts[: rank()].sum()),
         captions=gather_lists(captions),
         shown=gather_rows(torch.cat(shown))[:KEPT],
-        skipped=int(all_sum(torch.tensor(skipped))),
+        skipped=skipped,
     )
+
+
+def reasons(chunk: Chunk) -> list[Skip]:
+    return [(record.place, record.reason) for record in chunk.skipped]
+
+
+def check_any(count: int, skipped: list[Skip]) -> None:
+    """Raise where there is no picture, and some were skipped.
+
+    Raises:
+        DataError: there is none; the first is named.
+    """
+    if skipped and not count:
+        place, reason = skipped[0]
+        raise DataError(f"none of the {len(skipped):,} pictures to score can be used, such as {place}: {reason}")
 
 
 @torch.no_grad()
@@ -114,15 +137,19 @@ def encode_labelled(
     labels, samples, skipped = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)], []
     hook = model.visual.ln_post.register_forward_hook(lambda _layer, _given, x: hidden.append(x.float().cpu()))
     for chunk in chunks:
+        skipped += reasons(chunk)
+        if not len(chunk):
+            continue
         with torch.autocast(device.type, amp, enabled=amp is not None):
             images.append(model.encode_image(normalise(chunk.images.to(device)), True).cpu())
         labels.append(torch.tensor([int(label) for label in chunk.captions]))
         samples.append(chunk.samples)
-        skipped += [f"{record.place}: {record.reason}" for record in chunk.skipped]
     hook.remove()
     model.train(training)
-    return LabelledFeatures(*(gather_rows(torch.cat(rows)) for rows in (images, hidden, labels, samples)),
-                            gather_lists(skipped))
+    found = LabelledFeatures(*(gather_rows(torch.cat(rows)) for rows in (images, hidden, labels, samples)),
+                             gather_lists(skipped))
+    check_any(len(found.images), found.skipped)
+    return found
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from clipx.data.labelled import LabelledSet
 from clipx.data.sample import Source
 from clipx.evals.encoder import Encoder
-from clipx.evals.features import EncodeImages, EncodeTexts, Features, Scores, pair_loss
+from clipx.evals.features import EncodeImages, EncodeTexts, Features, Scores, Skip, pair_loss
 from clipx.log import RunLog, SilentLog
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
@@ -58,20 +58,23 @@ class Validation:
         self.sources, self.tokenizer, self.workers, self.amp, self.cache = sources, tokenizer, workers, amp, cache
         self.with_loss = with_loss
         self.told: set[str] = set()         # ids of data whose missing pictures have been told
+        self.skipped: list[dict[str, str]] = []     # pictures that the last call left out and no call before
 
     def __call__(self, model: CLIP, step: int, log: RunLog | SilentLog) -> dict[str, float]:
         """The numbers by tag, ``val/<eval>/<metric>`` or ``val/<eval>@<data>/<metric>``; pictures go to the log."""
         encoder = Encoder(model, self.tokenizer, self.workers, self.amp, self.cache)
         numbers: dict[str, float] = {}
+        self.skipped = []
         for name, source in self.sources.items() if self.evals else ():
             at = f"@{name}" if name else ""
             val = encoder.pairs(source)
+            self.tell_skipped(name or "validation", source, val.skipped)
             if not name:
                 log.pictures(val, step)
             if self.with_loss:
                 numbers[f"val/loss{at}"] = pair_loss(val, model.logit_scale.exp().item())
             for key, evaluation in self.evals.items():
-                scores = {**evaluation(val, encoder.texts), **({"skipped": val.skipped} if val.skipped else {})}
+                scores = {**evaluation(val, encoder.texts), **({"skipped": len(val.skipped)} if val.skipped else {})}
                 numbers.update({f"val/{key}{at}/{metric}": value for metric, value in scores.items()})
         for key, evaluation in self.labelled.items():
             for name, data in evaluation.sets.items():
@@ -80,13 +83,14 @@ class Validation:
                         numbers[f"val/{key}@{name}/{metric}"] = value
                     else:
                         log.figure(f"val/{key}@{name}/{metric}", value, step)
-                self.tell_skipped(name, data, encoder)
+                for source in filter(None, (data.test, data.train)):
+                    if source.id in encoder.seen:
+                        self.tell_skipped(name, source, encoder.seen[source.id].skipped)
         return numbers
 
-    def tell_skipped(self, name: str, data: LabelledSet, encoder: Encoder) -> None:
+    def tell_skipped(self, name: str, source: Source, skipped: list[Skip]) -> None:
         """Warn, once, of pictures that are missing from the scores."""
-        for source in filter(None, (data.test, data.train)):
-            skipped = encoder.seen[source.id].skipped if source.id in encoder.seen else []
-            if skipped and source.id not in self.told:
-                logger.warning("%s: %d pictures are left out, such as %s", name, len(skipped), skipped[0])
-                self.told.add(source.id)
+        if skipped and source.id not in self.told:
+            logger.warning("%s: %d pictures are left out, such as %s: %s", name, len(skipped), *skipped[0])
+            self.skipped += [{"set": name, "place": place, "reason": reason} for place, reason in skipped]
+            self.told.add(source.id)
