@@ -215,6 +215,41 @@ def test_what_a_source_of_a_mix_has_lost_is_bounded_by_its_own_key(make_shards: 
         open_mix({"a": open_shards(str(root), val=0, max_skipped=0.6, caption="first")}, {"a": 1.0})
 
 
+# ---------------------------------------------------------------- CLIP_benchmark
+
+
+def benchmark_set(root: Path, kind: str) -> Path:
+    """A retrieval set as clip_benchmark.webdataset_builder writes it: a line of .txt a caption."""
+    members = []
+    for number in range(3):
+        captions = "\n".join(f"number {number}, said {time} times" for time in range(5))
+        members += [(f"s{number:07d}.png", picture(number)), (f"s{number:07d}.txt", captions.encode())]
+    write_tar(root / "test" / "0.tar", members)
+    (root / "test" / "nshards.txt").write_text("1")
+    (root / "dataset_type.txt").write_text(f"{kind}\n")
+    return root
+
+
+@pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_each_line_is_a_caption_where_clip_benchmark_says_that_a_set_is_for_retrieval(tmp_path: Path) -> None:
+    from clip_benchmark.datasets.builder import build_wds_dataset
+
+    root = benchmark_set(tmp_path / "x", "retrieval")
+    source = open_shards(str(root / "test"), val=0.0).train
+    theirs = [texts for _, texts in build_wds_dataset("x", lambda image: image, "test", str(root))]
+    assert [source.read(number).captions for number in range(3)] == theirs and len(theirs[0]) == 5
+    other = open_shards(str(benchmark_set(tmp_path / "y", "classification") / "test"), val=0.0).train
+    assert len(other.read(0).captions) == 1 and other.id != source.id
+
+
+def test_shards_of_which_some_have_one_caption_a_line_are_two_sources(tmp_path: Path) -> None:
+    for name in ("retrieval", "pairs"):
+        benchmark_set(tmp_path / name, name)
+    with pytest.raises(ValueError, match=r"shards: those in .*retrieval/test have one caption a line, as .* says, and "
+                                         r"those in .*pairs/test have not; give each as a source of its own"):
+        open_shards(shards=str(tmp_path / "*/test/0.tar"), val=0.0)
+
+
 def test_a_shard_that_changed_since_it_was_indexed_ends_the_run(make_shards: Callable[..., Path]) -> None:
     root = make_shards(4)
     source = open_shards(str(root), val=0).train

@@ -205,6 +205,14 @@ def test_class_names_of_clip_benchmark_are_found_one_level_up_and_the_test_split
         assert data.classes == CLASSES and read_all(data) == [0, 3] and data.train.read(0).captions == ["2"]
 
 
+@pytest.mark.parametrize("kind", ["retrieval", "multilabel"])
+def test_shards_that_have_not_one_class_a_picture_say_so(tmp_path: Path, kind: str) -> None:
+    root = class_shards(tmp_path / "x", [b"0"])
+    (root / "dataset_type.txt").write_text(f"{kind}\n")
+    with pytest.raises(ValueError, match=f"x: dataset_type.txt says {kind}; expected one class a picture"):
+        open_sets({"x": {"shards": str(root)}})
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
 def test_class_names_in_another_encoding_are_one_line(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "names.txt").write_text("café\nbar\n", encoding=encoding)

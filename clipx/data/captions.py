@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
+from clipx.data.catalogue import Catalogue
 from clipx.data.sample import BadSample, check_bytes
 
 JSON_KEY = "caption"        # what prepare writes
@@ -10,20 +12,22 @@ MOST_WORDS = 1 << 20        # bytes of a .txt or .json
 MOST_CAPTION = 1 << 14      # bytes; a word of so many letters takes the tokenizer 4 s, and twice as many 4 times that
 
 
-def read_captions(members: Mapping[str, bytes], key: str | None) -> list[str]:
+def read_captions(members: Mapping[str, bytes], key: str | None, one_a_line: bool = False) -> list[str]:
     """The captions of a sample, one or many.
 
     Args:
         members: the sample's ``txt`` or ``json``, undecoded.
         key: the key of ``json`` that holds one caption or a list of them; without one, ``txt`` counts, and where
             there is none, the ``caption`` of ``json``.
+        one_a_line: whether each line of ``txt`` is a caption; else the whole is one.
 
     Raises:
         BadSample: there is no caption, or it is not UTF-8 text, or too large.
     """
     try:
         if key is None and "txt" in members:
-            found = members["txt"].decode()
+            text = members["txt"].decode()
+            found = text.split("\n") if one_a_line else text
         elif "json" in members:
             found = json.loads(members["json"])[key or JSON_KEY]
         else:
@@ -45,3 +49,25 @@ def checked(captions: list[str]) -> list[str]:
     """The captions; BadSample where one is too large."""
     check_bytes("its caption", max(len(caption.encode("utf-8", "replace")) for caption in captions), MOST_CAPTION)
     return captions
+
+
+def one_a_line(catalogue: Catalogue) -> bool:
+    """Whether each line of a ``.txt`` is a caption of its own: CLIP_benchmark's retrieval sets are so.
+
+    Raises:
+        ValueError: of some shards, and not of others.
+    """
+    places = {shard.parent for number, shard in enumerate(catalogue.shards) if number not in catalogue.urls}
+    of_retrieval = {place: dataset_type(place) == "retrieval" for place in sorted(places)}
+    if len(set(of_retrieval.values())) > 1:
+        one, other = (next(place for place, is_so in of_retrieval.items() if is_so is which) for which in (True, False))
+        raise ValueError(f"shards: those in {one} have one caption a line, as dataset_type.txt says, and those in "
+                         f"{other} have not; give each as a source of its own, data=mix")
+    return True in of_retrieval.values()
+
+
+def dataset_type(directory: Path) -> str:
+    """What CLIP_benchmark's dataset_type.txt says, beside the shards or one level up; empty where there is none."""
+    files = (place / "dataset_type.txt" for place in (directory, directory.absolute().parent))
+    file = next(filter(Path.is_file, files), None)
+    return file.read_text(encoding="utf-8", errors="replace").strip().lower() if file else ""

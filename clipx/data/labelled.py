@@ -21,6 +21,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from clipx.data.cache import Cache
+from clipx.data.captions import dataset_type
 from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.files import below, is_clutter, read_lines
 from clipx.data.images import BROKEN, check_size, to_rgb
@@ -252,6 +253,10 @@ def open_class_shards(key: str, which: Which, kind: str, names: list[str] | None
     tars = (in_directory(root) or in_directory(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
     if not tars or any(SCHEME.match(str(tar)) for tar in tars):
         raise ValueError(f"{key}.{kind}={place}: expected tars of this machine; copy remote ones first")
+    kind_of_set = dataset_type(tars[0].parent)
+    if kind_of_set not in ("", "classification"):
+        raise ValueError(f"{key}.{kind}={place}: dataset_type.txt says {kind_of_set}; expected one class a picture"
+                         + "; evals=[retrieval] data=shards scores these" * (kind_of_set == "retrieval"))
     classes = names or beside_shards(tars[0].parent, f"{key}.classes")
     index_dir = INDEX_DIR.expanduser()
     cache = Cache(index_dir / "shards", 0, index_dir)           # stays empty

@@ -20,7 +20,7 @@ from pydantic import PositiveFloat
 from typing_extensions import Unpack
 
 from clipx.data.cache import Cache, Remote
-from clipx.data.captions import MOST_WORDS, read_captions
+from clipx.data.captions import MOST_WORDS, one_a_line, read_captions
 from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.index import KEY, find_index, read_table
 from clipx.data.mix import Chain
@@ -52,7 +52,9 @@ class Shards:
         self, catalogue: Catalogue, caption_key: str | None, index_dir: Path, cache: Cache | None = None
     ):
         self.catalogue, self.caption_key, self.index_dir, self.cache = catalogue, caption_key, index_dir, cache
-        self.sizes, self.id = catalogue.rows["samples"], catalogue.id
+        self.one_a_line = one_a_line(catalogue)
+        self.sizes = catalogue.rows["samples"]
+        self.id = catalogue.id + " one caption a line" * self.one_a_line
         self.ends = np.cumsum(self.sizes)
         self.open = lru_cache(most_open())(self.open)
 
@@ -65,7 +67,7 @@ class Shards:
         return WORDS if self.caption_key is None else ("json",)
 
     def captions(self, members: Mapping[str, bytes]) -> list[str]:
-        return read_captions(members, self.caption_key)
+        return read_captions(members, self.caption_key, self.one_a_line)
 
     def remote(self, shard: int) -> Remote:
         row = self.catalogue.rows[shard]
