@@ -79,7 +79,7 @@ def examine(config: Train, directory: Path) -> int:
         tell(check_data(data))
     if data:
         with found.part("length") as tell:
-            length = run_length(config, plan.samples)
+            length = run_length(config, plan)
             tell(check_length(config, plan.samples, length))
     if data and state:
         if length:

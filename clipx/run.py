@@ -187,14 +187,20 @@ def pick_workers(wanted: str | int) -> int:
     return min(MOST_WORKERS, max(1, usable_cores() // distributed.local_world() // 2))
 
 
-def run_length(config: Train, samples: int) -> int:
-    """Steps of the whole run: the smaller of epochs and max_steps."""
-    if config.batch_size > samples:
+def run_length(config: Train, plan: Plan | MixPlan) -> int:
+    """Steps of the whole run: the smaller of epochs and max_steps.
+
+    Raises:
+        UserError: a batch would hold a picture twice.
+    """
+    if config.batch_size > plan.largest_batch:
+        mixed = plan.largest_batch < plan.samples
+        what = "its smallest source gives, by data.weights" if mixed else f"the {plan.samples:,} training samples"
         raise UserError(
-            f"batch_size={config.batch_size} is more than the {samples:,} training samples, so a batch would hold a "
-            f"picture twice; at most batch_size={samples}"
+            f"batch_size={config.batch_size} is more than {what}, so a batch would hold a picture twice; at most "
+            f"batch_size={plan.largest_batch}" + (", or a smaller weight for that source" if mixed else "")
         )
-    length = -int(-config.epochs * samples // config.batch_size)
+    length = -int(-config.epochs * plan.samples // config.batch_size)
     return length if config.max_steps is None else min(length, config.max_steps)
 
 
@@ -212,7 +218,7 @@ def fresh_state(config: Train, device: torch.device) -> State:
 def identify(config: Train, data: Data, plan: Plan | MixPlan) -> Identity:
     """What the run is."""
     plan_id = blake2b(f"{data.train.id} {plan.id}".encode(), digest_size=16).hexdigest()
-    return Identity(asdict(config), plan_id, run_length(config, plan.samples))
+    return Identity(asdict(config), plan_id, run_length(config, plan))
 
 
 def train_reader(config: Train, data: Data, plan: Plan | MixPlan, model: CLIP) -> TrainReader:

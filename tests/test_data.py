@@ -41,8 +41,10 @@ def test_captions_come_from_txt_or_json(members: dict[str, bytes], key: str | No
         ({"txt": b"  \n"}, None, "empty"),
         ({"txt": b"\xff\xfe"}, None, "not UTF-8"),
         ({"json": b'{"caption": "\xff"}'}, None, "not UTF-8"),
-        ({"json": b"{"}, None, "json has no 'caption'"),
-        ({"json": b"[1]"}, "alt", "json has no 'alt'"),
+        ({"json": b"{"}, None, "json cannot be read"),
+        ({"json": b"[1]"}, "alt", "json holds no keys, so no 'alt'"),
+        ({"json": b'{"alt": "x", "url": "y"}'}, None, "no 'caption'; its keys: alt, url; .*: data.caption_key=KEY"),
+        ({"json": b"{}"}, None, "no 'caption'; its keys: none"),
         ({"json": b'{"alt": 5}'}, "alt", "neither text"),
         ({"json": b'{"caption": []}'}, None, "empty"),
     ],
@@ -260,8 +262,25 @@ def test_a_shard_that_changed_since_it_was_indexed_ends_the_run(make_shards: Cal
 
 def test_a_sample_without_a_picture_is_bad(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a.txt", b"words")])
-    with pytest.raises(BadSample, match=r"no picture \(\.jpg"):
+    with pytest.raises(BadSample, match=r"no picture \(\.jpg, \.jpeg, \.png, \.webp\)$"):
         open_shards(str(tmp_path), val=0).train.read(0)
+
+
+def test_a_key_with_a_dot_is_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("Track 2.0.jpg", picture(1, "jpeg")), ("Track 2.0.txt", b"words")])
+    source = open_shards(str(tmp_path), val=0).train
+    with pytest.raises(BadSample, match=r"no picture .* but \.0\.jpg: .* keys must have no dots; rename the members"):
+        source.read(0)
+
+
+def test_a_batch_of_a_mix_holds_no_picture_twice(fails: Callable[..., str], make_shards: Callable[..., Path]) -> None:
+    many, few = make_shards(40, folder="many"), make_shards(3, folder="few")
+    words = ("data=mix", "data@data.sources.coco=shards", "data@data.sources.cc3m=shards", "model=tiny", "device=cpu",
+             f"data.sources.coco.root={many}", f"data.sources.cc3m.root={few}", "workers=0", "data.sources.coco.val=0",
+             "data.sources.cc3m.val=0", "max_steps=1", "evals=[]")
+    assert fails(*words, "batch_size=8") == (
+        "batch_size=8 is more than its smallest source gives, by data.weights, so a batch would hold a picture twice; "
+        "at most batch_size=6, or a smaller weight for that source")
 
 
 def make_folder(root: Path, lines: str) -> Path:

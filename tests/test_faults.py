@@ -100,7 +100,7 @@ def bomb() -> bytes:
         (spoil("007", "json", b'{"caption": []}'), "its caption is empty"),
         (spoil("007", "json", b'{"caption": "\xff\xfe"}'), "its caption is not UTF-8"),
         (spoil("007", "json", b'{"text": "a cat"}'), "its json has no 'caption'"),
-        (spoil("007", "json", b'{"caption": '), "its json has no 'caption'"),
+        (spoil("007", "json", b'{"caption": '), "its json cannot be read"),
         (spoil("007", "jpg", None), "has no picture"),
     ],
     ids=["cut", "flipped", "zero bytes", "no picture", "bomb", "no caption", "empty caption", "no captions",

@@ -3,11 +3,14 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from clipx.data.catalogue import Catalogue
 from clipx.data.sample import BadSample, check_bytes
 
 JSON_KEY = "caption"        # what prepare writes
+MOST_KEYS = 8           # of a json that has not the one that holds the captions, named in the error,
+MOST_SHOWN = 200        # in so many letters
 MOST_WORDS = 1 << 20        # bytes of a .txt or .json
 MOST_CAPTION = 1 << 14      # bytes; a word of so many letters takes the tokenizer 4 s, and twice as many 4 times that
 
@@ -29,13 +32,13 @@ def read_captions(members: Mapping[str, bytes], key: str | None, one_a_line: boo
             text = members["txt"].decode()
             found = text.split("\n") if one_a_line else text
         elif "json" in members:
-            found = json.loads(members["json"])[key or JSON_KEY]
+            found = of_json(json.loads(members["json"]), key or JSON_KEY)
         else:
             raise BadSample("has no caption (.txt or .json)")
     except UnicodeDecodeError as error:
         raise BadSample("its caption is not UTF-8") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadSample(f"its json has no {key or JSON_KEY!r}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadSample("its json cannot be read") from error
     captions = [found] if isinstance(found, str) else found
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise BadSample("its caption is neither text nor a list of texts")
@@ -43,6 +46,16 @@ def read_captions(members: Mapping[str, bytes], key: str | None, one_a_line: boo
     if not captions:
         raise BadSample("its caption is empty")
     return checked(captions)
+
+
+def of_json(content: Any, key: str) -> Any:
+    """What stands under a key of a json; BadSample where there is no such key."""
+    if not isinstance(content, dict):
+        raise BadSample(f"its json holds no keys, so no {key!r}")
+    if key not in content:
+        keys = ", ".join(list(content)[:MOST_KEYS])[:MOST_SHOWN] or "none"
+        raise BadSample(f"its json has no {key!r}; its keys: {keys}; name one of them: data.caption_key=KEY")
+    return content[key]
 
 
 def checked(captions: list[str]) -> list[str]:

@@ -68,6 +68,11 @@ class Plan:
     def id(self) -> str:
         return f"{self.seed} {self.window} {self.samples}"
 
+    @property
+    def largest_batch(self) -> int:
+        """Samples of the largest batch that repeats no picture."""
+        return self.samples
+
     def __getstate__(self) -> dict:
         return {"sizes": self.sizes, "seed": self.seed, "window": self.window}
 
@@ -135,6 +140,11 @@ class MixPlan:
         self.first_sample = np.cumsum([0, *(part.samples for part in self.parts)]).tolist()
         self.first_shard = np.cumsum([0, *map(len, sizes)]).tolist()
         self.block = lru_cache(maxsize=4)(self.block)
+
+    @property
+    def largest_batch(self) -> int:
+        """Samples of the largest batch to which no source gives more pictures than it has."""
+        return min(part.samples * BLOCK // share for part, share in zip(self.parts, self.shares, strict=True))
 
     @property
     def id(self) -> str:

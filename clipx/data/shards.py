@@ -7,7 +7,7 @@ import re
 import resource
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from glob import glob
 from multiprocessing.pool import ThreadPool
@@ -100,13 +100,20 @@ class Shards:
             raise BadSample("is lost: its shard is cut short")
         picture = next((members[kind] for kind in PICTURES if kind in members), None)
         if picture is None:
-            raise BadSample(f"has no picture ({', '.join('.' + kind for kind in PICTURES)})")
+            raise BadSample(f"has no picture ({', '.join('.' + kind for kind in PICTURES)}){told_of_dots(members)}")
         kind = next((kind for kind in self.kinds if kind in members), None)
         if kind:
             check_bytes(f"its caption (.{kind})", members[kind][1], MOST_WORDS)
         check_bytes("its picture", picture[1], MOST_PICTURE)
         captions = self.captions({kind: tar.read(*members[kind])} if kind else {})
         return Sample(row[KEY].decode("utf-8", "replace"), tar.read(*picture), captions)
+
+
+def told_of_dots(kinds: Iterable[str]) -> str:
+    """Why members that look like pictures are none, where that is because of a dot in the key."""
+    dotted = next((kind for kind in kinds if kind.rpartition(".")[2] in PICTURES), None)
+    return (f" but .{dotted}: what follows the first dot of a name is its kind, so keys must have no dots; rename the "
+            "members" if dotted else "")
 
 
 def most_open() -> int:
