@@ -129,7 +129,7 @@ def bench_step(config: Train, keys: Bench, trace: Path | None) -> dict[str, Any]
 
 def tell_bound(config: Train, found: Mapping[str, Any]) -> None:
     """Say what bounds the run, and what to change."""
-    from clipx.data.catalogue import usable_cores
+    from clipx.cores import usable_cores
     from clipx.run import pick_device, pick_workers
 
     step, workers = found["step"], pick_workers(config.workers)

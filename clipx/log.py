@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from clipx import board
-from clipx.data.catalogue import one_of_several_jobs
+from clipx.cores import one_of_several_jobs
 from clipx.evals.features import Features
 from clipx.figures import keep_figure, nearest_captions, similarity_matrix
 

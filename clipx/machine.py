@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from clipx.build import build
 from clipx.config import Train
-from clipx.data.catalogue import usable_cores
+from clipx.cores import usable_cores
 from clipx.data.loader import MOST_IN_CHUNK
 from clipx.loop import State
 from clipx.models.clip import CLIP

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipx.batch import parts_of
 from clipx.build import build
 from clipx.config import Train
+from clipx.cores import limit_threads
 from clipx.data.images import resize
 from clipx.data.loader import Chunk, TrainReader, read, shared_pixels, steps, train_ranges
 from clipx.data.sample import Data
@@ -109,6 +110,7 @@ class Steps:
 
     def __init__(self, config: Train):
         keep_freed()
+        limit_threads()
         self.config, self.device = config, pick_device(config.device)
         self.state = fresh_state(config, self.device)
         self.loss_of = build(config.loss, "loss", config.trust)

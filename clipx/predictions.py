@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipx.cores import limit_threads
 from clipx.data.files import Files, find_pictures, read_lines
 from clipx.data.images import Normalise, decode, eval_crop
 from clipx.data.loader import EvalReader, cut, read
@@ -52,6 +53,7 @@ def encode_pictures(
     Raises:
         UserError: the model cannot be loaded, or there is no picture that can be read.
     """
+    limit_threads()
     paths = find_pictures(images)
     model, _, tokenizer = load(run, pick_device(device), trust, act)
     place, size = model.logit_scale.device, model.visual.size

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from clipx.build import build
 from clipx.config import Prepare, command, resolve
-from clipx.data.catalogue import usable_cores
+from clipx.cores import usable_cores
 from clipx.data.layouts import Layout, Tars
 from clipx.data.pack import Packing, pack
 from clipx.data.report import tell

@@ -24,7 +24,7 @@ from clipx.build import build
 from clipx.checkpoint import Saver
 from clipx.compiled import compiled
 from clipx.config import Train, flat
-from clipx.data.catalogue import usable_cores
+from clipx.cores import limit_threads, usable_cores
 from clipx.data.images import TrainCrop
 from clipx.data.loader import Chunk, TrainReader, read, steps, train_ranges
 from clipx.data.plan import MixPlan, Plan
@@ -96,6 +96,7 @@ def run(config: Train, directory: Path) -> float | None:
 def run_as_rank(config: Train, directory: Path, signals: Signals, lifeline: Lifeline | None) -> float | None:
     """The run on this rank; rank 0 gives the objective."""
     distributed.share(config.batch_size)
+    limit_threads()
     device, workers = pick_device(config.device), pick_workers(config.workers)
     with distributed.in_turn(lifeline):
         data: Data = build(config.data, "data", config.trust)

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from clipx import distributed
 from clipx.build import build
 from clipx.config import Evaluate
+from clipx.cores import limit_threads
 from clipx.data.sample import Data, Source
 from clipx.errors import UserError
 from clipx.evals.validation import OnLabelled, Validation
@@ -78,6 +79,7 @@ def score(config: Evaluate, directory: Path) -> None:
     Raises:
         UserError: a run, the data or an evaluation is not what it should be.
     """
+    limit_threads()
     device, workers = pick_device(config.device), pick_workers(config.workers)
     runs = named(config.run)
     with distributed.joined() as lifeline:

@@ -94,7 +94,7 @@ def test_what_bounds_a_run_is_told_with_the_remedy(
     shares: dict[str, float], loader: float, told: str, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("clipx.data.catalogue.usable_cores", lambda: 8)
+    monkeypatch.setattr("clipx.cores.usable_cores", lambda: 8)
     found = {
         "step": {"shares": shares, "rounds": {"clipx": [{"samples_per_s": 200.0}]}},
         "loader": {"rounds": {"clipx": [{"pictures_per_s": loader}]}},

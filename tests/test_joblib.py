@@ -15,7 +15,7 @@ import json, os, torch
 from joblib import Parallel, cpu_count, delayed
 
 def share():
-    from clipx.data.catalogue import one_of_several_jobs, usable_cores
+    from clipx.cores import one_of_several_jobs, usable_cores
     from clipx.run import pick_workers
     return torch.get_num_threads(), usable_cores(), pick_workers("auto"), one_of_several_jobs()
 

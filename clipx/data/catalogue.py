@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from multiprocessing import get_context, get_start_method
+from multiprocessing import get_context
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -16,6 +16,7 @@ from threading import Event
 import numpy as np
 from tqdm import tqdm
 
+from clipx.cores import usable_cores
 from clipx.data.cache import Cache, Remote
 from clipx.data.index import FORMAT, TOLD, find_index, index_paths, make_index, read_head, read_table, write_table
 from clipx.data.index import successes as counted
@@ -111,17 +112,6 @@ def open_indexes(shards: Sequence[Path], index_dir: Path) -> list[Path]:
                 found[shard] = index
                 bar.update(shard.stat().st_size)
     return [found[shard] for shard in shards]
-
-
-def one_of_several_jobs() -> bool:
-    """Whether joblib runs this process beside others, each a job of a sweep."""
-    return get_start_method(allow_none=True) == "loky"
-
-
-def usable_cores() -> int:
-    """How many cores this process may use; of jobs at once each has the share that joblib gives its threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores))) if one_of_several_jobs() else cores
 
 
 def make_indexes(shards: Sequence[Path], index_dir: Path) -> Iterator[Path]:

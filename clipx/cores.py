@@ -1,0 +1,62 @@
+"""How many cores this process may use: of those of the machine, what affinity, a CPU quota and joblib leave to it."""
+
+import math
+import os
+from collections.abc import Iterator
+from multiprocessing import get_start_method
+from pathlib import Path
+
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def one_of_several_jobs() -> bool:
+    """Whether joblib runs this process beside others, each a job of a sweep."""
+    return get_start_method(allow_none=True) == "loky"
+
+
+def usable_cores() -> int:
+    """How many cores this process may use; of jobs at once each has the share that joblib gives its threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min([cores, *(max(1, math.ceil(quota)) for quota in quotas())])
+    return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores))) if one_of_several_jobs() else cores
+
+
+def quotas() -> Iterator[float]:
+    """The CPU quotas, in cores, of this process's control groups and those above them; cgroup v1 and v2.
+
+    In a container the group's path may be the host's, of which only the upper end is there: what is missing is passed
+    over.
+    """
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:             # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = GROUPS / "cpu" if controllers else GROUPS
+        group = top / path.lstrip("/")
+        for directory in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            yield from quota_of(directory)
+
+
+def quota_of(group: Path) -> Iterator[float]:
+    """The quota of one control group, if it has one: ``cpu.max`` of v2, the two files of v1."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+    except OSError:
+        return
+    if quota not in ("max", "-1"):
+        yield int(quota) / int(period)
+
+
+def limit_threads() -> None:
+    """Keep torch to the cores that this process may use: it knows of no quota.  OMP_NUM_THREADS is obeyed."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))

@@ -1,0 +1,66 @@
+"""How many cores a process may use, with made-up control groups."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipx import cores
+from clipx.run import pick_workers
+
+V1 = "12:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n1:name=systemd:/docker/a"
+
+
+def save(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+@pytest.fixture(autouse=True)
+def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(cores, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: range(16), raising=False)
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 16),
+        ("0::/", {"cpu.max": "100000 100000"}, 1),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "250000 100000"}, 3),
+        ("0::/", {"cpu.max": "9900000 100000"}, 16),
+        ("0::/a.slice/b", {"a.slice/cpu.max": "400000 100000", "a.slice/b/cpu.max": "max 100000"}, 4),
+        ("0::/kubepods/pod", {"cpu.max": "200000 100000"}, 2),
+        (V1, {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        (V1, {"cpu/docker/a/cpu.cfs_quota_us": "600000", "cpu/docker/a/cpu.cfs_period_us": "100000"}, 6),
+        (V1, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
+        (V1, {"memory/docker/a/memory.limit_in_bytes": "1"}, 16),
+    ],
+)
+def test_a_cpu_quota_bounds_the_cores(tmp_path: Path, own: str, files: dict[str, str], expected: int) -> None:
+    save(tmp_path / "own", own)
+    for name, text in files.items():
+        save(tmp_path / "groups" / name, text)
+    assert cores.usable_cores() == expected
+    assert pick_workers("auto") == min(8, max(1, expected // 2))
+
+
+def test_without_control_groups_the_cores_are_those_of_the_affinity() -> None:
+    assert cores.usable_cores() == 16
+
+
+def test_torchs_threads_follow_the_quota_unless_the_environment_says_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "own", "0::/")
+    save(tmp_path / "groups/cpu.max", "300000 100000")
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    cores.limit_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cores.limit_threads()
+    assert threads == [3]
