@@ -1,4 +1,5 @@
 import itertools
+import pickle
 import subprocess
 from collections.abc import Callable
 from dataclasses import fields
@@ -8,12 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import picture, write_tar
+from torch.utils.data import DataLoader, Dataset
 
-from clipx.data.images import TrainCrop
+import clipx
+from clipx.data import loader as loader_room
+from clipx.data.images import TrainCrop, decode
 from clipx.data.loader import Chunk, EvalReader, TrainReader, cut, read, steps, train_ranges
 from clipx.data.plan import Plan
 from clipx.data.shards import open_shards
 from clipx.data.tar import DataError
+from clipx.models.text import TextEncoder
+from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
@@ -188,3 +194,34 @@ def test_a_worker_ends_at_the_word_of_its_run_alone(shards: Path) -> None:
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
+
+
+class Transformed(Dataset):
+    """What users write: pictures through the transform, captions through the tokenizer."""
+
+    def __init__(self):
+        self.transform, self.tokenizer = clipx.get_image_transform(16), clipx.SimpleTokenizer()
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.transform(decode(picture(number))), self.tokenizer(f"thing {number}")[0]
+
+
+def test_the_public_api_works_in_workers_that_are_spawned() -> None:
+    data = Transformed()
+    for shown, (image, tokens) in enumerate(DataLoader(data, None, num_workers=1, multiprocessing_context="spawn")):
+        assert torch.equal(image, data[shown][0]) and torch.equal(tokens, data[shown][1])
+    model = clipx.CLIP(ImageEncoder(16, 16, 64, 1, 1, 32), TextEncoder(width=64, depth=1, heads=1, embed=32))
+    for thing in (model, *(getattr(clipx, name) for name in clipx.__all__)):
+        pickle.loads(pickle.dumps(thing))
+
+
+@pytest.mark.long
+def test_the_batches_are_the_same_from_workers_that_are_spawned(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = batches(reader_of(shards), 2, 4)
+    monkeypatch.setattr(loader_room, "get_all_start_methods", lambda: ["spawn"])
+    assert all(same(a, b) for a, b in zip(expected, batches(reader_of(shards), 2, 4, workers=1), strict=True))

@@ -4,7 +4,6 @@ import math
 import random
 import struct
 import zlib
-from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
@@ -226,24 +225,33 @@ class Normalise:
         return (pixels.float() / 255 - self.mean) / self.std
 
 
-def get_image_transform(size: int = 224, is_train: bool = False) -> Callable[[Image.Image], Tensor]:
+class ImageTransform:
+    """PIL image -> (3, size, size) normalised float32; can be pickled, for workers that are spawned.
+
+    Args:
+        size: side, pixels.
+        is_train: a random crop in place of the middle.
+    """
+
+    def __init__(self, size: int, is_train: bool):
+        self.size, self.is_train, self.normalise = size, is_train, Normalise()
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        rgb = to_rgb(ImageOps.exif_transpose(image))
+        if self.is_train:
+            left, top, width, height = crop_box(*rgb.size, (0.9, 1.0), random.Random(random.random()))
+            pixels = torch.empty(self.size, self.size, 3, dtype=torch.uint8)
+            resize(np.array(rgb.crop((left, top, left + width, top + height))), pixels)
+        else:
+            pixels = to_tensor(eval_crop(rgb, self.size))
+        return self.normalise(pixels.permute(2, 0, 1))
+
+
+def get_image_transform(size: int = 224, is_train: bool = False) -> ImageTransform:
     """The transform of one picture, for use outside the loader: PIL image -> (3, size, size) normalised float32.
 
     Args:
         size: side, pixels; the model's ``visual.size``.
         is_train: a random crop of 90 to 100 % of the area in place of the middle; drawn from Python's ``random``.
     """
-
-    normalise = Normalise()
-
-    def transform(image: Image.Image) -> Tensor:
-        rgb = to_rgb(ImageOps.exif_transpose(image))
-        if is_train:
-            left, top, width, height = crop_box(*rgb.size, (0.9, 1.0), random.Random(random.random()))
-            pixels = torch.empty(size, size, 3, dtype=torch.uint8)
-            resize(np.array(rgb.crop((left, top, left + width, top + height))), pixels)
-        else:
-            pixels = to_tensor(eval_crop(rgb, size))
-        return normalise(pixels.permute(2, 0, 1))
-
-    return transform
+    return ImageTransform(size, is_train)
