@@ -15,7 +15,7 @@ from clipx.build import build
 from clipx.config import Train
 from clipx.data.loader import Chunk, EvalReader, TrainReader, copied_ahead, train_ranges
 from clipx.data.mix import Chain
-from clipx.data.sample import Data, Source, Subset, hint
+from clipx.data.sample import BadSample, Data, Source, Subset, hint
 from clipx.data.shards import Shards
 from clipx.duration import Every
 from clipx.errors import UserError
@@ -35,6 +35,10 @@ GRID = 4                # rows of it, and columns
 LOOKED_AT = 64          # training samples: half of them the first, half spread over an epoch
 LOOKED_AT_VAL = 32      # pictures of each validation set
 MANY_CUT = 0.1          # share of the captions
+MOST_COMPARED = 512     # captions of a batch
+MANY_EQUAL = 0.1        # share of them
+FEW_VAL = 100           # pictures; of fewer, one in ten is found at 10 by chance
+SHOWN = 40              # characters of a caption
 
 
 class Findings:
@@ -93,7 +97,9 @@ def examine(config: Train, directory: Path) -> int:
             copied_ahead(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).hold_all()
             chunks = first_chunks(reader, state.samples)
             tell(check_samples(data, chunks))
-            tell(check_captions(reader, chunks, config.loss.get("same")))
+            tell(check_captions(reader, chunks))
+            batch = range(state.samples, state.samples + min(config.batch_size, plan.samples))
+            tell(check_equal(reader, batch, config.loss.get("same")))
             tell(show(chunks[0]))
             tokens = max(chunk.tokens.shape[1] for chunk in chunks)
         with found.part("evals") as tell:
@@ -173,17 +179,37 @@ def check_samples(data: Data, chunks: list[Chunk]) -> Iterator[Finding]:
                         f"them (data.max_skipped={min(1, 2 * share):.2f})")
 
 
-def check_captions(reader: TrainReader, chunks: list[Chunk], same: str | None) -> Iterator[Finding]:
+def check_captions(reader: TrainReader, chunks: list[Chunk]) -> Iterator[Finding]:
     captions = chunks[0].captions + [chunk.captions[0] for chunk in chunks[1:]]
     lengths, context = [len(reader.tokenizer.ids(caption)) + 2 for caption in captions], reader.tokenizer.context
     cut = sum(length > context for length in lengths) / len(lengths)
     told = (f"captions have {statistics.median(lengths):.0f} tokens in the median, {max(lengths)} at most; "
             f"{cut:.0%} are cut at model.text.context={context}")
     yield ("odd", f"{told}; shorten them, or raise it") if cut > MANY_CUT else ("ok", told)
-    different, first = len(set(chunks[0].captions)), len(chunks[0])
-    if different < first / 2 and same == "keep":
-        yield "odd", (f"of the first {first} captions only {different} differ; with loss.same=mask pictures with the "
-                      "same one are not each other's negatives")
+
+
+def check_equal(reader: TrainReader, batch: range, same: str | None) -> Iterator[Finding]:
+    """Count the captions of the first batch that another picture in it has, too: as negatives they teach nonsense."""
+    captions = Counter(captions_at(reader, batch[:MOST_COMPARED]))
+    rows, equal = captions.total(), sum(count for count in captions.values() if count > 1)
+    told = f"{equal} of the first {rows} captions of a batch are equal to another one"
+    if equal:
+        caption, times = captions.most_common(1)[0]
+        told += f", such as {caption[:SHOWN]!r}, {times} times"
+    if same == "keep" and equal > MANY_EQUAL * rows:
+        yield "odd", f"{told}; with loss.same=mask pictures that have the same one are not each other's negatives"
+    else:
+        yield "ok", told
+
+
+def captions_at(reader: TrainReader, positions: range) -> Iterator[str]:
+    """The captions that train there, of samples that can be read; no picture is decoded."""
+    for position in positions:
+        place = reader.plan[position]
+        try:
+            yield reader.draw(place, reader.source.read(place.sample))
+        except BadSample:
+            continue
 
 
 def show(chunk: Chunk) -> Iterator[Finding]:
@@ -221,7 +247,12 @@ def check_evals(config: Train, data: Data, reader: Callable[[Source], EvalReader
         if not samples:
             yield "WRONG", f"{told}; give others (data.val=..., data.val_shards=...), or set evals=[]"
             continue
-        yield "ok", told
+        if samples < FEW_VAL and "@" not in name:
+            whole = sum(source.source.sizes) if isinstance(source, Subset) else 0
+            remedy = hint(int(whole), FEW_VAL) if whole else f"give {FEW_VAL} or more"
+            yield "odd", f"{told}: recall at 10 of so few is {min(1, 10 / samples):.0%} by chance; {remedy}"
+        else:
+            yield "ok", told
         chunk = reader(source).chunk(range(min(LOOKED_AT_VAL, samples)))
         if chunk.skipped:
             yield "odd", (f"{len(chunk.skipped)} of the first {LOOKED_AT_VAL} are left out, such as "

@@ -1,6 +1,7 @@
 """What ``python -m clipx.check`` tells: each finding made on purpose, and what is told of it."""
 
 import os
+import re
 import shutil
 import sys
 from collections import namedtuple
@@ -59,12 +60,12 @@ def composed(*given: str) -> Train:
 def test_a_sound_run_is_told_without_a_complaint_and_leaves_a_picture_alone(
     check: Check, make_shards: Callable[..., Path], tmp_path: Path
 ) -> None:
-    root = make_shards(30, 20)
-    told, code = check("data=shards", f"data.root={root}", "epochs=20", *FEW)
+    root = make_shards(120, 80)
+    told, code = check("data=shards", f"data.root={root}", "data.val=0.5", "epochs=10", *FEW)
     assert code == 0 and {line.split()[0] for line in told.splitlines()} == {"ok"}, told
-    for expected in ("49 pictures to train in 2 shards", "parameters", "123 steps of 8", "6.125 batches an epoch",
-                     "warm-up 12 (sched.warmup=2,000, held down by sched.warmup_cap)", "1 pictures to validate",
-                     "49 of 49 looked at (100%) have a picture and a caption", "0% are cut at model.text.context=77"):
+    for expected in ("100 pictures to train in 2 shards", "parameters", "125 steps of 8", "12.5 batches an epoch",
+                     "warm-up 12 (sched.warmup=2,000, held down by sched.warmup_cap)", "100 pictures to validate",
+                     "55 of 55 looked at (100%) have a picture and a caption", "0% are cut at model.text.context=77"):
         assert expected in told, expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clipx-check.png", "shards"]
     with Image.open(tmp_path / "clipx-check.png") as image:
@@ -198,13 +199,35 @@ def test_captions_that_are_all_the_same_are_told(check: Check, tmp_path: Path) -
     write_tar(tmp_path / "same" / "val" / "a.tar", [("0.png", b"x"), ("0.txt", b"x"), *members[2:]])
     given = ("data=shards", f"data.root={tmp_path / 'same'}", *FEW)
     told, code = check(*given)
-    assert code == 0 and "odd   samples   of the first 20 captions only 1 differ; with loss.same=mask" in told
+    assert code == 0 and ("odd   samples   8 of the first 8 captions of a batch are equal to another one, such as "
+                          "'导盲犬 $x', 8 times; with loss.same=mask pictures that have the same one") in told
     assert "odd   evals     1 of the first 32 are left out, such as a.tar/0: does not decode: it is no picture" in told
-    assert "captions only" not in check(*given, "loss.same=mask")[0]
+    assert "ok    samples   8 of the first 8 captions of a batch are equal" in check(*given, "loss.same=mask")[0]
     write_tar(tmp_path / "same" / "val" / "a.tar", [])
     told, code = check(*given)
     assert code == 1 and "WRONG data " in told
     assert "the 0 shards after it, which validate, hold no samples; give others (data.val_shards=...)" in told
+
+
+def test_equal_captions_are_counted_in_a_batch_not_among_all(check: Check, tmp_path: Path) -> None:
+    members = []
+    for n in range(200):
+        members += [(f"{n:03d}.png", picture(n)), (f"{n:03d}.txt", f"a thing, number {n % 50}".encode())]
+    write_tar(tmp_path / "x" / "a.tar", members)
+    given = ("data=shards", f"data.root={tmp_path / 'x'}", "data.val=0", *FEW)
+    told, _ = check(*given, "batch_size=100")
+    count = int(re.search(r"odd   samples   (\d+) of the first 100 captions of a batch are equal", told)[1])
+    assert 70 < count < 100                 # of 50 things each is drawn twice in the mean: 1 - exp(-2) of them again
+    told, _ = check(*given, "batch_size=2", "seed=1")
+    assert "ok    samples   0 of the first 2 captions of a batch are equal to another one" in told
+
+
+def test_few_validation_pictures_are_told(check: Check, make_shards: Callable[..., Path]) -> None:
+    told, code = check("data=shards", f"data.root={make_shards(200, 200)}", *FEW)
+    assert code == 0 and ("odd   evals     8 pictures to validate: recall at 10 of so few is 100% by chance; "
+                          "data.val=0.5 holds out 200") in told
+    told, _ = check("data=shards", f"data.root={make_shards(200, 200)}", "data.val=0.5", *FEW)
+    assert "ok    evals     200 pictures to validate" in told
 
 
 def test_a_run_that_stands_there_is_told_and_left_as_it_is(

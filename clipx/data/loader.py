@@ -121,12 +121,16 @@ class TrainReader(Reader):
         images = shared_pixels(len(positions), self.crop.size)
         for row, position in enumerate(positions):
             place, sample = self.take(position, images[row], skipped)
-            drawn = digest(self.plan.seed, "caption", *place) if self.caption == "random" else 0
-            captions.append([sample.captions[drawn % len(sample.captions)]])
+            captions.append([self.draw(place, sample)])
             samples.append(place.sample)
             if self.identify:
                 pictures.append(signed_hash(sample.picture))
         return self.pack(positions, images, captions, samples, skipped, pictures if self.identify else None)
+
+    def draw(self, place: Place, sample: Sample) -> str:
+        """The caption that a sample has there."""
+        drawn = digest(self.plan.seed, "caption", *place) if self.caption == "random" else 0
+        return sample.captions[drawn % len(sample.captions)]
 
     def take(self, position: int, image: Tensor, skipped: list[Skipped]) -> tuple[Place, Sample]:
         """The sample at a position, or, where it is bad, the first good one of its substitutes; ``image`` is filled."""

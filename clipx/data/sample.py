@@ -175,9 +175,9 @@ def hold_out(source: Keyed, share: float, kept: Path | None = None) -> tuple[Sou
     return Subset(source, ids, without=True), Subset(source, ids)
 
 
-def hint(samples: int) -> str:
-    """The share to hold out of so many pictures that leaves enough to score."""
-    share = next((share for share in SHARES if share * samples >= 10), SHARES[-1])
+def hint(samples: int, least: int = 10) -> str:
+    """The share to hold out of so many pictures that leaves at least so many to score, if one does."""
+    share = next((share for share in SHARES if share * samples >= least), SHARES[-1])
     return f"data.val={share} holds out {round(share * samples):,}"
 
 
