@@ -1,5 +1,6 @@
 import os
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import webdataset
 from conftest import write_tar
 
 from clipx.data.catalogue import open_catalogue
-from clipx.data.index import KEY, make_index, read_head, read_table, scan
+from clipx.data.index import KEY, in_home, make_index, read_head, read_table, scan, temporary_dir
 from clipx.data.tar import DataError
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -169,3 +170,41 @@ def test_where_shards_cannot_be_written_the_index_goes_to_index_dir(
     assert open_catalogue([shard], tmp_path / "cache").rows["samples"].tolist() == [3]
     assert [path.name for path in (tmp_path / "cache").rglob("*.index")] == ["part-000.tar.index"]
     assert os.listdir(shard.parent) == ["part-000.tar"]
+
+
+@pytest.mark.parametrize("stranger", [False, True])
+def test_where_neither_can_be_written_it_goes_to_a_temporary_directory_of_our_own_with_a_warning(
+    make_shards: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    stranger: bool,
+) -> None:
+    shard, own = make_shards(3) / "part-000.tar", tmp_path / f"tmp/clipx-{os.getuid()}"
+    write = Path.write_bytes
+
+    def refuse(path: Path, data: bytes) -> int:
+        if own not in path.parents:
+            raise PermissionError(13, "read-only", str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(own.parent))
+    own.mkdir(parents=True)
+    if stranger:                            # who might have laid indexes there that lie
+        os.chown(own, 12345, 12345)
+        with pytest.raises(DataError, match="part-000.tar.index cannot be written, nor .*give data.index_dir=DIR that"):
+            open_catalogue([shard], tmp_path / "cache")
+        return
+    for _ in range(2):
+        assert open_catalogue([shard], tmp_path / "cache").rows["samples"].tolist() == [3]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"1 indexes are in {own}, which does not last, for {shard.parent} cannot be written; give "
+        "data.index_dir=DIR that can, to keep them"]
+
+
+def test_without_a_home_directory_paths_in_it_are_temporary(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert in_home("~/x") == Path.home() / "x" and in_home("y") == Path("y")
+
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert in_home("~/.cache/clipx") == temporary_dir() / ".cache/clipx"

@@ -1,6 +1,7 @@
 """What a run knows of its shards before it opens one: how large each is, and how many samples it has."""
 
 import json
+import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,22 @@ from tqdm import tqdm
 
 from clipx.cores import usable_cores
 from clipx.data.cache import Cache, Remote
-from clipx.data.index import FORMAT, TOLD, find_index, index_paths, make_index, read_head, read_table, write_table
+from clipx.data.index import (
+    FORMAT,
+    TOLD,
+    find_index,
+    index_paths,
+    make_index,
+    read_head,
+    read_table,
+    temporary_dir,
+    write_table,
+)
 from clipx.data.index import successes as counted
 from clipx.data.stores import PIPE, download, is_lasting, persist, size_of
 from clipx.data.tar import DataError
+
+logger = logging.getLogger("clipx")
 
 MANY = 1000                 # shards; for so many, what their indexes say is kept in one file
 ASKED = 64                  # remote shards that are asked about at once
@@ -89,7 +102,7 @@ def read_catalogue(shards: Sequence[Path], index_dir: Path) -> np.ndarray | None
     if len(shards) < MANY:
         return None
     for path in catalogue_paths(shards, index_dir):
-        if path.exists() and read_head(path).get("format") == FORMAT:
+        if os.access(path, os.R_OK) and read_head(path).get("format") == FORMAT:
             known = read_table(path)
             return known if (known.dtype, len(known)) == (ROW, len(shards)) else None
     return None
@@ -111,6 +124,10 @@ def open_indexes(shards: Sequence[Path], index_dir: Path) -> list[Path]:
             for shard, index in zip(stale, make_indexes(stale, index_dir), strict=True):
                 found[shard] = index
                 bar.update(shard.stat().st_size)
+        if temporary := [index for index in map(found.get, stale) if temporary_dir() in index.parents]:
+            logger.warning("%d indexes are in %s, which does not last, for %s cannot be written; give "
+                           "data.index_dir=DIR that can, to keep them", len(temporary), temporary_dir(),
+                           stale[0].parent)
     return [found[shard] for shard in shards]
 
 

@@ -8,6 +8,7 @@ numpy record a sample: its key, and for each kind of member the pair (offset, si
 
 import json
 import os
+import tempfile
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def reaches_behind(samples: np.ndarray, size: int) -> int:
 
 def promised(shard: Path, index_dir: Path) -> int:
     """How many samples a shard that is cut had when it was whole, as far as anything tells."""
-    older = [read_head(path) for path in index_paths(shard, index_dir) if path.exists()]
+    older = [read_head(path) for path in index_paths(shard, index_dir) if os.access(path, os.R_OK)]
     return max([head.get("total", 0) for head in older if head.get("format") in (1, FORMAT)] + [published(shard) or 0])
 
 
@@ -130,7 +131,29 @@ def successes(stats: bytes) -> int | None:
 def index_paths(shard: Path, index_dir: Path) -> list[Path]:
     """Where the index of a shard may stand, best first."""
     place = blake2b(str(shard.resolve().parent).encode(), digest_size=8).hexdigest()
-    return [shard.with_name(f"{shard.name}.index"), index_dir / place / f"{shard.name}.index"]
+    below = [index_dir, *([temporary_dir()] if is_ours(temporary_dir()) else [])]
+    return [directory / f"{shard.name}.index" for directory in (shard.parent, *(root / place for root in below))]
+
+
+def temporary_dir() -> Path:
+    """Where indexes go that can be written nowhere else; it may be emptied at any time."""
+    return Path(tempfile.gettempdir()) / f"clipx-{os.getuid()}"
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether nobody else has made a directory that all could make."""
+    try:
+        return os.lstat(directory).st_uid == os.getuid()
+    except FileNotFoundError:
+        return True
+
+
+def in_home(path: str) -> Path:
+    """A path whose ``~`` is the user's home directory; a temporary one where this user has none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:        # neither HOME nor an entry in the system's list of users
+        return temporary_dir() / Path(path).relative_to("~")
 
 
 def find_index(shard: Path, index_dir: Path) -> Path | None:
@@ -140,7 +163,7 @@ def find_index(shard: Path, index_dir: Path) -> Path | None:
 
 def belongs(index: Path, shard: Path) -> bool:
     """Whether there is such an index, and it belongs to the shard as it is now."""
-    if not index.exists():
+    if not os.access(index, os.R_OK):           # Path.exists raises where a directory is closed to this user
         return False
     now = {"format": FORMAT, "bytes": shard.stat().st_size, "ends": ends(shard)}
     head = read_head(index)
@@ -172,7 +195,7 @@ def write_table(paths: list[Path], head: dict[str, Any], rows: np.ndarray) -> Pa
             return path
         except OSError as error:
             reason = error
-    raise DataError(f"{paths[0]} cannot be written, nor {paths[-1]}, below data.index_dir: {reason}")
+    raise DataError(f"{paths[0]} cannot be written, nor {paths[-1]}: {reason}; give data.index_dir=DIR that can be")
 
 
 def read_head(path: Path) -> dict[str, Any]:

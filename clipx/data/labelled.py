@@ -25,6 +25,7 @@ from clipx.data.captions import dataset_type
 from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.files import below, is_clutter, read_lines
 from clipx.data.images import BROKEN, check_size, to_rgb
+from clipx.data.index import in_home
 from clipx.data.sample import DECODED, MOST_PICTURE, BadSample, Sample, Source, check_bytes
 from clipx.data.shards import SCHEME, Shards, expand, in_directory, patiently
 from clipx.data.tar import DataError
@@ -32,7 +33,7 @@ from clipx.data.tar import DataError
 logger = logging.getLogger("clipx")
 
 PICTURE_FILES = {ending for ending, format in Image.registered_extensions().items() if format in DECODED}
-INDEX_DIR = Path("~/.cache/clipx")
+INDEX_DIR = "~/.cache/clipx"
 
 
 class Which(TypedDict, total=False):
@@ -258,7 +259,7 @@ def open_class_shards(key: str, which: Which, kind: str, names: list[str] | None
         raise ValueError(f"{key}.{kind}={place}: dataset_type.txt says {kind_of_set}; expected one class a picture"
                          + "; evals=[retrieval] data=shards scores these" * (kind_of_set == "retrieval"))
     classes = names or beside_shards(tars[0].parent, f"{key}.classes")
-    index_dir = INDEX_DIR.expanduser()
+    index_dir = in_home(INDEX_DIR)
     cache = Cache(index_dir / "shards", 0, index_dir)           # stays empty
     return ClassShards(open_all(tars, cache), None, index_dir, cache, classes), classes
 

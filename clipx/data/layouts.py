@@ -15,6 +15,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from clipx.data.download import Download
 from clipx.data.folder import read_listing
+from clipx.data.index import in_home
 from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
@@ -258,7 +259,7 @@ def shards(src: str, caption_key: str | None = None, index_dir: str = "~/.cache/
     found = [root] if root.is_file() else [shard for place in places for shard in sorted(place.glob("*.tar"))]
     if not found:
         raise DataError(f"src={src} holds no shards (*.tar, train/*.tar, val/*.tar)")
-    return Tars(root.parent if root.is_file() else root, found, caption_key, Path(index_dir).expanduser())
+    return Tars(root.parent if root.is_file() else root, found, caption_key, in_home(index_dir))
 
 
 def directory(src: str) -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -170,8 +171,9 @@ def hold_out(source: Keyed, share: float, kept: Path | None = None) -> tuple[Sou
     if ids is None:
         ids = smallest_hashes(source, count)
         if file and samples >= LARGE:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, ids)
+            with suppress(OSError):         # it only saves the next run the time
+                file.parent.mkdir(parents=True, exist_ok=True)
+                np.save(file, ids)
     return Subset(source, ids, without=True), Subset(source, ids)
 
 

@@ -22,7 +22,7 @@ from typing_extensions import Unpack
 from clipx.data.cache import Cache, Remote
 from clipx.data.captions import MOST_WORDS, one_a_line, read_captions
 from clipx.data.catalogue import Catalogue, open_all
-from clipx.data.index import KEY, find_index, read_table
+from clipx.data.index import KEY, find_index, in_home, read_table
 from clipx.data.mix import Chain
 from clipx.data.sample import MOST_PICTURE, VALIDATION, BadSample, Data, How, Sample, Source, check_bytes, hold_out
 from clipx.data.stores import PIPE, matches_of, persist
@@ -269,7 +269,7 @@ def open_shards(
             "or data.val=0 for none"
         )
     train = not_validating(train, held)
-    copies = Cache(Path(cache).expanduser(), int(1e9 * cache_gb), Path(index_dir).expanduser())
+    copies = Cache(in_home(cache), int(1e9 * cache_gb), in_home(index_dir))
     source = open_source(train, caption_key, copies)
     if held:
         split = source, open_source(held, caption_key, copies)
