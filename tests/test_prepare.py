@@ -29,6 +29,7 @@ from clipx.config import Prepare, resolve
 from clipx.data import pack
 from clipx.data.sample import Sample
 from clipx.data.shards import open_shards
+from clipx.data.tables import texts as texts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")    # webdataset's own
 SOURCES = {"csv": ["source.image=a", "source.caption=b"]}       # what must be given besides src
@@ -191,6 +192,18 @@ def test_coco_is_one_sample_a_picture_with_its_five_captions(prepare: Callable[.
     assert {path.name: path.stat().st_mtime_ns for path in out.rglob("*.index")} == indexes
 
 
+def test_captions_of_pictures_that_cocos_file_does_not_list_are_counted(
+    prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = make_coco(tmp_path / "c", 2, 1) / "annotations/captions_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"].append({"image_id": 777777, "id": 1, "caption": "of nothing"})
+    save(file, content)
+    prepare("source=coco", "src=c", "out=o")
+    assert "1 captions are of pictures that its images do not list, such as image_id 777777" in caplog.text
+    assert len(words_of(tmp_path / "o")) == 2
+
+
 def test_karpathys_split_counts_where_it_is_given(prepare: Callable[..., None], tmp_path: Path) -> None:
     images = []
     for number, (folder, split) in enumerate(
@@ -293,7 +306,7 @@ def test_a_table_of_any_kind_and_columns(kind: str, prepare: Callable[..., None]
         lines = [sep.join(columns), *(sep.join((str(n), '"' + text.replace('"', '""') + '"', name))
                                       for n, (name, text) in enumerate(ROWS))]
         save(tmp_path / src, "\ufeff" + "\r\n".join(lines))
-        more = ["source.sep=;"] if kind == "semicolon" else []
+        more = {"semicolon": ["source.sep=;"], "tsv": ['source.quote="', r"source.sep=\t"]}.get(kind, [])
     prepare("source=csv", f"src={src}", "source.image=file", "source.caption=the text", "out=o", "shuffle=false", *more)
     assert [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")] == [
         ("p/a.png", ["one, with a comma", 'un "uno"']), ("p/b.png", ["two"]),
@@ -307,14 +320,75 @@ def test_a_table_that_is_otherwise_is_refused_in_one_line(
     given = ["source=csv", *SOURCES["csv"], "out=o"]
     assert refused(*given, "src=t.csv") == "source.caption=b: t.csv has no such column; there are a, c"
     save(tmp_path / "t.csv", b"a,b\nx.png,\xe9\n")
-    assert refused(*given, "src=t.csv").startswith("t.csv cannot be read as a table in UTF-8 with source.sep=','")
-    assert refused(*given, "src=t.csv", "source.sep=ab").startswith("t.csv cannot be read as a table in UTF-8")
+    message = refused(*given, "src=t.csv")
+    assert message.startswith("t.csv cannot be read as source.encoding=utf-8") and "source.encoding=cp1252" in message
+    assert refused(*given, "src=t.csv", "source.encoding=x").startswith("t.csv cannot be read as source.encoding=x")
+    assert refused(*given, "src=t.csv", "source.sep=ab").startswith("t.csv cannot be read with source.sep='ab' and ")
+    save(tmp_path / "t.csv", 'a,b\nx.png,"one\ny.png,two\n')
+    assert refused(*given, "src=t.csv").startswith("t.csv, line 2: a quotation mark opens there and is never closed")
     save(tmp_path / "t.parquet", b"PAR1 and no more")
     assert refused(*given, "src=t.parquet").startswith("t.parquet is not a whole parquet file")
     pyarrow.parquet.write_table(pyarrow.table({"a": [b"bytes"], "b": ["x"]}), tmp_path / "t.parquet")
     assert refused(*given, "src=t.parquet") == "source.image=a holds bytes in t.parquet, not paths or URLs"
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["x.png"], "b": [{"raw": "x"}]}), tmp_path / "t.parquet")
+    assert refused(*given, "src=t.parquet").startswith("source.caption=b holds dict in t.parquet, not text")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert refused(*given, "src=t.parquet") == "t.parquet needs pyarrow to be read: pip install 'clipx[parquet]'"
+
+
+def packed_table(prepare: Callable[..., None], tmp_path: Path, name: str, text: str | bytes, *more: str) -> list[str]:
+    """The captions that a table with columns image and caption is packed to; 0.png to 59.png are there."""
+    for number in range(60):
+        save(tmp_path / f"{number}.png", picture(number))
+    save(tmp_path / name, text)
+    given = ("source=csv", "source.image=image", "source.caption=caption", "shuffle=false")
+    prepare(*given, f"src={name}", "out=o", *more)
+    return [caption for row in words_of(tmp_path / "o") for caption in row["caption"]]
+
+
+def test_rows_with_more_fields_than_the_header_are_listed_and_too_many_end_it(
+    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [f"{n}.png,thing {n}" + (", on a table" if n < 10 else "") for n in range(60)]
+    found = packed_table(prepare, tmp_path, "t.csv", "\n".join(["image,caption", *rows]))
+    assert found == [f"thing {n}" for n in range(10, 60)]
+    assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"has more fields than the header": 10}
+    assert (tmp_path / "o/dropped.jsonl").read_text().startswith(
+        '{"split": "train", "picture": "t.csv, line 2", "reason": "has more fields than the header: 3, not 2"}')
+    save(tmp_path / "t.csv", "\n".join(["image,caption", *rows, "11.png,a,b"]))
+    given = ("source=csv", "src=t.csv", "source.image=image", "source.caption=caption")
+    assert refused(*given, "out=p").startswith("t.csv: 11 of 61 rows cannot be read, such as t.csv, line 2, which has ")
+    prepare(*given, "out=p", "source.max_bad=0.5")
+
+
+def test_a_field_beyond_what_csv_reads_costs_its_row_alone(prepare: Callable[..., None], tmp_path: Path) -> None:
+    rows = [f"{n}.png,{'long ' * 40_000 if n == 5 else n}" for n in range(60)]
+    found = packed_table(prepare, tmp_path, "t.csv", "\n".join(["image,caption", *rows]))
+    assert found == [str(n) for n in range(60) if n != 5]
+    assert '"t.csv, line 7", "reason": "cannot be parsed: ' in (tmp_path / "o/dropped.jsonl").read_text()
+
+
+def test_quotation_marks_are_text_in_a_tsv(prepare: Callable[..., None], tmp_path: Path) -> None:
+    texts = ['"a quote opens' if n in (10, 40) else f"thing {n}" for n in range(60)]
+    rows = ["image\tcaption", *(f"{n}.png\t{text}" for n, text in enumerate(texts))]
+    assert packed_table(prepare, tmp_path, "t.tsv", "\n".join(rows)) == texts
+
+
+def test_fields_of_several_lines_are_reported(
+    prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert packed_table(prepare, tmp_path, "t.csv", 'image,caption\n1.png,"a\nb"\n2.png,c\n') == ["a\nb", "c"]
+    assert "t.csv: 1 rows have a field of several lines, the first in line 2" in caplog.text
+
+
+def test_a_table_may_have_another_encoding(prepare: Callable[..., None], tmp_path: Path) -> None:
+    text = "image,caption\n1.png,bébé\n".encode("cp1252")
+    assert packed_table(prepare, tmp_path, "t.csv", text, "source.encoding=cp1252") == ["bébé"]
+
+
+def test_a_caption_that_is_nan_is_missing() -> None:
+    assert [texts_of(value, "") for value in (float("nan"), None, [None, float("nan")])] == [[], [], []]
+    assert texts_of(["a", None, "b"], "") == ["a", "b"]
 
 
 class Web(BaseHTTPRequestHandler):
@@ -376,6 +450,15 @@ def test_cc3m_is_fetched_shrunk_and_what_is_unreachable_is_told(
     asked = len(web.asked)
     prepare("source=cc3m", "src=cc", "out=o", "shuffle=false", "source.timeout=5")     # neutral: it is finished
     assert len(web.asked) == asked
+
+
+def test_labels_after_the_url_of_cc3m_are_left_alone(
+    prepare: Callable[..., None], tmp_path: Path, web: ThreadingHTTPServer
+) -> None:
+    save(tmp_path / "labels.tsv", f"one\t{web.url}/1\tlabel,other\t/m/01,/m/0\t0.9,0.8\ntwo\t{web.url}/2\n")
+    prepare("source=cc3m", "src=labels.tsv", "out=o", "shuffle=false")
+    assert [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")] == [
+        (f"{web.url}/1", ["one"]), (f"{web.url}/2", ["two"])]
 
 
 def test_a_network_that_is_gone_ends_the_run_and_the_same_words_go_on(

@@ -4,10 +4,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from csv import DictReader
-from csv import Error as CsvError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ COCO = "train2017/, val2017/ and annotations/captions_train2017.json, captions_v
 FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
 FLICKR_FILES = ("results.csv", "results_20130124.token", "results.token")
 FLICKR_ROW = re.compile(r"([^|#]+)[|#] *\d+ *[|\t]? *(.*)")      # of either file; one published row lacks its second |
-CC3M_ROW = re.compile(r"([^\t]+)\t(https?://\S+)")
+CC3M_ROW = re.compile(r"([^\t]+)\t(https?://\S+)(?:\t.*)?")       # labels may follow
 
 
 class Item(NamedTuple):
@@ -41,6 +39,7 @@ class Layout(NamedTuple):
     root: Path
     splits: dict[str, list[Item]]           # train, val, test: those that there are
     download: Download = Download()         # how pictures are fetched that are URLs
+    left_out: Sequence[Mapping[str, str]] = ()      # split, picture and reason of what the items leave out
 
 
 class Tars(NamedTuple):
@@ -76,8 +75,15 @@ def read_coco(root: Path, folder: str) -> list[Item]:
     """The pictures in their order, each with its captions in the order of their ids."""
     with published(root / "annotations" / f"captions_{folder}.json") as content:
         captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+        strange = []
         for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
-            captions[annotation["image_id"]].append(annotation["caption"])
+            if annotation["image_id"] in captions:
+                captions[annotation["image_id"]].append(annotation["caption"])
+            else:
+                strange.append(annotation["image_id"])
+        if strange:
+            logger.warning("%s: %d captions are of pictures that its images do not list, such as image_id %s, and are "
+                           "left out", root / "annotations" / f"captions_{folder}.json", len(strange), strange[0])
         return [Item(f"{folder}/{image['file_name']}", captions[image["id"]]) for image in content["images"]]
 
 
@@ -147,75 +153,6 @@ def read_folder(root: Path, part: Path) -> list[Item]:
         Item(path.relative_to(root).as_posix(), list(lines(text)) if text.is_file() else [])
         for path, text in zip(pictures, texts, strict=True)
     ]
-
-
-def table(
-    src: str, image: str, caption: str, sep: str | None = None, connections: PositiveInt = 64,
-    timeout: PositiveFloat = 10.0,
-) -> Layout:
-    """Any table.
-
-    Args:
-        src: a .csv, .tsv or .parquet file, or a directory of .parquet files.
-        image: its column with the picture: a path from where the table stands, or a URL.
-        caption: its column with the caption, or with a list of them; rows of one picture are put together.
-        sep: what parts the columns; None: a tab in .tsv, else a comma.
-        connections: downloads at once.
-        timeout: seconds that a server may be silent.
-
-    Raises:
-        DataError: it is not such a table.
-    """
-    path = Path(src).expanduser()
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not path.exists():
-        raise DataError(f"src={src} is neither a .csv, .tsv or .parquet file nor a directory of .parquet files")
-    columns, rows = (image, caption), []
-    for file in files:
-        if file.suffix == ".parquet":
-            rows += parquet_rows(file, columns)
-        else:
-            rows += csv_rows(file, columns, sep or ("\t" if file.suffix == ".tsv" else ","))
-    named = [row for row in rows if row[0]]
-    if len(named) < len(rows):
-        logger.warning("%s: %d rows name no picture and are left out", path, len(rows) - len(named))
-    strange = next((name for name, _ in named if not isinstance(name, str)), None)
-    if strange is not None:
-        raise DataError(f"source.image={image} holds {type(strange).__name__} in {path}, not paths or URLs")
-    root = path if path.is_dir() else path.parent
-    return Layout(root, {"train": gather(named)}, Download(connections, timeout))
-
-
-def csv_rows(path: Path, columns: tuple[str, str], sep: str) -> Iterator[tuple[str, str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = DictReader(file, delimiter=sep)
-            check_columns(path, columns, reader.fieldnames or [])
-            for row in reader:
-                yield row[columns[0]], row[columns[1]]
-    except (CsvError, TypeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as a table in UTF-8 with source.sep={sep!r}: {error}") from error
-
-
-def parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise DataError(f"{path} needs pyarrow to be read: pip install 'clipx[parquet]'") from error
-    try:
-        with ParquetFile(path) as file:
-            check_columns(path, columns, file.schema_arrow.names)
-            for batch in file.iter_batches(columns=list(columns)):
-                yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
-    except ArrowException as error:
-        raise DataError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
-
-
-def check_columns(path: Path, columns: tuple[str, str], there: Iterable[str]) -> None:
-    for key, column in zip(("image", "caption"), columns, strict=True):
-        if column not in there:
-            raise DataError(f"source.{key}={column}: {path} has no such column; there are {', '.join(there) or 'none'}")
 
 
 def cc3m(src: str, connections: PositiveInt = 64, timeout: PositiveFloat = 10.0) -> Layout:
@@ -305,10 +242,9 @@ def matching(path: Path, pattern: re.Pattern[str], meant: str, header: str = "\0
     return found
 
 
-def gather(rows: Iterable[tuple[str, Any]]) -> list[Item]:
+def gather(rows: Iterable[tuple[str, str | list[str]]]) -> list[Item]:
     """One item a picture, in the order of their first rows, with the captions of all of its rows."""
     found: dict[str, list[str]] = {}
     for picture, said in rows:
-        several = said if isinstance(said, list) else [said]
-        found.setdefault(picture, []).extend(str(caption) for caption in several if caption is not None)
+        found.setdefault(picture, []).extend(said if isinstance(said, list) else [said])
     return [Item(picture, captions) for picture, captions in found.items()]

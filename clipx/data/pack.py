@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -105,7 +105,7 @@ def pack(name: str, layout: Layout, packing: Packing, out: Path, workers: int) -
     except UserError:
         release(out)
         raise
-    return finish(out, tasks, dropped)
+    return finish(out, tasks, [*layout.left_out, *dropped])
 
 
 def claim(out: Path, meaning: dict[str, Any]) -> None:
@@ -266,10 +266,10 @@ def spoken(item: Item) -> list[str]:
     return [caption.strip() for caption in item.captions if caption.strip()]
 
 
-def finish(out: Path, tasks: list[Task], twice: list[dict[str, str]]) -> dict[str, Any]:
+def finish(out: Path, tasks: list[Task], before: list[Mapping[str, str]]) -> dict[str, Any]:
     """Put the reports of the shards together and write them."""
     parts = [(task.split, json.loads(task.report.read_bytes())) for task in tasks]
-    dropped = [*twice, *(row for _, part in parts for row in part["dropped"])]
+    dropped = [*before, *(row for _, part in parts for row in part["dropped"])]
     report = {"splits": merge(parts), "dropped": by_reason(dropped)}
     write(out / DROPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
     write(out / REPORT, json.dumps(report, indent=2) + "\n")
