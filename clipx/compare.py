@@ -14,6 +14,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from clipx.console import lasting
+
 Row = dict[str, Any]
 
 WHERE = {"name", "varied", "stop_at", "device", "workers", "resume"}        # keys that say nothing of what a run is
@@ -270,6 +272,7 @@ def write(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> None:
         sys.exit(f"--out {out} cannot be written: {error.strerror}")
 
 
+@lasting()
 def main() -> None:
     """The entry point."""
     parser = argparse.ArgumentParser(

@@ -24,11 +24,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from clipx import duration, words
-from clipx.console import console, other_rank, printable
+from clipx.console import console, lasting, other_rank, printable
 from clipx.errors import Interrupted, UserError
 from clipx.help import CONF, page
+from clipx.mistyped import check_typed
 from clipx.schema import ConfigError, check_call, check_node, suggest
-from clipx.sweep import Failures, JobEnd, is_sweep, settings, varied
+from clipx.sweep import Failures, JobEnd, is_sweep, obeyed, settings, varied
 
 Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
 Schema = TypeVar("Schema")
@@ -179,6 +180,7 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+@lasting()
 def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: bool = False) -> None:
     """The door of every Hydra command: conf/NAME.yaml, or the file in ``config=FILE``, and the words of the process.
 
@@ -198,16 +200,10 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
     failures = Failures(words.OUTPUTS / ".sweep" / f"failed-{os.getpid()}")
     told: list[str] = []
     try:
-        saved, given = take_saved(given)
-        legal = words.legal(given, is_sweep(given))
-        run = Job(job, saved, words.parted(legal)[1], failures, trains)
-        path, primary = (str(saved.parent.resolve()), saved.stem) if saved else (f"pkg://{CONF}", name)
-        ours = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []        # for hydra/sweeper=optuna
-        with hydra_reads([f"clipx-{name}", *legal, *ours, *words.HYDRA]):
-            hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
-        told = [run.mistake] if run.mistake else failures.told()
+        mistake = carry_out(name, given, job, failures, trains)
+        told = [mistake] if mistake else failures.told()
     except UserError as error:
-        told = [*failures.told(), str(error)]
+        told = [*failures.told(), with_list(str(error), given)]
     except (Interrupted, KeyboardInterrupt) as ended:
         if isinstance(ended, KeyboardInterrupt) and not is_sweep(given):
             raise                                           # at the second Ctrl-C; in a sweep joblib may run the jobs
@@ -216,12 +212,85 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
             print(*failures.told(), again, sep="\n", file=sys.stderr)
         sys.exit(ended.code if isinstance(ended, Interrupted) else 128 + signal.SIGINT)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        told = [*failures.told(), explain(error, name, given)]
+        told = [*failures.told(), with_list(explain(error, name, given), given)]
     except BrokenExecutor:
         told = [*failures.told(), "a job's process was killed, as for want of memory, which ended the others; the same "
                 "words go on; hydra.launcher.n_jobs=1 runs one at a time"]
     if told:
         sys.exit(printable("\n".join(told)))
+
+
+def call(name: str, job: Callable[[DictConfig, Path], float | None], given: Sequence[str]) -> Path:
+    """A command in a program or a notebook: one run, by the words of a command line.
+
+    Returns:
+        The run's directory; the run has ended, or a signal such as Ctrl-C has stopped it after a save.
+
+    Raises:
+        UserError: what a command would say in its last line.
+    """
+    options, _ = words.parted(given)
+    if options or is_sweep(given):
+        raise ConfigError(f"{' '.join(options) or 'a sweep'} is for the command line; one call is one run")
+    places: list[Path] = []
+
+    def noted(composed: DictConfig, directory: Path) -> float | None:
+        places.append(directory)
+        return job(composed, directory)
+
+    try:
+        mistake = carry_out(name, given, noted, Failures(words.OUTPUTS / ".sweep" / f"failed-{os.getpid()}"), True)
+    except Interrupted:
+        mistake = ""
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        mistake = with_list(explain(error, name, given), given)
+    if mistake:
+        raise UserError(mistake)
+    return places[0]
+
+
+def carry_out(
+    name: str, given: Sequence[str], job: Callable[[DictConfig, Path], float | None], failures: Failures, trains: bool
+) -> str:
+    """What the words of a command ask for.
+
+    Returns:
+        The mistake that has ended a run alone, if one has.
+
+    Raises:
+        UserError: a word is wrong, or a search has failed.
+        HydraException, OmegaConfBaseException: they do not compose.
+    """
+    saved, rest = take_saved(given)
+    check_typed(rest)
+    options, overrides = words.parted(words.legal(rest, is_sweep(rest)))
+    run = Job(job, saved, overrides, failures, trains)
+    path, primary = (str(saved.parent.resolve()), saved.stem) if saved else (f"pkg://{CONF}", name)
+    ours = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []        # for hydra/sweeper=optuna
+    with hydra_reads([f"clipx-{name}", *options, *words.HYDRA, *ours, *overrides]), own_hydra():
+        hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
+    return with_list(run.mistake, given)
+
+
+def with_list(mistake: str, given: Sequence[str]) -> str:
+    """A mistake, and how several values are given, where it is about values with commas between them."""
+    for word in given:
+        key, _, value = word.partition("=")
+        parts = words.parts_of(value)
+        if len(parts) > 1 and all(parts) and mistake.startswith((f"{key}=", f"{key}:")) and not is_sweep(given):
+            return f"{mistake}; -m runs once for each value ({key}={value}), and {key}=[{value}] is one list"
+    return mistake
+
+
+@contextmanager
+def own_hydra() -> Iterator[None]:
+    """Hydra as it is at the start of a process: a notebook may have initialised it for itself."""
+    theirs = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = theirs
 
 
 @dataclass
@@ -245,7 +314,7 @@ class Job:
             OmegaConf.update(composed, "choices", chosen, force_add=True)
             OmegaConf.update(composed, "varied", keys, force_add=True)
         name = None if composed.get("name") is None else str(composed.name)         # 5 is a name, too
-        directory = words.run_directory(own, name, keys if sweep else None, self.saved)
+        directory = obeyed(ran, words.run_directory(own, name, keys if sweep else None, self.saved), sweep)
         end = nullcontext()
         if sweep:
             end = JobEnd(ran.job.num, settings(own, keys), directory, self.failures, self.trains)
@@ -305,12 +374,13 @@ def explain(error: Exception, name: str, given: Sequence[str]) -> str:
         return "hydra-optuna-sweeper has a hydra/sweeper=optuna of its own; pip uninstall hydra-optuna-sweeper"
     if "does not support sweep type" in text:
         return "an interval has no list of values to go through; add hydra/sweeper=optuna, which searches it"
-    with hydra.initialize_config_module(CONF, version_base="1.3"):
+    with own_hydra(), hydra.initialize_config_module(CONF, version_base="1.3"):
         if option:
             options = GlobalHydra.instance().config_loader().get_group_options(option[1])
             return f"{option[1]}={option[2]}: there is no such option{suggest(option[2], options)}"
         if key:
-            return f"{key[1]}: there is no such key{suggest(key[1], known_keys(name, given))}"
+            known = hydra_keys(name, given, key[1]) if key[1].startswith("hydra.") else known_keys(name, given)
+            return f"{key[1]}: there is no such key{suggest(key[1], known)}"
     return text
 
 
@@ -322,6 +392,15 @@ def known_keys(name: str, given: Sequence[str]) -> list[str]:
         composed = hydra.compose(name)
     plain = OmegaConf.to_container(composed)
     return [*flat(plain), *(key for key, value in plain.items() if isinstance(value, dict))]
+
+
+def hydra_keys(name: str, given: Sequence[str], key: str) -> list[str]:
+    """The settings of Hydra's that stand beside a key."""
+    groups = [word for word in given if re.fullmatch(r"hydra/\w+=\w+", word)]
+    composed = hydra.compose(name, groups, return_hydra_config=True)
+    parent = key.rpartition(".")[0]
+    beside = OmegaConf.select(composed, parent)
+    return [f"{parent}.{own}" for own in beside] if isinstance(beside, DictConfig) else []
 
 
 def first_line(error: BaseException) -> str:

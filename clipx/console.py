@@ -5,9 +5,58 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+
+class Lasting:
+    """A text stream that outlives the terminal or the pipe behind it: once that is gone, what is written is dropped.
+
+    Args:
+        stream: standard output or error.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Send the rest nowhere, what Python holds back for its exit included."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Let a command go on when nobody reads its output any more, as behind ``| head``, or when it began without one."""
+    before = sys.stdout, sys.stderr
+    with ExitStack() as stack:
+        for name, stream in zip(("stdout", "stderr"), before, strict=True):
+            setattr(sys, name, Lasting(stream or stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = before
 
 
 class Console(logging.Handler):

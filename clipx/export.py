@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,7 +53,7 @@ def export(composed: DictConfig, directory: Path) -> None:
     if importlib.util.find_spec(module) is None:
         raise UserError(f"to={config.to} needs {module}; install it with: pip install {package}")
     out = Path(config.out).expanduser()
-    if os.path.exists(out):
+    if out.exists():
         raise UserError(f"out={config.out} is there already; name a new directory")
     from clipx.loading import load
 

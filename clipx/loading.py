@@ -1,6 +1,5 @@
 """A run or weights, whoever has made them: as a model to use, and as the start of a run."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,8 +100,6 @@ def find(where: str | Path) -> Weights:
     path = Path(where).expanduser()
     if str(where).startswith("open_clip:"):
         found = weights.cached(str(where).partition(":")[2])
-    elif not os.path.exists(path):          # Path.is_dir raises for a name that is too long
-        raise CheckpointError(f"{where}: there is no such checkpoint")
     elif path.is_dir() and any((path / name).is_file() for name in (OPEN_CLIP, HUGGING_FACE)):
         found = weights.directory(path)
     elif path.is_dir():

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch.utils.tensorboard import SummaryWriter
 
 from clipx import distributed
@@ -31,7 +30,6 @@ from clipx.run import AMP, pick_device, pick_workers
 logger = logging.getLogger("clipx")
 
 Numbers = dict[str, float]      # by tag
-RESULTS = TypeAdapter(dict[str, dict[str, dict[str, dict[str, Any]]]])      # by weights, data, evaluation, metric
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,7 @@ class Place:
         for tag, value in numbers.items():
             group, metric = parsed(tag)
             fresh.setdefault(group, {})[metric] = value
-        path = self.directory / "metrics.json"
-        with merged(path) as results:
-            if not RESULTS.validator.isinstance_python(results):
-                raise UserError(f"{path} is not what evaluate writes; move it away, and it is made anew")
+        with merged(self.directory / "metrics.json") as results:
             own = results.setdefault(self.weights, {})
             for group, found in fresh.items():
                 (evaluation, _, data), source = group.partition("@"), ids[group]
@@ -113,10 +108,8 @@ def named(given: str | list[str]) -> dict[str, str]:
     ``A,B`` and ``[A,B]`` are lists where Hydra has not read them as such, and no file has that name.
     """
     if isinstance(given, str):
-        given = [given] if os.path.exists(given) else given.removeprefix("[").removesuffix("]").split(",")
+        given = [given] if Path(given).exists() else given.removeprefix("[").removesuffix("]").split(",")
     runs = list(dict.fromkeys(run.strip() for run in given))
-    if not all(runs) or not runs:
-        raise UserError(f"run={given} names no run; expected a run's directory or weights, or several: run=[A,B]")
     names = [Path(run).name for run in runs]
     return dict(zip(runs, names if len(set(names)) == len(names) else runs, strict=True))
 

@@ -11,16 +11,19 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
 from clipx import words
 from clipx.console import other_rank, tell
 from clipx.errors import UserError
 from clipx.help import CONF, config_dirs
 
+UNSET, SWEEP_UNSET = "./.", f"{words.OUTPUTS}/.sweep"       # in conf/hydra/output/clipx.yaml
+
 
 def is_sweep(given: Sequence[str]) -> bool:
     """Whether the words start several jobs: ``-m`` is among them, or a recipe whose ``hydra.mode`` is MULTIRUN."""
-    if {"-m", "--multirun"} & set(given):
+    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(given):
         return True
     folders = [files(CONF), *config_dirs(given)]
     names = [word.partition("=")[2] for word in given if word.startswith("experiment=")]
@@ -40,6 +43,20 @@ def varied(given: Sequence[str], params: Sequence[str], sweep: bool) -> list[str
     overrides = OverridesParser.create().parse_overrides(list(given))
     named = [over.key_or_group for over in overrides if over.is_sweep_override() or not sweep]
     return [key for key in dict.fromkeys([*params, *named]) if not words.is_neutral(key)]
+
+
+def obeyed(hydra: DictConfig, directory: Path, sweep: bool) -> Path:
+    """The directory of a run: where Hydra's settings put it, else the one that clipx names.
+
+    Args:
+        hydra: the settings; those that nobody has changed are those of conf/hydra/output/clipx.yaml.
+        directory: as clipx names it.
+        sweep: whether it is one of several runs.
+    """
+    if not sweep:
+        return directory if hydra.run.dir == UNSET else Path(hydra.run.dir)
+    place = directory.parent if hydra.sweep.dir == SWEEP_UNSET else Path(hydra.sweep.dir)
+    return place / (directory.name if hydra.sweep.subdir == UNSET else hydra.sweep.subdir)
 
 
 def settings(overrides: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:

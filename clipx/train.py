@@ -1,10 +1,13 @@
 """``python -m clipx.train``: config -> run -> the objective."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
-from clipx.config import command, resolve
+from clipx.config import call, command, resolve
 
 
 def main() -> None:
@@ -23,9 +26,26 @@ def train(composed: DictConfig, directory: Path) -> float | None:
         The last value of ``objective``; None where there is none.
     """
     config = resolve(composed)
-    from clipx.run import run  # torch comes in here, so that --help and mistakes in the config answer at once
+    from clipx import run as training  # torch comes in here: --help and mistakes in the config answer at once
 
-    return run(config, directory)
+    return training.run(config, directory)
+
+
+def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train from Python, as in a notebook.
+
+        summary = clipx.train.run(overrides=["model=small", "data=folder", "data.root=DIR"])
+
+    Args:
+        overrides: the words of a command line, without switches; one call is one run.
+
+    Returns:
+        The run's summary.json: its state, final and best numbers.
+
+    Raises:
+        UserError: something is wrong with the words, the data or the run; nothing is lost.
+    """
+    return json.loads((call("train", train, overrides) / "summary.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from clipx.config import Duration, differences
 from clipx.console import tell
 from clipx.errors import UserError
 from clipx.schema import ConfigError, check_call
-from clipx.sweep import has_failed, varied
+from clipx.sweep import UNSET, has_failed, obeyed, varied
 
 try:
     import optuna
@@ -86,7 +86,10 @@ def tune(
         raise ConfigError("objective=null: a search needs a number to go by, such as val/retrieval/mean_recall")
     name = None if plain.get("name") is None else str(plain["name"])
     keys = varied(arguments, list(settings.params), sweep=True)
-    directory = words.run_directory([], name, keys).parent
+    if config.hydra.sweep.subdir != UNSET:
+        raise ConfigError(f"hydra.sweep.subdir={config.hydra.sweep.subdir}: a search names its jobs' directories; "
+                          "hydra.sweep.dir says where they are")
+    directory = obeyed(config.hydra, words.run_directory([], name, keys), sweep=True).parent
     meaning = {**plain, "hydra": {"sweeper": {
         "params": {override.get_key_element(): override.get_value_string() for override in space},
         "direction": settings.direction, "rungs": settings.rungs,
@@ -277,7 +280,7 @@ class Search:
 
     def place(self, job: Sequence[str]) -> Path:
         """The directory of a job's run."""
-        return words.run_directory([*self.fixed, *job], self.name, self.keys)
+        return self.directory / words.run_directory([*self.fixed, *job], self.name, self.keys).name
 
     def report(self) -> None:
         """Tell what came out, and what to type next."""

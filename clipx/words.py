@@ -1,5 +1,6 @@
 """The words of a command line: made fit for Hydra's grammar, and turned into the name of a run's directory."""
 
+import os
 import re
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -20,13 +21,14 @@ NEUTRAL = {
     "resume_allow", "max_bad_steps", "max_rollbacks", "signal_exit_code",
 }  # fmt: skip
 
+# values that stay text where they look like numbers: names and paths
+TEXT = {"name", "init_from", "resume", "run", "src", "out", "cache", "images", "texts", "search", "json", "peer_path"}
+TEXT_OF_DATA = r"data\.(sources\.[^.]+\.)?(root|shards|val_shards|index_dir|cache)"
+
 PLACES = r"(labelled|evals\.[^.]+\.sets)\.[^.]+\.(root|folder|shards|train|classes)"       # of labelled data
 
-# Hydra's own directories and log files are not used: a run's directory is made when its config is known to be right
-HYDRA = [
-    "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",
-    f"hydra.sweep.dir={OUTPUTS}/.sweep", "hydra.sweep.subdir=.",
-]  # fmt: skip
+# Hydra's own log files are not used; conf/hydra/output/clipx.yaml has its directories
+HYDRA = ["hydra/output=clipx", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
 WITH_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c"}
 
 
@@ -42,7 +44,7 @@ def legal(words: Sequence[str], sweep: bool) -> list[str]:
     Options come first: argparse wants all of the overrides in one row.
     """
     options, overrides = parted(words)
-    return [*options, *(quoted(word, sweep) for word in overrides)]
+    return [*options, *(quoted(with_home(word), sweep) for word in overrides)]
 
 
 def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -90,8 +92,15 @@ def fits_grammar(word: str, sweep: bool) -> bool:
         return False
     if override.is_sweep_override():
         return sweep
+    if is_text(override.key_or_group):
+        return not isinstance(override.value(), (int, float))
     option = override.key_or_group in GROUPS and word != "experiment=null"
     return not option or isinstance(override.value(), (str, list))      # model=5 names an option, too
+
+
+def is_text(key: str) -> bool:
+    """Whether a key's value stays as it is typed: 007 and 1e3 are names, too."""
+    return key in TEXT or re.fullmatch(f"{TEXT_OF_DATA}|{PLACES}", key) is not None
 
 
 def completable(line: str) -> str:
@@ -115,6 +124,12 @@ def directory_name(words: Sequence[str]) -> str:
     if name != text or len(name) > MOST_LETTERS:
         name = f"{name[:MOST_LETTERS]}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
     return name
+
+
+def with_home(word: str) -> str:
+    """Hydra makes its directories itself, and takes ~ for a name."""
+    key, _, value = word.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if key in ("hydra.run.dir", "hydra.sweep.dir") else word
 
 
 def key_of(word: str) -> str:

@@ -28,6 +28,11 @@ FEW = ("experiment=smoke", "workers=0", "batch_size=16", "data.samples=40", "dat
        "model.image.depth=1", "model.text.depth=1", "log_every=1", "eval_every=7", "save_every=null")
 
 
+def once(*words: str) -> list[str]:
+    """The words, of those with the same key the last alone: tests change what they share."""
+    return list({word.partition("=")[0] if "=" in word else number: word for number, word in enumerate(words)}.values())
+
+
 def picture(shade: int, kind: str = "png", size: tuple[int, int] = (40, 32)) -> bytes:
     """An encoded picture with a gradient, different for every shade."""
     file = io.BytesIO()
@@ -89,7 +94,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.train", *words])
+        monkeypatch.setattr(sys, "argv", ["clipx.train", *once(*words)])
         main()
 
     return run
@@ -101,7 +106,7 @@ def train_in(cwd: Path, *words: str) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["clipx.train", *FEW, *words, "name=x"])
+        patch.setattr(sys, "argv", ["clipx.train", *once(*FEW, *words, "name=x")])
         main()
     return cwd / "outputs/x"
 
@@ -123,7 +128,7 @@ def fails(train: Callable[..., None]) -> Callable[..., str]:
 def in_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A Python of its own, in another directory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *once(*words)], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, once
 from hydra import compose, initialize_config_module
 
 from clipx import measure
@@ -26,7 +26,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.bench", *words])
+        monkeypatch.setattr(sys, "argv", ["clipx.bench", *once(*words)])
         main()
 
     return run

@@ -12,7 +12,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from conftest import in_process, picture, write_tar
+from conftest import in_process, once, picture, write_tar
 from PIL import Image
 
 from clipx import machine
@@ -35,7 +35,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> tuple[str, int]:
-        monkeypatch.setattr(sys, "argv", ["clipx.check", *words])
+        monkeypatch.setattr(sys, "argv", ["clipx.check", *once(*words)])
         capsys.readouterr()
         code = 0
         try:

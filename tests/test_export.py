@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 import transformers
-from conftest import FEW
+from conftest import FEW, once
 from safetensors.torch import load_file
 from test_models import real_batch
 from test_weights import PIXELS, peer
@@ -31,7 +31,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.export", *words])
+        monkeypatch.setattr(sys, "argv", ["clipx.export", *once(*words)])
         export_room.main()
 
     return run
@@ -128,8 +128,6 @@ def test_hugging_faces_own_directory_comes_back_with_the_tensors_that_it_had(exp
         (["to=hf", "run=w.pt", "out=w.pt"], "out=w.pt is there already; name a new directory"),
         (["to=hf", "run=w.pt", "out=w.pt/new", "act=gelu"], "out=w.pt/new cannot be written: File exists"),
         (["to=hf", "run=none", "out=new"], "none: there is no such checkpoint"),
-        (["to=hf", "run=w.pt", "act=gelu", "out=" + "x" * 300],
-         "out=" + "x" * 300 + " cannot be written: File name too long"),
         (["to=hf", "run=w.pt", "out=new"], "w.pt does not say its activation; add act=quick_gelu for OpenAI's weights "
                                            "and open_clip's -quickgelu models, act=gelu for open_clip's others"),
         (["too=hf", "run=w.pt", "out=new"], "too: there is no such key; did you mean to?"),

@@ -11,7 +11,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_state, lines, summary
+from conftest import assert_same_state, lines, once, summary
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clipx.checkpoint import read
@@ -28,7 +28,7 @@ SMALL = (
 def start(cwd: Path, *words: str) -> subprocess.Popen[str]:
     cwd.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "clipx.train", *SMALL, *words]
+    command = [sys.executable, "-m", "clipx.train", *once(*SMALL, *words)]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

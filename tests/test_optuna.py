@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import FEW, assert_same_state, in_process, summary
+from conftest import FEW, assert_same_state, in_process, once, summary
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -302,7 +302,7 @@ def test_a_search_that_is_killed_goes_on_with_the_trial_it_was_at(
     search: Callable[..., tuple[list[str], str]], tmp_path: Path
 ) -> None:
     words = (SPACE, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[20%,50%]", "max_steps=60", "eval_every=null")
-    process = subprocess.Popen([sys.executable, "-m", "clipx.train", *SEARCH, *words], cwd=tmp_path,
+    process = subprocess.Popen([sys.executable, "-m", "clipx.train", *once(*SEARCH, *words)], cwd=tmp_path,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
     while "[1]" not in process.stderr.readline():
         assert process.poll() is None

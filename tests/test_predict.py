@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture, train_in
+from conftest import once, picture, train_in
 from PIL import Image
 
 from clipx import load
@@ -35,7 +35,7 @@ def ask(asked: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     monkeypatch.chdir(asked)
 
     def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.predict", *words])
+        monkeypatch.setattr(sys, "argv", ["clipx.predict", *once(*words)])
         main()
 
     return run

@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 import webdataset
 import yaml
-from conftest import ROOT, in_process, picture, write_tar
+from conftest import ROOT, in_process, once, picture, write_tar
 from PIL import Image
 
 from clipx.build import build, locate
@@ -43,7 +43,7 @@ def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.prepare", "workers=0", *words])
+        monkeypatch.setattr(sys, "argv", ["clipx.prepare", *once("workers=0", *words)])
         main()
 
     return run

@@ -15,7 +15,7 @@ import hydra
 import psutil
 import pytest
 import torch
-from conftest import FEW, assert_same_state, in_process, lines, summary
+from conftest import FEW, assert_same_state, in_process, lines, once, summary
 from test_killed import until
 
 from clipx import distributed
@@ -82,7 +82,7 @@ def test_a_batch_that_does_not_divide_names_those_that_do(monkeypatch: pytest.Mo
 def start(cwd: Path, ranks: int, *words: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen[str]:
     cwd.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc-per-node", str(ranks), "-m",
-               "clipx.train", *(words or RUN)]
+               "clipx.train", *once(*(words or RUN))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True

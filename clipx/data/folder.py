@@ -92,13 +92,13 @@ def open_folder(
         ValueError: a directory has not that layout, or training and validation are the same.
         DataError: a line of captions.txt is no caption.
     """
-    place = Path(root)
+    place = Path(root).expanduser()
     source = Folder(place / "train" if has_listing(place / "train") and not has_listing(place) else place)
     beside = next((place / name for name in VALIDATION if has_listing(place / name)), None)
     if isinstance(val, str):
-        if Path(val).resolve() == source.images.parent.resolve():
+        if Path(val).expanduser().resolve() == source.images.parent.resolve():
             raise ValueError(f"val={val} is what trains; give another directory, or a share of the pictures: val=0.02")
-        return Data(source, Folder(Path(val), "val"), **how)
+        return Data(source, Folder(Path(val).expanduser(), "val"), **how)
     if beside:
         logger.info("validation pictures are those of %s", beside)
         return Data(source, Folder(beside), **how)

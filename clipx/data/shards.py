@@ -260,7 +260,7 @@ def open_shards(
     if val_shards is not None:
         held = expand(val_shards, "val_shards", allow_pipe)
     elif isinstance(val, str):
-        held = in_directory(Path(val))
+        held = in_directory(Path(val).expanduser())
         if not held:
             raise ValueError(f"val={val} holds no shards (*.tar)")
     elif val and not all(isinstance(shard, Path) for shard in train):
@@ -348,7 +348,7 @@ def in_root(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:
     Raises:
         ValueError: it has none; what makes them is told.
     """
-    root = Path(name)
+    root = Path(name).expanduser()
     if SCHEME.match(name):
         raise ValueError(f"root={name} is a URL; name the shards: data.shards='{name}/{{00000..00099}}.tar'")
     train = in_directory(root / "train") or in_directory(root)
@@ -400,7 +400,7 @@ def expand(patterns: str | list[str], key: str, allow_pipe: bool = False) -> lis
     from webdataset.shardlists import expand_urls
 
     found: list[Path | str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in map(os.path.expanduser, [patterns] if isinstance(patterns, str) else patterns):
         for name in [pattern] if Path(pattern).is_file() else expand_urls(pattern):
             matches = named(name, key, allow_pipe)
             if not matches:
