@@ -12,6 +12,7 @@ from PIL import Image
 
 from clipx import load
 from clipx.data.dummy import Dummy
+from clipx.data.files import find_pictures
 
 Ask = Callable[..., None]
 
@@ -128,3 +129,13 @@ def test_lines_of_a_file_of_texts_end_at_line_feeds_alone(
     ask("run=outputs/x", "images=pictures/00.png", "texts=odd.txt", "json=true")
     found = {row["text"] for row in json.loads(capsys.readouterr().out)}
     assert found == {"a red circle\u2028on a wall", "a blue bar"}
+
+
+def test_pictures_are_found_below_home_and_not_in_the_directories_of_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.png", "deep/b.png", ".ipynb_checkpoints/a.png", "deep/@eaDir/b.png", "._a.png"):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_bytes(b"")
+    assert find_pictures("~/mine") == [tmp_path / "mine/a.png", tmp_path / "mine/deep/b.png"]
