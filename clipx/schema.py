@@ -95,7 +95,10 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     try:
         converted = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:
-        reasons = dict.fromkeys(found["msg"].removeprefix("Value error, ") for found in error.errors())
+        found = error.errors()
+        if found[-1]["type"] == "missing" and isinstance(found[-1]["loc"][-1], int):        # of a tuple
+            raise ConfigError(f"{key}={value!r}: should have {found[-1]['loc'][-1] + 1} values") from error
+        reasons = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in found)
         reason = " or ".join(reasons).replace("Input should", "should").replace("or should be", "or")
         raise ConfigError(f"{key}={value!r}: {reason}") from error
     return list(converted) if isinstance(converted, tuple) else converted
