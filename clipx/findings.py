@@ -13,6 +13,7 @@ import torch
 
 from clipx.build import build
 from clipx.config import Train
+from clipx.data.folder import Folder
 from clipx.data.loader import Chunk, EvalReader, TrainReader, copied_ahead, train_ranges
 from clipx.data.mix import Chain
 from clipx.data.sample import BadSample, Data, Source, Subset, hint
@@ -120,6 +121,9 @@ def check_data(data: Data) -> Iterator[Finding]:
     size = sum(rows["bytes"].sum() for rows in tars)
     where = f" in {sum(map(len, tars)):,} shards of {in_bytes(size)}" if tars else ""
     yield "ok", f"{sum(data.train.sizes):,} pictures to train{where}"
+    whole = data.train.source if isinstance(data.train, Subset) else data.train
+    if isinstance(whole, Folder) and (unlisted := whole.matched[1]):
+        yield "odd", f"{len(unlisted):,} pictures are not in captions.txt and do not train, such as {unlisted[0]}"
     if data.lost:
         names = ", ".join(list(data.lost)[:3])
         yield "odd", f"{sum(data.lost.values()):,} samples are lost with the ends of {names}; fetch or pack these again"

@@ -18,6 +18,7 @@ from clipx.data.mix import open_mix
 from clipx.data.sample import BadSample, hold_out
 from clipx.data.shards import open_shards
 from clipx.data.tar import DataError
+from clipx.findings import check_data
 
 
 @pytest.mark.parametrize(
@@ -319,6 +320,25 @@ def test_a_listing_in_another_encoding_is_named(tmp_path: Path) -> None:
     (root / "captions.txt").write_bytes("a.png\té\n".encode("latin-1"))
     with pytest.raises(DataError, match="UTF-8"):
         open_folder(str(root))
+
+
+def test_lines_of_captions_txt_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "f", "a.png\tone\u2028on a wall\r\nb b.png\ttwo\x85\x0bthree\r\n")
+    source = open_folder(str(root), val=0).train
+    assert [source.read(number).captions for number in range(2)] == [["one\u2028on a wall"], ["two\x85\x0bthree"]]
+
+
+def test_names_match_in_any_unicode_normalisation(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "f", "b\u00e9b\u00e9.png\tone\na.png\ttwo\n")
+    (root / "images/a.png").rename(root / "images/be\u0301be\u0301.png")
+    (root / "images/c.png").write_bytes(b"")
+    source = open_folder(str(root), val=0).train
+    assert source.read(0).captions == ["one"]
+    assert source.matched[1] == ["b b.png", "c.png", "sub/ç.png"]
+    assert any("3 pictures are not in captions.txt and do not train, such as b b.png" in text
+               for _, text in check_data(open_folder(str(root), val=0.5)))
+    with pytest.raises(BadSample, match="no such file"):
+        source.read(1)
 
 
 def test_the_validation_of_a_folder_may_be_another_folder(tmp_path: Path) -> None:

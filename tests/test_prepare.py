@@ -289,6 +289,26 @@ def test_a_folder_is_read_by_its_listing_or_by_texts_beside_the_pictures(
     assert [row["name"] for row in words_of(tmp_path / "oc", "val")] == ["val/p.png"]
 
 
+def test_pictures_that_captions_txt_does_not_name_are_counted(prepare: Callable[..., None], tmp_path: Path) -> None:
+    for number in range(6):
+        save(tmp_path / f"a/images/{number}.png", picture(number))
+    save(tmp_path / "a/captions.txt", "0.png\tone\n./1.png\ttwo\n2.png\tthree\n")
+    prepare("source=folder", "src=a", "out=o")
+    assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"is not in captions.txt": 3}
+    assert '"picture": "images/3.png", "reason": "is not in captions.txt"' in (tmp_path / "o/dropped.jsonl").read_text()
+
+
+def test_pictures_of_every_ending_are_packed_or_counted(prepare: Callable[..., None], tmp_path: Path) -> None:
+    for ending in ("jfif", "jpe", "JPG"):
+        save(tmp_path / f"a/{ending}.{ending}", picture(1, "jpeg"))
+    save(tmp_path / "a/heic.heic", b"\0\0\0\x18ftypheic")
+    for name in ("jfif", "jpe", "JPG", "heic"):
+        save(tmp_path / f"a/{name}.txt", name)
+    prepare("source=folder", "src=a", "out=o", "shuffle=false")
+    assert [row["name"] for row in words_of(tmp_path / "o")] == ["JPG.JPG", "jfif.jfif", "jpe.jpe"]
+    assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"is not a picture": 1}
+
+
 ROWS = [("p/a.png", "one, with a comma"), ("p/b.png", "two"), ("p/a.png", 'un "uno"'), ("p/b.png", "")]
 
 

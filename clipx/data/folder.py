@@ -1,20 +1,35 @@
 """A folder of pictures as a source: images/ and captions.txt, as they are."""
 
 import logging
+from collections.abc import Iterable
+from functools import cached_property
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 import numpy as np
 from typing_extensions import Unpack
 
 from clipx.data.captions import checked
-from clipx.data.sample import MOST_PICTURE, VALIDATION, BadSample, Data, How, Sample, check_bytes, hold_out
+from clipx.data.files import below
+from clipx.data.sample import (
+    MOST_PICTURE,
+    PICTURE_FILES,
+    VALIDATION,
+    BadSample,
+    Data,
+    How,
+    Sample,
+    check_bytes,
+    hold_out,
+)
 from clipx.data.shards import patiently
 from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
 
 LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
+PICTURES = PICTURE_FILES | {".avif", ".heic", ".heif", ".jxl"}      # also those that Pillow may not read
 
 
 class Folder:
@@ -47,9 +62,16 @@ class Folder:
     def locate(self, sample: int) -> str:
         return f"{self.images.name}/{self.names[sample]}"
 
+    @cached_property
+    def matched(self) -> tuple[dict[str, str], list[str]]:
+        """As in ``match_names``; read when it is first needed."""
+        return match_names(self.images, self.captions)
+
     def read(self, sample: int) -> Sample:
         name = self.names[sample]
         path = self.images / name
+        if not path.is_file():
+            path = self.images / self.matched[0][name]
         if not path.is_file():
             raise BadSample("is named in captions.txt, but there is no such file")
         check_bytes("its picture", patiently(path.stat, path).st_size, MOST_PICTURE)
@@ -60,7 +82,7 @@ def read_listing(path: Path) -> dict[str, list[str]]:
     """Captions by file name, in the order of captions.txt."""
     captions: dict[str, list[str]] = {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")     # not at U+2028 and its like, which captions hold
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     for number, line in enumerate(lines, 1):
@@ -73,6 +95,26 @@ def read_listing(path: Path) -> dict[str, list[str]]:
     if not captions:
         raise DataError(f"{path} is empty; it needs lines FILENAME<TAB>CAPTION")
     return captions
+
+
+def match_names(images: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Find the files that captions.txt names, in whatever Unicode normalisation.
+
+    Args:
+        images: the directory of the pictures.
+        names: as captions.txt has them.
+
+    Returns:
+        The name on disk of each, or the same name where there is no such file; and the pictures that are not named.
+    """
+    there = [path.relative_to(images).as_posix() for path in below(images) if path.is_file()]
+    spelt = {normalize("NFC", name): name for name in there} | {name: name for name in there}
+    found = {}
+    for name in names:
+        plain = PurePosixPath(name).as_posix()
+        found[name] = spelt.get(plain) or spelt.get(normalize("NFC", plain), name)
+    unlisted = set(there) - set(found.values())
+    return found, sorted(name for name in unlisted if PurePosixPath(name).suffix.lower() in PICTURES)
 
 
 def open_folder(

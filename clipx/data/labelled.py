@@ -26,13 +26,12 @@ from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.files import below, is_clutter, read_lines
 from clipx.data.images import BROKEN, check_size, to_rgb
 from clipx.data.index import in_home
-from clipx.data.sample import DECODED, MOST_PICTURE, BadSample, Sample, Source, check_bytes
+from clipx.data.sample import MOST_PICTURE, PICTURE_FILES, BadSample, Sample, Source, check_bytes
 from clipx.data.shards import SCHEME, Shards, expand, in_directory, patiently
 from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
 
-PICTURE_FILES = {ending for ending, format in Image.registered_extensions().items() if format in DECODED}
 INDEX_DIR = "~/.cache/clipx"
 
 

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 from pydantic import PositiveFloat, PositiveInt
 
 from clipx.data.download import Download
-from clipx.data.folder import read_listing
+from clipx.data.folder import PICTURES, match_names, read_listing
 from clipx.data.index import in_home
 from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 COCO = "train2017/, val2017/ and annotations/captions_train2017.json, captions_val2017.json"
 FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
 FLICKR_FILES = ("results.csv", "results_20130124.token", "results.token")
@@ -135,15 +134,23 @@ def folder(src: str) -> Layout:
         DataError: that is not the layout.
     """
     root = directory(src)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        return Layout(root, {split: read_folder(root, root / split) for split in ("train", "val")})
-    return Layout(root, {"train": read_folder(root, root)})
+    both = (root / "train").is_dir() and (root / "val").is_dir()
+    parts = {"train": root / "train", "val": root / "val"} if both else {"train": root}
+    splits, unlisted = {}, []
+    for split, part in parts.items():
+        splits[split], alone = read_folder(root, part)
+        unlisted += [{"split": split, "picture": name, "reason": "is not in captions.txt"} for name in alone]
+    return Layout(root, splits, left_out=unlisted)
 
 
-def read_folder(root: Path, part: Path) -> list[Item]:
-    if (part / "captions.txt").is_file() and (part / "images").is_dir():
-        images = (part / "images").relative_to(root)
-        return [Item(f"{images}/{name}", captions) for name, captions in read_listing(part / "captions.txt").items()]
+def read_folder(root: Path, part: Path) -> tuple[list[Item], list[str]]:
+    """The items of a folder, and its pictures that captions.txt does not name."""
+    images = part / "images"
+    if (part / "captions.txt").is_file() and images.is_dir():
+        captions, below = read_listing(part / "captions.txt"), images.relative_to(root)
+        names, unlisted = match_names(images, captions)
+        return [Item(f"{below}/{names[name]}", said) for name, said in captions.items()], [
+            f"{below}/{name}" for name in unlisted]
     pictures = sorted(path for path in part.rglob("*") if path.suffix.lower() in PICTURES)
     texts = [path.with_suffix(".txt") for path in pictures]
     if not any(text.is_file() for text in texts):
@@ -152,7 +159,7 @@ def read_folder(root: Path, part: Path) -> list[Item]:
     return [
         Item(path.relative_to(root).as_posix(), list(lines(text)) if text.is_file() else [])
         for path, text in zip(pictures, texts, strict=True)
-    ]
+    ], []
 
 
 def cc3m(src: str, connections: PositiveInt = 64, timeout: PositiveFloat = 10.0) -> Layout:

@@ -26,6 +26,7 @@ MOST_PICTURE = 256 << 20    # bytes of a picture's file: the most pixels that ar
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")    # EPS would run a program
 Image.init()
 DECODED = [name for name in FORMATS if name in Image.OPEN]
+PICTURE_FILES = {ending for ending, format in Image.registered_extensions().items() if format in DECODED}
 
 
 class BadSample(Exception):
