@@ -394,6 +394,17 @@ def test_quotation_marks_are_text_in_a_tsv(prepare: Callable[..., None], tmp_pat
     assert packed_table(prepare, tmp_path, "t.tsv", "\n".join(rows)) == texts
 
 
+def test_a_table_may_be_lines_of_json(
+    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    text = '{"image": "1.png", "caption": ["a", "b"]}\nno json\n{"image": "2.png", "caption": "c"}\n{"image": "3.png"}'
+    assert packed_table(prepare, tmp_path, "metadata.jsonl", text) == ["a", "b", "c"]
+    assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {
+        "is not an object with 'image'": 1, "has no caption": 1}
+    given = ("source=csv", "src=metadata.jsonl", "source.image=image", "source.caption=text", "out=p")
+    assert refused(*given) == "source.caption=text: metadata.jsonl has no such column; there are image, caption"
+
+
 def test_fields_of_several_lines_are_reported(
     prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,6 +1,7 @@
-"""Tables of pictures and captions: .csv, .tsv and .parquet."""
+"""Tables of pictures and captions: .csv, .tsv, .jsonl and .parquet."""
 
 import csv
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ def table(
     """Any table.
 
     Args:
-        src: a .csv, .tsv or .parquet file, or a directory of .parquet files.
+        src: a .csv, .tsv, .jsonl or .parquet file, or a directory of .parquet files.
         image: its column with the picture: a path from where the table stands, or a URL.
         caption: its column with the caption, or with a list of them; rows of one picture are put together.
         sep: the separator of columns; None: a tab in .tsv, else a comma.
@@ -39,11 +40,13 @@ def table(
     path = Path(src).expanduser()
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not path.exists():
-        raise DataError(f"src={src} is neither a .csv, .tsv or .parquet file nor a directory of .parquet files")
+        raise DataError(f"src={src} is neither a .csv, .tsv, .jsonl or .parquet file nor a directory of .parquet files")
     columns, rows, bad = (image, caption), [], []
     for file in files:
         if file.suffix == ".parquet":
             rows += parquet_rows(file, columns)
+        elif file.suffix == ".jsonl":
+            rows += jsonl_rows(file, columns, bad)
         else:
             rows += csv_rows(file, columns, csv_format(file, sep, quote), encoding, bad)
     if len(bad) > max(LEAST_BAD, max_bad * (len(rows) + len(bad))):
@@ -112,6 +115,23 @@ def csv_rows(
 
 def bad_row(path: Path, line: int, reason: str) -> dict[str, str]:
     return {"split": "train", "picture": f"{path.name}, line {line}", "reason": reason}
+
+
+def jsonl_rows(path: Path, columns: tuple[str, str], bad: list[dict[str, str]]) -> Iterator[tuple[Any, Any]]:
+    """Picture and caption of each line's object; the lines that cannot be read go to ``bad``."""
+    first = True
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                if first:
+                    check_columns(path, columns, row.keys())
+                    first = False
+                yield row[columns[0]], row.get(columns[1])
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                bad.append(bad_row(path, number, f"is not an object with {columns[0]!r}: {error}"))
 
 
 def parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
