@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import clipx.train
 from clipx import words
 from clipx.errors import UserError
+from clipx.score import named
 
 SHORT = (*FEW, "max_steps=2")
 
@@ -150,3 +151,18 @@ def test_a_run_goes_on_when_nobody_reads_its_console(closed: str, tmp_path: Path
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "outputs/x/summary.json").read_text())["state"] == "finished"
     assert "finished at step 2" in (tmp_path / "outputs/x/train.log").read_text()
+
+
+def test_several_runs_are_a_list_or_a_pattern_and_their_names_may_have_commas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["outputs/b", "outputs/model=tiny,seed=1"]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    (tmp_path / "outputs/no_run").mkdir()
+    assert [*named(f"[{names[1]},{names[0]}]")] == names[::-1]
+    assert [*named(["outputs/model=tiny", "seed=1", "outputs/b"])] == names[::-1]
+    assert [*named("outputs/*")] == [*named("[outputs/*]")] == [*named(["outputs/*"])] == names
+    assert [*named("open_clip:x,outputs/none")] == ["open_clip:x", "outputs/none"]
