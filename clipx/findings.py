@@ -121,6 +121,8 @@ def check_data(data: Data) -> Iterator[Finding]:
     size = sum(rows["bytes"].sum() for rows in tars)
     where = f" in {sum(map(len, tars)):,} shards of {in_bytes(size)}" if tars else ""
     yield "ok", f"{sum(data.train.sizes):,} pictures to train{where}"
+    for note in data.notes:
+        yield "ok", note
     whole = data.train.source if isinstance(data.train, Subset) else data.train
     if isinstance(whole, Folder) and (unlisted := whole.matched[1]):
         yield "odd", f"{len(unlisted):,} pictures are not in captions.txt and do not train, such as {unlisted[0]}"

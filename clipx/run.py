@@ -310,6 +310,7 @@ def headlines(job: Job, state: State, origin: str) -> list[str]:
         *([f"weights   {origin}"] if origin else []),
         *([f"frozen    {', '.join(config.freeze)}"] if config.freeze else []),
         f"data      {samples:,} pictures to train, {held:,} to validate; workers={job.workers}",
+        *(f"          {note}" for note in data.notes),
         f"length    {told_length(config, samples, job.identity.steps)}",
     ]
 

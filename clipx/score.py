@@ -139,6 +139,8 @@ def sources_of(config: Evaluate) -> dict[str, Source]:
         raise UserError(f"data has no value, and evals={list(config.evals)} score pictures with captions; add "
                         "data=coco|folder|shards|... data.root=DIR, or choose others: evals=[zero_shot]")
     data: Data = build(config.data, "data", config.trust)
+    for note in data.notes:
+        logger.info(note)
     option, root = config.choices.get("data", "data"), config.data.get("root") or config.data.get("val_shards")
     name = plain(Path(os.path.abspath(str(root))).name) if option in ("shards", "folder") and root else ""
     name = name or option

@@ -67,26 +67,29 @@ def test_a_directory_with_train_and_val_uses_both(make_shards: Callable[..., Pat
 
 @pytest.mark.parametrize("name", ["validation", "valid", "dev", "test"])
 def test_validation_shards_are_found_under_their_other_names_and_the_log_says_where(
-    name: str, make_shards: Callable[..., Path], caplog: pytest.LogCaptureFixture
+    name: str, make_shards: Callable[..., Path]
 ) -> None:
-    caplog.set_level("INFO", logger="clipx")
     root = make_shards(4, folder="set/train").parent
     make_shards(3, folder=f"set/{name}")
     data = open_shards(str(root))
     assert list(data.train.sizes) == [4] and list(data.val.sizes) == [3]
-    assert f"validation pictures are those of {root / name}" in caplog.text
-    make_shards(2, folder="set/val")
+    assert data.notes == [f"validation pictures are those of {root / name}"]
+    other = make_shards(2, folder="set/val")
     assert list(open_shards(str(root)).val.sizes) == [2]
+    named = open_shards(str(root), val=str(other))
+    assert list(named.val.sizes) == [2] and named.notes == []
 
 
 def test_validation_shards_do_not_train_and_the_log_says_so(
-    make_shards: Callable[..., Path], caplog: pytest.LogCaptureFixture
+    make_shards: Callable[..., Path], train: Callable[..., None], tmp_path: Path
 ) -> None:
-    caplog.set_level("INFO", logger="clipx")
     root = make_shards(4, 2, 3)
     data = open_shards(shards=f"{root}/*.tar", val_shards=f"{root}/../shards/part-001.tar")
     assert list(data.train.sizes) == [4, 3] and list(data.val.sizes) == [2]
-    assert "1 of 3 shards are validation shards and left out of training" in caplog.text
+    assert data.notes == ["1 of 3 shards are validation shards and left out of training"]
+    train("data=shards", f"data.shards={root}/*.tar", f"data.val_shards={root}/part-001.tar", "model=tiny",
+          "batch_size=4", "max_steps=1", "workers=0", "device=cpu", "name=x", "evals=[]")
+    assert "1 of 3 shards are validation shards" in (tmp_path / "outputs/x/train.log").read_text()
     with pytest.raises(ValueError, match="^all 3 training shards, such as .*part-000.tar, are validation shards"):
         open_shards(str(root), val=str(root))
 
@@ -351,13 +354,12 @@ def test_the_validation_of_a_folder_may_be_another_folder(tmp_path: Path) -> Non
         open_folder(str(train), val=str(val))
 
 
-def test_a_folder_may_have_train_and_validation_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="clipx")
+def test_a_folder_may_have_train_and_validation_folders(tmp_path: Path) -> None:
     make_folder(tmp_path / "set/train", "a.png\tone\nb b.png\ttwo\n")
     make_folder(tmp_path / "set/dev", "a.png\tone\n")
     data = open_folder(str(tmp_path / "set"))
     assert list(data.train.sizes) == [2] and list(data.val.sizes) == [1]
-    assert f"validation pictures are those of {tmp_path / 'set/dev'}" in caplog.text
+    assert data.notes == [f"validation pictures are those of {tmp_path / 'set/dev'}"]
     with pytest.raises(ValueError, match="^val=.* is what trains; give another directory"):
         open_folder(str(tmp_path / "set/train"), val=str(tmp_path / "set/dev/../train"))
 

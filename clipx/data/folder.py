@@ -1,6 +1,5 @@
 """A folder of pictures as a source: images/ and captions.txt, as they are."""
 
-import logging
 from collections.abc import Iterable
 from functools import cached_property
 from hashlib import blake2b
@@ -25,8 +24,6 @@ from clipx.data.sample import (
 )
 from clipx.data.shards import patiently
 from clipx.data.tar import DataError
-
-logger = logging.getLogger("clipx")
 
 LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
 PICTURES = PICTURE_FILES | {".avif", ".heic", ".heif", ".jxl"}      # also those that Pillow may not read
@@ -142,8 +139,7 @@ def open_folder(
             raise ValueError(f"val={val} is what trains; give another directory, or a share of the pictures: val=0.02")
         return Data(source, Folder(Path(val).expanduser(), "val"), **how)
     if beside:
-        logger.info("validation pictures are those of %s", beside)
-        return Data(source, Folder(beside), **how)
+        return Data(source, Folder(beside), **how, notes=[f"validation pictures are those of {beside}"])
     return Data(*hold_out(source, val), **how)
 
 

@@ -73,6 +73,7 @@ def open_mix(sources: dict[str, Data], weights: dict[str, float], **how: Unpack[
         vals[0][1] if vals else None,
         **how,
         further=dict(vals[1:]),
+        notes=[f"{name}: {note}" for name, data in sources.items() for note in data.notes],
         lost={shard: count for data in sources.values() for shard, count in data.lost.items()},
         sizes=[data.train.sizes for data in sources.values()],
         weights=[weights[name] for name in sources],

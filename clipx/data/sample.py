@@ -100,6 +100,7 @@ class Data:
 
     further: Mapping[str, Source] = field(default_factory=dict)     # validation sets besides the first
     lost: Mapping[str, int] = field(default_factory=dict)           # samples that shards have lost, by shard
+    notes: Sequence[str] = field(default_factory=list)              # what was decided about them, for the user to know
 
     @property
     def vals(self) -> dict[str, Source]:

@@ -257,6 +257,7 @@ def open_shards(
         train, held = expand(shards, "shards", allow_pipe), []
     else:
         train, held = in_root(root, made_by)
+    notes = []
     if val_shards is not None:
         held = expand(val_shards, "val_shards", allow_pipe)
     elif isinstance(val, str):
@@ -268,9 +269,13 @@ def open_shards(
             f"val={val} would take pictures out of all shards, and these are remote; give data.val_shards=URL, "
             "or data.val=0 for none"
         )
-    train = not_validating(train, held)
+    elif held:
+        notes.append(f"validation pictures are those of {held[0].parent}")
+    kept = not_validating(train, held)
+    if shared := len(train) - len(kept):
+        notes.append(f"{shared} of {len(train)} shards are validation shards and left out of training")
     copies = Cache(in_home(cache), int(1e9 * cache_gb), in_home(index_dir))
-    source = open_source(train, caption_key, copies)
+    source = open_source(kept, caption_key, copies)
     if held:
         split = source, open_source(held, caption_key, copies)
         if not sum(split[1].sizes):
@@ -279,7 +284,7 @@ def open_shards(
         copies.keep([split[1].remote(number) for number in split[1].catalogue.urls])
     else:
         split = hold_out(source, val, copies.index_dir)
-    data = Data(*split, **how, lost=lost_samples(source.catalogue))
+    data = Data(*split, **how, lost=lost_samples(source.catalogue), notes=notes)
     tell_faults(source.catalogue, data)
     return data
 
@@ -366,7 +371,6 @@ def in_root(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:
         raise ValueError(f"root={root} {reason}; {remedy}")
     for directory in (root / name for name in VALIDATION):
         if held := in_directory(directory):
-            logger.info("validation pictures are those of %s", directory)
             return train, held
     return train, []
 
@@ -381,9 +385,6 @@ def not_validating(train: list[Path | str], held: list[Path | str]) -> list[Path
     kept = [shard for shard in train if (shard if isinstance(shard, str) else shard.resolve()) not in validating]
     if not kept:
         raise ValueError(f"all {len(train):,} training shards, such as {train[0]}, are validation shards; give others")
-    if len(kept) < len(train):
-        both = len(train) - len(kept)
-        logger.info("%d of %d shards are validation shards and left out of training", both, len(train))
     return kept
 
 
