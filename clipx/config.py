@@ -1,5 +1,6 @@
 """Configuration enters once, through ``command``, and becomes plain typed values in ``resolve``."""
 
+import inspect
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, TypeVar
 
 import hydra
@@ -24,6 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from clipx import duration, words
+from clipx.build import locate
 from clipx.console import console, lasting, other_rank, printable
 from clipx.errors import Interrupted, UserError
 from clipx.help import CONF, page
@@ -33,6 +36,8 @@ from clipx.sweep import Failures, JobEnd, is_sweep, obeyed, settings, varied
 
 Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
 Schema = TypeVar("Schema")
+
+OF_A_RUN = ("train", "check", "bench")      # commands whose config is that of a training run
 
 
 @dataclass(frozen=True)
@@ -164,11 +169,40 @@ def options(key: str) -> str:
     return "|".join(sorted(path.name[:-5] for path in files(CONF).joinpath(key).iterdir() if path.name[-5:] == ".yaml"))
 
 
+def completed(saved: Mapping[str, Any], name: str = "train") -> dict[str, Any]:
+    """A config that a run has kept, with the defaults of those keys of a command that it does not have.
+
+    The keys that another command adds are among them, and those that a later version has added: their defaults do
+    what was done before they existed.
+    """
+    primary = OmegaConf.create(files(CONF).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    inherited = [entry for entry in primary.pop("defaults") if isinstance(entry, str) and entry != "_self_"]
+    merged = OmegaConf.merge(*(completed({}, other) for other in inherited), primary, saved)
+    return OmegaConf.to_container(merged)
+
+
+def argument_defaults(config: Mapping[str, Any], trust: Sequence[str]) -> dict[str, Any]:
+    """The defaults of all arguments of a config's nodes, by key."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found.update({f"{key}.{inner}": default for inner, default in argument_defaults(value, trust).items()})
+    if "_target_" in config:
+        parameters = inspect.signature(locate(config["_target_"], "config", trust)).parameters.values()
+        found.update({one.name: list(one.default) if isinstance(one.default, tuple) else one.default
+                      for one in parameters if one.default is not one.empty})
+    return found
+
+
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
-    """What has another meaning in two configs: by key, ``key: before -> after``."""
-    old, new = flat(before), flat(after)
+    """What has another meaning in two configs: by key, ``key: before -> after``.
+
+    What ``before`` does not have, as it was written before the key existed, has its default there.
+    """
+    earlier = OmegaConf.to_container(OmegaConf.create(completed(before)), resolve=True)
+    old, new = {**argument_defaults(after, after.get("trust", [])), **flat(earlier)}, flat(after)
     recorded = {"choices", "varied"}
-    keys = [key for key in {**old, **new} if not words.is_neutral(key) and key.split(".")[0] not in recorded]
+    keys = [key for key in {**new, **flat(earlier)} if not words.is_neutral(key) and key.split(".")[0] not in recorded]
     return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)}
 
 
@@ -261,14 +295,14 @@ def carry_out(
         UserError: a word is wrong, or a search has failed.
         HydraException, OmegaConfBaseException: they do not compose.
     """
-    saved, rest = take_saved(given)
+    saved, rest = take_saved(name, given)
     check_typed(rest)
     options, overrides = words.parted(words.legal(rest, is_sweep(rest)))
     run = Job(job, saved, overrides, failures, trains)
-    path, primary = (str(saved.parent.resolve()), saved.stem) if saved else (f"pkg://{CONF}", name)
     ours = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []        # for hydra/sweeper=optuna
-    with hydra_reads([f"clipx-{name}", *options, *words.HYDRA, *ours, *overrides]), own_hydra():
-        hydra.main(version_base="1.3", config_path=path, config_name=primary)(run)()
+    argv = [f"clipx-{name}", *options, *words.HYDRA, *ours, *overrides]
+    with primary(name, saved) as place, hydra_reads(argv), own_hydra():
+        hydra.main(version_base="1.3", config_path=place, config_name=name)(run)()
     return with_list(run.mistake, given)
 
 
@@ -339,17 +373,32 @@ def hydra_reads(argv: list[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
 
 
-def take_saved(given: Sequence[str]) -> tuple[Path | None, list[str]]:
+@contextmanager
+def primary(name: str, saved: Path | None) -> Iterator[str]:
+    """Where Hydra finds a command's primary config, NAME.yaml: ours, or a run's own with our defaults for the rest."""
+    if saved is None:
+        yield f"pkg://{CONF}"
+        return
+    with TemporaryDirectory(prefix="clipx-") as place:
+        whole = completed(yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, name)
+        Path(place, f"{name}.yaml").write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+        yield place
+
+
+def take_saved(name: str, given: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The file of ``config=FILE``, and the other words.
 
     Raises:
-        ConfigError: there is no such file, or another word chooses a group, which the file has settled.
+        ConfigError: the command takes none, there is no such file, or another word chooses a group, which the file has
+            settled.
     """
     files = [word.partition("=")[2] for word in given if word.startswith("config=")]
     rest = [word for word in given if not word.startswith("config=")]
     if not files:
         return None, rest
     path = Path(files[-1])
+    if name not in OF_A_RUN:
+        raise ConfigError(f"config={path}: clipx.{name} takes no config of a run; {', '.join(OF_A_RUN)} do")
     if not path.is_file():
         raise ConfigError(f"config={path}: there is no such file; a run keeps its own as outputs/NAME/config.yaml")
     odd = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).keys() & {"hydra", "defaults"}

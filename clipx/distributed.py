@@ -56,10 +56,12 @@ def joined() -> Iterator[Lifeline | None]:
     store, own, _ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(meet(store, own, ranks), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=own, world_size=ranks)
-    with Lifeline(store.clone(), own, ranks) as lifeline:
-        yield lifeline
-        dist.barrier()          # nobody leaves while another one may need it
-        dist.destroy_process_group()
+    try:
+        with Lifeline(store.clone(), own, ranks) as lifeline:
+            yield lifeline
+            dist.barrier()          # nobody leaves while another one may need it
+    finally:
+        dist.destroy_process_group()        # the next job of a sweep starts its own
 
 
 def export_submitit() -> None:
@@ -100,6 +102,12 @@ def share(batch_size: int) -> int:
 def part(items: Sequence[Item]) -> Sequence[Item]:
     """This rank's share of some work: neighbours stay together, rank after rank."""
     return items[len(items) * rank() // world() : len(items) * (rank() + 1) // world()]
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if world() > 1:
+        dist.barrier()
 
 
 def gather(x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class State:
     bad_steps: int = 0                                  # steps without effect, as their gradient was not finite
     left_out: list[list[int]] = field(default_factory=list)     # positions, from and to, that are not trained on
     seconds: float = 0.0                                # that the run has taken, as of the last checkpoint
+    resumed_from: str = ""                              # checksum of the checkpoint that resume=PATH named
 
     def advance(self, samples: int) -> None:
         self.step += 1
@@ -56,6 +57,7 @@ class State:
             "bad_steps": self.bad_steps,
             "left_out": self.left_out,
             "seconds": self.seconds,
+            "resumed_from": self.resumed_from,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -68,6 +70,7 @@ class State:
         self.step, self.samples = saved["step"], saved["samples"]
         self.best, self.skipped = saved["best"], set(saved["skipped"])
         self.bad_steps, self.left_out, self.seconds = saved["bad_steps"], saved["left_out"], saved["seconds"]
+        self.resumed_from = saved.get("resumed_from", "")       # 0.1.0 did not write it
         torch.set_rng_state(saved["rng"]["torch"])
         if len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])

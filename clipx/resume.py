@@ -62,6 +62,8 @@ def restore(state: State, config: Train, directory: Path, identity: Identity) ->
         keys = ",".join(key for key in changes if key not in permitted)
         raise CheckpointError(f"{path} is of another run ({'; '.join(refused)}); name=... starts one of its own, and "
                               f"resume_allow=[{keys}] goes on with this one all the same")
+    if "amp" in changes:
+        saved["scaler"] = state.scaler.state_dict()     # another precision starts with its own loss scale
     if "data" in changes:
         saved["skipped"] = []       # numbers of other samples
     try:
@@ -79,7 +81,7 @@ def restore(state: State, config: Train, directory: Path, identity: Identity) ->
 
 
 def find(resume: str | None, checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from: the last one; where that is damaged the one before."""
+    """The checkpoint to resume from: the one that ``resume`` names, or the newest of the run's own."""
     last, previous = checkpoints / "clip_last.pt", checkpoints / "clip_previous.pt"
     standing = [path for path in (last, previous) if path.exists()]
     if resume is None and standing:
@@ -87,8 +89,30 @@ def find(resume: str | None, checkpoints: Path) -> tuple[Path, dict[str, Any]] |
             f"{checkpoints.parent} holds a run; resume=auto goes on with it, name=... starts another"
         )
     if resume not in (None, "auto"):
-        return Path(resume), checkpoint.read(Path(resume))
-    damage = []
+        return find_named(Path(resume), last, previous)
+    return newest(last, previous)
+
+
+def find_named(path: Path, last: Path, previous: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint at ``path``; what the run itself has saved since it resumed from there, if there is anything."""
+    named = checkpoint.read(path)
+    for own in (last, previous):
+        try:
+            saved = checkpoint.read(own) if own.exists() and not own.samefile(path) else {}
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            continue
+        if saved.get("resumed_from", "") == named.get("checksum"):
+            logger.info("resume=%s: this run has resumed from it before; it goes on from %s", path, own)
+            return own, saved
+    named["resumed_from"] = named.get("checksum")
+    return path, named
+
+
+def newest(last: Path, previous: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint; where that is damaged the one before."""
+    standing = [path for path in (last, previous) if path.exists()]
+    checkpoints, damage = last.parent, []
     for path in standing:
         try:
             saved = checkpoint.read(path)

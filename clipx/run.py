@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
@@ -37,6 +38,7 @@ from clipx.gradient import Forward
 from clipx.health import Doctor
 from clipx.lifeline import Lifeline
 from clipx.loading import initialise
+from clipx.lock import locked
 from clipx.log import RunLog, SilentLog
 from clipx.loop import State, fit
 from clipx.memory import keep_freed
@@ -50,7 +52,7 @@ logger = logging.getLogger("clipx")
 
 MOST_WORKERS = 8                # that ``workers=auto`` starts
 MOST_NAMED = 3                  # samples of a batch that an error names
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+DENIED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_SCALE = {"none": 1.0, "bf16": 1.0, "fp16": 2.0**16}       # of the loss; the first two keep theirs
 
@@ -84,10 +86,10 @@ def run(config: Train, directory: Path) -> float | None:
             signals.last_words = lifeline is not None
             worth = run_as_rank(config, directory, signals, lifeline)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in DENIED:
             raise
-        raise UserError(f"{directory} cannot be written: {error.strerror}; when it can be, the same words go on from "
-                        "the last checkpoint") from error
+        raise UserError(f"{error.filename or directory}: {error.strerror}; when that is mended, rerun the same command "
+                        "to resume from the last checkpoint") from error
     if signals.asked:
         raise Interrupted(config.signal_exit_code)
     return worth
@@ -106,6 +108,7 @@ def run_as_rank(config: Train, directory: Path, signals: Signals, lifeline: Life
     left_out: list[list[int]] = []
     while diverged := train(job, signals, left_out):
         left_out.append([diverged.first.position, diverged.end])
+        distributed.barrier()           # until rank 0 has written what is being saved
         logger.warning("%s; the run goes back to its last checkpoint, and on without these steps' samples", diverged)
     return objective(directory, config.objective) if distributed.rank() == 0 else None
 
@@ -128,13 +131,15 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
     if state.step >= length:
         logger.info("%s is finished (%d steps); nothing is changed. name=... starts another run", directory, state.step)
         return None
+    logged = state.samples
     state.leave_out(left_out)
     keep_freed()
     batches = batches_of(job, state)
     multiplier = build(config.sched, "sched", config.trust)(length)
     last_is_good = found == directory / "checkpoints" / "clip_last.pt"
 
-    with log_of(job, state) as log, Saver(directory / "checkpoints", asdict(job.identity), last_is_good) as saver:
+    saver = Saver(directory / "checkpoints", asdict(job.identity), last_is_good)
+    with alone_in(directory), log_of(job, state, logged) as log, saver:
         introduce(job, state, log, origin)
         after_step = after_step_of(job, state, log, saver, signals)
         signals.patient = True
@@ -246,18 +251,22 @@ def forward_of(config: Train, model: CLIP) -> Forward:
     return DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
 
-def log_of(job: Job, state: State) -> RunLog | SilentLog:
-    """Where the run is written down; by rank 0 alone."""
+def alone_in(directory: Path) -> AbstractContextManager[None]:
+    """Keep other processes from training in the directory; for all ranks rank 0 does."""
+    return nullcontext() if distributed.rank() else locked(directory)
+
+
+def log_of(job: Job, state: State, samples: int) -> RunLog | SilentLog:
+    """Where the run is written down, by rank 0 alone; what was logged after ``samples`` is dropped."""
     if distributed.rank():
         return SilentLog()
-    job.directory.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(asdict(job.config), sort_keys=False, allow_unicode=True)
     (job.directory / "config.yaml").write_text(text, encoding="utf-8")
     process = {"id": os.getpid(), "host": socket.gethostname(), "since": time.time()}
     config = flat(asdict(job.config))
     about = {"objective": job.config.objective, "process": process, "config": config}
     row = row_of(config, job.config.choices, job.config.varied)
-    return RunLog(job.directory, text, about, row, job.identity.steps, state.step, state.samples, state.seconds,
+    return RunLog(job.directory, text, about, row, job.identity.steps, state.step, samples, state.seconds,
                   job.plan.samples)
 
 

@@ -10,7 +10,7 @@ import hydra
 import pytest
 import torch
 import yaml
-from conftest import ROOT, in_process
+from conftest import FEW, ROOT, in_process
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from clipx import words
@@ -237,7 +237,7 @@ def test_rooms_import_downward_only() -> None:
     import ast
 
     level = dict.fromkeys(["distributed", "lifeline", "signals", "errors", "build", "duration", "memory", "linear"], 1)
-    level |= {"archive": 1, "cores": 1, "foreign": 1, "unwrap": 1, "help": 1}
+    level |= {"archive": 1, "cores": 1, "foreign": 1, "unwrap": 1, "help": 1, "lock": 1}
     level |= dict.fromkeys(["loss", "optim", "sched", "models", "weights", "tokenizer", "data"], 2)
     level |= dict.fromkeys(["loop", "after_step", "health", "log", "board", "figures", "checkpoint", "evals"], 3)
     level |= dict.fromkeys(["batch", "compiled", "gradient", "loading"], 3)
@@ -266,3 +266,18 @@ def test_importing_clipx_costs_nothing() -> None:
 def test_options_may_stand_anywhere_among_the_words(given: list[str], tmp_path: Path) -> None:
     shown = in_process("-m", "clipx.train", *given, cwd=tmp_path)
     assert shown.returncode == 0 and yaml.safe_load(shown.stdout)["model"]["image"]["width"] == 384
+
+
+def test_a_config_of_a_run_is_for_the_commands_that_are_about_one(
+    train: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from clipx import bench, evaluate
+
+    train(*FEW, "evals=[]", "max_steps=1", "name=x")
+    words = ["config=outputs/x/config.yaml", "parts=[step]", "rounds=1", "steps=1", "json=found.json"]
+    monkeypatch.setattr(sys, "argv", ["clipx.bench", *words])
+    bench.main()
+    assert json.loads((tmp_path / "found.json").read_text())["step"]
+    monkeypatch.setattr(sys, "argv", ["clipx.evaluate", "config=outputs/x/config.yaml", "run=outputs/x"])
+    with pytest.raises(SystemExit, match=r"^config=outputs/x/config\.yaml: clipx\.evaluate takes no config of a run"):
+        evaluate.main()

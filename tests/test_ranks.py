@@ -217,6 +217,15 @@ def test_what_ends_one_rank_is_told_by_all_and_a_sigterm_saves(torchrun: Callabl
 
 
 @pytest.mark.long
+def test_a_job_of_a_sweep_that_fails_leaves_the_ranks_to_the_next(
+    torchrun: Callable[..., str], tmp_path: Path
+) -> None:
+    told = torchrun(2, "-m", "batch_size=15,16", "max_steps=4", code=1)
+    assert "batch_size=15 does not divide among 2 ranks" in told
+    assert summary(tmp_path / "outputs/sweeps/x/batch_size=16")["state"] == "finished"
+
+
+@pytest.mark.long
 def test_what_one_rank_alone_meets_is_told_by_the_others(tmp_path: Path) -> None:
     agent = start(tmp_path, 2, *RUN, "workers=1", "eval_every=null")
     until(lambda: logged(tmp_path) > 12, agent)

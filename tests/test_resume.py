@@ -4,14 +4,19 @@ import itertools
 import math
 import os
 import signal
+import socket
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FEW, assert_same_state, lines, summary
+import yaml
+from conftest import FEW, ROOT, assert_same_state, lines, summary
 
-from clipx import gradient, log, run
+from clipx import distributed, gradient, log, run
 from clipx.checkpoint import read
 from clipx.data.loader import train_ranges
 from clipx.loop import State
@@ -236,6 +241,20 @@ def test_a_run_that_diverges_goes_back_and_leaves_those_batches_out(
     assert [row["step"] for row in rows] == list(range(1, 13))
 
 
+def test_a_rollback_to_right_before_the_bad_steps_leaves_one_row_a_step(
+    train: Train, tmp_path: Path, poison: Callable[[set[int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks meet before they look for a checkpoint: what rank 0 was saving is whole by then."""
+    met = []
+    monkeypatch.setattr(distributed, "barrier", lambda: met.append(
+        [path.name for path in (tmp_path / "outputs/x/checkpoints").iterdir()]))
+    poison({16 * step for step in (4, 5, 6)})
+    train(*FEW, "name=x", "max_steps=12", "save_every=4", "max_bad_steps=2", "evals=[]", "eval_every=null")
+    assert met == [["clip_last.pt"]]
+    rows = [line for line in lines(tmp_path / "outputs/x") if "train/lr" in line]
+    assert [row["step"] for row in rows] == list(range(1, 13)) and all("train/loss" in row for row in rows)
+
+
 def test_left_out_positions_begin_no_batch_on_any_rank() -> None:
     ranges = itertools.islice(train_ranges(0, 8, rank=1, world=2, left_out=[[24, 32], [8, 16]]), 4)
     assert list(ranges) == [range(4, 8), range(20, 24), range(36, 40), range(44, 48)]
@@ -283,6 +302,100 @@ def test_a_log_that_cannot_be_written_ends_in_one_line(
 
     at_step(3, refuse)
     assert fails(*FEW, "name=x", "max_steps=9") == (
-        "outputs/x cannot be written: No space left on device; when it can be, the same words go on from the last "
+        "outputs/x: No space left on device; when that is mended, rerun the same command to resume from the last "
         "checkpoint"
     )
+
+
+def test_a_file_that_may_not_be_read_is_named_itself(
+    fails: Fails, at_step: Callable[..., None], tmp_path: Path
+) -> None:
+    def refuse() -> None:
+        raise PermissionError(13, "Permission denied", "labels/7.png")
+
+    at_step(3, refuse)
+    assert fails(*FEW, "name=x", "max_steps=9").startswith("labels/7.png: Permission denied; when that is mended")
+
+
+def test_one_process_at_a_time_trains_in_a_directory(train: Train, fails: Fails, tmp_path: Path) -> None:
+    hold = ("import sys; from pathlib import Path; from clipx.lock import locked\n"
+            "with locked(Path('outputs/x')): print('held', flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        told = fails(*FEW, "name=x", "max_steps=2")
+        assert told.startswith(f"outputs/x is in use: process {other.pid} on {socket.gethostname()}, since 20")
+        assert told.endswith("trains there; wait for it, end it, or train beside it with name=...")
+        other.kill()
+    assert (tmp_path / "outputs/x/lock").exists()           # of the dead process, which blocks nobody
+    train(*FEW, "name=x", "max_steps=2")
+    assert summary(tmp_path / "outputs/x")["state"] == "finished" and not (tmp_path / "outputs/x/lock").exists()
+
+
+def test_a_named_checkpoint_is_where_a_run_starts_once(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(*FEW, "name=base", "max_steps=12", "stop_at=4")
+    words = [*FEW, "name=x", "max_steps=12", "resume=outputs/base/checkpoints/clip_last.pt"]
+    train(*words, "stop_at=6")
+    capsys.readouterr()
+    train(*words, "stop_at=8")                              # as a scheduler does that starts it again
+    assert "this run has resumed from it before; it goes on from outputs/x/che" in capsys.readouterr().err
+    train(*words)
+    assert [line["step"] for line in lines(tmp_path / "outputs/x") if "train/lr" in line] == list(range(5, 13))
+    train(*FEW, "name=base", "max_steps=12")
+    assert_same_state(tmp_path / "outputs/base", tmp_path / "outputs/x")
+    flipped(tmp_path / "outputs/x/checkpoints/clip_last.pt")
+    train(*words, "stop_at=10")
+    assert "its checksum" in capsys.readouterr().err        # and the one before is taken
+
+
+def test_half_precision_begins_with_its_own_loss_scale(train: Train, tmp_path: Path) -> None:
+    train(*FEW, "evals=[]", "name=x", "max_steps=6", "stop_at=2", "amp=bf16")
+    train(*FEW, "evals=[]", "name=x", "max_steps=6", "stop_at=3", "amp=fp16", "resume_allow=[amp]")
+    assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["scaler"]["scale"] >= 2.0**15
+
+
+EARLY = (*FEW, "model.image.width=2", "model.image.heads=1", "model.text.width=2", "model.text.heads=1",
+         "model.image.embed=2", "evals=[]", "max_steps=4", "eval_every=null", "name=early")
+
+
+@pytest.fixture
+def early(tmp_path: Path) -> Path:
+    """A run of version 0.1.0, stopped at step 2 of 4."""
+    with tarfile.open(ROOT / "tests/runs/0.1.0-early.tar.gz") as tar:
+        tar.extractall(tmp_path / "outputs", filter="data")
+    return tmp_path / "outputs/early"
+
+
+def without(early: Path, *keys: str) -> None:
+    """Makes it a run of a version that did not have some keys yet."""
+    path = early / "checkpoints/clip_last.pt"
+    content = torch.load(path, weights_only=True)
+    plain = yaml.safe_load((early / "config.yaml").read_text())
+    for key in keys:
+        *groups, last = key.split(".")
+        for config in (content["config"], plain):
+            for group in groups:
+                config = config[group]
+            del config[last]
+    torch.save(content, path)
+    (early / "config.yaml").write_text(yaml.safe_dump(plain))
+
+
+def test_a_run_of_the_first_version_is_resumed(train: Train, early: Path) -> None:
+    train(*EARLY)
+    assert summary(early)["state"] == "finished" and [line["step"] for line in lines(early)] == [1, 2, 3, 4]
+    train("config=outputs/early/config.yaml", "name=again")
+    assert summary(early.parent / "again")["state"] == "finished"
+
+
+def test_keys_that_a_later_version_adds_have_their_defaults_in_earlier_runs(
+    train: Train, fails: Fails, early: Path
+) -> None:
+    without(early, "clip_norm", "max_rollbacks", "best", "optim.betas", "model.image.act")
+    assert "is of another run (clip_norm: None -> 1.0)" in fails(*EARLY, "clip_norm=1")
+    assert "is of another run (optim.betas: [0.9, 0.98] -> [0.9, 0.95])" in fails(*EARLY, "optim.betas=[0.9,0.95]")
+    train(*EARLY)
+    assert summary(early)["state"] == "finished"
+    train("config=outputs/early/config.yaml", "name=again", "max_rollbacks=1")
+    assert summary(early.parent / "again")["state"] == "finished"
