@@ -159,7 +159,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(refused: Callable[..., st
     assert refused("source=cc3m", "src=x", "source.timeout=0") == "source.timeout=0: should be greater than 0"
     assert refused("source=csv", "src=x", *SOURCES["csv"], "source.connections=0").endswith("should be greater than 0")
     assert refused("source=shards", f"src={coco}").startswith(f"src={coco} holds no shards (*.tar")
-    assert refused("source=csv", "src=x", *SOURCES["csv"], "out=o").startswith("src=x is neither a .csv, .tsv or ")
+    assert refused("source=csv", "src=x", *SOURCES["csv"], "out=o").startswith("src=x is neither a .csv, .tsv,")
     assert everything(tmp_path) == before
 
 
@@ -403,6 +403,17 @@ def test_a_table_may_be_lines_of_json(
         "is not an object with 'image'": 1, "has no caption": 1}
     given = ("source=csv", "src=metadata.jsonl", "source.image=image", "source.caption=text", "out=p")
     assert refused(*given) == "source.caption=text: metadata.jsonl has no such column; there are image, caption"
+
+
+def test_an_imagefolder_is_packed_by_the_words_that_its_refusal_names(
+    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    save(tmp_path / "f/1.png", picture(1))
+    save(tmp_path / "f/metadata.jsonl", '{"file_name": "1.png", "text": "a"}\n')
+    message = refused("source=folder", "src=f", "out=o")
+    assert message.startswith("f is an imagefolder with metadata.jsonl; pack it with: ")
+    prepare(*message.partition("with: ")[2].split(), "out=o")
+    assert [row["caption"] for row in words_of(tmp_path / "o")] == [["a"]]
 
 
 def test_fields_of_several_lines_are_reported(

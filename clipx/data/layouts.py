@@ -18,6 +18,7 @@ from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
 
+TABLES = (".csv", ".jsonl", ".parquet")
 COCO = "train2017/, val2017/ and annotations/captions_train2017.json, captions_val2017.json"
 FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
 FLICKR_FILES = ("results.csv", "results_20130124.token", "results.token")
@@ -154,6 +155,9 @@ def read_folder(root: Path, part: Path) -> tuple[list[Item], list[str]]:
     pictures = sorted(path for path in part.rglob("*") if path.suffix.lower() in PICTURES)
     texts = [path.with_suffix(".txt") for path in pictures]
     if not any(text.is_file() for text in texts):
+        if metadata := next((file for file in sorted(part.glob("metadata.*")) if file.suffix in TABLES), None):
+            raise DataError(f"{part} is an imagefolder with {metadata.name}; pack it with: source=csv src={metadata} "
+                            "source.image=file_name source.caption=text")
         raise DataError(f"{part} has neither images/ and captions.txt (lines FILENAME<TAB>CAPTION), nor pictures with "
                         "a .txt of the same name")
     return [
