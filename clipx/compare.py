@@ -62,16 +62,39 @@ def host() -> str:
 
 
 def find(paths: Sequence[Path]) -> list[Run]:
-    """The runs at or below some paths.
+    """The runs at or below some paths; what is no run's summary is named on stderr and left out.
 
     Raises:
         SystemExit: there is none.
     """
-    files = dict.fromkeys(file for path in paths for file in sorted(path.rglob("summary.json")))
-    runs = [Run(file.parent, json.loads(file.read_text())) for file in files]
+    runs = []
+    for file in dict.fromkeys(file for path in paths for file in sorted(path.rglob("summary.json"))):
+        try:
+            runs.append(Run(file.parent, read(file)))
+        except (OSError, ValueError) as error:
+            print(f"{file} is left out: {error}", file=sys.stderr)
     if not runs:
         sys.exit(f"{' '.join(map(str, paths))}: no run is there; expected their folder, such as outputs/sweeps/NAME")
     return runs
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A run's summary.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not the summary of a run.
+    """
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"it cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError("it is empty or damaged, not the JSON that a run writes") from error
+    parts = {"state": str, "final": dict, "best": dict}
+    if not isinstance(summary, dict) or any(not isinstance(summary.get(key), kind) for key, kind in parts.items()):
+        raise ValueError("it was not written by a run of clipx")
+    return summary
 
 
 def varied(runs: Sequence[Run]) -> list[str]:
@@ -213,10 +236,21 @@ def commas(rows: Sequence[Row]) -> str:
 
 
 def points(run: Run, tag: str) -> Iterator[tuple[int, int, float, float]]:
-    """Step, samples, hours and value, line by line of metrics.jsonl; the last line may be half written."""
+    """Step, samples, hours and value, line by line of metrics.jsonl; the last line may be half written.
+
+    Raises:
+        SystemExit: another line is damaged.
+    """
     file = run.path / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else ():
-        if line.endswith("\n") and tag in (row := json.loads(line)):
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            return
+        try:
+            row = json.loads(line)
+        except ValueError:
+            sys.exit(f"{file}: line {number} is damaged; without that line, or without the run, the others are drawn")
+        if tag in row:
             yield row["step"], row["samples"], row["seconds"] / 3600, row[tag]
 
 

@@ -65,6 +65,40 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     assert [run.state for run in find([tmp_path])] == ["running", "killed", "killed"]
 
 
+BROKEN = {"empty": b"", "cut": b'{"state": "fini', "bytes": b"\xff\xfe\x00", "list": b"[1, 2]",
+          "foreign": b'{"accuracy": 0.5}', "odd": b'{"state": "finished", "final": 3, "best": {}}'}
+
+
+def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        made_up(tmp_path / "outputs", number, 0.1 * number, **{"optim.lr": number})
+    for name, content in BROKEN.items():
+        (tmp_path / "outputs" / name).mkdir()
+        (tmp_path / "outputs" / name / "summary.json").write_bytes(content)
+    (tmp_path / "outputs/folder/summary.json").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["clipx.compare", "outputs", "--out=table.csv", "--out=plot.png"])
+    main()
+    told = capsys.readouterr()
+    assert [line.split()[0] for line in told.out.splitlines()] == ["run", "run0001", "run0000"]
+    damaged, foreign = "it is empty or damaged, not the JSON that a run writes", "it was not written by a run of clipx"
+    reasons = {**dict.fromkeys(["empty", "cut", "bytes"], damaged), **dict.fromkeys(["list", "foreign", "odd"], foreign),
+               "folder": "it cannot be read: Is a directory"}
+    assert sorted(told.err.splitlines()) == sorted(
+        f"outputs/{name}/summary.json is left out: {reason}" for name, reason in reasons.items())
+
+    monkeypatch.setattr(sys, "argv", ["clipx.compare", "outputs/foreign"])
+    with pytest.raises(SystemExit, match="^outputs/foreign: no run is there"):
+        main()
+    with (tmp_path / "outputs/run0000/metrics.jsonl").open("w") as file:
+        file.write("no json\n")
+    monkeypatch.setattr(sys, "argv", ["clipx.compare", "outputs", "--out=plot.png"])
+    with pytest.raises(SystemExit, match="^outputs/run0000/metrics.jsonl: line 1 is damaged; "):
+        main()
+
+
 def test_every_kind_of_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         keys = {"a.width": number, "compile": number > 1, "evals.a.ks": [number]}

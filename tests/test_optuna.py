@@ -5,9 +5,11 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -83,23 +85,31 @@ def trials() -> list[optuna.trial.FrozenTrial]:
 def test_poor_trials_stop_early_and_the_others_end_as_runs_that_never_stopped(
     search: Callable[..., tuple[list[str], str]], train: Callable[..., None]
 ) -> None:
-    words = (SPACE, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[20%]")
+    worth = ("objective=train/lr", "best=null")         # a number that is the same on every processor
+    words = ("optim.lr=tag(log,interval(1e-6,1e-3))", *worth, "hydra.sweeper.n_trials=4",
+             "hydra.sweeper.rungs=[20%]", "hydra.sweeper.sampler=random", "hydra.sweeper.seed=4")
     told, code = search(*words)
     assert code == "", told
+    finished: list[float] = []
+    for trial in trials():
+        lr = trial.params["optim.lr"]
+        poor = len(finished) >= 2 and lr < statistics.median(finished)
+        assert trial.state.name == ("PRUNED" if poor else "COMPLETE")
+        finished += [] if poor else [lr]
     found = {run.name: summary(run) for run in FOUND.iterdir() if run.is_dir()}
-    ended = sorted((one["state"], one["step"]) for one in found.values())
-    assert ended.count(("finished", 10)) >= 2 and ("stopped", 2) in ended and len(ended) == 4
-    best = max((one["final"][TAG], name) for name, one in found.items() if one["state"] == "finished")
-    assert f"best      {TAG} {best[0]:.4g}: {best[1]}" in told
+    ended = Counter((one["state"], one["step"]) for one in found.values())
+    assert ended == {("finished", 10): len(finished), ("stopped", 2): 4 - len(finished)} and 2 < len(finished) < 4
+    best = max((one["final"]["train/lr"], name) for name, one in found.items() if one["state"] == "finished")
+    assert f"best      train/lr {best[0]:.4g}: {best[1]}" in told
     assert f"repeat    python -m clipx.train config={FOUND}/{best[1]}/config.yaml name=best" in told
-    assert sum(line.startswith("pruned at 20%: optim.lr=") for line in told) == ended.count(("stopped", 2))
+    assert sum(line.startswith("pruned at 20%: optim.lr=") for line in told) == 4 - len(finished)
 
     before = {path: path.stat().st_mtime_ns for path in FOUND.rglob("*/*") if path.is_file()}
     again, code = search(*words)
     assert code == "" and again == told[-4:]
     assert before == {path: path.stat().st_mtime_ns for path in FOUND.rglob("*/*") if path.is_file()}
 
-    train(*FEW, "max_steps=10", best[1], "name=straight")
+    train(*FEW, "max_steps=10", *worth, best[1], "name=straight")
     assert_same_state(FOUND / best[1], Path("outputs/straight"))
 
 
@@ -229,7 +239,7 @@ def test_in_a_grid_a_killed_process_is_told_in_a_line(
     ("optim.lr=tag(log,interval(1e-5,1e-2))", None), ("optim.lr=interval(0,1)", None),
     ("model.image.depth=int(interval(2,4))", {"2", "3", "4"}), ("model.image.depth=range(2,6)", {"2", "3", "4", "5"}),
     ("batch_size=tag(log,range(1,4))", {"1", "2", "3"}), ("batch_size=range(8,1,-3)", {"2", "5", "8"}),
-    ("loss.x=range(0,1,0.25)", {"0", "0.25", "0.5", "0.75"}), ("batch_size=choice(64,128)", {"64", "128"}),
+    ("loss.x=range(0,1,0.25)", {"0.0", "0.25", "0.5", "0.75"}), ("batch_size=choice(64,128)", {"64", "128"}),
     ("batch_size=64,128", {"64", "128"}), ("freeze=[image],[text]", {"[image]", "[text]"}),
     ("+data.root='a b','c=d'", {"'a b'", "'c=d'"}),
 ])  # fmt: skip
@@ -242,6 +252,15 @@ def test_every_kind_of_sweep_can_be_searched(word: str, among: set[str] | None) 
     assert {key for key, _, _ in drawn} == {word.partition("=")[0]}
     values = {value for _, _, value in drawn}
     assert values == among if among else len(values) == 30 and all(0 <= float(value) <= 1 for value in values)
+
+
+def test_a_job_runs_with_exactly_the_value_that_is_recorded(
+    search: Callable[..., tuple[list[str], str]], pretended: Pretended
+) -> None:
+    used: list[float] = []
+    pretended.before = lambda config: used.append(config.optim["lr"])
+    assert search(SPACE, "hydra.sweeper.n_trials=4")[1] == ""
+    assert used == [trial.params["optim.lr"] for trial in trials()] == [trial.value for trial in trials()]
 
 
 def test_a_mistake_ends_in_a_line(
