@@ -83,7 +83,8 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
     main()
     told = capsys.readouterr()
     assert [line.split()[0] for line in told.out.splitlines()] == ["run", "run0001", "run0000"]
-    damaged, foreign = "it is empty or damaged, not the JSON that a run writes", "it was not written by a run of clipx"
+    damaged = "it is empty or damaged, not the JSON that a run writes"
+    foreign = "it was not written by a run of clipx"
     reasons = {**dict.fromkeys(["empty", "cut", "bytes"], damaged), **dict.fromkeys(["list", "foreign", "odd"], foreign),
                "folder": "it cannot be read: Is a directory"}
     assert sorted(told.err.splitlines()) == sorted(
