@@ -105,7 +105,7 @@ class AfterStep:
         self.unread: list[tuple[BadStep, torch.Tensor]] = []        # steps, and whether they were finite
         self.row: list[BadStep] = []                                # steps without effect, up to the last one
         self.records: list[dict[str, int | str]] = []               # of bad samples
-        self.save_due = False
+        self.eval_due = self.save_due = self.keep_due = False
         self.last_logged = self.last_evaluated = self.last_saved = -1
         self.latest: Numbers | None = None
         self.since = time.perf_counter()
@@ -127,15 +127,19 @@ class AfterStep:
         self.stopping = self.stopping or stop or asked
         if asked:
             self.signals.asked = self.signals.asked or "a signal to another rank"
+        self.eval_due |= evaluate
         self.save_due |= save
-        if log or evaluate or keep or self.save_due or len(self.unread) == MOST_UNREAD:
+        self.keep_due |= keep
+        due = self.eval_due or self.save_due or self.keep_due
+        if log or due or len(self.unread) == MOST_UNREAD:
             self.settle(state)
         if log:
             self.write(state, numbers)
-        if self.row:            # the weights behind steps without effect may be no good: what is due for saving waits
+        if self.row or not due:         # after steps without effect the weights may be no good: what is due waits
             return
-        kinds = self.run_evaluation(state) if evaluate else []
-        kinds += ["last"] * self.save_due + [f"step_{step}"] * keep
+        kinds = self.run_evaluation(state) if self.eval_due else []
+        kinds += ["last"] * self.save_due + [f"step_{step}"] * self.keep_due
+        self.keep_due = False
         if kinds:
             self.run_save(state, kinds)
 
@@ -160,6 +164,10 @@ class AfterStep:
         finite = torch.stack([flag for _, flag in self.unread]).tolist() if self.unread else []
         for (step, _), good in zip(self.unread, finite, strict=True):
             self.row = [] if good else [*self.row, step]
+            if not good and not state.bad_steps:
+                searching = state.scaler.get_scale() != 1           # fp16 looks for its loss scale in the first steps
+                logger.log(logging.INFO if searching else logging.WARNING, "step %d had no effect: its gradient is not "
+                           "finite; train/bad_steps counts such steps", step.step)
             state.bad_steps += not good
             if len(self.row) > self.max_bad_steps:
                 scale = state.model.logit_scale.exp().item()
@@ -181,8 +189,8 @@ class AfterStep:
             **peaks(numbers.loss.device),
             **(health(numbers) if not self.row else {}),
         }
-        found = {tag: value for tag, value in found.items() if math.isfinite(value)}
         self.log.scalars(found, state.step, state.samples)
+        found = {tag: value for tag, value in found.items() if math.isfinite(value)}
         shown = {"loss": "train/loss", "samples/s": "train/samples_per_s", "data wait": "train/data_wait"}
         self.log.progress(state.step, {name: found[tag] for name, tag in shown.items() if tag in found})
         for words in self.doctor.look(state.step, found):
@@ -194,7 +202,7 @@ class AfterStep:
         """Score the model; names it ``best`` where nothing before was better."""
         numbers = self.evaluate(state.model, state.step, self.log)
         self.log.skipped([{"samples": state.samples, **record} for record in self.evaluate.skipped])
-        self.last_evaluated = state.step
+        self.last_evaluated, self.eval_due = state.step, False
         if numbers:
             self.log.scalars(numbers, state.step, state.samples)
             shown = {tag: numbers[tag] for tag in (self.best, "val/loss") if tag in numbers}
@@ -233,6 +241,10 @@ class AfterStep:
         records, self.records = gather_lists(self.records), []
         if not records:
             return
+        if not state.skipped:
+            first = records[0]
+            logger.warning("bad samples are skipped, the first of them %s: %s; skipped.jsonl in the run's directory "
+                           "lists them all", first["place"], first["reason"])
         state.skipped.update(record["sample"] for record in records)
         self.log.skipped(records)
         if len(state.skipped) > self.bad_limit:

@@ -15,6 +15,8 @@ from clipx.lifeline import Lifeline, meet
 
 Item = TypeVar("Item")
 
+RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")     # of the environment: what each rank needs beside WORLD_SIZE
+
 
 def world() -> int:
     """How many processes there are."""
@@ -43,13 +45,16 @@ def joined() -> Iterator[Lifeline | None]:
     CPU tensors pass by Gloo and CUDA tensors by NCCL.
 
     Raises:
-        UserError: another rank is lost, or has failed.
+        UserError: another rank is lost, or has failed, or the environment does not say where to meet.
     """
     export_submitit()
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
     if ranks == 1:
         yield None
         return
+    if missing := [name for name in RENDEZVOUS if not os.environ.get(name)]:
+        raise UserError(f"WORLD_SIZE={ranks} is set without {', '.join(missing)}; start several processes with "
+                        f"torchrun --nproc-per-node {ranks} -m clipx.train ..., or unset WORLD_SIZE to train in one")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())

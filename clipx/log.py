@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 import traceback
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from clipx import board
 from clipx.cores import one_of_several_jobs
+from clipx.errors import UserError
 from clipx.evals.features import Features
 from clipx.figures import keep_figure, nearest_captions, similarity_matrix
 
@@ -71,7 +73,8 @@ class RunLog:
         if error is not None:
             self.summary["state"], self.summary["reason"] = "failed", str(error) or kind.__name__
             logger.debug("".join(traceback.format_exception(error)))
-        self.write_summary()
+        if self.directory.is_dir():
+            self.write_summary()
         logger.removeHandler(self.file)
         self.file.close()
 
@@ -81,7 +84,11 @@ class RunLog:
         return time.monotonic() - self.began
 
     def scalars(self, numbers: Mapping[str, float], step: int, samples: int) -> None:
-        """Write numbers by tag, to TensorBoard and as one line of metrics.jsonl."""
+        """Write numbers by tag, to TensorBoard and as one line of metrics.jsonl; without those that are not finite."""
+        self.check_place()
+        for tag in [tag for tag, value in numbers.items() if not math.isfinite(value)]:
+            self.summary["final"].pop(tag, None)
+        numbers = {tag: value for tag, value in numbers.items() if math.isfinite(value)}
         for tag, value in {**numbers, **board.at_a_glance(numbers, self.summary["objective"])}.items():
             self.tensorboard.add_scalar(tag, value, step)
         epoch = round(samples / self.epoch_samples, 4)
@@ -112,11 +119,13 @@ class RunLog:
 
     def pictures(self, val: Features, step: int) -> None:
         """Show held-out pictures with their nearest captions, and who resembles whom."""
+        self.check_place()
         self.tensorboard.add_figure("val/nearest_captions", nearest_captions(val), step)
         self.tensorboard.add_figure("val/similarity", similarity_matrix(val), step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """Show a figure of an evaluation, and keep the latest as a PNG in the run."""
+        self.check_place()
         keep_figure(self.directory, tag, figure)
         self.tensorboard.add_figure(tag, figure, step)
 
@@ -130,8 +139,17 @@ class RunLog:
 
     def flush(self) -> None:
         """See that what has been written is in the files, whatever happens next."""
+        self.check_place()
         self.tensorboard.flush()
         os.fsync(self.metrics.fileno())
+
+    def check_place(self) -> None:
+        """
+        Raises:
+            UserError: the files are no longer there; TensorBoard's thread would end with a traceback.
+        """
+        if not (self.directory / "metrics.jsonl").exists():
+            raise UserError(gone(self.directory))
 
     def write_summary(self) -> None:
         """Rewrite summary.json, whole or not at all."""
@@ -139,6 +157,11 @@ class RunLog:
         temporary = self.directory / "summary.json.writing"
         temporary.write_text(json.dumps(self.summary, indent=2) + "\n")
         os.replace(temporary, self.directory / "summary.json")
+
+
+def gone(directory: Path) -> str:
+    """What is said of a directory that somebody has taken away."""
+    return f"{directory} was moved or deleted during the run; rerun the same command to resume from what is there"
 
 
 def closing(directory: Path, summary: Mapping[str, Any]) -> list[str]:

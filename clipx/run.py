@@ -1,7 +1,6 @@
 """One training run: parts from plain values, the earlier state, the loop, the report."""
 
 import errno
-import json
 import logging
 import os
 import socket
@@ -39,13 +38,14 @@ from clipx.health import Doctor
 from clipx.lifeline import Lifeline
 from clipx.loading import initialise
 from clipx.lock import locked
-from clipx.log import RunLog, SilentLog
+from clipx.log import RunLog, SilentLog, gone
 from clipx.loop import State, fit
 from clipx.memory import keep_freed
 from clipx.models.clip import CLIP
 from clipx.resume import Identity, restore
 from clipx.sched import warmup_steps
 from clipx.signals import Signals
+from clipx.summary import read_summary
 from clipx.tokenizer import SimpleTokenizer
 
 logger = logging.getLogger("clipx")
@@ -81,11 +81,14 @@ def run(config: Train, directory: Path) -> float | None:
         UserError: something of the user's is wrong; what stands in ``directory`` is left as it is.
         Interrupted: a signal has ended it, after a save.
     """
+    check_place(directory)
     try:
         with Signals() as signals, distributed.joined() as lifeline:
             signals.last_words = lifeline is not None
             worth = run_as_rank(config, directory, signals, lifeline)
     except OSError as error:
+        if error.errno == errno.ENOENT and not directory.is_dir():
+            raise UserError(gone(directory)) from error
         if error.errno not in DENIED:
             raise
         raise UserError(f"{error.filename or directory}: {error.strerror}; when that is mended, rerun the same command "
@@ -128,10 +131,13 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
     state, length = fresh_state(config, job.device), job.identity.steps
     found = restore(state, config, directory, job.identity)
     origin = initialise(state.model, config.init_from) if config.init_from and not found else ""
+    logged = state.samples if found else -1         # where a run begins, nothing stays of what it logged before
     if state.step >= length:
+        check_effect(state, directory)
         logger.info("%s is finished (%d steps); nothing is changed. name=... starts another run", directory, state.step)
+        if distributed.rank() == 0 and not read_summary(directory):
+            rewrite_summary(job, state)
         return None
-    logged = state.samples
     state.leave_out(left_out)
     keep_freed()
     batches = batches_of(job, state)
@@ -140,7 +146,7 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
 
     saver = Saver(directory / "checkpoints", asdict(job.identity), last_is_good)
     with alone_in(directory), log_of(job, state, logged) as log, saver:
-        introduce(job, state, log, origin)
+        introduce(job, state, log, origin, anew=found is None)
         after_step = after_step_of(job, state, log, saver, signals)
         signals.patient = True
         try:
@@ -157,6 +163,8 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
                 after_step=after_step,
             )
             after_step.finish(state)
+            if state.step >= length:
+                check_effect(state, directory)
         except Diverged as diverged:
             if len(state.left_out) >= config.max_rollbacks:
                 raise UserError(told_divergence(diverged, job)) from diverged
@@ -293,14 +301,43 @@ def after_step_of(job: Job, state: State, log: RunLog | SilentLog, saver: Saver,
 
 def objective(directory: Path, tag: str | None) -> float | None:
     """The last value of a tag in a run's summary."""
-    return json.loads((directory / "summary.json").read_text())["final"].get(tag)
+    return read_summary(directory).get("final", {}).get(tag)
 
 
-def introduce(job: Job, state: State, log: RunLog | SilentLog, origin: str) -> None:
+def check_place(directory: Path) -> None:
+    """
+    Raises:
+        UserError: there is a file where the run's directory, or one above it, should be.
+    """
+    for place in (directory, *directory.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file where the run's directory {directory} should be; move it away, or "
+                            "name=... trains elsewhere")
+
+
+def check_effect(state: State, directory: Path) -> None:
+    """
+    Raises:
+        UserError: most steps of the run had no effect.
+    """
+    if 2 * state.bad_steps > state.step:
+        raise UserError(f"{directory}: {state.bad_steps:,} of {state.step:,} steps had no effect, as their gradient "
+                        "was not finite: the model has hardly trained. The usual remedies are a lower optim.lr, a "
+                        "longer sched.warmup, clip_norm=1.0, or amp=bf16 in place of fp16; name=... starts another run")
+
+
+def rewrite_summary(job: Job, state: State) -> None:
+    """Write the summary.json of a finished run again, from its metrics and its last checkpoint."""
+    with alone_in(job.directory), log_of(job, state, state.samples) as log:
+        log.best(state.best, state.step)
+        log.finish("finished")
+
+
+def introduce(job: Job, state: State, log: RunLog | SilentLog, origin: str, anew: bool) -> None:
     """Tell what run this is, what weights it starts from, and what its shards have lost."""
     for line in headlines(job, state, origin):
         logger.info(line)
-    if not state.step:
+    if anew:
         log.skipped([
             {"samples": 0, "place": shard, "reason": f"is cut short; {count} samples behind the cut are lost"}
             for shard, count in job.data.lost.items()

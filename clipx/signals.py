@@ -1,10 +1,11 @@
-"""Signals that ask a run to end: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, which Slurm can send before the time is up."""
+"""Signals that ask a run to end: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is closed) and SIGUSR1, which Slurm can
+send before the time is up."""
 
 import signal
 from threading import current_thread, main_thread
 from types import FrameType, TracebackType
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Signals:
@@ -23,6 +24,8 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         asking = ASKING if current_thread() is main_thread() else ()        # Python lets no other thread handle them
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:           # nohup
+            asking = tuple(number for number in asking if number != signal.SIGHUP)
         self.before = {number: signal.signal(number, self.note) for number in asking}
         return self
 

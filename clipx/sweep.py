@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 
 from clipx import words
 from clipx.console import other_rank, tell
-from clipx.errors import UserError
+from clipx.errors import Interrupted, UserError
 from clipx.help import CONF, config_dirs
+from clipx.summary import FILE, read_summary
 
 UNSET, SWEEP_UNSET = "./.", f"{words.OUTPUTS}/.sweep"       # in conf/hydra/output/clipx.yaml
 
@@ -114,6 +115,8 @@ class JobEnd:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if error and not isinstance(error, Exception):
+            if isinstance(error, Interrupted) and not other_rank():
+                self.tell(None)
             return False                            # a signal, which ends the sweep
         if not other_rank():
             self.tell(error)
@@ -136,17 +139,16 @@ class JobEnd:
 
     def leave_summary(self, reason: str) -> None:
         """Where no run has left one."""
-        file = self.directory / "summary.json"
-        if file.exists() and "step" in json.loads(file.read_text()):
+        if "step" in read_summary(self.directory) or (self.directory.exists() and not self.directory.is_dir()):
             return
         summary = {"state": "failed", "reason": reason, "final": {}, "best": {}, "config": self.config}
         self.directory.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(summary, indent=2) + "\n")
+        (self.directory / FILE).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def ending(directory: Path) -> str:
     """A job in a line: its state, what it is worth, how long it took."""
-    summary = json.loads((directory / "summary.json").read_text())
+    summary = read_summary(directory)
     tag = summary.get("objective")
     worth = f", {tag} {summary['final'][tag]:.4g}" if tag in summary["final"] else ""
     return f"{summary['state']} at step {summary['step']:,}{worth}, {summary['seconds'] / 60:.1f} min"
@@ -154,5 +156,4 @@ def ending(directory: Path) -> str:
 
 def has_failed(directory: Path) -> bool:
     """Whether the run there has, and said so."""
-    file = directory / "summary.json"
-    return file.exists() and json.loads(file.read_text())["state"] == "failed"
+    return read_summary(directory).get("state") == "failed"

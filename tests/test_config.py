@@ -204,6 +204,7 @@ def test_the_meaning_of_a_run_leaves_out_where_and_how_closely_it_is_watched() -
     base = asdict(composed("data=shards", "data.root=a"))
     other = asdict(composed("data=shards", "data.root=b", "workers=3", "name=x", "save_every=5", "stop_at=3"))
     assert differences(base, other) == {}
+    assert differences(base, asdict(composed("data=coco", "data.root=a"))) == {}        # the same shards by their name
     changed = asdict(composed("data=shards", "data.root=a", "optim.lr=1", "model.image.width=384"))
     assert [*differences(base, changed).values()] == ["model.image.width: 192 -> 384", "optim.lr: 0.0005 -> 1.0"]
 
@@ -237,7 +238,7 @@ def test_rooms_import_downward_only() -> None:
     import ast
 
     level = dict.fromkeys(["distributed", "lifeline", "signals", "errors", "build", "duration", "memory", "linear"], 1)
-    level |= {"archive": 1, "cores": 1, "foreign": 1, "unwrap": 1, "help": 1, "lock": 1}
+    level |= {"archive": 1, "cores": 1, "foreign": 1, "unwrap": 1, "help": 1, "lock": 1, "summary": 1}
     level |= dict.fromkeys(["loss", "optim", "sched", "models", "weights", "tokenizer", "data"], 2)
     level |= dict.fromkeys(["loop", "after_step", "health", "log", "board", "figures", "checkpoint", "evals"], 3)
     level |= dict.fromkeys(["batch", "compiled", "gradient", "loading"], 3)

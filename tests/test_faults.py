@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -181,6 +182,32 @@ def test_what_a_cut_has_lost_counts_and_is_listed(tmp_path: Path, train: Callabl
     listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
     assert listed[0] == {"samples": 0, "place": "b.tar", "reason": "is cut short; 8 samples behind the cut are lost"}
     assert {line["place"] for line in listed[1:]} == {"b.tar/022"}
+
+
+def test_what_a_cut_has_lost_is_listed_once_by_a_run_that_was_killed_before_its_first_checkpoint(
+    tmp_path: Path, train: Callable[..., None]
+) -> None:
+    shard = cut_shard(tmp_path / "data")
+    shard.with_name("b_stats.json").write_text(json.dumps({"successes": 31}))
+    words = ("data=shards", "data.root=data", "data.val=0", "batch_size=21", "max_steps=2", "name=x", "workers=0")
+    train(*words)
+    shutil.rmtree(tmp_path / "outputs/x/checkpoints")       # as a run that was killed before leaves it
+    train(*words)
+    listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
+    assert [line["place"] for line in listed].count("b.tar") == 1
+
+
+def test_a_worker_without_shared_memory_says_how_much_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    write(tmp_path / "a.tar", members())
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.raises(DataError, match=r"^shared memory \(/dev/shm\) is full: workers=1 needs about .* MB of it here; "
+                       r"enlarge it \(docker run --shm-size=\.\.\., or --ipc=host\)"):
+        two_epochs(reader_of(tmp_path), workers=1)
 
 
 def test_a_tar_without_members_among_others_is_nothing_and_alone_an_error(tmp_path: Path) -> None:

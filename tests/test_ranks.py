@@ -79,6 +79,19 @@ def test_a_batch_that_does_not_divide_names_those_that_do(monkeypatch: pytest.Mo
     assert distributed.share(256) == 64
 
 
+def test_half_an_environment_of_ranks_is_refused_in_one_line(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert fails(*FEW, "max_steps=2") == (
+        "WORLD_SIZE=2 is set without MASTER_ADDR, MASTER_PORT; start several processes with torchrun --nproc-per-node "
+        "2 -m clipx.train ..., or unset WORLD_SIZE to train in one"
+    )
+
+
 def start(cwd: Path, ranks: int, *words: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen[str]:
     cwd.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc-per-node", str(ranks), "-m",

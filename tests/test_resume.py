@@ -3,6 +3,8 @@
 import itertools
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,7 +48,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return plan
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_ends_and_the_same_words_go_on(
     number: signal.Signals, train: Train, tmp_path: Path, at_step: Callable[..., None],
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
@@ -89,6 +91,25 @@ def test_a_sweep_ends_with_its_job_at_a_signal(train: Train, tmp_path: Path, at_
     with pytest.raises(SystemExit) as ended:
         train("-m", *FEW, "max_steps=4", "seed=0,1")
     assert ended.value.code == 0 and len(list((tmp_path / "outputs/sweeps/sweep").iterdir())) == 1
+
+
+def test_a_sweeps_job_that_a_signal_ends_tells_where(
+    train: Train, at_step: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_step(2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train("-m", *FEW, "max_steps=9", "name=s", "seed=0,1")
+    assert re.search(r"^\[0\] seed=0: stopped at step 3, ", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_nohup_keeps_a_run_going_when_its_terminal_is_closed(
+    train: Train, tmp_path: Path, at_step: Callable[..., None]
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)       # as nohup does
+    at_step(2, lambda: signal.raise_signal(signal.SIGHUP))
+    train(*FEW, "name=x", "max_steps=3")
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+    assert summary(tmp_path / "outputs/x")["state"] == "finished"
 
 
 def test_a_second_ctrl_c_ends_at_once(train: Train, at_step: Callable[..., None]) -> None:
@@ -226,6 +247,29 @@ def test_a_save_waits_for_a_step_that_is_good(train: Train, tmp_path: Path, pois
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["bad_steps"] == 2
 
 
+def test_an_evaluation_that_is_due_on_a_bad_step_waits_for_a_good_one(
+    train: Train, tmp_path: Path, poison: Callable[[set[int]], None]
+) -> None:
+    poison({16 * 3, 16 * 4})            # steps 4 and 5
+    train(*FEW, "name=x", "max_steps=8", "eval_every=4", "keep_every=5")
+    run = tmp_path / "outputs/x"
+    assert [row["step"] for row in lines(run) if "val/loss" in row] == [6, 8]
+    assert [path.name for path in (run / "checkpoints").glob("clip_step_*")] == ["clip_step_6.pt"]
+    assert "step 4 had no effect: its gradient is not finite" in (run / "train.log").read_text()
+
+
+def test_a_run_most_of_whose_steps_had_no_effect_fails(train: Train, fails: Fails, tmp_path: Path) -> None:
+    words = (*FEW, "name=x", "max_steps=20", "optim.lr=1e6", "sched.warmup=1")
+    message = fails(*words)
+    run = tmp_path / "outputs/x"
+    bad = max(row.get("train/bad_steps", 0) for row in lines(run))
+    assert message.startswith(f"outputs/x: {bad} of 20 steps had no effect, as their gradient was not finite")
+    assert summary(run)["state"] == "failed" and fails(*words) == message
+    for file in ("metrics.jsonl", "summary.json"):
+        assert "NaN" not in (run / file).read_text() and "Infinity" not in (run / file).read_text()
+    assert (run / "train.log").read_text().count("had no effect: its gradient is not finite") == 1
+
+
 def test_a_run_that_diverges_goes_back_and_leaves_those_batches_out(
     train: Train, tmp_path: Path, poison: Callable[[set[int]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,6 +373,38 @@ def test_one_process_at_a_time_trains_in_a_directory(train: Train, fails: Fails,
     assert (tmp_path / "outputs/x/lock").exists()           # of the dead process, which blocks nobody
     train(*FEW, "name=x", "max_steps=2")
     assert summary(tmp_path / "outputs/x")["state"] == "finished" and not (tmp_path / "outputs/x/lock").exists()
+
+
+def test_a_file_where_the_runs_directory_should_be_is_named(fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/x").write_text("mine")
+    remedy = "is a file where the run's directory outputs/x should be; move it away, or name=... trains elsewhere"
+    assert fails(*FEW, "name=x", "max_steps=2") == f"outputs/x {remedy}"
+    assert (tmp_path / "outputs/x").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "not json", "[]", "{}"])
+def test_a_summary_that_cannot_be_read_is_written_again(train: Train, tmp_path: Path, text: str) -> None:
+    words = (*FEW, "name=x", "max_steps=3")
+    train(*words, "stop_at=2")
+    whole = tmp_path / "outputs/x/summary.json"
+    whole.write_text(text)
+    train(*words)
+    before = summary(tmp_path / "outputs/x")
+    whole.write_text(text)
+    train(*words)
+    after = summary(tmp_path / "outputs/x")
+    assert {key: after[key] for key in ("state", "step", "final", "best")} == {
+        key: before[key] for key in ("state", "step", "final", "best")} and after["state"] == "finished"
+
+
+@pytest.mark.parametrize("save_every", ["null", "1"])
+def test_a_run_whose_directory_is_deleted_ends_in_one_line(
+    fails: Fails, at_step: Callable[..., None], tmp_path: Path, save_every: str
+) -> None:
+    at_step(3, lambda: shutil.rmtree(tmp_path / "outputs/x"))
+    assert fails(*FEW, "name=x", "max_steps=9", f"save_every={save_every}").startswith(
+        "outputs/x was moved or deleted during the run")
 
 
 def test_a_named_checkpoint_is_where_a_run_starts_once(

@@ -146,7 +146,7 @@ def test_mixed_precision_trains_float32_weights(amp: str, train: Callable[..., N
 
 
 def test_bad_samples_are_listed_and_too_many_end_the_run(
-    train: Callable[..., None], fails: Callable[..., str], tmp_path: Path
+    train: Callable[..., None], fails: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def spoil(count: int) -> str:
         members = []
@@ -158,6 +158,8 @@ def test_bad_samples_are_listed_and_too_many_end_the_run(
 
     few = ("data=shards", "workers=0", "batch_size=20", "max_steps=6", "log_every=1", "data.val=0", "evals=[]")
     train(*few, spoil(4), "name=x")
+    told = capsys.readouterr().err
+    assert told.count("bad samples are skipped, the first of them x.tar/") == 1
     records = lines(tmp_path / "outputs/x", "skipped.jsonl")
     assert {record["place"] for record in records} == {f"x.tar/{number}" for number in range(4)}
     assert lines(tmp_path / "outputs/x")[-1]["train/skipped"] == 4

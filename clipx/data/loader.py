@@ -26,6 +26,7 @@ from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
 
 MOST_IN_CHUNK = 256         # samples that pass from a worker at once
+CHUNKS = 3                  # of each worker at once: two wait, as DataLoader prefetches them, and one is used
 TRIES = 64                  # bad samples in a row for one position before the run ends
 
 
@@ -186,7 +187,18 @@ def shared_pixels(count: int, size: int) -> Tensor:
     """(count, S, S, 3) uint8 to be filled; in a worker, in memory that the main process sees without a copy."""
     if get_worker_info() is None:
         return torch.empty(count, size, size, 3, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(count * size * size * 3)     # as torch's own collate does
+    amount = count * size * size * 3
+    try:
+        storage = torch.UntypedStorage._new_shared(amount)      # as torch's own collate does
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        workers = get_worker_info().num_workers
+        raise DataError(
+            f"shared memory (/dev/shm) is full: workers={workers} needs about {amount * CHUNKS * workers / 1e6:,.0f} "
+            "MB of it here; enlarge it (docker run --shm-size=..., or --ipc=host), or set fewer workers; workers=0 "
+            "needs none"
+        ) from error
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(count, size, size, 3)
 
 
@@ -242,14 +254,14 @@ def read(
 def settle(_worker: int) -> None:
     """Make at once what a worker keeps for ever, and hide it from the garbage collector: a twentieth of its time."""
     if hasattr(signal, "sigwaitinfo"):          # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
         Thread(target=end_with_run, daemon=True).start()
     get_worker_info().dataset.tokenizer("")
     gc.freeze()
 
 
 def end_with_run() -> None:
-    """End at the run's word alone: schedulers send SIGTERM to all processes, and the run has a last step to do."""
+    """End at the run's word alone: schedulers and terminals signal all processes, and the run has a last step to do."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from clipx.models.layers import Act, Transformer
 from clipx.models.packed import Packed, pack
 
+VOCABULARY = 49_408         # token ids of the tokenizer, 0 to END
+
 
 class TextEncoder(nn.Module):
     """Captions to features. (B, L) token ids, or packed ones -> (B, E), for any L up to ``context``.
@@ -15,7 +17,7 @@ class TextEncoder(nn.Module):
     No token sees a later one and the feature is read at the end token, so what stands behind it is dropped.
 
     Args:
-        vocab: token ids; the highest is the end token.
+        vocab: token ids, at least the tokenizer's; the highest that it gives is the end token.
         context: the most tokens a caption has, start and end included.
         width: D, channels of a token.
         depth: blocks.
@@ -28,7 +30,7 @@ class TextEncoder(nn.Module):
 
     def __init__(
         self,
-        vocab: PositiveInt = 49_408,
+        vocab: PositiveInt = VOCABULARY,
         context: PositiveInt = 77,
         width: PositiveInt = 512,
         depth: PositiveInt = 12,
@@ -37,6 +39,8 @@ class TextEncoder(nn.Module):
         act: Act = "quick_gelu",
     ):
         super().__init__()
+        if vocab < VOCABULARY:
+            raise ValueError(f"vocab={vocab} is too small: the tokenizer has {VOCABULARY:,} token ids")
         self.context, self.embed, self.heads, self.act = context, embed, heads, act
         self.token_embedding = nn.Embedding(vocab, width)
         self.positional_embedding = nn.Parameter(torch.empty(context, width))
