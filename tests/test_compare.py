@@ -85,7 +85,7 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
     assert [line.split()[0] for line in told.out.splitlines()] == ["run", "run0001", "run0000"]
     damaged = "it is empty or damaged, not the JSON that a run writes"
     foreign = "it was not written by a run of clipx"
-    reasons = {**dict.fromkeys(["empty", "cut", "bytes"], damaged), **dict.fromkeys(["list", "foreign", "odd"], foreign),
+    reasons = {"empty": damaged, "cut": damaged, "bytes": damaged, "list": foreign, "foreign": foreign, "odd": foreign,
                "folder": "it cannot be read: Is a directory"}
     assert sorted(told.err.splitlines()) == sorted(
         f"outputs/{name}/summary.json is left out: {reason}" for name, reason in reasons.items())

@@ -58,5 +58,5 @@ def test_a_loss_from_outside_is_exact_across_processes_and_micro_batches(tmp_pat
         assert ended.returncode == 0, ended.stderr
     one, parts, ranks = ([row["train/loss"] for row in lines(tmp_path / "outputs" / name)]
                          for name in ("one", "parts", "two"))
-    assert len(one) == 4 and one[0] > one[-1]
+    assert len(set(one)) == 4
     assert parts == pytest.approx(one, rel=1e-4) and ranks == pytest.approx(one, rel=1e-4)
