@@ -11,6 +11,7 @@ import torch
 
 from clipx.checkpoint import Saver
 from clipx.data.tar import DataError
+from clipx.direction import Mode, is_better
 from clipx.distributed import Agreed, gather_lists, rank, world
 from clipx.duration import Every
 from clipx.errors import UserError
@@ -75,7 +76,8 @@ class AfterStep:
         times: when what is done; minutes are rank 0's.
         evaluate: scores the model at a step; gives numbers by tag.
         saver: writes the state.
-        best: tag of the number whose highest value is kept as ``best``, or None.
+        best: tag of the number whose best value is kept as ``best``, or None.
+        mode: whether that number is better high or low.
         bad_limit: how many distinct bad samples end the run.
         max_bad_steps: how many steps in a row may be without a finite gradient.
         signals: whether a signal has asked to end.
@@ -92,6 +94,7 @@ class AfterStep:
         evaluate: Callable[[CLIP, int, RunLog], dict[str, float]],
         saver: Saver,
         best: str | None,
+        mode: Mode,
         bad_limit: int,
         max_bad_steps: int,
         signals: Signals,
@@ -99,7 +102,7 @@ class AfterStep:
         stopping: bool,
     ):
         self.log, self.times, self.evaluate, self.saver = log, times, evaluate, saver
-        self.best, self.bad_limit, self.max_bad_steps = best, bad_limit, max_bad_steps
+        self.best, self.mode, self.bad_limit, self.max_bad_steps = best, mode, bad_limit, max_bad_steps
         self.signals, self.doctor, self.stopping = signals, doctor, stopping
         self.agreed = Agreed()
         self.unread: list[tuple[BadStep, torch.Tensor]] = []        # steps, and whether they were finite
@@ -199,7 +202,7 @@ class AfterStep:
         self.restart_clock()
 
     def run_evaluation(self, state: State) -> list[str]:
-        """Score the model; names it ``best`` where nothing before was better."""
+        """Score the model; names it ``best`` where it is better than all before."""
         numbers = self.evaluate(state.model, state.step, self.log)
         self.log.skipped([{"samples": state.samples, **record} for record in self.evaluate.skipped])
         self.last_evaluated, self.eval_due = state.step, False
@@ -208,9 +211,10 @@ class AfterStep:
             shown = {tag: numbers[tag] for tag in (self.best, "val/loss") if tag in numbers}
             logger.info("step %s  %s", f"{state.step:,}", "  ".join(f"{tag} {one:.4g}" for tag, one in shown.items()))
         value = numbers.get(self.best)
-        better = value is not None and value > state.best.get("value", float("-inf"))
+        known = (state.best.get("metric"), state.best.get("mode", "max")) == (self.best, self.mode)
+        better = value is not None and is_better(value, state.best["value"] if known else None, self.mode)
         if better:
-            state.best = {"metric": self.best, "value": value, "step": state.step}
+            state.best = {"metric": self.best, "mode": self.mode, "value": value, "step": state.step}
         self.log.best(state.best, state.step)
         self.restart_clock()
         return ["best"] if better else []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipx.console import lasting
+from clipx.direction import Mode, mode_of
 
 Row = dict[str, Any]
 
@@ -128,6 +129,12 @@ def objective(runs: Sequence[Run]) -> str | None:
     return tags.most_common(1)[0][0]
 
 
+def mode(runs: Sequence[Run], tag: str | None) -> Mode:
+    """Whether the objective is better high or low, as its runs say; runs of 0.1.0 and earlier do not."""
+    said = [run.summary["mode"] for run in runs if run.summary.get("objective") == tag and "mode" in run.summary]
+    return said[0] if said else mode_of(tag, None)
+
+
 def row_of(group: Sequence[Run], keys: Sequence[str], tag: str | None, alone: bool) -> Row:
     """One line of the table: a run, or the seeds of one setting."""
     first = group[0]
@@ -148,6 +155,8 @@ def spread(values: Sequence[float]) -> Any:
     """A number, or the mean and the standard deviation of several; None of none."""
     if len(values) < 2:
         return values[0] if values else None
+    if not all(map(math.isfinite, values)):
+        return math.nan
     return Spread(statistics.fmean(values), statistics.stdev(values))
 
 
@@ -163,10 +172,10 @@ class Spread:
         return f"{self.mean:.4g} ± {deviation:.2g}"
 
 
-def mean(value: Any) -> float:
-    """What a row is sorted by; what has no number stands last."""
+def mean(value: Any, otherwise: float) -> float:
+    """What a row is sorted by."""
     value = value.mean if isinstance(value, Spread) else value
-    return value if isinstance(value, (int, float)) else -math.inf
+    return value if isinstance(value, (int, float)) and not math.isnan(value) else otherwise
 
 
 def text(value: Any) -> str:
@@ -176,12 +185,13 @@ def text(value: Any) -> str:
 
 
 def table(runs: Sequence[Run]) -> list[Row]:
-    """One row a setting, the best first: higher is better."""
+    """One row a setting, the best first."""
     keys, tag = varied(runs), objective(runs)
     together = groups(runs, keys)
     alone = len(together) == len(runs)
     rows = [row_of(group, keys, tag, alone) for group in together]
-    return sorted(rows, key=lambda row: mean(row[tag or "objective"]), reverse=True)
+    sign = -1 if mode(runs, tag) == "min" else 1
+    return sorted(rows, key=lambda row: sign * mean(row[tag or "objective"], -sign * math.inf), reverse=True)
 
 
 def plain(rows: Sequence[Row]) -> str:

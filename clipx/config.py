@@ -84,6 +84,7 @@ class Train(Composed):
     signal_exit_code: Annotated[int, Field(ge=0, le=255)]
     best: str | None
     objective: str | None
+    mode: Literal["max", "min"] | None
     trust: list[str]
     labelled: dict[str, dict[str, str]] | None = None
 

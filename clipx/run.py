@@ -30,6 +30,7 @@ from clipx.data.loader import Chunk, TrainReader, read, steps, train_ranges
 from clipx.data.plan import MixPlan, Plan
 from clipx.data.sample import Data
 from clipx.data.tar import DataError
+from clipx.direction import mode_of
 from clipx.duration import Every
 from clipx.errors import Interrupted, UserError
 from clipx.evals.validation import Evaluation, OnLabelled, Validation
@@ -272,7 +273,8 @@ def log_of(job: Job, state: State, samples: int) -> RunLog | SilentLog:
     (job.directory / "config.yaml").write_text(text, encoding="utf-8")
     process = {"id": os.getpid(), "host": socket.gethostname(), "since": time.time()}
     config = flat(asdict(job.config))
-    about = {"objective": job.config.objective, "process": process, "config": config}
+    mode = mode_of(job.config.objective, job.config.mode)
+    about = {"objective": job.config.objective, "mode": mode, "process": process, "config": config}
     row = row_of(config, job.config.choices, job.config.varied)
     return RunLog(job.directory, text, about, row, job.identity.steps, state.step, samples, state.seconds,
                   job.plan.samples)
@@ -291,6 +293,7 @@ def after_step_of(job: Job, state: State, log: RunLog | SilentLog, saver: Saver,
         evaluate=Validation(data.vals, job.evals, tokenizer, job.workers, AMP[config.amp], with_loss=True),
         saver=saver,
         best=config.best,
+        mode=mode_of(config.best, config.mode),
         bad_limit=data.bad_limit - sum(data.lost.values()),
         max_bad_steps=config.max_bad_steps,
         signals=signals,

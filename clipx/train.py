@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from clipx.config import call, command, resolve
+from clipx.direction import mode_of
 
 
 def main() -> None:
@@ -24,8 +25,13 @@ def train(composed: DictConfig, directory: Path) -> float | None:
 
     Returns:
         The last value of ``objective``; None where there is none.
+
+    Raises:
+        UserError: something is wrong with the config, the data or the run.
     """
     config = resolve(composed)
+    for tag in filter(None, (config.best, config.objective)):
+        mode_of(tag, config.mode)
     from clipx import run as training  # torch comes in here: --help and mistakes in the config answer at once
 
     return training.run(config, directory)

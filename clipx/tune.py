@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from clipx import duration, words
 from clipx.config import Duration, differences
 from clipx.console import tell
+from clipx.direction import Mode, mode_of
 from clipx.errors import UserError
 from clipx.schema import ConfigError, check_call
 from clipx.sweep import UNSET, has_failed, obeyed, varied
@@ -46,7 +47,7 @@ class Settings:
     """The schema of hydra.sweeper.  conf/hydra/sweeper/optuna.yaml says what each key means and holds the defaults."""
 
     params: dict[str, Any]
-    direction: Literal["maximize", "minimize"]
+    direction: Literal["maximize", "minimize"] | None
     n_trials: PositiveInt
     n_jobs: PositiveInt
     seed: NonNegativeInt
@@ -84,6 +85,7 @@ def tune(
     plain = OmegaConf.to_container(jobs, resolve=True)
     if plain.get("objective") is None:
         raise ConfigError("objective=null: a search needs a number to go by, such as val/retrieval/mean_recall")
+    settings = replace(settings, direction=direction_of(settings.direction, plain["objective"], plain.get("mode")))
     name = None if plain.get("name") is None else str(plain["name"])
     keys = varied(arguments, list(settings.params), sweep=True)
     if config.hydra.sweep.subdir != UNSET:
@@ -98,6 +100,20 @@ def tune(
     with alone(directory):
         study = open_study(directory, settings, meaning)
         Search(settings, study, launcher, space, fixed, keys, name, directory, plain["objective"]).run()
+
+
+def direction_of(given: str | None, objective: str, mode: Mode | None) -> str:
+    """Which way a search goes: the objective's.
+
+    Raises:
+        UserError: the sweeper is told otherwise.
+    """
+    direction = {"max": "maximize", "min": "minimize"}[mode_of(objective, mode)]
+    if given not in (None, direction):
+        raise ConfigError(f"hydra.sweeper.direction={given}: {objective} is taken as better when it is "
+                          f"{'high' if direction == 'maximize' else 'low'}; leave direction out, and say "
+                          f"mode={given[:3]} where that is wrong")
+    return direction
 
 
 def check_rungs(rungs: Sequence[duration.Duration]) -> None:

@@ -238,7 +238,7 @@ def test_rooms_import_downward_only() -> None:
     import ast
 
     level = dict.fromkeys(["distributed", "lifeline", "signals", "errors", "build", "duration", "memory", "linear"], 1)
-    level |= {"archive": 1, "cores": 1, "foreign": 1, "unwrap": 1, "help": 1, "lock": 1, "summary": 1}
+    level |= dict.fromkeys(["archive", "cores", "direction", "foreign", "help", "lock", "summary", "unwrap"], 1)
     level |= dict.fromkeys(["loss", "optim", "sched", "models", "weights", "tokenizer", "data"], 2)
     level |= dict.fromkeys(["loop", "after_step", "health", "log", "board", "figures", "checkpoint", "evals"], 3)
     level |= dict.fromkeys(["batch", "compiled", "gradient", "loading"], 3)

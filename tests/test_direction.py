@@ -1,0 +1,92 @@
+"""Which way a metric is better, for the best checkpoint, comparisons and searches."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import FEW, summary
+
+from clipx import compare, load
+from clipx.after_step import AfterStep
+from clipx.checkpoint import read
+from clipx.direction import is_better, mode_of
+from clipx.errors import UserError
+from clipx.evals.validation import Validation
+
+
+@pytest.mark.parametrize(("tag", "mode"), [
+    ("val/loss", "min"), ("train/loss", "min"), ("val/retrieval/i2t_median_rank", "min"), ("val/skipped", "min"),
+    ("val/retrieval@b/i2t_r1", "max"), ("val/zero_shot@a/top1", "max"), ("val/gap/closeness", "max"),
+    ("val/retrieval/shuffled_t2i_mean_rank", "min"), ("val/retrieval/mean_recall", "max"),
+])  # fmt: skip
+def test_of_clipx_s_own_metrics_the_direction_is_known(tag: str, mode: str) -> None:
+    assert mode_of(tag, None) == mode
+
+
+def test_what_contradicts_what_is_known_is_refused_and_a_metric_of_one_s_own_goes_as_said() -> None:
+    assert mode_of("val/gap/closeness", "min") == "min"
+    with pytest.raises(UserError, match="^mode=max: val/loss is better when it is low; leave mode out"):
+        mode_of("val/loss", "max")
+    with pytest.raises(UserError, match="^mode=min: val/retrieval/mean_recall is better when it is high"):
+        mode_of("val/retrieval/mean_recall", "min")
+
+
+def test_a_nan_is_never_the_best() -> None:
+    assert not is_better(math.nan, None, "min") and not is_better(math.nan, 1.0, "min") and is_better(1.0, None, "min")
+    assert is_better(1.0, 2.0, "min") and not is_better(1.0, 2.0, "max") and not is_better(2.0, 2.0, "max")
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that says what the loss is, step by step."""
+    known = {1: 3.0, 2: 1.0, 3: 2.0}
+    monkeypatch.setattr(Validation, "__call__", lambda self, model, step, log: {"val/loss": known[step]})
+
+
+def test_the_best_checkpoint_by_a_loss_is_that_of_the_lowest(
+    losses: None, train: Callable[..., None], tmp_path: Path
+) -> None:
+    train(*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1")
+    run = tmp_path / "outputs/x"
+    assert summary(run)["best"] == {"metric": "val/loss", "mode": "min", "value": 1.0, "step": 2}
+    assert summary(run)["mode"] == "min" and read(run / "checkpoints/clip_best.pt")["step"] == 2
+    best = read(run / "checkpoints/clip_best.pt")["model_state_dict"]
+    assert all((tensor == best[name]).all() for name, tensor in load(str(run))[0].state_dict().items())
+
+
+def test_a_best_that_an_earlier_version_took_for_high_is_not_kept(
+    losses: None, train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Older(AfterStep):
+        def run_save(self, state: object, kinds: list[str]) -> None:
+            state.best = {"metric": "val/loss", "value": 0.5, "step": 1}      # without its mode
+            super().run_save(state, kinds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clipx.run.AfterStep", Older)
+        train(*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1", "stop_at=1")
+    train(*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1")
+    assert summary(tmp_path / "outputs/x")["best"]["value"] == 1.0
+
+
+def test_compare_lists_the_lowest_loss_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, loss in (("a", 2.0), ("b", 1.0), ("c", math.nan), ("d", 3.0)):
+        about = {"state": "finished", "objective": "val/loss", "mode": "min", "best": {}, "step": 1, "seconds": 1}
+        (tmp_path / name).mkdir()
+        whole = {**about, "final": {"val/loss": loss}, "config": {"x": name}}
+        (tmp_path / name / "summary.json").write_text(json.dumps(whole))
+    monkeypatch.setattr(sys, "argv", ["clipx.compare", str(tmp_path)])
+    compare.main()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "b", "a", "d", "c"]
+
+
+def test_a_direction_that_contradicts_the_objective_is_refused(fails: Callable[..., str]) -> None:
+    search = ("-m", *FEW, "hydra/sweeper=optuna", "optim.lr=interval(0,1)")
+    assert fails(*search, "hydra.sweeper.direction=minimize").startswith(
+        "hydra.sweeper.direction=minimize: val/retrieval/mean_recall is taken as better when it is high")
+    assert fails("name=x", "mode=min").startswith("mode=min: val/retrieval/mean_recall is better when it is high")
