@@ -108,5 +108,6 @@ def suggest(key: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of an error about an unknown name: what it may have been meant to be."""
     known = [name for name in known if not name.rpartition(".")[2].startswith("_")]         # _target_ is no one's wish
     same = [name for name in known if name.rpartition(".")[2] == key]                       # lr for optim.lr
-    near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    swapped = [name for name in known if sorted(name) == sorted(key)]                       # modle: model, not mode
+    near = same or swapped or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(known)}"
