@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from clipx import board
+from clipx.closing import Bests, closing, note_bests
 from clipx.cores import one_of_several_jobs
 from clipx.errors import UserError
 from clipx.evals.features import Features
@@ -46,11 +47,14 @@ class RunLog:
         self.began = time.monotonic() - seconds
         self.summary: dict[str, Any] = {"state": "running", "step": step, "steps": steps, "final": {}, "best": {}}
         self.summary.update(about)
+        self.bests: Bests = {}
+        self.mode = {about["objective"]: about["mode"]}
         self.hparams, self.steps, self.step, self.samples = hparams, steps, step, samples
 
     def __enter__(self) -> "RunLog":
         for row in cut(self.directory / "metrics.jsonl", self.samples):
             self.summary["final"].update({tag: value for tag, value in row.items() if "/" in tag})
+            note_bests(self.bests, row, row["step"], self.mode)
         cut(self.directory / "skipped.jsonl", self.samples)
         self.file = logging.FileHandler(self.directory / "train.log", encoding="utf-8")
         self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -97,6 +101,7 @@ class RunLog:
         self.metrics.flush()
         self.summary.update(head)
         self.summary["final"].update(numbers)
+        note_bests(self.bests, numbers, step, self.mode)
 
     def best(self, found: Mapping[str, Any], step: int) -> None:
         """Keep what was best so far: metric, value and step."""
@@ -134,7 +139,7 @@ class RunLog:
         self.summary["state"] = state
         if state == "finished":
             board.end(self.tensorboard)
-        for line in closing(self.directory, self.summary):
+        for line in closing(self.directory, self.summary, self.bests):
             logger.info(line)
 
     def flush(self) -> None:
@@ -162,27 +167,6 @@ class RunLog:
 def gone(directory: Path) -> str:
     """What is said of a directory that somebody has taken away."""
     return f"{directory} was moved or deleted during the run; rerun the same command to resume from what is there"
-
-
-def closing(directory: Path, summary: Mapping[str, Any]) -> list[str]:
-    """What a run says at its end: numbers, places, what to type next."""
-    step, steps, minutes = summary["step"], summary["steps"], summary["seconds"] / 60
-    lines = [f"{summary['state']} at step {step:,} of {steps:,} after {minutes:.1f} min"]
-    groups: dict[str, list[str]] = {}
-    for tag, value in summary["final"].items():
-        if tag.startswith("val/"):
-            group, _, metric = tag.rpartition("/")
-            groups.setdefault(group, []).append(f"{metric} {value:.4g}")
-    lines += [f"{group:<16}  {'  '.join(numbers)}" for group, numbers in groups.items()]
-    if summary["best"]:
-        best = summary["best"]
-        lines.append(f"best      {best['metric']} {best['value']:.4g} at step {best['step']:,}")
-    return [
-        *lines,
-        f"weights   {directory / 'checkpoints'}",
-        f"look      tensorboard --logdir {directory}",
-        f"repeat    python -m clipx.train config={directory / 'config.yaml'} name=again",
-    ]
 
 
 class SilentLog:

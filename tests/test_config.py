@@ -241,7 +241,7 @@ def test_rooms_import_downward_only() -> None:
     level |= dict.fromkeys(["archive", "cores", "direction", "foreign", "help", "lock", "summary", "unwrap"], 1)
     level |= dict.fromkeys(["loss", "optim", "sched", "models", "weights", "tokenizer", "data"], 2)
     level |= dict.fromkeys(["loop", "after_step", "health", "log", "board", "figures", "checkpoint", "evals"], 3)
-    level |= dict.fromkeys(["batch", "compiled", "gradient", "loading"], 3)
+    level |= dict.fromkeys(["batch", "closing", "compiled", "gradient", "loading"], 3)
     for path in (ROOT / "clipx").rglob("*.py"):
         room = path.relative_to(ROOT / "clipx").parts[0].removesuffix(".py")
         own = level.get(room, 4)

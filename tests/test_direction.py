@@ -90,3 +90,16 @@ def test_a_direction_that_contradicts_the_objective_is_refused(fails: Callable[.
     assert fails(*search, "hydra.sweeper.direction=minimize").startswith(
         "hydra.sweeper.direction=minimize: val/retrieval/mean_recall is taken as better when it is high")
     assert fails("name=x", "mode=min").startswith("mode=min: val/retrieval/mean_recall is better when it is high")
+
+
+def test_a_run_ends_in_a_table_of_each_score_its_last_and_best_value(
+    losses: None, train: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1"]
+    train(*words, "stop_at=2")
+    capsys.readouterr()
+    train(*words)                                           # the best value is of the part before
+    told = capsys.readouterr().err.splitlines()
+    first = told.index("metric      value  best  at step")
+    assert told[first + 1 : first + 3] == ["val/loss *      2     1        2", "* clip_best.pt is the best by this one"]
+    assert max(map(len, told[first:])) < 100 and any(line.startswith("weights   outputs/x/checkpo") for line in told)
