@@ -311,7 +311,7 @@ def with_list(mistake: str, given: Sequence[str]) -> str:
     """A mistake, and how several values are given, where it is about values with commas between them."""
     for word in given:
         key, _, value = word.partition("=")
-        parts = words.parts_of(value)
+        parts = [] if value.startswith(("'", '"')) else words.parts_of(value)
         if len(parts) > 1 and all(parts) and mistake.startswith((f"{key}=", f"{key}:")) and not is_sweep(given):
             return f"{mistake}; -m runs once for each value ({key}={value}), and {key}=[{value}] is one list"
     return mistake

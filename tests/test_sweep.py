@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import FEW, assert_same_state, in_process, lines, summary
+from conftest import FEW, assert_same_state, in_process, lines, once, summary
 from test_killed import until
 
 from clipx import run
@@ -129,12 +129,12 @@ def test_jobs_leave_nothing_behind_in_the_process(
 
 @pytest.mark.long
 def test_a_sweep_that_is_killed_goes_on_with_the_same_words(tmp_path: Path) -> None:
-    words = ["-m", "clipx.train", "-m", *FEW, "save_every=5", "name=s", "optim.lr=1e-4,1e-3", "seed=0,1,2"]
+    words = once("-m", "clipx.train", "-m", *FEW, "save_every=5", "name=s", "optim.lr=1e-4,1e-3", "seed=0,1,2")
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     assert in_process(*words, cwd=tmp_path / "whole").returncode == 0
     started = subprocess.Popen([sys.executable, *words], cwd=tmp_path / "cut", start_new_session=True,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     jobs = tmp_path / "cut/outputs/sweeps/s"
     third = jobs / "optim.lr=0.0001,seed=2"
     until(lambda: (third / "metrics.jsonl").exists() and len(lines_of(third)) > 8, started)
