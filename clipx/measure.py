@@ -1,16 +1,17 @@
-"""The training step of a run, measured: on batches in memory, from its loader, part by part."""
+"""Measuring a run: its loader by stages and as a whole, its step on batches in memory, from the loader, by parts."""
 
 import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing import set_start_method
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipx.batch import parts_of
@@ -23,7 +24,6 @@ from clipx.data.sample import Data
 from clipx.gradient import Encoder, Forward, backward
 from clipx.loop import Numbers, State, fit
 from clipx.memory import keep_freed, peak
-from clipx.peer import measure
 from clipx.run import AMP, forward_of, fresh_state, pick_device, pick_workers, train_reader
 
 STAGED = 256        # pictures whose stages are timed one by one
@@ -50,9 +50,9 @@ def loaded(config: Train) -> Iterator[list[Chunk]]:
 
 
 def stages(config: Train) -> dict[str, float]:
-    """Seconds a picture for each stage of the loader, and bytes a picture."""
+    """Seconds a picture for each stage of the loader, on one thread as in a worker, and bytes a picture."""
+    reader, threads = reader_of(config), torch.get_num_threads()
     torch.set_num_threads(1)
-    reader = reader_of(config)
     places = [reader.plan[position] for position in range(STAGED)]
     seconds: dict[str, float] = {}
 
@@ -70,14 +70,37 @@ def stages(config: Train) -> dict[str, float]:
     timed("tokenise", reader.tokenizer, [sample.captions[:1] for sample in samples])
     chunk = shared_pixels(STAGED, reader.crop.size)
     timed("collate", lambda row: chunk[row].copy_(pixels), list(range(STAGED)))
+    torch.set_num_threads(threads)
     return {"bytes": statistics.mean(len(sample.picture) for sample in samples), **seconds}
 
 
 def measure_loader(config: Train, seconds: float) -> dict[str, float]:
-    """Pictures a second of the loader alone, and the private memory of a worker; for a process of its own."""
-    set_start_method(None, force=True)          # a spawned process would spawn its workers, too; a run does not
-    torch.set_num_threads(1)
+    """Pictures/s of the loader alone, and the private memory of a worker."""
     return measure(loaded(config), config.batch_size, seconds)
+
+
+def measure(batches: Iterable[Any], batch_size: int, seconds: float) -> dict[str, float]:
+    """Pictures/s after the first batch, and the private memory of a worker beyond that of an idle one.
+
+    Args:
+        batches: a loader with workers.
+        batch_size: pictures in a batch.
+        seconds: how long to measure, at least.
+    """
+    idle = worker_memory(iter(DataLoader(range(2), num_workers=1)))
+    waiting = iter(batches)
+    next(waiting)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        next(waiting)
+        count += 1
+    rate = count * batch_size / (time.perf_counter() - start)
+    return {"pictures_per_s": rate, "worker_mb": (worker_memory(waiting) - idle) / 1e6}
+
+
+def worker_memory(_alive: Iterable[Any]) -> int:
+    """Bytes that the largest child of this process shares with no other; the argument keeps its loader alive."""
+    return max(child.memory_full_info().uss for child in psutil.Process().children())
 
 
 class Clock:
@@ -106,7 +129,7 @@ class ClockedScaler(torch.amp.GradScaler):
 
 
 class Steps:
-    """A run's own loop, on its own model, from step 0; it lives in a process of its own."""
+    """A run's own loop, on its own model, from step 0."""
 
     def __init__(self, config: Train):
         keep_freed()

@@ -22,7 +22,7 @@ NEUTRAL = {
 }  # fmt: skip
 
 # values that stay text where they look like numbers: names and paths
-TEXT = {"name", "init_from", "resume", "run", "src", "out", "cache", "images", "texts", "search", "json", "peer_path"}
+TEXT = {"name", "init_from", "resume", "run", "src", "out", "cache", "images", "texts", "search", "json"}
 TEXT_OF_DATA = r"data\.(sources\.[^.]+\.)?(root|shards|val_shards|index_dir|cache)"
 
 PLACES = r"(labelled|evals\.[^.]+\.sets)\.[^.]+\.(root|folder|shards|train|classes)"       # of labelled data

@@ -19,8 +19,8 @@ for model in "${models[@]}"; do
     for batch in "${batches[@]}"; do
         for compile in false true; do
             name=$model-$batch-compile=$compile
-            "$python" -m clipx.bench model="$model" batch_size="$batch" compile=$compile "${common[@]}" 'parts=[step]' \
-                vs=open_clip json="$out/$name.json" 2>&1 | tee "$out/$name.txt"
+            "$python" experiments/speed/against_open_clip.py model="$model" batch_size="$batch" compile=$compile \
+                "${common[@]}" 'parts=[step]' json="$out/$name.json" 2>&1 | tee "$out/$name.txt"
         done
     done
 done

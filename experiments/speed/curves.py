@@ -11,12 +11,12 @@ import sys
 import open_clip
 import torch
 from hydra import compose, initialize_config_module
+from open_clip_side import open_clip_model, open_clip_optimizer, padded
 
 from clipx.config import Train, resolve
 from clipx.loop import Numbers, State, fit
 from clipx.loss import clip_loss
 from clipx.measure import loaded
-from clipx.peer import open_clip_model, open_clip_optimizer, padded
 from clipx.run import fresh_state
 from clipx.sched import warmup_cosine
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from against_open_clip import in_process
 from hydra import compose, initialize_config_module
 from torch import Tensor
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipx.batch import parts_of
-from clipx.bench import in_process
 from clipx.config import Train, resolve
 from clipx.gradient import Encoder, backward
 from clipx.loss import clip_loss

@@ -1,4 +1,7 @@
-"""open_clip's side of the bench: its own data pipeline, and its own model, loss, optimiser and loop."""
+"""open_clip's side of the comparison: its own data pipeline, model, loss, optimiser and loop.
+
+Run as a program it measures open_clip's loader; against_open_clip.py does that.
+"""
 
 import itertools
 import json
@@ -8,44 +11,20 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from clipx.batch import joined, padded_tokens
 from clipx.config import Train
 from clipx.data.images import Normalise
 from clipx.data.loader import Chunk
+from clipx.measure import HELD, loaded, measure, settle
 from clipx.memory import peak
+from clipx.run import pick_device
 from clipx.weights import open_clip_config
 
-ENOUGH = 10**9          # samples; the pipeline goes round the shards until nobody asks any more
+ENOUGH = 10**9          # samples; the pipeline cycles through the shards for as long as it is read
 PRECISION = {"none": "fp32", "bf16": "amp_bf16", "fp16": "amp"}     # its names
-
-
-def measure(batches: Iterable[Any], batch_size: int, seconds: float) -> dict[str, float]:
-    """Pictures a second behind the first batch, and the private memory of a worker beyond that of an idle one.
-
-    Args:
-        batches: a loader with workers.
-        batch_size: pictures of a batch.
-        seconds: how long, at least.
-    """
-    idle = worker_memory(iter(DataLoader(range(2), num_workers=1)))
-    waiting = iter(batches)
-    next(waiting)
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        next(waiting)
-        count += 1
-    rate = count * batch_size / (time.perf_counter() - began)
-    return {"pictures_per_s": rate, "worker_mb": (worker_memory(waiting) - idle) / 1e6}
-
-
-def worker_memory(_alive: Iterable[Any]) -> int:
-    """Bytes that the largest child of this process shares with no other; the loader given is kept alive meanwhile."""
-    return max(child.memory_full_info().uss for child in psutil.Process().children())
 
 
 def open_clip_batches(shards: str, batch_size: int, workers: int, size: int) -> Iterable[Any]:
@@ -83,7 +62,7 @@ def padded(chunks: list[Chunk], context: int) -> tuple[Tensor, Tensor]:
 
 
 class Batches:
-    """What its loop takes for a data set: batches in memory, round and round."""
+    """What its loop takes for a data set: batches in memory, over and over."""
 
     num_samples = ENOUGH
 
@@ -97,14 +76,11 @@ class Batches:
         return itertools.islice(self.held, self.num_batches)
 
 
-class PeerSteps:
-    """Its training loop on the batches that ``measure.Steps`` has; it lives in a process of its own."""
+class OpenClipSteps:
+    """Its training loop on the batches of ``measure.Steps``; for a process of its own."""
 
     def __init__(self, config: Train):
         import open_clip
-
-        from clipx.measure import HELD, loaded
-        from clipx.run import pick_device
 
         self.device = pick_device(config.device)
         torch.manual_seed(config.seed)
@@ -132,8 +108,6 @@ class PeerSteps:
     def from_memory(self, count: int) -> float:
         """Samples a second."""
         from open_clip_train.train import train_one_epoch
-
-        from clipx.measure import settle
 
         self.batches.num_batches = count * self.args.accum_freq
         began = time.perf_counter()

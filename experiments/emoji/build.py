@@ -1,10 +1,10 @@
 """Build the emoji data set: the same things drawn by three houses, as WebDataset shards.
 
-Fetch the four packages, then build next to this file:
+Fetch the four packages, then build it into the package:
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
-    python -m clipx.data.emoji.build . clipx/data/emoji
+    python experiments/emoji/build.py . clipx/data/emoji
 
 With the library versions of versions.json the shards come out the same to the byte.
 phrases.json says how names read in a sentence; who drew what, and under which licence: LICENSES.md.

@@ -1,0 +1,191 @@
+"""The loader and the step of a run beside open_clip's, in turns, each side in a process of its own.
+
+    python experiments/speed/against_open_clip.py model=small data=coco 'parts=[step]'
+    python experiments/speed/against_open_clip.py data=shards data.root=DIR data.val=0 workers=1 'parts=[loader]' \
+        peer_path=PEER
+
+The arguments are those of clipx.bench.  open_clip's data pipeline needs an older webdataset, in a directory of its own:
+pip install --no-deps --target PEER 'webdataset<=0.2.86' pandas python-dateutil pytz six
+"""
+
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from multiprocessing import get_context, set_start_method
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from open_clip_side import OpenClipSteps
+
+from clipx.bench import Bench, split
+from clipx.config import Train, command
+from clipx.errors import UserError
+from clipx.measure import Steps, measure_loader, reader_of
+from clipx.run import pick_workers
+from clipx.tools.bench import spread
+
+logger = logging.getLogger("clipx")
+
+Sides = dict[str, list[dict[str, float]]]       # the figures of each round, by side
+
+
+def compare(composed: DictConfig, _directory: Path, peer_path: str) -> None:
+    """Measure both sides and log the ratios.
+
+    Raises:
+        UserError: the config, the data or open_clip's environment is wrong.
+    """
+    keys, config = split(composed)
+    found: dict[str, Any] = {}
+    if "loader" in keys.parts:
+        sides = in_turns(keys.rounds, {
+            "clipx": partial(in_process, own_loader, config, keys.seconds),
+            "open_clip": partial(open_clip_loader, config, keys.seconds, peer_path),
+        })
+        found["loader"] = {"rounds": sides, **report(sides, "pictures_per_s", "worker_mb")}
+    if "step" in keys.parts:
+        found["step"] = compare_steps(config, keys)
+    if keys.json:
+        Path(keys.json).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def compare_steps(config: Train, keys: Bench) -> dict[str, Any]:
+    """Samples/s on the same batches in memory, and peak memory."""
+    with ExitStack() as stack:
+        runs = {side: stack.enter_context(in_own_process(kind, config))
+                for side, kind in {"clipx": Steps, "open_clip": OpenClipSteps}.items()}
+        for call in runs.values():
+            call("from_memory", 1)          # compiles, and allocates memory
+        sides = in_turns(keys.rounds, {
+            side: lambda call=call: {"samples_per_s": call("from_memory", keys.steps)} for side, call in runs.items()
+        })
+        memory = {side: call("memory") for side, call in runs.items()}
+    ratios = report(sides, "samples_per_s")
+    ratios["memory"] = memory["clipx"] / memory["open_clip"]
+    logger.info("%-14s clipx %.2f GB, open_clip %.2f GB, clipx / open_clip = %.2f", "peak memory", *memory.values(),
+                ratios["memory"])
+    return {"rounds": sides, "memory_gb": memory, **ratios}
+
+
+def in_turns(rounds: int, sides: Mapping[str, Callable[[], dict[str, float]]]) -> Sides:
+    """Run each side once a round."""
+    found: Sides = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, run in sides.items():
+            found[side].append(run())
+    return found
+
+
+def report(sides: Sides, *names: str) -> dict[str, float]:
+    """Log each side's figures and their ratios, round by round; returns the median ratios."""
+    ratios = {}
+    for name in names:
+        for side, rounds in sides.items():
+            logger.info("%-14s %-9s %s", name, side, spread(rounds, name))
+        each = [ours[name] / theirs[name] for ours, theirs in zip(sides["clipx"], sides["open_clip"], strict=True)]
+        ratios[f"ratio_{name}"] = statistics.median(each)
+        logger.info("%-14s clipx / open_clip = %.2f (%.2f to %.2f)", name, statistics.median(each), min(each),
+                    max(each))
+    return ratios
+
+
+def own_loader(config: Train, seconds: float) -> dict[str, float]:
+    """The figures of clipx's loader, in a spawned process."""
+    set_start_method(None, force=True)          # else its workers would be spawned, too, unlike in a run
+    torch.set_num_threads(1)
+    return measure_loader(config, seconds)
+
+
+def open_clip_loader(config: Train, seconds: float, peer_path: str) -> dict[str, float]:
+    """The figures of open_clip's loader on the same shards, in a process of its own.
+
+    Raises:
+        UserError: the data is not shards, or its environment lacks something.
+    """
+    reader = reader_of(config)
+    if not hasattr(reader.source, "catalogue"):
+        raise UserError("open_clip reads shards; give data=shards data.root=DIR data.val=0, or parts=[step]")
+    arguments = {
+        "shards": "::".join(str(shard.resolve()) for shard in reader.source.catalogue.shards),
+        "batch_size": config.batch_size, "workers": pick_workers(config.workers), "seconds": seconds,
+        "size": reader.crop.size,
+    }  # fmt: skip
+    path = os.pathsep.join(filter(None, [peer_path, os.environ.get("PYTHONPATH")]))
+    script = str(Path(__file__).with_name("open_clip_side.py"))
+    ended = subprocess.run([sys.executable, "-W", "ignore", script, json.dumps(arguments)],
+                           env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    if ended.returncode:
+        reason = ended.stderr.splitlines()[-1]
+        raise UserError(f"peer_path={peer_path}: open_clip's pipeline ends with {reason!r}; it needs "
+                        "webdataset<=0.2.86 and pandas in that directory")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def in_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+@contextmanager
+def in_own_process(kind: type, *arguments: Any) -> Iterator[Callable[..., Any]]:
+    """Make an object in a process of its own; yields a function that calls its methods by name."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, kind, arguments))
+    process.start()
+    there.close()
+
+    def call(*method: Any) -> Any:
+        here.send(method)
+        try:
+            answer = here.recv()
+        except EOFError as error:
+            raise UserError(f"the process of {kind.__name__} has ended; if memory ran out, try a smaller batch_size or "
+                            "micro_batch_size") from error
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    try:
+        yield call
+    finally:
+        here.close()
+        process.join()
+
+
+def serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
+    """The other end of ``in_own_process``."""
+    set_start_method(None, force=True)          # else its workers would be spawned, too, unlike in a run
+    made = None
+    while True:
+        try:
+            method, *rest = connection.recv()
+            made = made or kind(*arguments)
+            connection.send(getattr(made, method)(*rest))
+        except EOFError:
+            return
+        except UserError as error:
+            connection.send(error)
+
+
+def main() -> None:
+    """The entry point."""
+    given = [word for word in sys.argv[1:] if word.startswith("peer_path=")]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in given]
+    peer_path = given[-1].partition("=")[2] if given else ""
+    command("bench", partial(compare, peer_path=peer_path))
+
+
+if __name__ == "__main__":
+    main()
