@@ -4,6 +4,9 @@ BIN := .venv/bin
 UV := $(BIN)/python -m uv
 LOCK := requirements.lock
 
+# Containers often set it; without bytecode every process compiles all of torch's modules anew, for seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-all test-lowest test-newest lint lock
 
 demo: .venv/installed
