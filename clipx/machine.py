@@ -25,7 +25,7 @@ Finding = tuple[str, str]       # "ok", "odd" or "WRONG", what would stop the ru
 SHARED = Path("/dev/shm")       # where chunks pass from the workers
 AHEAD = 3                       # chunks of each worker there: two read ahead, one in use
 ROOM = 1.25                     # times its tensors: what allocators lose and libraries take
-FILES = 4                       # checkpoints at once: last, previous, best, and one being written
+FILES = 3                       # whole checkpoints at once: last, previous, and one being written; best is smaller
 
 
 def check_device(device: torch.device, amp: str) -> Iterator[Finding]:
@@ -76,8 +76,9 @@ def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
         return
     size = parameter_bytes(state) + moments(state.optimizer) * trained_bytes(state)
     standing = sum(file.stat().st_size for file in directory.glob("checkpoints/*.pt"))
-    need, free = (FILES + kept) * size - standing, shutil.disk_usage(home).free
-    told = f"{FILES + kept} checkpoints of {in_bytes(size)}; {in_bytes(free)} are free"
+    best = parameter_bytes(state)
+    need, free = (FILES + kept) * size + best - standing, shutil.disk_usage(home).free
+    told = f"{FILES + kept} checkpoints of {in_bytes(size)} and the best of {in_bytes(best)}; {in_bytes(free)} are free"
     yield ("ok", told) if need <= free else ("WRONG", f"{told}; make room, or let fewer stay (keep_every=null)")
 
 

@@ -1,6 +1,7 @@
 """``python -m clipx.prepare``: a published layout -> indexed shards; or shards -> what is wrong with them."""
 
 import logging
+import os
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 from clipx.build import build
 from clipx.config import Prepare, command, resolve
 from clipx.cores import usable_cores
+from clipx.data.index import temporary_dir
 from clipx.data.layouts import Layout, Tars
 from clipx.data.pack import Packing, pack
 from clipx.data.report import tell
@@ -64,7 +66,9 @@ def check_shards(config: Prepare, tars: Tars, workers: int) -> tuple[Path, str]:
     """
     whole, bad = tars, 0
     if config.verify:
-        whole, bad = verify(tars, Path(config.out or tars.root).expanduser() / "bad.jsonl", workers)
+        beside = tars.root if os.access(tars.root, os.W_OK) else temporary_dir()
+        place = Path(config.out).expanduser() if config.out else beside
+        whole, bad = verify(tars, place / "bad.jsonl", workers)
     index(whole, bad)
     if broken := [shard.name for shard in tars.shards if shard not in whole.shards]:
         raise UserError(f"training would stop at {', '.join(broken[:3])}, {len(broken)} of {len(tars.shards)} files; "

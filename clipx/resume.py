@@ -53,8 +53,9 @@ def restore(state: State, config: Train, directory: Path, identity: Identity) ->
     if found is None:
         return None
     path, saved = found
-    if saved.get("format") != checkpoint.FORMAT:
-        raise CheckpointError(f"{path} has weights, but not all that a run needs to go on; name=... starts another run")
+    if saved.get("format") != checkpoint.FORMAT or "optimizer" not in saved:
+        raise CheckpointError(f"{path} has weights, but not all that a run needs to go on; init_from={path} starts "
+                              "from these weights, and name=... starts another run")
     changes = changed(saved, identity)
     permitted = allowed(config, changes)
     refused = [text for key, text in changes.items() if key not in permitted]
@@ -123,7 +124,7 @@ def newest(last: Path, previous: Path) -> tuple[Path, dict[str, Any]] | None:
             logger.warning("%s; the run goes on from %s, behind step %d", damage[0], path, saved["step"])
         return path, saved
     if damage:
-        others = sorted(str(path) for path in checkpoints.glob("clip_*.pt") if path not in standing)
+        others = sorted(str(path) for path in checkpoints.glob("clip_step_*.pt"))
         raise CheckpointError(f"{'; '.join(damage)}; resume=PATH goes on from another checkpoint "
                               f"({', '.join(others) or 'there is none'}), name=... starts anew")
     return None

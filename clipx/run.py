@@ -342,7 +342,7 @@ def introduce(job: Job, state: State, log: RunLog | SilentLog, origin: str, anew
         logger.info(line)
     if anew:
         log.skipped([
-            {"samples": 0, "place": shard, "reason": f"is cut short; {count} samples behind the cut are lost"}
+            {"samples": 0, "place": shard, "reason": f"{count} of its samples are lost: cut short, or empty"}
             for shard, count in job.data.lost.items()
         ])
 

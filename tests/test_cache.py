@@ -237,9 +237,9 @@ def test_what_is_there_is_used_again_and_nothing_is_asked_twice(
 ) -> None:
     chunks_of(remote())
     assert sorted(server.copies()) == sorted(f"part-{number:03d}.tar" for number in range(7))
-    assert len(server.asked) == 14
+    assert len(server.asked) == 15              # for dataset_type.txt, and for each shard its index and itself
     chunks_of(remote())
-    assert len(server.asked) == 14
+    assert len(server.asked) == 15
 
 
 def test_copies_of_another_set_count_and_give_way(server: Server, remote: Callable[..., Data], tmp_path: Path) -> None:
@@ -427,9 +427,9 @@ def test_more_shards_than_are_asked_about_at_once_and_a_query(
 ) -> None:
     monkeypatch.setattr(catalogue, "ASKED", 3)
     signed = remote(shards=f"{server.url}/part-{{000..006}}.tar?token=a")
-    assert list(signed.train.sizes) == list(SIZES) and len(server.asked) == 7
+    assert list(signed.train.sizes) == list(SIZES) and len(server.asked) == 8
     assert list(remote(shards=f"{server.url}/part-{{000..006}}.tar?token=b").train.sizes) == list(SIZES)
-    assert len(server.asked) == 7 and signed.train.id == local(server).train.id
+    assert len(server.asked) == 8 and signed.train.id == local(server).train.id
 
 
 def test_remote_validation_is_copied_whole_and_stays(

@@ -259,7 +259,8 @@ def test_a_place_that_cannot_be_written_or_is_full_is_told(
     little = namedtuple("usage", "total used free")(10, 9, 1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
     told, code = check(*MADE_UP, "keep_every=10", "workers=2", "model=small", "batch_size=40")
-    assert code == 1 and "WRONG disk      6 checkpoints of 199MB; 1.00MB are free; make room, or let fewer" in told
+    assert code == 1 and ("WRONG disk      5 checkpoints of 199MB and the best of 66.4MB; 1.00MB are free; make room, "
+                          "or let fewer") in told
     assert "WRONG workers   their pictures take 36.1MB of /dev/shm, where 1.00MB are free; give the container" in told
 
 

@@ -248,6 +248,27 @@ def test_each_line_is_a_caption_where_clip_benchmark_says_that_a_set_is_for_retr
     assert len(other.read(0).captions) == 1 and other.id != source.id
 
 
+def test_a_set_with_test_shards_alone_is_told_how_they_are_scored(tmp_path: Path) -> None:
+    root = benchmark_set(tmp_path / "x", "retrieval")
+    with pytest.raises(ValueError, match=rf"^root={root} holds no shards to train on, but some in test/; "
+                       rf"evaluate scores all of these with data\.root={root}/test data\.val=0 split=train$"):
+        open_shards(str(root))
+
+
+@pytest.mark.parametrize("place", ["", "test/"])
+def test_each_line_is_a_caption_in_remote_retrieval_sets_too(
+    place: str, tmp_path: Path, serve: Callable[[Path], str]
+) -> None:
+    root = benchmark_set(tmp_path / "served/x", "retrieval")
+    (root / "dataset_type.txt").rename(root / f"{place}dataset_type.txt")
+    url = f"{serve(tmp_path / 'served')}/x/test/0.tar"
+    local = open_shards(str(root / "test"), val=0.0).train
+    for _ in range(2):
+        remote = open_shards(shards=url, val=0.0, index_dir=str(tmp_path / "i"), cache=str(tmp_path / "c")).train
+        assert remote.one_a_line and remote.id == local.id
+        (root / f"{place}dataset_type.txt").unlink(missing_ok=True)     # it is asked for once
+
+
 def test_shards_of_which_some_have_one_caption_a_line_are_two_sources(tmp_path: Path) -> None:
     for name in ("retrieval", "pairs"):
         benchmark_set(tmp_path / name, name)

@@ -10,7 +10,9 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -180,7 +182,7 @@ def test_what_a_cut_has_lost_counts_and_is_listed(tmp_path: Path, train: Callabl
     shard.with_name("b_stats.json").write_text(json.dumps({"successes": 31}))
     train("data=shards", "data.root=data", "data.val=0", "batch_size=21", "max_steps=6", "name=x", "workers=0")
     listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
-    assert listed[0] == {"samples": 0, "place": "b.tar", "reason": "is cut short; 8 samples behind the cut are lost"}
+    assert listed[0] == {"samples": 0, "place": "b.tar", "reason": "8 of its samples are lost: cut short, or empty"}
     assert {line["place"] for line in listed[1:]} == {"b.tar/022"}
 
 
@@ -231,6 +233,37 @@ def test_a_file_of_zero_bytes_counts_as_samples_lost(tmp_path: Path, caplog: pyt
     reader = reader_of(tmp_path)
     assert list(reader.source.sizes) == [SAMPLES, 0] and account(two_epochs(reader)) == {}
     assert "c.tar is empty (0 bytes); about 3 samples are lost" in caplog.text
+
+
+def test_a_file_of_zero_bytes_is_listed_as_what_it_is(tmp_path: Path, train: Callable[..., None]) -> None:
+    write(tmp_path / "data/a.tar", members())
+    (tmp_path / "data/c.tar").touch()
+    train("data=shards", "data.root=data", "data.val=0", "data.max_skipped=0.5", "model=tiny", "batch_size=4",
+          "max_steps=1", "workers=0", "device=cpu", "evals=[]", "name=x")
+    listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
+    reason = f"{SAMPLES} of its samples are lost: cut short, or empty"
+    assert listed == [{"samples": 0, "place": "c.tar", "reason": reason}]
+
+
+@pytest.mark.parametrize("words", [(), ("verify=true",)])
+def test_prepare_reports_a_file_of_zero_bytes_of_a_set_that_cannot_be_written(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clipx.prepare import main
+
+    write(tmp_path / "data/a.tar", members(19))
+    (tmp_path / "data/c.tar").touch()
+    can, temporary = os.access, tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and can(path, mode))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["clipx.prepare", "source=shards", "src=data", "workers=0", *words])
+    with pytest.raises(SystemExit, match="^19 of the 38 samples in data cannot be used, and training ends at more"):
+        main()
+    assert "data/c.tar is empty (0 bytes); about 19 samples are lost" in capsys.readouterr().err
+    listed = [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("bad.jsonl")]
+    assert listed == ["temporary"] * len(words)
 
 
 def test_tars_that_were_joined_are_read_to_the_end_of_the_last(tmp_path: Path) -> None:

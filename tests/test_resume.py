@@ -157,9 +157,22 @@ def test_where_both_are_damaged_the_others_are_named(train: Train, fails: Fails,
         cut(tmp_path / f"outputs/x/checkpoints/clip_{which}.pt")
     told = fails(*FEW, "name=x", "max_steps=9")
     assert "clip_last.pt is not a checkpoint: it is cut short" in told and "clip_previous.pt is not" in told
-    assert "resume=PATH goes on from another checkpoint (outputs/x/checkpoints/clip_best.pt, outputs/x/check" in told
+    assert "resume=PATH goes on from another checkpoint (outputs/x/checkpoints/clip_step_4.pt, outputs/x/check" in told
     train(*FEW, "name=x", "max_steps=9", "resume=outputs/x/checkpoints/clip_step_4.pt")
     assert summary(tmp_path / "outputs/x")["state"] == "finished"
+
+
+def test_the_best_checkpoint_is_a_third_as_large_and_nothing_is_resumed_from_it(
+    train: Train, fails: Fails, tmp_path: Path
+) -> None:
+    train(*FEW, "name=x", "max_steps=2")
+    best, last = (tmp_path / f"outputs/x/checkpoints/clip_{which}.pt" for which in ("best", "last"))
+    assert best.stat().st_size < 0.4 * last.stat().st_size
+    assert fails(*FEW, "name=y", "max_steps=2", f"resume={best}") == (
+        f"{best} has weights, but not all that a run needs to go on; init_from={best} starts from these weights, and "
+        "name=... starts another run")
+    train(*FEW, "name=y", "max_steps=2", f"init_from={best}")
+    assert summary(tmp_path / "outputs/y")["state"] == "finished"
 
 
 def test_a_checkpoint_of_another_model_is_refused_even_where_it_is_allowed(

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipx.data.catalogue import Catalogue
 from clipx.data.sample import BadSample, check_bytes
 
+DATASET_TYPE = "dataset_type.txt"    # of CLIP_benchmark
 JSON_KEY = "caption"        # what prepare writes
 MOST_KEYS = 8           # of a json that has not the one that holds the captions, named in the error,
 MOST_SHOWN = 200        # in so many letters
@@ -64,16 +64,18 @@ def checked(captions: list[str]) -> list[str]:
     return captions
 
 
-def one_a_line(catalogue: Catalogue) -> bool:
+def one_a_line(places: Mapping[Path, str]) -> bool:
     """Whether each line of a ``.txt`` is a caption of its own: CLIP_benchmark's retrieval sets are so.
+
+    Args:
+        places: where dataset_type.txt may stand for some shards, and what their directory is called.
 
     Raises:
         ValueError: of some shards, and not of others.
     """
-    places = {shard.parent for number, shard in enumerate(catalogue.shards) if number not in catalogue.urls}
-    of_retrieval = {place: dataset_type(place) == "retrieval" for place in sorted(places)}
+    of_retrieval = {name: dataset_type(place) == "retrieval" for place, name in sorted(places.items())}
     if len(set(of_retrieval.values())) > 1:
-        one, other = (next(place for place, is_so in of_retrieval.items() if is_so is which) for which in (True, False))
+        one, other = (next(name for name, is_so in of_retrieval.items() if is_so is which) for which in (True, False))
         raise ValueError(f"shards: those in {one} have one caption a line, as dataset_type.txt says, and those in "
                          f"{other} have not; give each as a source of its own, data=mix")
     return True in of_retrieval.values()
@@ -81,6 +83,6 @@ def one_a_line(catalogue: Catalogue) -> bool:
 
 def dataset_type(directory: Path) -> str:
     """What CLIP_benchmark's dataset_type.txt says, beside the shards or one level up; empty where there is none."""
-    files = (place / "dataset_type.txt" for place in (directory, directory.absolute().parent))
+    files = (place / DATASET_TYPE for place in (directory, directory.absolute().parent))
     file = next(filter(Path.is_file, files), None)
     return file.read_text(encoding="utf-8", errors="replace").strip().lower() if file else ""

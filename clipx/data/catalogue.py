@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from clipx.cores import usable_cores
 from clipx.data.cache import Cache, Remote
+from clipx.data.captions import DATASET_TYPE
 from clipx.data.index import (
     FORMAT,
     TOLD,
@@ -162,7 +163,10 @@ def remote_rows(urls: Sequence[str], cache: Cache) -> np.ndarray:
     remotes = [cache.remote(url) for url in urls]
     known = {place: read_known(place) for place in {remote.index.parent for remote in remotes}}
     missing = [remote for remote in remotes if remote.path.name not in known[remote.index.parent]]
+    places = {remote.index.parent: remote for remote in remotes if not remote.url.startswith(PIPE)}
+    untyped = {remote: remote.url for place, remote in places.items() if not (place / DATASET_TYPE).exists()}
     with ThreadPool(ASKED) as pool, tqdm(total=len(missing), unit="shard", desc="ask", disable=None) as bar:
+        persist(pool, ask_type, untyped, Event())
         for start in range(0, len(missing), ASKED):
             some = {remote: remote.url for remote in missing[start : start + ASKED]}
             answers = persist(pool, ask, some, Event())
@@ -202,6 +206,21 @@ def ask(remote: Remote) -> list[int] | Remote:
         return remote
     size, count = size_of(remote.url), counted(small_file(beside(remote.url, f"{remote.path.stem}_stats.json")) or b"")
     return remote._replace(size=size) if count is None else [size, count, count, count, 0, 0]
+
+
+def ask_type(remote: Remote) -> None:
+    """Keep what CLIP_benchmark's dataset_type.txt says of a remote directory, beside its shards or one level up.
+
+    Raises:
+        OSError: the server fails.
+    """
+    urls = [beside(remote.url, DATASET_TYPE)]
+    directory, mark, query = remote.url.partition("?")
+    directory = directory.rpartition("/")[0]
+    if "/" in directory.partition("://")[2]:            # not the server's or the bucket's own
+        urls.append(beside(f"{directory}{mark}{query}", DATASET_TYPE))
+    answers = filter(None, map(small_file, urls))
+    write_whole(remote.index.parent / DATASET_TYPE, next(answers, b""))
 
 
 def row_of(index: Path) -> list[int]:

@@ -52,7 +52,7 @@ class Shards:
         self, catalogue: Catalogue, caption_key: str | None, index_dir: Path, cache: Cache | None = None
     ):
         self.catalogue, self.caption_key, self.index_dir, self.cache = catalogue, caption_key, index_dir, cache
-        self.one_a_line = one_a_line(catalogue)
+        self.one_a_line = one_a_line(dict(map(self.place, range(len(catalogue.shards)))))
         self.sizes = catalogue.rows["samples"]
         self.id = catalogue.id + " one caption a line" * self.one_a_line
         self.ends = np.cumsum(self.sizes)
@@ -72,6 +72,12 @@ class Shards:
     def remote(self, shard: int) -> Remote:
         row = self.catalogue.rows[shard]
         return self.cache.remote(self.catalogue.urls[shard], int(row["bytes"]), int(row["samples"]))
+
+    def place(self, shard: int) -> tuple[Path, str]:
+        """Where what belongs to a shard's directory is read, and what that is called."""
+        if shard in self.catalogue.urls:
+            return self.remote(shard).index.parent, self.catalogue.urls[shard].rpartition("/")[0]
+        return (directory := self.catalogue.shards[shard].parent), str(directory)
 
     def open(self, shard: int) -> "OpenShard | CachedShard":
         if shard in self.catalogue.urls:
@@ -358,6 +364,10 @@ def in_root(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:
         raise ValueError(f"root={name} is a URL; name the shards: data.shards='{name}/{{00000..00099}}.tar'")
     train = in_directory(root / "train") or in_directory(root)
     if not train:
+        validating = next((root / name for name in VALIDATION if in_directory(root / name)), None)
+        if validating:
+            raise ValueError(f"root={root} holds no shards to train on, but some in {validating.name}/; "
+                             f"evaluate scores all of these with data.root={validating} data.val=0 split=train")
         reason = "holds no shards (*.tar, train/*.tar)" if root.is_dir() else "is not a directory"
         remedy = "for pictures with captions.txt use data=folder"
         if made_by == "img2dataset":
