@@ -123,6 +123,7 @@ class Prepare(Composed):
     quality: Annotated[int, Field(ge=1, le=100)]
     min_size: NonNegativeInt
     drop_duplicates: bool
+    max_empty: Annotated[float, Field(ge=0, le=1)]
     verify: bool
     workers: Literal["auto"] | NonNegativeInt
 

@@ -53,7 +53,7 @@ def make_shards(config: Prepare, layout: Layout, workers: int) -> tuple[Path, st
         raise UserError("out has no value; add out=DIR, a new directory")
     out, source = Path(config.out).expanduser(), config.choices["source"]
     packing = Packing(**{field.name: getattr(config, field.name) for field in fields(Packing)})
-    for line in tell(pack(source, layout, packing, out, workers), out):
+    for line in tell(pack(source, layout, packing, out, workers, config.max_empty), out):
         logger.info(line)
     return out, source if source in ("coco", "cc3m", "flickr30k") else "shards"
 

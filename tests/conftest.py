@@ -217,3 +217,31 @@ def reader(train: Callable[..., None], tmp_path: Path) -> Path:
     train(*FEW, "max_steps=1", "evals=[]", "name=x")
     (tmp_path / "outputs/x").rename(tmp_path / "outputs/experiment=demo")
     return tmp_path
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``python -m clipx.prepare WORDS`` in this process."""
+    from clipx.prepare import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["clipx.prepare", *once("workers=0", *words)])
+        main()
+
+    return run
+
+
+@pytest.fixture
+def refused(prepare: Callable[..., None]) -> Callable[..., str]:
+    """The one line that the command ends with."""
+
+    def run(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            prepare(*words)
+        message = str(ended.value.code)
+        assert "\n" not in message
+        return message
+
+    return run

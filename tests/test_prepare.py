@@ -16,12 +16,10 @@ from pathlib import Path
 from threading import Thread
 
 import hydra
-import pyarrow
-import pyarrow.parquet
 import pytest
 import webdataset
 import yaml
-from conftest import ROOT, in_process, once, picture, write_tar
+from conftest import ROOT, in_process, picture, write_tar
 from PIL import Image
 
 from clipx.build import build, locate
@@ -29,38 +27,9 @@ from clipx.config import Prepare, resolve
 from clipx.data import pack
 from clipx.data.sample import Sample
 from clipx.data.shards import open_shards
-from clipx.data.tables import texts as texts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")    # webdataset's own
 SOURCES = {"csv": ["source.image=a", "source.caption=b"]}       # what must be given besides src
-
-
-@pytest.fixture
-def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``python -m clipx.prepare WORDS`` in this process."""
-    from clipx.prepare import main
-
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.prepare", *once("workers=0", *words)])
-        main()
-
-    return run
-
-
-@pytest.fixture
-def refused(prepare: Callable[..., None]) -> Callable[..., str]:
-    """The one line that the command ends with."""
-
-    def run(*words: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            prepare(*words)
-        message = str(ended.value.code)
-        assert "\n" not in message
-        return message
-
-    return run
 
 
 def save(path: Path, data: bytes | str | dict) -> Path:
@@ -263,174 +232,6 @@ def test_a_line_that_cannot_be_read_is_named_and_left_out(
     assert json.loads((tmp_path / "o/dropped.jsonl").read_text()) == {
         "split": "train", "picture": "images/2199200615.jpg", "reason": "there is no such file",
     }
-
-
-def test_a_folder_is_read_by_its_listing_or_by_texts_beside_the_pictures(
-    prepare: Callable[..., None], tmp_path: Path
-) -> None:
-    save(tmp_path / "a/images/x.PNG", picture(1))
-    save(tmp_path / "a/images/deep/文.jpg", picture(2, "jpeg"))
-    save(tmp_path / "a/captions.txt", "x.PNG\tone\ndeep/文.jpg\ttwo\nx.PNG\tuno\n")
-    save(tmp_path / "b/x.y.png", picture(1))
-    save(tmp_path / "b/x.y.txt", "one\n\n uno \n")
-    save(tmp_path / "b/sub/文.jpeg", picture(2, "jpeg"))
-    save(tmp_path / "b/sub/文.txt", "two")
-    save(tmp_path / "b/sub/alone.png", picture(3))
-    for split in ("train", "val"):
-        save(tmp_path / f"c/{split}/p.png", picture(4))
-        save(tmp_path / f"c/{split}/p.txt", split)
-    for root in "abc":
-        prepare("source=folder", f"src={root}", f"out=o{root}", "shuffle=false")
-    both = {("images/x.PNG", "one uno"), ("images/deep/文.jpg", "two")}
-    assert {(row["name"], " ".join(row["caption"])) for row in words_of(tmp_path / "oa")} == both
-    both = {("x.y.png", "one uno"), ("sub/文.jpeg", "two")}
-    assert {(row["name"], " ".join(row["caption"])) for row in words_of(tmp_path / "ob")} == both
-    assert "has no caption" in (tmp_path / "ob/dropped.jsonl").read_text()
-    assert [row["name"] for row in words_of(tmp_path / "oc", "val")] == ["val/p.png"]
-
-
-def test_pictures_that_captions_txt_does_not_name_are_counted(prepare: Callable[..., None], tmp_path: Path) -> None:
-    for number in range(6):
-        save(tmp_path / f"a/images/{number}.png", picture(number))
-    save(tmp_path / "a/captions.txt", "0.png\tone\n./1.png\ttwo\n2.png\tthree\n")
-    prepare("source=folder", "src=a", "out=o")
-    assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"is not in captions.txt": 3}
-    assert '"picture": "images/3.png", "reason": "is not in captions.txt"' in (tmp_path / "o/dropped.jsonl").read_text()
-
-
-def test_pictures_of_every_ending_are_packed_or_counted(prepare: Callable[..., None], tmp_path: Path) -> None:
-    for ending in ("jfif", "jpe", "JPG"):
-        save(tmp_path / f"a/{ending}.{ending}", picture(1, "jpeg"))
-    save(tmp_path / "a/heic.heic", b"\0\0\0\x18ftypheic")
-    for name in ("jfif", "jpe", "JPG", "heic"):
-        save(tmp_path / f"a/{name}.txt", name)
-    prepare("source=folder", "src=a", "out=o", "shuffle=false")
-    assert [row["name"] for row in words_of(tmp_path / "o")] == ["JPG.JPG", "jfif.jfif", "jpe.jpe"]
-    assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"is not a picture": 1}
-
-
-ROWS = [("p/a.png", "one, with a comma"), ("p/b.png", "two"), ("p/a.png", 'un "uno"'), ("p/b.png", "")]
-
-
-@pytest.mark.parametrize("kind", ["csv", "tsv", "semicolon", "parquet", "directory"])
-def test_a_table_of_any_kind_and_columns(kind: str, prepare: Callable[..., None], tmp_path: Path) -> None:
-    save(tmp_path / "t/p/a.png", picture(1))
-    save(tmp_path / "t/p/b.png", picture(2))
-    columns = {"n": range(4), "the text": [text for _, text in ROWS], "file": [name for name, _ in ROWS]}
-    src, more = f"t/t.{kind}", []
-    if kind in ("parquet", "directory"):
-        src = "t/t.parquet" if kind == "parquet" else "t"
-        pyarrow.parquet.write_table(pyarrow.table({**columns, "n": list(range(4))}), tmp_path / "t/t.parquet")
-    else:
-        sep = {"csv": ",", "tsv": "\t", "semicolon": ";"}[kind]
-        lines = [sep.join(columns), *(sep.join((str(n), '"' + text.replace('"', '""') + '"', name))
-                                      for n, (name, text) in enumerate(ROWS))]
-        save(tmp_path / src, "\ufeff" + "\r\n".join(lines))
-        more = {"semicolon": ["source.sep=;"], "tsv": ['source.quote="', r"source.sep=\t"]}.get(kind, [])
-    prepare("source=csv", f"src={src}", "source.image=file", "source.caption=the text", "out=o", "shuffle=false", *more)
-    assert [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")] == [
-        ("p/a.png", ["one, with a comma", 'un "uno"']), ("p/b.png", ["two"]),
-    ]
-
-
-def test_a_table_that_is_otherwise_is_refused_in_one_line(
-    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(tmp_path / "t.csv", "a,c\nx.png,one\n")
-    given = ["source=csv", *SOURCES["csv"], "out=o"]
-    assert refused(*given, "src=t.csv") == "source.caption=b: t.csv has no such column; there are a, c"
-    save(tmp_path / "t.csv", b"a,b\nx.png,\xe9\n")
-    message = refused(*given, "src=t.csv")
-    assert message.startswith("t.csv cannot be read as source.encoding=utf-8") and "source.encoding=cp1252" in message
-    assert refused(*given, "src=t.csv", "source.encoding=x").startswith("t.csv cannot be read as source.encoding=x")
-    assert refused(*given, "src=t.csv", "source.sep=ab").startswith("t.csv cannot be read with source.sep='ab' and ")
-    save(tmp_path / "t.csv", 'a,b\nx.png,"one\ny.png,two\n')
-    assert refused(*given, "src=t.csv").startswith("t.csv, line 2: a quotation mark opens there and is never closed")
-    save(tmp_path / "t.parquet", b"PAR1 and no more")
-    assert refused(*given, "src=t.parquet").startswith("t.parquet is not a whole parquet file")
-    pyarrow.parquet.write_table(pyarrow.table({"a": [b"bytes"], "b": ["x"]}), tmp_path / "t.parquet")
-    assert refused(*given, "src=t.parquet") == "source.image=a holds bytes in t.parquet, not paths or URLs"
-    pyarrow.parquet.write_table(pyarrow.table({"a": ["x.png"], "b": [{"raw": "x"}]}), tmp_path / "t.parquet")
-    assert refused(*given, "src=t.parquet").startswith("source.caption=b holds dict in t.parquet, not text")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert refused(*given, "src=t.parquet") == "t.parquet needs pyarrow to be read: pip install 'clipx[parquet]'"
-
-
-def packed_table(prepare: Callable[..., None], tmp_path: Path, name: str, text: str | bytes, *more: str) -> list[str]:
-    """The captions that a table with columns image and caption is packed to; 0.png to 59.png are there."""
-    for number in range(60):
-        save(tmp_path / f"{number}.png", picture(number))
-    save(tmp_path / name, text)
-    given = ("source=csv", "source.image=image", "source.caption=caption", "shuffle=false")
-    prepare(*given, f"src={name}", "out=o", *more)
-    return [caption for row in words_of(tmp_path / "o") for caption in row["caption"]]
-
-
-def test_rows_with_more_fields_than_the_header_are_listed_and_too_many_end_it(
-    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
-) -> None:
-    rows = [f"{n}.png,thing {n}" + (", on a table" if n < 10 else "") for n in range(60)]
-    found = packed_table(prepare, tmp_path, "t.csv", "\n".join(["image,caption", *rows]))
-    assert found == [f"thing {n}" for n in range(10, 60)]
-    assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"has more fields than the header": 10}
-    assert (tmp_path / "o/dropped.jsonl").read_text().startswith(
-        '{"split": "train", "picture": "t.csv, line 2", "reason": "has more fields than the header: 3, not 2"}')
-    save(tmp_path / "t.csv", "\n".join(["image,caption", *rows, "11.png,a,b"]))
-    given = ("source=csv", "src=t.csv", "source.image=image", "source.caption=caption")
-    assert refused(*given, "out=p").startswith("t.csv: 11 of 61 rows cannot be read, such as t.csv, line 2, which has ")
-    prepare(*given, "out=p", "source.max_bad=0.5")
-
-
-def test_a_field_beyond_what_csv_reads_costs_its_row_alone(prepare: Callable[..., None], tmp_path: Path) -> None:
-    rows = [f"{n}.png,{'long ' * 40_000 if n == 5 else n}" for n in range(60)]
-    found = packed_table(prepare, tmp_path, "t.csv", "\n".join(["image,caption", *rows]))
-    assert found == [str(n) for n in range(60) if n != 5]
-    assert '"t.csv, line 7", "reason": "cannot be parsed: ' in (tmp_path / "o/dropped.jsonl").read_text()
-
-
-def test_quotation_marks_are_text_in_a_tsv(prepare: Callable[..., None], tmp_path: Path) -> None:
-    texts = ['"a quote opens' if n in (10, 40) else f"thing {n}" for n in range(60)]
-    rows = ["image\tcaption", *(f"{n}.png\t{text}" for n, text in enumerate(texts))]
-    assert packed_table(prepare, tmp_path, "t.tsv", "\n".join(rows)) == texts
-
-
-def test_a_table_may_be_lines_of_json(
-    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
-) -> None:
-    text = '{"image": "1.png", "caption": ["a", "b"]}\nno json\n{"image": "2.png", "caption": "c"}\n{"image": "3.png"}'
-    assert packed_table(prepare, tmp_path, "metadata.jsonl", text) == ["a", "b", "c"]
-    assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {
-        "is not an object with 'image'": 1, "has no caption": 1}
-    given = ("source=csv", "src=metadata.jsonl", "source.image=image", "source.caption=text", "out=p")
-    assert refused(*given) == "source.caption=text: metadata.jsonl has no such column; there are image, caption"
-
-
-def test_an_imagefolder_is_packed_by_the_words_that_its_refusal_names(
-    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
-) -> None:
-    save(tmp_path / "f/1.png", picture(1))
-    save(tmp_path / "f/metadata.jsonl", '{"file_name": "1.png", "text": "a"}\n')
-    message = refused("source=folder", "src=f", "out=o")
-    assert message.startswith("f is an imagefolder with metadata.jsonl; pack it with: ")
-    prepare(*message.partition("with: ")[2].split(), "out=o")
-    assert [row["caption"] for row in words_of(tmp_path / "o")] == [["a"]]
-
-
-def test_fields_of_several_lines_are_reported(
-    prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert packed_table(prepare, tmp_path, "t.csv", 'image,caption\n1.png,"a\nb"\n2.png,c\n') == ["a\nb", "c"]
-    assert "t.csv: 1 rows have a field of several lines, the first in line 2" in caplog.text
-
-
-def test_a_table_may_have_another_encoding(prepare: Callable[..., None], tmp_path: Path) -> None:
-    text = "image,caption\n1.png,bébé\n".encode("cp1252")
-    assert packed_table(prepare, tmp_path, "t.csv", text, "source.encoding=cp1252") == ["bébé"]
-
-
-def test_a_caption_that_is_nan_is_missing() -> None:
-    assert [texts_of(value, "") for value in (float("nan"), None, [None, float("nan")])] == [[], [], []]
-    assert texts_of(["a", None, "b"], "") == ["a", "b"]
 
 
 class Web(BaseHTTPRequestHandler):
@@ -651,11 +452,13 @@ def test_a_failure_between_any_two_files_costs_one_shard(
     for number, (name, turn) in enumerate(failures):
         calls, real = [], getattr(pack, name)
 
-        def fail(*words: object, calls: list = calls, real: Callable = real, turn: int = turn) -> object:
+        def fail(
+            *words: object, calls: list = calls, real: Callable = real, turn: int = turn, **more: object
+        ) -> object:
             calls.append(words)
             if len(calls) == turn:
                 raise OSError(28, "No space left on device")
-            return real(*words)
+            return real(*words, **more)
 
         with monkeypatch.context() as broken:
             broken.setattr(pack, name, fail)

@@ -60,5 +60,5 @@ class Download:
         return bytes(data)
 
 
-def is_url(picture: str) -> bool:
-    return picture.startswith(("http://", "https://"))
+def is_url(picture: object) -> bool:
+    return isinstance(picture, str) and picture.startswith(("http://", "https://"))

@@ -3,10 +3,11 @@
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from PIL import Image, UnidentifiedImageError
 
-from clipx.data.sample import DECODED, MOST_PICTURE, BadSample, check_bytes
+from clipx.data.sample import DECODED, MOST_PICTURE, BadSample, check_bytes, unreadable
 from clipx.data.tar import DataError
 
 KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}      # Pillow's names; other formats become png
@@ -69,7 +70,7 @@ def look(file: bytes) -> tuple[str | None, int, int]:
             width, height = image.size
             kind = KINDS.get(image.format)
     except UnidentifiedImageError as error:
-        raise BadSample("is not a picture") from error
+        raise BadSample(unreadable(file) or "is not a picture") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(f"is too large: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -79,7 +80,7 @@ def look(file: bytes) -> tuple[str | None, int, int]:
     return kind, width, height
 
 
-def read_file(path: Path) -> bytes:
+def read_file(root: Path, name: str) -> bytes:
     """The bytes of a picture.
 
     Raises:
@@ -87,11 +88,16 @@ def read_file(path: Path) -> bytes:
         DataError: there is one, but it cannot be read.
     """
     try:
-        if not path.is_file():
-            raise FileNotFoundError
+        path = next(path for path in (root / name, *spellings(root, name)) if path.is_file())
         check_bytes("its picture", path.stat().st_size, MOST_PICTURE)
         return path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+    except (StopIteration, FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
         raise BadSample("there is no such file") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); when it can be, the same words go on") from error
+        raise DataError(f"{root / name} cannot be read ({error.strerror}); when it can be, the same words go on"
+                        ) from error
+
+
+def spellings(root: Path, name: str) -> list[Path]:
+    """A path as other systems write its letters; files may have been copied from one."""
+    return [root / normalize(form, name) for form in ("NFC", "NFD")]

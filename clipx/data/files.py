@@ -58,6 +58,30 @@ def is_clutter(name: str) -> bool:
     return name.startswith(".") or name.lower() in CLUTTER
 
 
+def read_text(path: Path, encoding: str = "utf-8", key: str | None = None) -> str:
+    """The text of a file.
+
+    Args:
+        path: the file.
+        encoding: its encoding.
+        key: the config's that names the encoding, for the error.
+
+    Raises:
+        DataError: it has another encoding.
+    """
+    try:
+        return path.read_bytes().decode(of_encoding(encoding))
+    except (UnicodeError, LookupError) as error:
+        what = f"cannot be read as {key}={encoding}" if key else "is not UTF-8 text"
+        fix = f"give the encoding that it has, such as {key}=cp1252" if key else "save it as UTF-8"
+        raise DataError(f"{path} {what} ({error}); {fix}") from error
+
+
+def of_encoding(name: str) -> str:
+    """The codec of an encoding; a mark at the start of UTF-8 is no text."""
+    return "utf-8-sig" if name.lower() in ("utf-8", "utf8") else name
+
+
 def read_lines(path: Path, key: str) -> list[str]:
     """The lines of a file that are not blank.
 

@@ -1,5 +1,6 @@
 """A folder of pictures as a source: images/ and captions.txt, as they are."""
 
+import shlex
 from collections.abc import Iterable
 from functools import cached_property
 from hashlib import blake2b
@@ -10,7 +11,7 @@ import numpy as np
 from typing_extensions import Unpack
 
 from clipx.data.captions import checked
-from clipx.data.files import below
+from clipx.data.files import below, read_text
 from clipx.data.sample import (
     MOST_PICTURE,
     PICTURE_FILES,
@@ -46,7 +47,12 @@ class Folder:
         if not root.is_dir():
             raise ValueError(f"{key}={root} is not a directory (seen from {Path.cwd()}); it needs {LAYOUT}")
         if not listing.is_file() or not (root / "images").is_dir():
-            raise ValueError(f"{key}={root} needs {LAYOUT}; for shards (*.tar) use data=shards")
+            if any(root.glob("*.tar")) or any(root.glob("train/*.tar")):
+                raise ValueError(f"{key}={root} holds shards (*.tar), not {LAYOUT}; use data=shards")
+            packed = f"{root.absolute().name}-shards"
+            raise ValueError(f"{key}={root} needs {LAYOUT}; pack any other folder: python -m clipx.prepare "
+                             f"source=folder src={shlex.quote(str(root))} out={shlex.quote(packed)}, then data=shards "
+                             f"data.root={shlex.quote(packed)}")
         self.images = root / "images"
         self.captions = read_listing(listing)
         self.names = list(self.captions)
@@ -75,13 +81,10 @@ class Folder:
         return Sample(name, patiently(path.read_bytes, path), checked(self.captions[name]))
 
 
-def read_listing(path: Path) -> dict[str, list[str]]:
-    """Captions by file name, in the order of captions.txt."""
+def read_listing(path: Path, encoding: str = "utf-8", key: str | None = None) -> dict[str, list[str]]:
+    """Captions by file name, in the order of captions.txt; ``encoding`` and ``key`` as in ``read_text``."""
     captions: dict[str, list[str]] = {}
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")     # not at U+2028 and its like, which captions hold
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    lines = read_text(path, encoding, key).split("\n")       # not at U+2028 and its like, which captions hold
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from clipx.data.sample import DECODED, BadSample
+from clipx.data.sample import DECODED, BadSample, unreadable
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # RGB, of OpenAI's training pictures
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -38,7 +38,7 @@ def decode(file: bytes) -> Image.Image:
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise BadSample("does not decode: it is no picture") from error
+        raise BadSample(f"does not decode: it {unreadable(file) or 'is no picture'}") from error
     except BROKEN as error:
         raise BadSample(f"does not decode: {error}") from error
 

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 from pydantic import PositiveFloat, PositiveInt
 
+from clipx.data.cells import Cell
 from clipx.data.download import Download
-from clipx.data.folder import PICTURES, match_names, read_listing
 from clipx.data.index import in_home
 from clipx.data.tar import DataError
 
 logger = logging.getLogger("clipx")
 
-TABLES = (".csv", ".jsonl", ".parquet")
 COCO = "train2017/, val2017/ and annotations/captions_train2017.json, captions_val2017.json"
 FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
 FLICKR_FILES = ("results.csv", "results_20130124.token", "results.token")
@@ -29,7 +28,7 @@ CC3M_ROW = re.compile(r"([^\t]+)\t(https?://\S+)(?:\t.*)?")       # labels may f
 class Item(NamedTuple):
     """A picture and what is said of it."""
 
-    picture: str            # path below the layout's root, or URL
+    picture: str | Cell     # path below the layout's root, URL, or a cell of a table
     captions: list[str]
 
 
@@ -124,48 +123,6 @@ def read_karpathy(root: Path, file: str, folders: Iterable[str]) -> dict[str, li
     return {split: items for split, items in splits.items() if items}
 
 
-def folder(src: str) -> Layout:
-    """A folder, or two of them called train/ and val/.
-
-    Args:
-        src: has images/ and captions.txt with lines FILENAME<TAB>CAPTION, or, at any depth, pictures and for each a
-            .txt of the same name, one caption a line.
-
-    Raises:
-        DataError: that is not the layout.
-    """
-    root = directory(src)
-    both = (root / "train").is_dir() and (root / "val").is_dir()
-    parts = {"train": root / "train", "val": root / "val"} if both else {"train": root}
-    splits, unlisted = {}, []
-    for split, part in parts.items():
-        splits[split], alone = read_folder(root, part)
-        unlisted += [{"split": split, "picture": name, "reason": "is not in captions.txt"} for name in alone]
-    return Layout(root, splits, left_out=unlisted)
-
-
-def read_folder(root: Path, part: Path) -> tuple[list[Item], list[str]]:
-    """The items of a folder, and its pictures that captions.txt does not name."""
-    images = part / "images"
-    if (part / "captions.txt").is_file() and images.is_dir():
-        captions, below = read_listing(part / "captions.txt"), images.relative_to(root)
-        names, unlisted = match_names(images, captions)
-        return [Item(f"{below}/{names[name]}", said) for name, said in captions.items()], [
-            f"{below}/{name}" for name in unlisted]
-    pictures = sorted(path for path in part.rglob("*") if path.suffix.lower() in PICTURES)
-    texts = [path.with_suffix(".txt") for path in pictures]
-    if not any(text.is_file() for text in texts):
-        if metadata := next((file for file in sorted(part.glob("metadata.*")) if file.suffix in TABLES), None):
-            raise DataError(f"{part} is an imagefolder with {metadata.name}; pack it with: source=csv src={metadata} "
-                            "source.image=file_name source.caption=text")
-        raise DataError(f"{part} has neither images/ and captions.txt (lines FILENAME<TAB>CAPTION), nor pictures with "
-                        "a .txt of the same name")
-    return [
-        Item(path.relative_to(root).as_posix(), list(lines(text)) if text.is_file() else [])
-        for path, text in zip(pictures, texts, strict=True)
-    ], []
-
-
 def cc3m(src: str, connections: PositiveInt = 64, timeout: PositiveFloat = 10.0) -> Layout:
     """Conceptual Captions.
 
@@ -253,9 +210,9 @@ def matching(path: Path, pattern: re.Pattern[str], meant: str, header: str = "\0
     return found
 
 
-def gather(rows: Iterable[tuple[str, str | list[str]]]) -> list[Item]:
+def gather(rows: Iterable[tuple[str | Cell, str | list[str]]]) -> list[Item]:
     """One item a picture, in the order of their first rows, with the captions of all of its rows."""
-    found: dict[str, list[str]] = {}
+    found: dict[str | Cell, list[str]] = {}
     for picture, said in rows:
         found.setdefault(picture, []).extend(said if isinstance(said, list) else [said])
     return [Item(picture, captions) for picture, captions in found.items()]

@@ -10,23 +10,22 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
-from urllib3 import PoolManager
 
-from clipx.data.captions import checked
 from clipx.data.download import Download, is_url
-from clipx.data.encode import Encoded, encode, read_file
+from clipx.data.encode import encode
 from clipx.data.index import make_index
 from clipx.data.layouts import Item, Layout
+from clipx.data.pictures import content_hashes, encode_all, group_of, spoken
 from clipx.data.plan import permutation
 from clipx.data.processes import spread
 from clipx.data.report import WRITING, by_reason, listed, merge, write
@@ -54,6 +53,14 @@ class Packing:
     verify: bool
 
 
+class Packed(NamedTuple):
+    """What became of a task."""
+
+    shard: Path
+    items: int
+    dropped: list[dict[str, str]] | None    # of a shard that is not written, as nothing would stand in it
+
+
 class Task(NamedTuple):
     """One shard to be."""
 
@@ -64,7 +71,9 @@ class Task(NamedTuple):
     items: list[Item]
 
 
-def pack(name: str, layout: Layout, packing: Packing, out: Path, workers: int) -> dict[str, Any]:
+def pack(
+    name: str, layout: Layout, packing: Packing, out: Path, workers: int, max_empty: float = 0.01
+) -> dict[str, Any]:
     """Write the shards of a layout, or those of them that are not there yet, and report.json.
 
     Args:
@@ -73,14 +82,15 @@ def pack(name: str, layout: Layout, packing: Packing, out: Path, workers: int) -
         packing: how.
         out: where to, a new directory or one where the same was begun.
         workers: processes; 0 works in this one.
+        max_empty: share of the shards that may be left out because nothing would stand in them, though one always may.
 
     Returns:
         The report.
 
     Raises:
-        UserError: ``out`` holds something else, or nothing would stand in the shards.
+        UserError: ``out`` holds something else, or too many shards would be empty.
     """
-    every = [item for items in layout.splits.values() for item in items]
+    every = list(chain(*layout.splits.values()))
     if not any(item.captions for item in every):
         raise DataError(f"the source in {layout.root.absolute()} has no picture with a caption")
     if packing.drop_duplicates and any(is_url(item.picture) for item in every):
@@ -98,14 +108,38 @@ def pack(name: str, layout: Layout, packing: Packing, out: Path, workers: int) -
     total = sum(len(task.items) for task in tasks)
     before = total - sum(len(task.items) for task in todo)
     bar = tqdm(total=total, initial=before, unit="sample", desc="pack", disable=None)
+    empty: dict[Path, list[dict[str, str]]] = {}
     try:
         with bar, closing(spread(work, todo, workers)) as done:
-            for count in done:
-                bar.update(count)
+            for packed in done:
+                bar.update(packed.items)
+                if packed.dropped is not None:
+                    empty[packed.shard] = packed.dropped
+                    check_empty(empty, len(tasks), max_empty)
     except UserError:
         release(out)
         raise
-    return finish(out, tasks, [*layout.left_out, *dropped])
+    return finish(out, tasks, empty, [*layout.left_out, *dropped])
+
+
+def check_empty(empty: Mapping[Path, list[dict[str, str]]], shards: int, max_empty: float) -> None:
+    """Tell of the last shard that is not written; a network or a disk that is gone empties them all.
+
+    Args:
+        empty: what was dropped, by shard.
+        shards: how many there are in all.
+        max_empty: as in ``pack``.
+
+    Raises:
+        DataError: there are too many.
+    """
+    shard, dropped = list(empty.items())[-1]
+    reasons = f"{listed(by_reason(dropped))}; such as {dropped[0]['picture']}"
+    if len(empty) == shards or len(empty) > max(1, max_empty * shards):
+        allow = "" if len(empty) == shards else f", or with max_empty=1 without the {len(empty)} shards that are empty"
+        raise DataError(f"not one of the {len(dropped):,} pictures for {shard} can be used ({reasons}); when that is "
+                        f"mended, the same words go on{allow}")
+    logger.warning("%s is not written: not one of its %d pictures can be used (%s)", shard, len(dropped), reasons)
 
 
 def claim(out: Path, meaning: dict[str, Any]) -> None:
@@ -163,25 +197,17 @@ def drop_duplicates(root: Path, splits: dict[str, dict[int, Item]], workers: int
     dropped = []
     for split, items in splits.items():
         first: dict[bytes, int] = {}
-        with ThreadPoolExecutor(max(1, workers)) as pool:       # hashing and reading let other threads run
-            digests = pool.map(lambda item: content_hash(root / item.picture), items.values())
-            bar = tqdm(digests, f"hash {split}", len(items), unit="sample", disable=None)
-            twice = [
-                (number, first[digest])
-                for number, digest in zip(items, bar, strict=True)
-                if digest and first.setdefault(digest, number) != number
-            ]
+        digests = content_hashes(root, items.values(), workers)
+        bar = tqdm(digests, f"hash {split}", len(items), unit="sample", disable=None)
+        twice = [
+            (number, first[digest])
+            for number, digest in zip(items, bar, strict=True)
+            if digest and first.setdefault(digest, number) != number
+        ]
         for number, other in twice:
             reason = f"is a duplicate: of {items[other].picture}"
-            dropped.append({"split": split, "picture": items.pop(number).picture, "reason": reason})
+            dropped.append({"split": split, "picture": str(items.pop(number).picture), "reason": reason})
     return dropped
-
-
-def content_hash(path: Path) -> bytes | None:
-    try:
-        return blake2b(read_file(path), digest_size=16).digest()
-    except BadSample:       # told when its shard is packed
-        return None
 
 
 def cut(name: str, split: str, items: dict[int, Item], packing: Packing, out: Path) -> Iterator[Task]:
@@ -189,18 +215,22 @@ def cut(name: str, split: str, items: dict[int, Item], packing: Packing, out: Pa
     numbers = np.array(list(items), dtype=np.int64)
     if packing.shuffle:
         numbers = numbers[permutation(len(numbers), packing.seed, "prepare", split)]
+        numbers = by_group(numbers, items)
     for index, part in enumerate(np.array_split(numbers, -(-len(numbers) // packing.samples_per_shard))):
         shard, chosen = f"{name}-{split}-{index:06d}", part.tolist()
         yield Task(out / split / f"{shard}.tar", out / PARTS / f"{shard}.json", split, chosen,
                    [items[number] for number in chosen])
 
 
-def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> int:
-    """Write one shard, its index and its report; gives back how many items it was made of.
+def by_group(numbers: np.ndarray, items: Mapping[int, Item]) -> np.ndarray:
+    """An order in which what is read together stays together: each group of rows stands where its first one did."""
+    ranks: dict[Any, int] = {}
+    of = [ranks.setdefault(group_of(items[number].picture), len(ranks)) for number in numbers.tolist()]
+    return numbers[np.argsort(of, kind="stable")]
 
-    Raises:
-        DataError: not one of its pictures can be used, as when a network or a disk is gone.
-    """
+
+def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> Packed:
+    """Write one shard, its index and its report; nothing where not one of its pictures can be used."""
     from webdataset import TarWriter  # brings torch
 
     for directory in (task.shard.parent, task.report.parent):
@@ -211,12 +241,15 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
     temporary = task.shard.with_name(f"{task.shard.name}{WRITING}{os.getpid()}")
     with temporary.open("wb") as file:
         with TarWriter(file, user="clipx", group="clipx", encoder=False, mtime=0) as tar:
-            encoded = encode_all(task.items, root, packing, download)
+            how = partial(encode, resize=packing.resize, wanted=packing.encode, quality=packing.quality,
+                          min_size=packing.min_size, verify=packing.verify)
+            encoded = encode_all(task.items, root, how, download)
             for number, item, picture in zip(task.numbers, task.items, encoded, strict=True):
                 if isinstance(picture, BadSample):
-                    dropped.append({"split": task.split, "picture": item.picture, "reason": str(picture)})
+                    dropped.append({"split": task.split, "picture": str(item.picture), "reason": str(picture)})
                     continue
-                text = {"caption": spoken(item), "height": picture.height, "name": item.picture, "width": picture.width}
+                text = {"caption": spoken(item), "height": picture.height, "name": str(item.picture),
+                        "width": picture.width}
                 tar.write({"__key__": f"{number:09d}", picture.kind: picture.file,
                            "json": json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")})
                 captions += len(text["caption"])
@@ -226,51 +259,23 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
         os.fsync(file.fileno())
     if not captions:
         temporary.unlink()
-        reasons = listed(by_reason(dropped))
-        raise DataError(f"not one of the {len(dropped):,} pictures for {task.shard} can be used ({reasons}; such as "
-                        f"{dropped[0]['picture']}); when that is mended, the same words go on")
+        return Packed(task.shard, len(task.items), dropped)
     os.replace(temporary, task.shard)
     make_index(task.shard, task.shard.parent)
     report = {"samples": len(task.items) - len(dropped), "captions": captions, "bytes": task.shard.stat().st_size,
               "short_side": sides, "caption_words": words, "dropped": dropped}
     write(task.report, json.dumps(report))
-    return len(task.items)
+    return Packed(task.shard, len(task.items), None)
 
 
-def encode_all(
-    items: list[Item], root: Path, packing: Packing, download: Download
-) -> Iterator[Encoded | BadSample]:
-    """The picture of each item or why there is none, in order; URLs by as many threads as connections."""
-    if not any(is_url(item.picture) for item in items):
-        yield from (encode_one(item, root, packing, download, None) for item in items)
-        return
-    with download.pool() as pool, ThreadPoolExecutor(download.connections) as threads:
-        yield from threads.map(lambda item: encode_one(item, root, packing, download, pool), items)
-
-
-def encode_one(
-    item: Item, root: Path, packing: Packing, download: Download, pool: PoolManager | None
-) -> Encoded | BadSample:
-    try:
-        if not spoken(item):
-            raise BadSample("has no caption")
-        checked(spoken(item))
-        file = download.fetch(pool, item.picture) if is_url(item.picture) else read_file(root / item.picture)
-        return encode(file, packing.resize, packing.encode, packing.quality, packing.min_size, packing.verify)
-    except BadSample as error:
-        return error
-
-
-def spoken(item: Item) -> list[str]:
-    """The captions that say something."""
-    return [caption.strip() for caption in item.captions if caption.strip()]
-
-
-def finish(out: Path, tasks: list[Task], before: list[Mapping[str, str]]) -> dict[str, Any]:
-    """Put the reports of the shards together and write them."""
-    parts = [(task.split, json.loads(task.report.read_bytes())) for task in tasks]
-    dropped = [*before, *(row for _, part in parts for row in part["dropped"])]
-    report = {"splits": merge(parts), "dropped": by_reason(dropped)}
+def finish(
+    out: Path, tasks: list[Task], empty: Mapping[Path, list[dict[str, str]]], before: list[Mapping[str, str]]
+) -> dict[str, Any]:
+    """Put the reports of the shards together, with what was dropped for those that are not written, and write them."""
+    parts = [(task.split, json.loads(task.report.read_bytes())) for task in tasks if task.shard not in empty]
+    dropped = [*before, *(row for _, part in parts for row in part["dropped"]), *chain(*empty.values())]
+    report = {"splits": merge(parts), "dropped": by_reason(dropped),
+              "empty": sorted(shard.relative_to(out).as_posix() for shard in empty)}
     write(out / DROPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
     write(out / REPORT, json.dumps(report, indent=2) + "\n")
     shutil.rmtree(out / PARTS)

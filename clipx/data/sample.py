@@ -23,8 +23,13 @@ SHARES = (0.02, 0.1, 0.2, 0.5)      # to hold out, the more the fewer pictures t
 LARGE = 1_000_000           # samples of a source for which it is kept which of them are held out
 LEAST_BAD = 10              # bad samples that never end a run
 MOST_PICTURE = 256 << 20    # bytes of a picture's file: the most pixels that are decoded take no more as they are
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")    # EPS would run a program
+# EPS would run a program
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 Image.init()
+with suppress(ImportError):         # the extra heic
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 DECODED = [name for name in FORMATS if name in Image.OPEN]
 PICTURE_FILES = {ending for ending, format in Image.registered_extensions().items() if format in DECODED}
 
@@ -37,6 +42,16 @@ def check_bytes(what: str, size: int, most: int) -> None:
     """BadSample where there are too many."""
     if size > most:
         raise BadSample(f"{what} is too large: {size:,} bytes, more than {most:,}")
+
+
+def unreadable(file: bytes) -> str:
+    """Of a file that nothing here decodes, what it is and what would; empty where that is not known."""
+    brands = file[8:40] if file[4:8] == b"ftyp" else b""
+    if b"avif" in brands and "AVIF" not in DECODED:
+        return "is AVIF, which Pillow reads from 11.3 on; pip install --upgrade pillow"
+    if b"hei" in brands and "HEIF" not in DECODED:
+        return "is HEIC, which an extra reads; pip install 'clipx[heic]'"
+    return ""
 
 
 class Sample(NamedTuple):
