@@ -370,7 +370,7 @@ def test_what_a_listing_names_is_read_only_if_it_is_a_file_of_some_size(tmp_path
             source.read(number)
     for name, reason in zip(("huge.jpg", "zero.jpg", "pipe.jpg"), reasons, strict=True):
         with in_little_memory(), pytest.raises(BadSample, match=reason):
-            read_file(tmp_path / "images" / name)
+            read_file(tmp_path / "images", name)
 
 
 def png(width: int, height: int) -> bytes:
