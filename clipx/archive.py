@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from clipx.errors import UserError
+from clipx.runs import nearby
 
 STORAGES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
             "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32}
@@ -34,7 +35,8 @@ def opened(path: Path) -> dict[str, Any]:
     try:
         content = content_of(path)
     except OSError as error:
-        reason = "there is no such checkpoint" if isinstance(error, FileNotFoundError) else error.strerror
+        missing = isinstance(error, FileNotFoundError)
+        reason = f"there is no such checkpoint{nearby(path)}" if missing else error.strerror
         raise CheckpointError(f"{path}: {reason}") from error
     except BROKEN as error:
         raise CheckpointError(f"{path} is not a checkpoint: it is cut short, or another kind of file") from error

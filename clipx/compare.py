@@ -16,6 +16,7 @@ from typing import Any
 
 from clipx.console import lasting
 from clipx.direction import Mode, mode_of
+from clipx.runs import nearby
 
 Row = dict[str, Any]
 
@@ -66,9 +67,11 @@ def find(paths: Sequence[Path]) -> list[Run]:
     """The runs at or below some paths; what is no run's summary is named on stderr and left out.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: there is none, or a path is missing.
     """
     runs = []
+    if missing := next((path for path in paths if not path.exists()), None):
+        sys.exit(f"{missing}: there is no such run or folder of runs{nearby(missing)}")
     for file in dict.fromkeys(file for path in paths for file in sorted(path.rglob("summary.json"))):
         try:
             runs.append(Run(file.parent, read(file)))

@@ -1,12 +1,11 @@
 """Configuration enters once, through ``command``, and becomes plain typed values in ``resolve``."""
 
-import inspect
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,10 +25,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from clipx import duration, words
-from clipx.build import locate
 from clipx.console import console, lasting, other_rank, printable
 from clipx.errors import Interrupted, UserError
 from clipx.help import CONF, page
+from clipx.meaning import completed, flat
 from clipx.mistyped import check_typed
 from clipx.schema import ConfigError, check_call, check_node, suggest
 from clipx.sweep import Failures, JobEnd, is_sweep, obeyed, settings, varied
@@ -149,13 +148,7 @@ def resolve(composed: DictConfig, schema: type[Schema] = Train) -> Schema:
     Raises:
         ConfigError: a key, a type or a value is wrong.
     """
-    try:
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} has no value; add {error.full_key}={options(error.full_key)}") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
-    values = check_call(schema, plain)
+    values = typed(composed, schema)
     trust = values.get("trust", [])
     for key in values.keys() & set(words.GROUPS) - {"evals"}:
         values[key] = check_node(values[key], key, trust)
@@ -164,56 +157,26 @@ def resolve(composed: DictConfig, schema: type[Schema] = Train) -> Schema:
     return schema(**values)
 
 
+def typed(composed: DictConfig, schema: type = Train) -> dict[str, Any]:
+    """Plain values in the types of a schema, nodes as they are written: what can be known without importing torch.
+
+    Raises:
+        ConfigError: a key, a type or a value is wrong.
+    """
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value; add {error.full_key}={options(error.full_key)}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+    return check_call(schema, plain)
+
+
 def options(key: str) -> str:
     """What a group can be; "..." for any other key."""
     if key not in words.GROUPS:
         return "..."
     return "|".join(sorted(path.name[:-5] for path in files(CONF).joinpath(key).iterdir() if path.name[-5:] == ".yaml"))
-
-
-def completed(saved: Mapping[str, Any], name: str = "train") -> dict[str, Any]:
-    """A config that a run has kept, with the defaults of those keys of a command that it does not have.
-
-    The keys that another command adds are among them, and those that a later version has added: their defaults do
-    what was done before they existed.
-    """
-    primary = OmegaConf.create(files(CONF).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
-    inherited = [entry for entry in primary.pop("defaults") if isinstance(entry, str) and entry != "_self_"]
-    merged = OmegaConf.merge(*(completed({}, other) for other in inherited), primary, saved)
-    return OmegaConf.to_container(merged)
-
-
-def argument_defaults(config: Mapping[str, Any], trust: Sequence[str]) -> dict[str, Any]:
-    """The defaults of all arguments of a config's nodes, by key."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found.update({f"{key}.{inner}": default for inner, default in argument_defaults(value, trust).items()})
-    if "_target_" in config:
-        parameters = inspect.signature(locate(config["_target_"], "config", trust)).parameters.values()
-        found.update({one.name: list(one.default) if isinstance(one.default, tuple) else one.default
-                      for one in parameters if one.default is not one.empty})
-    return found
-
-
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
-    """What has another meaning in two configs: by key, ``key: before -> after``.
-
-    What ``before`` does not have, as it was written before the key existed, has its default there.
-    """
-    earlier = OmegaConf.to_container(OmegaConf.create(completed(before)), resolve=True)
-    old, new = {**argument_defaults(after, after.get("trust", [])), **flat(earlier)}, flat(after)
-    recorded = {"choices", "varied"}
-    keys = [key for key in {**new, **flat(earlier)} if not words.is_neutral(key) and key.split(".")[0] not in recorded]
-    return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)}
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return found
 
 
 @lasting()

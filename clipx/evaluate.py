@@ -4,8 +4,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from clipx.config import Evaluate, command, resolve
+from clipx.config import Evaluate, command, resolve, typed
 from clipx.errors import UserError
+from clipx.runs import check_there, named
 
 
 def main() -> None:
@@ -20,6 +21,8 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
         composed: the config, as Hydra composes it.
         directory: where results go that can stand beside nothing, since the weights are no file.
     """
+    for run in named(typed(composed, Evaluate)["run"]):
+        check_there("run", run)
     config = resolve(composed, Evaluate)
     from clipx.score import score  # torch comes in here, so that --help and mistakes in the config answer at once
 

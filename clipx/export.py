@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from clipx.config import Export, command, resolve
 from clipx.errors import UserError
+from clipx.runs import check_there
 
 if TYPE_CHECKING:       # torch comes in with the work, so that --help and mistakes in the config answer at once
     from PIL import Image
@@ -55,6 +56,7 @@ def export(composed: DictConfig, directory: Path) -> None:
     out = Path(config.out).expanduser()
     if out.exists():
         raise UserError(f"out={config.out} is there already; name a new directory")
+    check_there("run", config.run)
     from clipx.loading import load
 
     model, _, _ = load(config.run, trust=config.trust, act=config.act)

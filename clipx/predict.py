@@ -11,6 +11,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from clipx.config import command, resolve
 from clipx.errors import UserError
+from clipx.runs import check_there
 
 logger = logging.getLogger("clipx")
 
@@ -50,6 +51,7 @@ def predict(composed: DictConfig, directory: Path) -> None:
     config = resolve(composed, Predict)
     if (config.texts is None) == (config.search is None):
         raise UserError('give either texts="a cat,a dog", to score each picture, or search="a red car", to find some')
+    check_there("run", config.run)
     from clipx.predictions import encode_pictures, score, search, show, texts_of
 
     texts = None if config.texts is None else texts_of(config.texts)

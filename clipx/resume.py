@@ -11,15 +11,12 @@ import torch
 from clipx import checkpoint
 from clipx.build import build
 from clipx.checkpoint import CheckpointError
-from clipx.config import Train, differences, flat
+from clipx.config import Train
 from clipx.distributed import gather
 from clipx.loop import State
-from clipx.schema import ConfigError, suggest
+from clipx.meaning import LENGTH, check_new, differences, refused, standing
 
 logger = logging.getLogger("clipx")
-
-LENGTH = {"epochs", "max_steps"}        # these may grow
-
 
 @dataclass(frozen=True)
 class Identity:
@@ -57,12 +54,8 @@ def restore(state: State, config: Train, directory: Path, identity: Identity) ->
         raise CheckpointError(f"{path} has weights, but not all that a run needs to go on; init_from={path} starts "
                               "from these weights, and name=... starts another run")
     changes = changed(saved, identity)
-    permitted = allowed(config, changes)
-    refused = [text for key, text in changes.items() if key not in permitted]
-    if refused:
-        keys = ",".join(key for key in changes if key not in permitted)
-        raise CheckpointError(f"{path} is of another run ({'; '.join(refused)}); name=... starts one of its own, and "
-                              f"resume_allow=[{keys}] goes on with this one all the same")
+    if why := refused(path, changes, vars(config)):
+        raise CheckpointError(why)
     if "amp" in changes:
         saved["scaler"] = state.scaler.state_dict()     # another precision starts with its own loss scale
     if "data" in changes:
@@ -84,11 +77,7 @@ def restore(state: State, config: Train, directory: Path, identity: Identity) ->
 def find(resume: str | None, checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to resume from: the one that ``resume`` names, or the newest of the run's own."""
     last, previous = checkpoints / "clip_last.pt", checkpoints / "clip_previous.pt"
-    standing = [path for path in (last, previous) if path.exists()]
-    if resume is None and standing:
-        raise CheckpointError(
-            f"{checkpoints.parent} holds a run; resume=auto goes on with it, name=... starts another"
-        )
+    check_new(resume, checkpoints)
     if resume not in (None, "auto"):
         return find_named(Path(resume), last, previous)
     return newest(last, previous)
@@ -112,9 +101,8 @@ def find_named(path: Path, last: Path, previous: Path) -> tuple[Path, dict[str, 
 
 def newest(last: Path, previous: Path) -> tuple[Path, dict[str, Any]] | None:
     """The last checkpoint; where that is damaged the one before."""
-    standing = [path for path in (last, previous) if path.exists()]
     checkpoints, damage = last.parent, []
-    for path in standing:
+    for path in standing(checkpoints):
         try:
             saved = checkpoint.read(path)
         except CheckpointError as error:
@@ -138,19 +126,6 @@ def changed(saved: Mapping[str, Any], identity: Identity) -> dict[str, str]:
     if saved["plan"] != identity.plan and not any(key == "seed" or key.startswith("data.") for key in changes):
         changes["data"] = "data: other shards, or other files in them"
     return changes
-
-
-def allowed(config: Train, changes: Mapping[str, str]) -> set[str]:
-    """Those of the changed keys that ``resume_allow`` names, each itself or its group.
-
-    Raises:
-        ConfigError: it names what is no key.
-    """
-    known = {".".join(key.split(".")[:depth]) for key in flat(vars(config)) for depth in (1, 2, 3, 4)}
-    for key in config.resume_allow:
-        if key not in known | changes.keys():
-            raise ConfigError(f"resume_allow=[{key}]: there is no such key{suggest(key, sorted(known))}")
-    return {key for key in changes if any(f"{key}.".startswith(f"{name}.") for name in config.resume_allow)}
 
 
 def told_schedule(config: Train, saved: Mapping[str, Any], steps: int) -> str:

@@ -23,7 +23,7 @@ from clipx.board import row_of
 from clipx.build import build
 from clipx.checkpoint import Saver
 from clipx.compiled import compiled
-from clipx.config import Train, flat
+from clipx.config import Train
 from clipx.cores import limit_threads, usable_cores
 from clipx.data.images import TrainCrop
 from clipx.data.loader import Chunk, TrainReader, read, steps, train_ranges
@@ -41,6 +41,7 @@ from clipx.loading import initialise
 from clipx.lock import locked
 from clipx.log import RunLog, SilentLog, gone
 from clipx.loop import State, fit
+from clipx.meaning import flat
 from clipx.memory import keep_freed
 from clipx.models.clip import CLIP
 from clipx.resume import Identity, restore

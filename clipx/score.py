@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from clipx.figures import keep_figure
 from clipx.loading import load
 from clipx.log import SilentLog
 from clipx.run import AMP, pick_device, pick_workers
+from clipx.runs import named
 
 logger = logging.getLogger("clipx")
 
@@ -101,36 +101,6 @@ def score(config: Evaluate, directory: Path) -> None:
     if distributed.rank() == 0:
         for line in lines(table):
             logger.info(line)
-
-
-def named(given: str | list[str]) -> dict[str, str]:
-    """Runs, each with what heads its column: its name where that tells them apart.
-
-    ``A,B`` and ``[A,B]`` are lists where Hydra has not read them as such, and no file has that name.
-    """
-    text = given if isinstance(given, str) else ",".join(given)
-    parts = [text] if Path(text).exists() else listed(text.removeprefix("[").removesuffix("]"))
-    runs = list(dict.fromkeys(path for run in parts for path in matching(run.strip())))
-    names = [Path(run).name for run in runs]
-    return dict(zip(runs, names if len(set(names)) == len(names) else runs, strict=True))
-
-
-def listed(text: str) -> list[str]:
-    """What stands between commas; a comma may belong to the name of a run, which are named by words of a command."""
-    parts, found = text.split(","), []
-    while parts:
-        ends = (end for end in range(len(parts), 0, -1) if Path(",".join(parts[:end]).strip()).exists())
-        end = next(ends, 1)
-        found.append(",".join(parts[:end]))
-        parts = parts[end:]
-    return found
-
-
-def matching(pattern: str) -> list[str]:
-    """The runs that a pattern such as outputs/* stands for; what is no pattern as it is."""
-    if Path(pattern).exists():
-        return [pattern]
-    return sorted(str(Path(path).parent) for path in glob(f"{pattern}/config.yaml")) or [pattern]
 
 
 def sources_of(config: Evaluate) -> dict[str, Source]:

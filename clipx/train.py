@@ -7,8 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from clipx.config import call, command, resolve
+from clipx.config import call, command, resolve, typed
 from clipx.direction import mode_of
+from clipx.meaning import check_kept
 
 
 def main() -> None:
@@ -29,6 +30,7 @@ def train(composed: DictConfig, directory: Path) -> float | None:
     Raises:
         UserError: something is wrong with the config, the data or the run.
     """
+    check_kept(typed(composed), directory)
     config = resolve(composed)
     for tag in filter(None, (config.best, config.objective)):
         mode_of(tag, config.mode)

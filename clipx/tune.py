@@ -21,10 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 
 from clipx import duration, words
-from clipx.config import Duration, differences
+from clipx.config import Duration
 from clipx.console import tell
 from clipx.direction import Mode, mode_of
 from clipx.errors import UserError
+from clipx.meaning import differences
 from clipx.schema import ConfigError, check_call
 from clipx.sweep import UNSET, has_failed, obeyed, varied
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from clipx.runs import OUTPUTS
+
 GROUPS = ("model", "data", "optim", "sched", "loss", "evals", "experiment", "source")
-OUTPUTS = Path("outputs")
 MOST_LETTERS = 120          # of a directory's name
 
 # what does not change the meaning of a run: where, how fast, in how much memory, how closely watched

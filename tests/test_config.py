@@ -15,8 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from clipx import words
 from clipx.build import build, locate
-from clipx.config import Export, Train, differences, resolve
+from clipx.config import Export, Train, resolve
 from clipx.data.sample import Data
+from clipx.meaning import differences
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 
@@ -239,6 +240,7 @@ def test_rooms_import_downward_only() -> None:
 
     level = dict.fromkeys(["distributed", "lifeline", "signals", "errors", "build", "duration", "memory", "linear"], 1)
     level |= dict.fromkeys(["archive", "cores", "direction", "foreign", "help", "lock", "summary", "unwrap"], 1)
+    level |= dict.fromkeys(["peek", "runs"], 1)
     level |= dict.fromkeys(["loss", "optim", "sched", "models", "weights", "tokenizer", "data"], 2)
     level |= dict.fromkeys(["loop", "after_step", "health", "log", "board", "figures", "checkpoint", "evals"], 3)
     level |= dict.fromkeys(["batch", "closing", "compiled", "gradient", "loading"], 3)

@@ -26,7 +26,7 @@ from clipx.log import SilentLog
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-from clipx.score import named
+from clipx.runs import named
 from clipx.tokenizer import SimpleTokenizer
 
 DUMMY = ("data=dummy", "data.val_samples=20", "workers=0", "device=cpu")
@@ -199,7 +199,7 @@ def test_data_in_the_current_directory_go_by_its_name(run: Path, evaluate: Evalu
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (["run=no", *DUMMY], "no: there is no such checkpoint"),
+        (["run=no", *DUMMY], "run=no: there is no such run, checkpoint or weights; there is outputs/x"),
         ([*DUMMY], "run has no value; add run=..."),
         (["run=outputs/x"], "data has no value, and evals=['retrieval'] score pictures with captions; add data=coco"),
         (["run=outputs/x", "evals=[zero_shot]"], "evals.zero_shot.sets has no value; name labelled data: labelled={"),

@@ -110,7 +110,8 @@ def test_what_is_wrong_ends_in_one_line(ask: Ask, asked: Path) -> None:
         (asked / "coded.txt").write_text("a café\na bar", encoding=encoding)
         assert "texts=coded.txt is not UTF-8 text, but perhaps" in refused(ask, *given, "texts=coded.txt")
     assert refused(ask, "run=outputs/x", "images=none", "texts=a").startswith("images=none: no picture is there")
-    assert "there is no such checkpoint" in refused(ask, "run=outputs/y", "images=pictures", "texts=a")
+    assert "run=outputs/y: there is no such run, checkpoint or weights; there is outputs/x" in refused(
+        ask, "run=outputs/y", "images=pictures", "texts=a")
     assert refused(ask, *given, "search=b", "out=no/page.png").startswith("out=no/page.png cannot be written")
     assert refused(ask, *given, "search=b", "out=page.xyz").startswith("out=page.xyz cannot be written")
     assert "run has no value; add run=" in refused(ask, "images=pictures", "texts=a")

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import clipx.train
 from clipx import words
 from clipx.errors import UserError
-from clipx.score import named
+from clipx.runs import named
 
 SHORT = (*FEW, "max_steps=2")
 

@@ -1,0 +1,102 @@
+"""What a command refuses at once: before torch is imported, and leaving nothing behind."""
+
+from pathlib import Path
+
+import pytest
+from conftest import in_process
+from test_resume import EARLY, early  # noqa: F401
+
+from clipx import meaning, peek
+
+RUN = "outputs/early/checkpoints/clip_last.pt"
+NONE = "there is no such run, checkpoint or weights; there is outputs/early"
+
+
+@pytest.fixture
+def without_torch(tmp_path: Path) -> Path:
+    """A directory from which a process that imports torch fails."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "line"),
+    [
+        ("train", [*EARLY, "optim.lr=0.1"], f"{RUN} is of another run (optim.lr: 0.0005 -> 0.1); name=... starts one "
+         "of its own, and resume_allow=[optim.lr] goes on with this one all the same"),
+        ("train", [*EARLY, "seed=5", "optim.lr=1", "resume_allow=[optim]"], f"{RUN} is of another run (seed: 0 -> 5)"),
+        ("train", [*EARLY, "resume_allow=[optin]"], "resume_allow=[optin]: there is no such key; did you mean optim"),
+        ("train", [*EARLY, "resume=null"], "outputs/early holds a run; resume=auto goes on with it, name=... starts"),
+        ("train", [*EARLY, "resume=outputs/erly/clip_last.pt"], f"resume=outputs/erly/clip_last.pt: {NONE}"),
+        ("train", ["init_from=outputs/erly"], f"init_from=outputs/erly: {NONE}"),
+        ("evaluate", ["run=outputs/erly"], f"run=outputs/erly: {NONE}"),
+        ("evaluate", ["run=[outputs/early,outputs/b]"], f"run=outputs/b: {NONE}"),
+        ("export", ["run=outputs/erly", "to=hf", "out=o"], f"run=outputs/erly: {NONE}"),
+        ("predict", ["run=outputs/erly", "images=x", "texts=a"], f"run=outputs/erly: {NONE}"),
+        ("compare", ["outputs/erly"], "outputs/erly: there is no such run or folder of runs; there is outputs/early"),
+        ("train", ["optim.lrr=1"], "optim.lrr: there is no such key; did you mean optim.lr?"),
+        ("train", ["batch_size=x"], "batch_size='x': should be a valid integer"),
+        ("train", ["--batch_size=8"], "--batch_size: there is no such switch; a key has no dashes: batch_size=8"),
+    ],
+)
+def test_a_mistake_is_refused_before_torch_is_imported(
+    command: str, given: list[str], line: str, early: Path, without_torch: Path  # noqa: F811
+) -> None:
+    ended = in_process("-m", f"clipx.{command}", *given, cwd=without_torch)
+    assert ended.stderr.startswith(line.replace("--batch_size:", "--batch_size=8:")), ended.stderr
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_whose_config_cannot_be_read_early_is_left_to_training(
+    early: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    last = early / "checkpoints/clip_last.pt"
+    whole = last.read_bytes()
+    assert peek.config_in(last)["batch_size"] == 16
+    for cut in (0, 100, len(whole) // 2, len(whole) - 10):
+        last.write_bytes(whole[:cut])
+        assert peek.config_in(last) == {}
+    assert peek.config_in(tmp_path) == peek.config_in(tmp_path / "no.pt") == {}
+
+
+def test_a_checkpoint_that_would_run_something_runs_nothing_when_it_is_looked_at(tmp_path: Path) -> None:
+    import os
+    import pickle
+    import zipfile
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as file:
+        file.writestr("x/data.pkl", pickle.dumps({"config": Evil()}))
+    assert peek.config_in(tmp_path / "x.pt") == {} and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        (1, 1.0, False), (0.5, "0.5", False), (5, "5", False), (True, "true", False), ([0.5, 1], [0.5, 1.0], False),
+        (1, 2.0, True), ("a", "b", True), (None, 3, True), ([0.5], [0.5, 1], True), (["a"], ["b"], True),
+        (["0.5"], [0.5], False),
+    ],
+)
+def test_only_what_no_conversion_makes_equal_is_surely_another_value(one: object, other: object, differ: bool) -> None:
+    assert meaning.surely_differ(one, other) is meaning.surely_differ(other, one) is differ
+
+
+def test_of_many_runs_those_of_like_names_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clipx.runs import nearby
+
+    monkeypatch.chdir(tmp_path)
+    assert nearby(Path("outputs/x")) == ""
+    for name in ("outputs/flowers_small", "outputs/sweeps/lr/seed=1", *(f"outputs/zz{number}" for number in range(9))):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    assert nearby(Path("outputs/flower_small")).startswith("; there are outputs/flowers_small, ")
+    assert nearby(Path("seed=2")).startswith("; there are outputs/sweeps/lr/seed=1, ")
+    assert nearby(Path("outputs/flower_small")).endswith(" and 6 more")
+    (tmp_path / "outputs/zz1/checkpoints").mkdir()
+    (tmp_path / "outputs/zz1/checkpoints/clip_step_50.pt").touch()
+    told = nearby(Path("outputs/zz1/checkpoints/clip_step_5.pt"))
+    assert told.startswith("; there are outputs/zz1/checkpoints/clip_step_50.pt, ")
