@@ -6,7 +6,9 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,13 +39,14 @@ class RunLog:
         samples: likewise.
         seconds: how long the run has taken before.
         epoch_samples: samples of an epoch.
+        early: holds what has been logged before, and passes on to train.log what is logged from then on.
     """
 
     def __init__(
         self, directory: Path, config: str, about: Mapping[str, Any], hparams: Mapping[str, Any], steps: int,
-        step: int, samples: int, seconds: float, epoch_samples: int,
+        step: int, samples: int, seconds: float, epoch_samples: int, early: MemoryHandler,
     ):
-        self.directory, self.config, self.epoch_samples = directory, config, epoch_samples
+        self.directory, self.config, self.epoch_samples, self.early = directory, config, epoch_samples, early
         self.began = time.monotonic() - seconds
         self.summary: dict[str, Any] = {"state": "running", "step": step, "steps": steps, "final": {}, "best": {}}
         self.summary.update(about)
@@ -58,7 +61,8 @@ class RunLog:
         cut(self.directory / "skipped.jsonl", self.samples)
         self.file = logging.FileHandler(self.directory / "train.log", encoding="utf-8")
         self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger.addHandler(self.file)
+        self.early.setTarget(self.file)
+        self.early.flush()
         self.metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.step + 1)
         self.tensorboard.add_text("config", f"```yaml\n{self.config}```", self.step)
@@ -79,7 +83,7 @@ class RunLog:
             logger.debug("".join(traceback.format_exception(error)))
         if self.directory.is_dir():
             self.write_summary()
-        logger.removeHandler(self.file)
+        self.early.setTarget(None)
         self.file.close()
 
     @property
@@ -162,6 +166,18 @@ class RunLog:
         temporary = self.directory / "summary.json.writing"
         temporary.write_text(json.dumps(self.summary, indent=2) + "\n")
         os.replace(temporary, self.directory / "summary.json")
+
+
+@contextmanager
+def holding() -> Iterator[MemoryHandler]:
+    """Hold what is logged before train.log is open: warnings about data come while these are looked through."""
+    early = MemoryHandler(capacity=0, flushLevel=logging.NOTSET, flushOnClose=False)
+    logger.addHandler(early)
+    try:
+        yield early
+    finally:
+        logger.removeHandler(early)
+        early.close()
 
 
 def gone(directory: Path) -> str:

@@ -1,4 +1,4 @@
-"""The config in a checkpoint, read in milliseconds: without torch, and without its tensors."""
+"""What a checkpoint says of itself, read in milliseconds: without torch, and without its tensors."""
 
 from io import BytesIO
 from pathlib import Path
@@ -33,7 +33,13 @@ class Peek(Unpickler):
 
 
 def config_in(path: Path) -> dict[str, Any]:
-    """The config of the run that has saved a checkpoint; empty where it cannot be read, which loading will explain."""
+    """The config of the run that has saved a checkpoint; empty where it cannot be read."""
+    config = plain_in(path).get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def plain_in(path: Path) -> dict[str, Any]:
+    """A checkpoint without its tensors; empty where it cannot be read, which loading it will explain."""
     try:
         with ZipFile(path) as archive:
             entry = next(one for one in archive.infolist() if one.filename.endswith("/data.pkl"))
@@ -42,5 +48,4 @@ def config_in(path: Path) -> dict[str, Any]:
             content = Peek(BytesIO(archive.read(entry))).load()
     except BROKEN:
         return {}
-    config = content.get("config") if isinstance(content, dict) else None
-    return config if isinstance(config, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from clipx.health import Doctor
 from clipx.lifeline import Lifeline
 from clipx.loading import initialise
 from clipx.lock import locked
-from clipx.log import RunLog, SilentLog, gone
+from clipx.log import RunLog, SilentLog, gone, holding
 from clipx.loop import State, fit
 from clipx.meaning import flat
 from clipx.memory import keep_freed
@@ -71,6 +72,7 @@ class Job:
     plan: Plan | MixPlan
     evals: dict[str, Evaluation | OnLabelled]
     identity: Identity
+    early: MemoryHandler        # what is logged while no train.log is open
 
 
 def run(config: Train, directory: Path) -> float | None:
@@ -85,9 +87,9 @@ def run(config: Train, directory: Path) -> float | None:
     """
     check_place(directory)
     try:
-        with Signals() as signals, distributed.joined() as lifeline:
+        with Signals() as signals, holding() as early, distributed.joined() as lifeline:
             signals.last_words = lifeline is not None
-            worth = run_as_rank(config, directory, signals, lifeline)
+            worth = run_as_rank(config, directory, signals, lifeline, early)
     except OSError as error:
         if error.errno == errno.ENOENT and not directory.is_dir():
             raise UserError(gone(directory)) from error
@@ -100,7 +102,9 @@ def run(config: Train, directory: Path) -> float | None:
     return worth
 
 
-def run_as_rank(config: Train, directory: Path, signals: Signals, lifeline: Lifeline | None) -> float | None:
+def run_as_rank(
+    config: Train, directory: Path, signals: Signals, lifeline: Lifeline | None, early: MemoryHandler
+) -> float | None:
     """The run on this rank; rank 0 gives the objective."""
     distributed.share(config.batch_size)
     limit_threads()
@@ -109,12 +113,14 @@ def run_as_rank(config: Train, directory: Path, signals: Signals, lifeline: Life
         data: Data = build(config.data, "data", config.trust)
         evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
     plan = data.plan(config.seed)
-    job = Job(config, directory, device, workers, data, plan, evals, identify(config, data, plan))
+    job = Job(config, directory, device, workers, data, plan, evals, identify(config, data, plan), early)
     left_out: list[list[int]] = []
-    while diverged := train(job, signals, left_out):
-        left_out.append([diverged.first.position, diverged.end])
-        distributed.barrier()           # until rank 0 has written what is being saved
-        logger.warning("%s; the run goes back to its last checkpoint, and on without these steps' samples", diverged)
+    with alone_in(directory):
+        while diverged := train(job, signals, left_out):
+            left_out.append([diverged.first.position, diverged.end])
+            distributed.barrier()           # until rank 0 has written what is being saved
+            logger.warning("%s; the run goes back to its last checkpoint, and on without these steps' samples",
+                           diverged)
     return objective(directory, config.objective) if distributed.rank() == 0 else None
 
 
@@ -147,7 +153,7 @@ def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Dive
     last_is_good = found == directory / "checkpoints" / "clip_last.pt"
 
     saver = Saver(directory / "checkpoints", asdict(job.identity), last_is_good)
-    with alone_in(directory), log_of(job, state, logged) as log, saver:
+    with log_of(job, state, logged) as log, saver:
         introduce(job, state, log, origin, anew=found is None)
         after_step = after_step_of(job, state, log, saver, signals)
         signals.patient = True
@@ -278,7 +284,7 @@ def log_of(job: Job, state: State, samples: int) -> RunLog | SilentLog:
     about = {"objective": job.config.objective, "mode": mode, "process": process, "config": config}
     row = row_of(config, job.config.choices, job.config.varied)
     return RunLog(job.directory, text, about, row, job.identity.steps, state.step, samples, state.seconds,
-                  job.plan.samples)
+                  job.plan.samples, job.early)
 
 
 def after_step_of(job: Job, state: State, log: RunLog | SilentLog, saver: Saver, signals: Signals) -> AfterStep:
@@ -332,7 +338,7 @@ def check_effect(state: State, directory: Path) -> None:
 
 def rewrite_summary(job: Job, state: State) -> None:
     """Write the summary.json of a finished run again, from its metrics and its last checkpoint."""
-    with alone_in(job.directory), log_of(job, state, state.samples) as log:
+    with log_of(job, state, state.samples) as log:
         log.best(state.best, state.step)
         log.finish("finished")
 

@@ -1,18 +1,18 @@
 """Runs and weights scored one after the other: numbers beside each, and one table of all."""
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from clipx import distributed
@@ -25,10 +25,13 @@ from clipx.evals.validation import OnLabelled, Validation
 from clipx.figures import keep_figure
 from clipx.loading import load
 from clipx.log import SilentLog
+from clipx.peek import plain_in
 from clipx.run import AMP, pick_device, pick_workers
 from clipx.runs import named
 
 logger = logging.getLogger("clipx")
+
+RESULTS, LEFT_OUT = "metrics.json", "evaluate-skipped.jsonl"
 
 Numbers = dict[str, float]      # by tag
 
@@ -49,18 +52,21 @@ class Place:
             with SummaryWriter(str(self.directory)) as tensorboard:
                 tensorboard.add_figure(tag, figure, step)
 
-    def write(self, numbers: Numbers, ids: Mapping[str, str]) -> None:
+    def write(self, numbers: Numbers, ids: Mapping[str, str], skipped: Sequence[Mapping[str, str]]) -> None:
         """Into metrics.json, by weights, data and evaluation, and to TensorBoard.
 
         Args:
             numbers: by tag.
             ids: what tells data from others of the same name, by ``<eval>@<data>``.
+            skipped: pictures that are left out, which are listed beside.
         """
         fresh: dict[str, Numbers] = {}
         for tag, value in numbers.items():
             group, metric = parsed(tag)
             fresh.setdefault(group, {})[metric] = value
-        with merged(self.directory / "metrics.json") as results:
+        with merged(self.directory / RESULTS) as results:
+            if skipped:
+                self.list_skipped(skipped)
             own = results.setdefault(self.weights, {})
             for group, found in fresh.items():
                 (evaluation, _, data), source = group.partition("@"), ids[group]
@@ -72,6 +78,14 @@ class Place:
                 for tag, value in numbers.items():
                     if "/per_class/" not in tag:
                         tensorboard.add_scalar(tag, value, self.step)
+
+
+    def list_skipped(self, skipped: Sequence[Mapping[str, str]]) -> None:
+        """A line each, and once, however often these data are scored."""
+        path = self.directory / LEFT_OUT
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        fresh = [json.dumps({"weights": self.weights, **record}, ensure_ascii=False) for record in skipped]
+        path.write_text("".join(f"{line}\n" for line in dict.fromkeys([*before, *fresh])), encoding="utf-8")
 
 
 def score(config: Evaluate, directory: Path) -> None:
@@ -87,17 +101,20 @@ def score(config: Evaluate, directory: Path) -> None:
         with distributed.in_turn(lifeline):
             evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
             sources = sources_of(config) if any(not isinstance(one, OnLabelled) for one in evals.values()) else {}
+        places = {run: place_of(run, directory) for run in runs}
+        for place in places.values() if distributed.rank() == 0 else ():
+            check_results(place.directory / RESULTS)
         ids = ids_of(sources, evals)
         table: dict[str, Numbers] = {}
         for run, label in runs.items():
             model, _, tokenizer = load(run, device, config.trust, config.act)
-            place = place_of(run, directory)
+            place = places[run]
             cache = Path(config.cache).expanduser() if config.cache else None
             validation = Validation(sources, evals, tokenizer, workers, AMP[config.amp], cache)
             table[label] = validation(model, place.step, SilentLog() if distributed.rank() else place)
             if distributed.rank() == 0:
-                place.write(table[label], ids)
-                logger.info("%s: %s", label, place.directory / "metrics.json")
+                place.write(table[label], ids, validation.skipped)
+                logger.info("%s: %s", label, place.directory / RESULTS)
     if distributed.rank() == 0:
         for line in lines(table):
             logger.info(line)
@@ -174,8 +191,7 @@ def place_of(run: str, directory: Path) -> Place:
     folder = path.parent if path.parent.name else path.absolute().parent
     if folder.name != "checkpoints" or not (folder.parent / "config.yaml").is_file():
         return Place(path.parent, path.name, False, 0)
-    step = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("step", 0)
-    return Place(folder.parent, f"checkpoints/{path.name}", True, step)
+    return Place(folder.parent, f"checkpoints/{path.name}", True, plain_in(path).get("step", 0))
 
 
 @contextmanager
@@ -185,14 +201,40 @@ def merged(path: Path) -> Iterator[dict[str, Any]]:
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            content = results_in(path)
             yield content
             temporary = path.with_name(f"{path.name}.writing")
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(temporary, path)
         finally:
             os.close(descriptor)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); move it away, and it is made anew") from error
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def results_in(path: Path) -> dict[str, Any]:
+    """The numbers that a file holds; none where there is no file.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if isinstance(content, dict):
+            return content
+        reason = f"it holds a {type(content).__name__}"
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+    raise UserError(f"{path} is not the JSON of evaluate ({reason}); move it away, and it is made anew")
+
+
+def check_results(path: Path) -> None:
+    """Before anything is scored.
+
+    Raises:
+        UserError: numbers could not be written there.
+    """
+    results_in(path)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: {os.strerror(errno.EACCES)}; copy the run to where you can write, "
+                        "or give run=FILE of a copy of its checkpoint")

@@ -1,9 +1,10 @@
 """What a command refuses at once: before torch is imported, and leaving nothing behind."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import in_process
+from conftest import FEW, in_process
 from test_resume import EARLY, early  # noqa: F401
 
 from clipx import meaning, peek
@@ -100,3 +101,9 @@ def test_of_many_runs_those_of_like_names_are_shown(tmp_path: Path, monkeypatch:
     (tmp_path / "outputs/zz1/checkpoints/clip_step_50.pt").touch()
     told = nearby(Path("outputs/zz1/checkpoints/clip_step_5.pt"))
     assert told.startswith("; there are outputs/zz1/checkpoints/clip_step_50.pt, ")
+
+
+def test_a_run_that_is_refused_late_leaves_nothing(fails: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(b"no weights")
+    assert fails(*FEW, "name=x", "init_from=w.pt").startswith("w.pt is not a checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]

@@ -1,6 +1,7 @@
 """``python -m clipx.evaluate``: where the numbers of runs and weights go, and that they are those of training."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -216,6 +217,34 @@ def test_data_in_the_current_directory_go_by_its_name(run: Path, evaluate: Evalu
 def test_a_mistake_ends_in_one_line(given: list[str], line: str, run: Path, evaluate: Evaluate) -> None:
     assert evaluate(*given).startswith(line)
     assert not (run / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("odd", ["directory", "text", "list", "read-only"])
+def test_results_that_cannot_be_written_are_told_before_anything_is_scored(
+    odd: str, run: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Validation, "__call__", lambda *_: pytest.fail("scored"))
+    if odd == "directory":
+        (run / "metrics.json").mkdir()
+    elif odd == "read-only":
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    else:
+        (run / "metrics.json").write_text({"text": "mine", "list": "[]"}[odd])
+    told = {"directory": "is not the JSON of evaluate (Is a directory); move it away, and it is made anew",
+            "text": "is not the JSON of evaluate (Expecting value", "read-only": "cannot be written: Permission denied",
+            "list": "is not the JSON of evaluate (it holds a list); move it away, and it is made anew"}
+    assert evaluate("run=outputs/x", *DUMMY).startswith(f"outputs/x/metrics.json {told[odd]}")
+
+
+def test_pictures_that_are_left_out_are_listed_once(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "some/images").mkdir(parents=True)
+    for number in range(20):
+        (tmp_path / f"some/images/{number}.png").write_bytes(picture(number) if number else b"no picture")
+    (tmp_path / "some/captions.txt").write_text("".join(f"{number}.png\tthing {number}\n" for number in range(20)))
+    for _ in range(2):
+        evaluate("run=outputs/x", "data=folder", "data.root=some", "data.val=0", "split=train", "workers=0")
+    (line,) = (json.loads(line) for line in (run / "evaluate-skipped.jsonl").read_text().splitlines())
+    assert line["set"] == "some" and line["place"].endswith("0.png") and line["weights"].startswith("checkpoints/clip")
 
 
 def test_training_scores_labelled_data_as_it_goes_and_keeps_the_best_by_them(

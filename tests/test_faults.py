@@ -186,6 +186,12 @@ def test_what_a_cut_has_lost_counts_and_is_listed(tmp_path: Path, train: Callabl
     assert {line["place"] for line in listed[1:]} == {"b.tar/022"}
 
 
+def test_a_warning_about_shards_stands_in_the_runs_log_once(tmp_path: Path, train: Callable[..., None]) -> None:
+    cut_shard(tmp_path / "data").with_name("b_stats.json").write_text(json.dumps({"successes": 31}))
+    train("data=shards", "data.root=data", "data.val=0", "batch_size=21", "max_steps=2", "name=x", "workers=0")
+    assert (tmp_path / "outputs/x/train.log").read_text().count("b.tar is cut short") == 1
+
+
 def test_what_a_cut_has_lost_is_listed_once_by_a_run_that_was_killed_before_its_first_checkpoint(
     tmp_path: Path, train: Callable[..., None]
 ) -> None:

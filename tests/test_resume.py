@@ -1,5 +1,7 @@
 """A run goes on as if nothing had happened: after signals, damage, divergence, and on purpose with changes."""
 
+import errno
+import fcntl
 import itertools
 import math
 import os
@@ -17,7 +19,7 @@ import torch
 import yaml
 from conftest import FEW, ROOT, assert_same_state, lines, summary
 
-from clipx import distributed, gradient, log, run
+from clipx import distributed, gradient, lock, log, run
 from clipx.checkpoint import read
 from clipx.data.loader import train_ranges
 from clipx.loop import State
@@ -385,6 +387,44 @@ def test_one_process_at_a_time_trains_in_a_directory(train: Train, fails: Fails,
     assert (tmp_path / "outputs/x/lock").exists()           # of the dead process, which blocks nobody
     train(*FEW, "name=x", "max_steps=2")
     assert summary(tmp_path / "outputs/x")["state"] == "finished" and not (tmp_path / "outputs/x/lock").exists()
+
+
+def test_a_run_is_locked_before_its_state_is_read(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(run, "restore", lambda *_: seen.append((tmp_path / "outputs/x/lock").exists()))
+    train(*FEW, "name=x", "max_steps=1", "evals=[]")
+    assert seen == [True]
+
+
+def test_a_lock_file_that_its_owner_has_just_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, removed = fcntl.lockf, []
+
+    def lockf(file: object, how: int) -> None:
+        if not removed:
+            removed.append((tmp_path / "lock").unlink())        # between opening and locking
+        at_once(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with lock.locked(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
+    assert removed and not (tmp_path / "lock").exists()
+
+
+def test_a_finished_run_that_cannot_be_written_says_so_all_the_same(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(*FEW, "name=x", "max_steps=1", "evals=[]")
+
+    def read_only(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(lock, "acquired", read_only)
+    train(*FEW, "name=x", "max_steps=1", "evals=[]")
+    assert "outputs/x is finished (1 steps); nothing is changed" in capsys.readouterr().err
 
 
 def test_a_file_where_the_runs_directory_should_be_is_named(fails: Fails, tmp_path: Path) -> None:
