@@ -28,9 +28,11 @@ from clipx import duration, words
 from clipx.console import console, lasting, other_rank, printable
 from clipx.errors import Interrupted, UserError
 from clipx.help import CONF, page
+from clipx.lock import left_as_found
 from clipx.meaning import completed, flat
 from clipx.mistyped import check_typed
 from clipx.schema import ConfigError, check_call, check_node, suggest
+from clipx.settings import look_ahead
 from clipx.sweep import Failures, JobEnd, is_sweep, obeyed, settings, varied
 
 Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
@@ -199,8 +201,8 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
     failures = Failures(words.OUTPUTS / ".sweep" / f"failed-{os.getpid()}")
     told: list[str] = []
     try:
-        mistake = carry_out(name, given, job, failures, trains)
-        told = [mistake] if mistake else failures.told()
+        carry_out(name, given, job, failures, trains)
+        told = failures.told()
     except UserError as error:
         told = [*failures.told(), with_list(str(error), given)]
     except (Interrupted, KeyboardInterrupt) as ended:
@@ -238,26 +240,23 @@ def call(name: str, job: Callable[[DictConfig, Path], float | None], given: Sequ
         return job(composed, directory)
 
     try:
-        mistake = carry_out(name, given, noted, Failures(words.OUTPUTS / ".sweep" / f"failed-{os.getpid()}"), True)
-    except Interrupted:
-        mistake = ""
+        carry_out(name, given, noted, Failures(words.OUTPUTS / ".sweep" / f"failed-{os.getpid()}"), True)
+    except UserError as error:
+        raise UserError(with_list(str(error), given)) from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        mistake = with_list(explain(error, name, given), given)
-    if mistake:
-        raise UserError(mistake)
+        raise UserError(with_list(explain(error, name, given), given)) from error
+    except Interrupted:
+        pass                        # it is saved
     return places[0]
 
 
 def carry_out(
     name: str, given: Sequence[str], job: Callable[[DictConfig, Path], float | None], failures: Failures, trains: bool
-) -> str:
-    """What the words of a command ask for.
-
-    Returns:
-        The mistake that has ended a run alone, if one has.
+) -> None:
+    """Do what the words of a command ask for.
 
     Raises:
-        UserError: a word is wrong, or a search has failed.
+        UserError: a word is wrong, or a run alone or a search has failed; nothing is left of what was refused.
         HydraException, OmegaConfBaseException: they do not compose.
     """
     saved, rest = take_saved(name, given)
@@ -266,9 +265,13 @@ def carry_out(
     run = Job(job, saved, overrides, failures, trains)
     ours = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []        # for hydra/sweeper=optuna
     argv = [f"clipx-{name}", *options, *words.HYDRA, *ours, *overrides]
-    with primary(name, saved) as place, hydra_reads(argv), own_hydra():
-        hydra.main(version_base="1.3", config_path=place, config_name=name)(run)()
-    return with_list(run.mistake, given)
+    with primary(name, saved) as place, own_hydra():
+        made = look_ahead(name, place, options, [*ours, *overrides])
+        GlobalHydra.instance().clear()
+        with hydra_reads(argv), left_as_found(Path() if is_sweep(rest) else made):
+            hydra.main(version_base="1.3", config_path=place, config_name=name)(run)()
+            if run.mistake:
+                raise UserError(run.mistake)
 
 
 def with_list(mistake: str, given: Sequence[str]) -> str:

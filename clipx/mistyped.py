@@ -61,8 +61,8 @@ def check_form(override: str, before: str) -> None:
                         f"the value: \"{key}='{value}'\"")
 
 
-def check_hydra(override: str) -> None:
-    """A setting of Hydra's takes effect, or is refused."""
+def check_hydra(override: str, where: str = "") -> None:
+    """A setting of Hydra's takes effect, or is refused; ``where`` is told, if it is not among the words."""
     key = words.key_of(override).lstrip("~").partition("@")[0]
     group = key.removeprefix("hydra/")
     setting = key.removeprefix("hydra.")
@@ -70,8 +70,8 @@ def check_hydra(override: str) -> None:
         f"{setting}.".startswith(f"{known}.") for known in OBEYED
     )
     if ignored:
-        raise UserError(f"{key} has no effect in clipx: a run keeps its own log and config in its directory, and paths "
-                        "are seen from where the command is typed; leave it out")
+        raise UserError(f"{key}{where} has no effect in clipx: a run keeps its own log and config in its directory, "
+                        "and paths are seen from where the command is typed; leave it out")
 
 
 def check_once(overrides: Sequence[str]) -> None:

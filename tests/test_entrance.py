@@ -107,3 +107,35 @@ def test_a_run_that_is_refused_late_leaves_nothing(fails: Callable[..., str], tm
     (tmp_path / "w.pt").write_bytes(b"no weights")
     assert fails(*FEW, "name=x", "init_from=w.pt").startswith("w.pt is not a checkpoint")
     assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
+
+
+SETTINGS = {
+    "job: {chdir: true}": "hydra.job.chdir", "verbose: true": "hydra.verbose", "output_subdir: .hydra2":
+    "hydra.output_subdir", "job_logging: {root: {level: DEBUG}}": "hydra.job_logging.root.level",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("way", ["experiment", "base of an experiment", "primary"])
+def test_a_setting_of_hydra_without_effect_is_refused_in_a_file_as_on_the_command_line(
+    setting: str, way: str, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    text = f"hydra: {{run: {{dir: theirs}}, {setting}}}\n"
+    (tmp_path / "mine/experiment/odd.yaml").write_text(f"# @package _global_\ndefaults: [smoke]\n{text}")
+    (tmp_path / "mine/experiment/mine.yaml").write_text("# @package _global_\ndefaults: [odd]\nname: x\n")
+    (tmp_path / "mine/own.yaml").write_text(f"defaults: [train, _self_]\n{text}")
+    given = {"experiment": ["experiment=odd"], "base of an experiment": ["experiment=mine"], "primary": ["-cn", "own"]}
+    assert fails("--config-dir", "mine", *given[way], "batch_size=0").startswith(
+        f"{SETTINGS[setting]}, as a file of mine sets it, has no effect in clipx: a run keeps its own log and config")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("given", [["data=folder", "data.root=no"], ["batch_size=x"], ["optim.lr=fast"]])
+@pytest.mark.parametrize("place", ["new/deep", "there/new/${name}", "there"])
+def test_a_refused_command_makes_no_directory_where_hydra_is_told_to_put_the_run(
+    place: str, given: list[str], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    fails(f"hydra.run.dir={place}", "name=x", *given)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and not [*(tmp_path / "there").iterdir()]
