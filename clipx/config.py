@@ -152,7 +152,8 @@ def resolve(composed: DictConfig, schema: type[Schema] = Train) -> Schema:
     """
     values = typed(composed, schema)
     trust = values.get("trust", [])
-    for key in values.keys() & set(words.GROUPS) - {"evals"}:
+    groups = values.keys() & set(words.GROUPS) - {"evals"}
+    for key in sorted(groups, key=lambda key: key not in ("data", "source", "sched")):     # whose code needs no torch
         values[key] = check_node(values[key], key, trust)
     if "evals" in values:
         values["evals"] = {key: check_node(node, f"evals.{key}", trust) for key, node in values["evals"].items()}

@@ -149,7 +149,8 @@ def check_kept(config: Mapping[str, Any], directory: Path) -> None:
     if config["resume"] not in (None, "auto"):
         check_there("resume", config["resume"])
     elif kept:
-        changes = sure_differences(config_in(kept[0]), config)
+        saved = config_in(kept[0])
+        changes = sure_differences(saved, config) if saved else {}      # else it is damaged, which loading will tell
         if why := refused(kept[0], {key: text for key, text in changes.items() if key not in LENGTH}, config):
             raise UserError(why)
     elif config["init_from"]:

@@ -1,15 +1,17 @@
 """``python -m clipx.train``: config -> run -> the objective."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from clipx.build import build
 from clipx.config import call, command, resolve, typed
 from clipx.direction import mode_of
 from clipx.meaning import check_kept
+from clipx.schema import check_node
 
 
 def main() -> None:
@@ -30,13 +32,31 @@ def train(composed: DictConfig, directory: Path) -> float | None:
     Raises:
         UserError: something is wrong with the config, the data or the run.
     """
-    check_kept(typed(composed), directory)
+    check_early(typed(composed), directory)
     config = resolve(composed)
     for tag in filter(None, (config.best, config.objective)):
         mode_of(tag, config.mode)
     from clipx import run as training  # torch comes in here: --help and mistakes in the config answer at once
 
     return training.run(config, directory)
+
+
+def check_early(values: Mapping[str, Any], directory: Path) -> None:
+    """Refuse what can be refused without torch, which takes seconds to import.
+
+    Args:
+        values: of the config, typed; the nodes as they are written.
+        directory: the run's.
+
+    Raises:
+        UserError: the run there is another one, or the data or what it starts from are not there.
+    """
+    check_kept(values, directory)
+    data, trust = values["data"], values["trust"]
+    root = data.get("root")
+    ours = str(data.get("_target_")).startswith("clipx.data.")          # without torch
+    if ours and isinstance(root, str) and not data.get("shards") and not Path(root).expanduser().is_dir():
+        build(check_node(data, "data", trust), "data", trust)           # says what should be there
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_every_kind_of_file_is_written(tmp_path: Path, monkeypatch: pytest.Monke
     assert [row["optim.lr"] for row in json.loads(outs[2].read_text())] == [1, 0.1, 0.01]
     with Image.open(outs[3]) as picture:
         assert picture.size == (1500, 4 * 420)         # two rows of curves, two for the effects of four keys
-    none = ([str(tmp_path / "none")], "no run is there")
+    none = ([str(tmp_path / "none")], "there is no such run or folder of runs")
     for words, told in (none, ([str(tmp_path), "--out=x.doc"], "ends in .csv")):
         monkeypatch.setattr(sys, "argv", ["clipx.compare", *words])
         with pytest.raises(SystemExit, match=told):

@@ -28,6 +28,8 @@ SHORT = (*FEW, "max_steps=2")
         (["--batch-size", "8"], "--batch-size: there is no such switch; a key has no dashes: batch_size=8"),
         (["batch_size:8"], "'batch_size:8' is not KEY=VALUE; write batch_size=8"),
         (["batch_size"], "'batch_size' is not KEY=VALUE; --help lists the keys"),
+        (["run=outputs/a", "outputs/b"], "'outputs/b' is not KEY=VALUE; several values of run are one list: "
+                                         "run=[outputs/a,outputs/b]"),
         (["seed=1", "2"], "'2' is not KEY=VALUE; several values of seed are one list: seed=[1,2]"),
         (["model=tiny,"], "model=tiny, ends in a comma; write model=tiny, or quote a comma that belongs to the value: "
                           "\"model='tiny,'\""),
@@ -79,6 +81,11 @@ def test_an_unknown_setting_of_a_sweeper_has_a_near_match_among_its_own(fails: C
 def test_a_number_is_a_name_where_a_name_or_a_path_is_wanted(key: str, value: str, sweep: bool) -> None:
     (word,) = words.legal([f"{key}={value}"], sweep)
     assert OverridesParser.create().parse_override(word).value() == value
+
+
+@pytest.mark.parametrize("root", ["1e3", "007"])
+def test_a_directory_whose_name_is_a_number_is_looked_for_as_it_is_typed(root: str, fails: Callable[..., str]) -> None:
+    assert fails("data=folder", f"data.root={root}").startswith(f"data.root={root} is not a directory")
 
 
 def test_a_run_can_be_named_by_a_number(train: Callable[..., None], tmp_path: Path) -> None:
