@@ -269,7 +269,9 @@ def carry_out(
     with primary(name, saved) as place, own_hydra():
         made = look_ahead(name, place, options, [*ours, *overrides])
         GlobalHydra.instance().clear()
-        with hydra_reads(argv), left_as_found(Path() if is_sweep(rest) else made):
+        if is_sweep(rest):
+            made = words.OUTPUTS / ".sweep"
+        with hydra_reads(argv), left_as_found(made, "multirun.yaml"):
             hydra.main(version_base="1.3", config_path=place, config_name=name)(run)()
             if run.mistake:
                 raise UserError(run.mistake)

@@ -76,13 +76,20 @@ def stands(path: Path, file: TextIO) -> bool:
 
 
 @contextmanager
-def left_as_found(directory: Path) -> Iterator[None]:
-    """Where the ``with`` ends with an error, remove those of a directory and its parents that it has made, if empty."""
+def left_as_found(directory: Path, noted: str | None = None) -> Iterator[None]:
+    """Where the ``with`` ends with an error, remove those of a directory and its parents that it has made, if empty.
+
+    Args:
+        directory: the deepest of them.
+        noted: a file in it that does not count.
+    """
     missing = [place for place in (directory, *directory.parents) if not place.exists()]
     try:
         yield
     except BaseException:
         with suppress(OSError):
+            if noted and directory in missing:
+                (directory / noted).unlink(missing_ok=True)
             for place in missing:
                 place.rmdir()
         raise

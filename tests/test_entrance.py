@@ -135,6 +135,11 @@ def test_a_setting_of_hydra_without_effect_is_refused_in_a_file_as_on_the_comman
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_refused_sweep_leaves_nothing(fails: Callable[..., str], tmp_path: Path) -> None:
+    assert fails("-m", "optim.lrr=1,2") == "optim.lrr: there is no such key; did you mean optim.lr?"
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("given", [["data=folder", "data.root=no"], ["batch_size=x"], ["optim.lr=fast"]])
 @pytest.mark.parametrize("place", ["new/deep", "there/new/${name}", "there"])
 def test_a_refused_command_makes_no_directory_where_hydra_is_told_to_put_the_run(
