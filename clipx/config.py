@@ -267,7 +267,7 @@ def carry_out(
     ours = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []        # for hydra/sweeper=optuna
     argv = [f"clipx-{name}", *options, *words.HYDRA, *ours, *overrides]
     with primary(name, saved) as place, own_hydra():
-        made = look_ahead(name, place, options, [*ours, *overrides])
+        made = look_ahead(name, place, options, overrides)
         GlobalHydra.instance().clear()
         if is_sweep(rest):
             made = words.OUTPUTS / ".sweep"

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clipx import words
-from clipx.help import config_dirs
+from clipx.help import CONF, config_dirs
 from clipx.meaning import flat
 from clipx.mistyped import check_hydra
 
@@ -37,18 +37,18 @@ def look_ahead(name: str, place: str, options: Sequence[str], overrides: Sequenc
     names = [after for before, after in zip(options, options[1:], strict=False) if before in ("-cn", "--config-name")]
     root, main = place, names[-1] if names else name
     places = [f"file://{folder.absolute()}" for folder in own]
+    start = [] if place == f"pkg://{CONF}" else [f"pkg://{CONF}"]       # of a run's own config, our options
     if home := next((folder for folder in own if names and (folder / f"{main}.yaml").is_file()), None):
         root, places = str(home.absolute()), [*places, place]       # where compose looks for the primary config
-    found = [f"hydra.searchpath=[{','.join(places)}]"] if own else []
     parser = OverridesParser.create()
     single = [word for word in overrides if not parser.parse_override(word).is_sweep_override()]
     try:
-        composed = compose(main, root, [*found, *single])
+        composed = compose(main, root, [*places, *start], single)
         after = flat(OmegaConf.to_container(composed.hydra, resolve=False))
         directory = Path(composed.hydra.run.dir)
     except (HydraException, OmegaConfBaseException):
         return Path()                   # Hydra will explain it
-    before: dict[str, Any] = flat(OmegaConf.to_container(compose(name, place, []).hydra, resolve=False))
+    before: dict[str, Any] = flat(OmegaConf.to_container(compose(name, place, start, []).hydra, resolve=False))
     for key, value in after.items():
         noted = any(f"{key}.".startswith(f"{one}.") for one in NOTED)
         if not noted and before.get(key) != value:
@@ -56,10 +56,11 @@ def look_ahead(name: str, place: str, options: Sequence[str], overrides: Sequenc
     return directory
 
 
-def compose(name: str, place: str, overrides: Sequence[str]) -> DictConfig:
+def compose(name: str, place: str, places: Sequence[str], overrides: Sequence[str]) -> DictConfig:
     """A config with Hydra's settings, and clipx's directories among them."""
     package = place.removeprefix("pkg://")
     start = (hydra.initialize_config_module(package, version_base="1.3") if package != place
              else hydra.initialize_config_dir(place, version_base="1.3"))
     with start:
-        return hydra.compose(name, [words.HYDRA[0], *overrides], return_hydra_config=True)
+        found = [f"hydra.searchpath=[{','.join(places)}]"] if places else []
+        return hydra.compose(name, [words.HYDRA[0], *found, *overrides], return_hydra_config=True)

@@ -52,6 +52,17 @@ def test_a_mistake_is_refused_before_torch_is_imported(
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1
 
 
+def test_a_runs_own_config_may_be_placed_and_have_options_of_ones_own(
+    early: Path, fails: Callable[..., str], tmp_path: Path  # noqa: F811
+) -> None:
+    (tmp_path / "mine").mkdir()
+    told = "batch_size='x': should be a valid integer, unable to parse string as an integer"
+    given = ("config=outputs/early/config.yaml", "name=again", "batch_size=x")
+    for more in ((), ("hydra.run.dir=new",), ("--config-dir", "mine")):
+        assert fails(*more, *given) == told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "outputs"]
+
+
 def test_a_checkpoint_whose_config_cannot_be_read_early_is_left_to_training(
     early: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
