@@ -127,7 +127,7 @@ def test_hugging_faces_own_directory_comes_back_with_the_tensors_that_it_had(exp
         (["to=hf", "out=new"], "run has no value; add run=..."),
         (["to=hf", "run=w.pt", "out=w.pt"], "out=w.pt is there already; name a new directory"),
         (["to=hf", "run=w.pt", "out=w.pt/new", "act=gelu"], "out=w.pt/new cannot be written: File exists"),
-        (["to=hf", "run=none", "out=new"], "run=none: there is no such run, checkpoint or weights"),
+        (["to=hf", "run=none", "out=new"], "run=none: there is no such run, checkpoint or weights; there is w.pt"),
         (["to=hf", "run=w.pt", "out=new"], "w.pt does not say its activation; add act=quick_gelu for OpenAI's weights "
                                            "and open_clip's -quickgelu models, act=gelu for open_clip's others"),
         (["too=hf", "run=w.pt", "out=new"], "too: there is no such key; did you mean to?"),
