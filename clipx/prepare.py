@@ -62,8 +62,11 @@ def check_shards(config: Prepare, tars: Tars, workers: int) -> tuple[Path, str]:
     """Index shards that are there, and with ``verify=true`` read them all.
 
     Raises:
-        UserError: training would stop at one of them.
+        UserError: training would stop at one of them, or a key has no effect.
     """
+    if tars.caption_key is not None and not config.verify:
+        raise UserError(f"source.caption_key={tars.caption_key} has no effect on an index; add verify=true, which "
+                        "reads captions, or leave it out")
     whole, bad = tars, 0
     if config.verify:
         beside = tars.root if os.access(tars.root, os.W_OK) else temporary_dir()

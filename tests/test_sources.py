@@ -12,7 +12,7 @@ import pillow_heif
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import picture
+from conftest import picture, write_tar
 from PIL import Image
 from test_prepare import SOURCES, dropped, everything, samples, save, sizes, words_of
 
@@ -178,6 +178,12 @@ def test_files_that_a_system_leaves_in_a_folder_are_no_pictures(
     save(tmp_path / "a/._0000.txt", b"\0\5\x16\7\xff")
     prepare("source=folder", "src=a", "out=o")
     assert sizes(tmp_path / "o") == [1] and dropped(tmp_path / "o") == {}
+
+
+def test_a_caption_key_without_verify_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    write_tar(tmp_path / "s/a.tar", [("1.jpg", picture(1, "jpeg")), ("1.json", b'{"title": "a"}')])
+    assert refused("source=shards", "src=s", "source.caption_key=title").startswith(
+        "source.caption_key=title has no effect on an index; add verify=true")
 
 
 TEXT = "only on tables of text (.csv, .tsv); leave it out"
