@@ -10,7 +10,7 @@ HOMES = {
     "CLIP": "clipx.models.clip",
     "clip_vit_b32": "clipx.models.clip",
     "clip_small": "clipx.models.clip",
-    "load": "clipx.loading",
+    "load": "clipx.weights.load",
     "SimpleTokenizer": "clipx.tokenizer",
     "get_image_transform": "clipx.data.images",
     "zero_shot_eval": "clipx.evals.zero_shot",

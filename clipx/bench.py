@@ -8,8 +8,10 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveFloat, PositiveInt
 
-from clipx.config import Train, command, resolve
-from clipx.schema import check_call
+from clipx.config.cli import command
+from clipx.config.resolve import resolve
+from clipx.config.schema import TrainConfig
+from clipx.config.validate import check_call
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def main() -> None:
     command("bench", bench)
 
 
-def split(composed: DictConfig) -> tuple[Bench, Train]:
+def split(composed: DictConfig) -> tuple[Bench, TrainConfig]:
     """Bench's own keys, and the config of the run that is measured.
 
     Raises:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from clipx.config import command, resolve
+from clipx.config.cli import command
+from clipx.config.resolve import resolve
 from clipx.errors import UserError
 
 
@@ -24,7 +25,9 @@ def check(composed: DictConfig, directory: Path) -> None:
         UserError: the run would fail.
     """
     config = resolve(composed)
-    from clipx.findings import examine  # torch comes in here, so that --help and mistakes in the config answer at once
+    from clipx.tools.findings import (
+        examine,  # torch comes in here, so that --help and mistakes in the config answer at once
+    )
 
     wrong = examine(config, directory)
     if wrong:

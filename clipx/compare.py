@@ -14,9 +14,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from clipx.console import lasting
-from clipx.direction import Mode, mode_of
-from clipx.runs import nearby
+from clipx.config.console import lasting
+from clipx.config.runs import nearby
+from clipx.training.direction import Mode, mode_of
 
 Row = dict[str, Any]
 

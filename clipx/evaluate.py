@@ -4,9 +4,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from clipx.config import Evaluate, command, resolve, typed
+from clipx.config.cli import command
+from clipx.config.resolve import resolve, typed
+from clipx.config.runs import check_there, named
+from clipx.config.schema import EvaluateConfig
 from clipx.errors import UserError
-from clipx.runs import check_there, named
 
 
 def main() -> None:
@@ -21,10 +23,10 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
         composed: the config, as Hydra composes it.
         directory: where results go that can stand beside nothing, since the weights are no file.
     """
-    for run in named(typed(composed, Evaluate)["run"]):
+    for run in named(typed(composed, EvaluateConfig)["run"]):
         check_there("run", run)
-    config = resolve(composed, Evaluate)
-    from clipx.score import score  # torch comes in here, so that --help and mistakes in the config answer at once
+    config = resolve(composed, EvaluateConfig)
+    from clipx.tools.score import score  # torch comes in here, so that --help and mistakes in the config answer at once
 
     try:
         score(config, directory)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from clipx.config import Export, command, resolve
+from clipx.config.cli import command
+from clipx.config.resolve import resolve
+from clipx.config.runs import check_there
+from clipx.config.schema import ExportConfig
 from clipx.errors import UserError
-from clipx.runs import check_there
 
 if TYPE_CHECKING:       # torch comes in with the work, so that --help and mistakes in the config answer at once
     from PIL import Image
@@ -49,7 +51,7 @@ def export(composed: DictConfig, directory: Path) -> None:
     Raises:
         UserError: what there is cannot be written so, or the other project does not compute the same from it.
     """
-    config = resolve(composed, Export)
+    config = resolve(composed, ExportConfig)
     module, package = NEEDS[config.to]
     if importlib.util.find_spec(module) is None:
         raise UserError(f"to={config.to} needs {module}; install it with: pip install {package}")
@@ -57,7 +59,7 @@ def export(composed: DictConfig, directory: Path) -> None:
     if out.exists():
         raise UserError(f"out={config.out} is there already; name a new directory")
     check_there("run", config.run)
-    from clipx.loading import load
+    from clipx.weights.load import load
 
     model, _, _ = load(config.run, trust=config.trust, act=config.act)
     try:
@@ -76,8 +78,8 @@ def export(composed: DictConfig, directory: Path) -> None:
 
 def write_open_clip(model: "CLIP", out: Path) -> None:
     from clipx.data.images import MEAN, STD
-    from clipx.loading import described
-    from clipx.weights import OPEN_CLIP, open_clip_config
+    from clipx.weights.convert import OPEN_CLIP, open_clip_config
+    from clipx.weights.load import described
 
     pixels = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     write_json(out / OPEN_CLIP, {"model_cfg": open_clip_config(described(model)), "preprocess_cfg": pixels})
@@ -87,9 +89,9 @@ def write_open_clip(model: "CLIP", out: Path) -> None:
 def write_hugging_face(model: "CLIP", out: Path) -> None:
     """The layout that OpenAI's own models have there: every version of transformers opens it."""
     from clipx.data.images import MEAN, STD
-    from clipx.loading import described
     from clipx.tokenizer import END, open_clip_tokenizer
-    from clipx.weights import HUGGING_FACE, hugging_face_config, to_hugging_face
+    from clipx.weights.convert import HUGGING_FACE, hugging_face_config, to_hugging_face
+    from clipx.weights.load import described
 
     node = described(model)
     if node["text"]["vocab"] != END + 1:
@@ -135,7 +137,7 @@ def check_same_weights(model: "CLIP", out: Path) -> None:
     """
     from torch import equal
 
-    from clipx.loading import find
+    from clipx.weights.load import find
 
     found, own = find(out).state, model.state_dict()
     different = sorted(name for name in own if name not in found or not equal(found[name], own[name].float()))

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
-from clipx.config import command, resolve
+from clipx.config.cli import command
+from clipx.config.resolve import resolve
+from clipx.config.runs import check_there
 from clipx.errors import UserError
-from clipx.runs import check_there
 
 logger = logging.getLogger("clipx")
 
@@ -52,7 +53,7 @@ def predict(composed: DictConfig, directory: Path) -> None:
     if (config.texts is None) == (config.search is None):
         raise UserError('give either texts="a cat,a dog", to score each picture, or search="a red car", to find some')
     check_there("run", config.run)
-    from clipx.predictions import encode_pictures, score, search, show, texts_of
+    from clipx.tools.predictions import encode_pictures, score, search, show, texts_of
 
     texts = None if config.texts is None else texts_of(config.texts)
     found = encode_pictures(config.run, config.images, config.device, config.workers, config.trust, config.act)

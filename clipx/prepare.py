@@ -8,14 +8,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from clipx.build import build
-from clipx.config import Prepare, command, resolve
+from clipx.config.cli import command
+from clipx.config.instantiate import build
+from clipx.config.resolve import resolve
+from clipx.config.schema import PrepareConfig
 from clipx.cores import usable_cores
-from clipx.data.index import temporary_dir
-from clipx.data.layouts import Layout, Tars
-from clipx.data.pack import Packing, pack
-from clipx.data.report import tell
-from clipx.data.verify import index, verify
+from clipx.data.prepare.layouts import Layout, Tars
+from clipx.data.prepare.pack import Packing, pack
+from clipx.data.prepare.report import tell
+from clipx.data.prepare.verify import index, verify
+from clipx.data.tar.index import temporary_dir
 from clipx.errors import UserError
 
 logger = logging.getLogger("clipx")
@@ -33,7 +35,7 @@ def prepare(composed: DictConfig, directory: Path) -> None:
         composed: the config, as Hydra composes it.
         directory: of a run; shards go where ``out`` says.
     """
-    config = resolve(composed, Prepare)
+    config = resolve(composed, PrepareConfig)
     workers = usable_cores() if config.workers == "auto" else config.workers
     try:
         found = build(config.source, "source")(config.src)
@@ -47,7 +49,7 @@ def prepare(composed: DictConfig, directory: Path) -> None:
     logger.info("next      python -m clipx.train model=small data=%s %s", name, shlex.quote(f"data.root={root}"))
 
 
-def make_shards(config: Prepare, layout: Layout, workers: int) -> tuple[Path, str]:
+def make_shards(config: PrepareConfig, layout: Layout, workers: int) -> tuple[Path, str]:
     """Write shards and tell what they hold; gives back where they are, and the data config that reads them."""
     if config.out is None:
         raise UserError("out has no value; add out=DIR, a new directory")
@@ -58,7 +60,7 @@ def make_shards(config: Prepare, layout: Layout, workers: int) -> tuple[Path, st
     return out, source if source in ("coco", "cc3m", "flickr30k") else "shards"
 
 
-def check_shards(config: Prepare, tars: Tars, workers: int) -> tuple[Path, str]:
+def check_shards(config: PrepareConfig, tars: Tars, workers: int) -> tuple[Path, str]:
     """Index shards that are there, and with ``verify=true`` read them all.
 
     Raises:

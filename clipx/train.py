@@ -7,11 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from clipx.build import build
-from clipx.config import call, command, resolve, typed
-from clipx.direction import mode_of
-from clipx.meaning import check_kept
-from clipx.schema import check_node
+from clipx.config.cli import call, command
+from clipx.config.instantiate import build
+from clipx.config.resolve import resolve, typed
+from clipx.config.validate import check_node
+from clipx.training.direction import mode_of
+from clipx.training.kept import check_kept
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def train(composed: DictConfig, directory: Path) -> float | None:
     config = resolve(composed)
     for tag in filter(None, (config.best, config.objective)):
         mode_of(tag, config.mode)
-    from clipx import run as training  # torch comes in here: --help and mistakes in the config answer at once
+    from clipx.training import run as training  # torch comes in here: --help and mistakes in the config answer at once
 
     return training.run(config, directory)
 

@@ -23,6 +23,6 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from clipx.tune import tune
+        from clipx.config.tune import tune
 
         tune(self.settings, self.config, list(arguments), self.launcher, self.loader)

@@ -140,7 +140,7 @@ def summary(run: Path) -> dict:
 
 
 def assert_same_state(a: Path, b: Path) -> None:
-    from clipx import checkpoint
+    from clipx.weights import checkpoint
 
     one, two = (checkpoint.read(run / "checkpoints" / "clip_last.pt") for run in (a, b))
     for part in ("model_state_dict", "optimizer", "scaler", "step", "samples", "rng", "best", "skipped", "plan"):

@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT, in_process, once
 from hydra import compose, initialize_config_module
 
-from clipx import measure
-from clipx.config import Train, resolve
+from clipx.config.resolve import resolve
+from clipx.config.schema import TrainConfig
+from clipx.tools import measure
 from clipx.tools.bench import report_bound
 
 FEW = ("data=dummy", "data.samples=80", "data.val_samples=4", "batch_size=16", "workers=1", "rounds=1", "steps=2",
@@ -32,7 +33,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return run
 
 
-def config_of(*words: str) -> Train:
+def config_of(*words: str) -> TrainConfig:
     with initialize_config_module("clipx.conf", version_base="1.3"):
         return resolve(compose("train", list(words)))
 

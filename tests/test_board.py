@@ -16,8 +16,8 @@ from conftest import FEW, summary
 from open_clip.loss import ClipLoss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clipx.board import LAYOUT, row_of
 from clipx.evals.features import Features, pair_loss
+from clipx.training.tensorboard import LAYOUT, row_of
 
 NO_BROWSER = shutil.which("chromedriver") is None and "CI" not in os.environ
 

@@ -19,16 +19,17 @@ import pytest
 import torch
 from conftest import ROOT, write_tar
 
-from clipx.data import cache as room
-from clipx.data import catalogue, stores
-from clipx.data.cache import Cache
+from clipx.data import catalogue
 from clipx.data.images import TrainCrop
 from clipx.data.loader import Chunk, TrainReader, read, train_ranges
 from clipx.data.mix import open_mix
 from clipx.data.plan import Plan, Window
+from clipx.data.remote import cache as room
+from clipx.data.remote import stores
+from clipx.data.remote.cache import Cache
 from clipx.data.sample import Data
 from clipx.data.shards import open_shards
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
 from clipx.tokenizer import SimpleTokenizer
 
 TOKENIZER = SimpleTokenizer()

@@ -15,11 +15,13 @@ import torch
 from conftest import in_process, once, picture, write_tar
 from PIL import Image
 
-from clipx import machine
-from clipx.build import build
-from clipx.config import Train, resolve
+from clipx.config.instantiate import build
+from clipx.config.resolve import resolve
+from clipx.config.schema import TrainConfig
 from clipx.data.shards import open_shards
-from clipx.run import AMP, fresh_state
+from clipx.devices import PRECISIONS
+from clipx.tools import machine
+from clipx.training.run import fresh_state
 
 FEW = ("batch_size=8", "model.image.depth=1", "model.text.depth=1", "device=cpu")
 MADE_UP = ("data=dummy", "data.samples=40", "data.val_samples=20", "epochs=20", *FEW)
@@ -52,7 +54,7 @@ def files(root: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
-def composed(*given: str) -> Train:
+def composed(*given: str) -> TrainConfig:
     with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
         return resolve(hydra.compose("check", list(given)))
 
@@ -273,7 +275,7 @@ def test_a_read_only_place_is_told(check: Check, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("words", [[], ["amp=bf16"], ["grad_checkpoint=true"], ["loss.same=mask"]])
 def test_the_activations_of_a_batch_are_those_that_tiny_batches_foretell(words: list[str]) -> None:
     config = composed(*MADE_UP, *words)
-    model, loss_of, amp = fresh_state(config, torch.device("cpu")).model, build(config.loss), AMP[config.amp]
+    model, loss_of, amp = fresh_state(config, torch.device("cpu")).model, build(config.loss), PRECISIONS[config.amp]
     for size in (8, 64):
         model.set_grad_checkpoint(config.grad_checkpoint)
         real = machine.saved_bytes(model, loss_of, amp, 20, size)

@@ -7,10 +7,11 @@ from typing import IO, Any
 import pytest
 import torch
 
-from clipx import checkpoint, load
-from clipx.checkpoint import CheckpointError, Saver, checksum, read, save
+from clipx import load
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode
+from clipx.weights import checkpoint
+from clipx.weights.checkpoint import CheckpointError, Saver, checksum, read, save
 
 CONTENT = {"model_state_dict": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1, dtype=torch.int64)}, "step": 3}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clipx import cores
-from clipx.run import pick_workers
+from clipx.devices import select_workers
 
 V1 = "12:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n1:name=systemd:/docker/a"
 
@@ -44,7 +44,7 @@ def test_a_cpu_quota_bounds_the_cores(tmp_path: Path, own: str, files: dict[str,
     for name, text in files.items():
         save(tmp_path / "groups" / name, text)
     assert cores.usable_cores() == expected
-    assert pick_workers("auto") == min(8, max(1, expected // 2))
+    assert select_workers("auto") == min(8, max(1, expected // 2))
 
 
 def test_without_control_groups_the_cores_are_those_of_the_affinity() -> None:

@@ -17,8 +17,8 @@ from clipx.data.images import decode
 from clipx.data.mix import open_mix
 from clipx.data.sample import BadSample, hold_out
 from clipx.data.shards import open_shards
-from clipx.data.tar import DataError
-from clipx.findings import check_data
+from clipx.data.tar.headers import DataError
+from clipx.tools.findings import check_data
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 from conftest import FEW, summary
 
 from clipx import compare, load
-from clipx.after_step import AfterStep
-from clipx.checkpoint import read
-from clipx.direction import is_better, mode_of
 from clipx.errors import UserError
 from clipx.evals.validation import Validation
+from clipx.training.callbacks import AfterStep
+from clipx.training.direction import is_better, mode_of
+from clipx.weights.checkpoint import read
 
 
 @pytest.mark.parametrize(("tag", "mode"), [
@@ -66,7 +66,7 @@ def test_a_best_that_an_earlier_version_took_for_high_is_not_kept(
             super().run_save(state, kinds)
 
     with monkeypatch.context() as patch:
-        patch.setattr("clipx.run.AfterStep", Older)
+        patch.setattr("clipx.training.run.AfterStep", Older)
         train(*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1", "stop_at=1")
     train(*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1")
     assert summary(tmp_path / "outputs/x")["best"]["value"] == 1.0

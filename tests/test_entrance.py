@@ -7,7 +7,8 @@ import pytest
 from conftest import FEW, in_process
 from test_resume import EARLY, early  # noqa: F401
 
-from clipx import meaning, peek
+from clipx.config import meaning
+from clipx.weights import peek
 
 RUN = "outputs/early/checkpoints/clip_last.pt"
 NONE = "there is no such run, checkpoint or weights; there is outputs/early"
@@ -102,7 +103,7 @@ def test_only_what_no_conversion_makes_equal_is_surely_another_value(one: object
 
 
 def test_of_many_runs_those_of_like_names_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clipx.runs import nearby
+    from clipx.config.runs import nearby
 
     monkeypatch.chdir(tmp_path)
     assert nearby(Path("outputs/x")) == ""

@@ -16,19 +16,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_check import check  # noqa: F401, the fixture
 from test_zero_shot import class_folders, class_shards
 
-from clipx import checkpoint
+from clipx.config.runs import named
 from clipx.data.dummy import Dummy
 from clipx.evals import encoder
 from clipx.evals.linear_probe import LinearProbe
 from clipx.evals.retrieval import retrieval
 from clipx.evals.validation import Validation
 from clipx.evals.zero_shot import ZeroShot
-from clipx.log import SilentLog
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-from clipx.runs import named
 from clipx.tokenizer import SimpleTokenizer
+from clipx.training.logs import SilentLog
+from clipx.weights import checkpoint
 
 DUMMY = ("data=dummy", "data.val_samples=20", "workers=0", "device=cpu")
 Evaluate = Callable[..., str]
@@ -141,7 +141,7 @@ def test_runs_are_headed_by_names_that_tell_them_apart(given: str | list[str], n
 
 
 def test_two_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
-    code = ("import sys; from pathlib import Path; from clipx.score import merged\n"
+    code = ("import sys; from pathlib import Path; from clipx.tools.score import merged\n"
             "for number in range(40):\n"
             "    with merged(Path('metrics.json')) as found: found[f'{sys.argv[1]}-{number}'] = number\n")
     started = [subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path) for name in "ab"]

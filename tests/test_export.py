@@ -19,8 +19,8 @@ from clipx import export as export_room
 from clipx import load
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode
-from clipx.loading import described
 from clipx.models.clip import CLIP
+from clipx.weights.load import described
 
 Export = Callable[..., None]
 
@@ -144,7 +144,7 @@ def test_what_a_format_cannot_say_is_refused(
 ) -> None:
     model, *rest = load(weights, act="gelu")
     model.text.act = "quick_gelu"
-    monkeypatch.setattr("clipx.loading.load", lambda *_, **__: (model, *rest))
+    monkeypatch.setattr("clipx.weights.load.load", lambda *_, **__: (model, *rest))
     message = refuses("run=w.pt", "to=open_clip", "out=new")
     assert message == ("open_clip has one activation for both towers, and here model.image.act=gelu and "
                        "model.text.act=quick_gelu")

@@ -29,7 +29,7 @@ from clipx.data.images import TrainCrop
 from clipx.data.loader import TRIES, Chunk, TrainReader, read, train_ranges
 from clipx.data.plan import Plan
 from clipx.data.shards import open_shards
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
 from clipx.evals import encoder as encoder_room
 from clipx.tokenizer import SimpleTokenizer
 

@@ -11,16 +11,16 @@ import torch.multiprocessing
 from conftest import in_process
 from torch import Tensor, nn
 
-from clipx.batch import parts_of
 from clipx.data.dummy import open_dummy
 from clipx.data.images import TrainCrop
 from clipx.data.loader import Chunk, TrainReader, train_ranges
-from clipx.gradient import Encoder, backward
 from clipx.loss import clip_loss
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
+from clipx.training.batch import parts_of
+from clipx.training.step import Encoder, backward
 
 CPU = torch.device("cpu")
 
@@ -171,7 +171,7 @@ def test_ranks_give_the_loss_and_the_gradient_of_one(world: int, tmp_path: Path)
 def test_a_batch_that_does_not_fit_names_a_micro_batch_that_may(tmp_path: Path) -> None:
     code = (
         "import resource, sys, torch; torch.set_num_threads(1)\n"
-        "from clipx.train import main; import clipx.run, psutil\n"
+        "from clipx.train import main; import clipx.training.run, psutil\n"
         "resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 1_400_000_000,) * 2)\n"
         "sys.argv = ['clipx.train', *sys.argv[1:]]; main()"
     )

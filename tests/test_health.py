@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from conftest import FEW, lines
 
-from clipx import health as room
 from clipx.data.dummy import Dummy
-from clipx.health import Doctor, effective_rank, health
-from clipx.loop import Numbers
+from clipx.training import health as room
+from clipx.training.health import Doctor, effective_rank, health
+from clipx.training.loop import Numbers
 
 
 def numbers(image: torch.Tensor, text: torch.Tensor, scale: float = 14.0) -> Numbers:

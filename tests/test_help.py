@@ -12,13 +12,13 @@ import pytest
 import yaml
 from conftest import ROOT, in_process
 
-from clipx.config import Evaluate, Export, Prepare, Train
-from clipx.help import page
+from clipx.config.arguments import GROUPS, completable
+from clipx.config.help import page
+from clipx.config.schema import EvaluateConfig, ExportConfig, PrepareConfig, TrainConfig
 from clipx.predict import Predict
-from clipx.words import GROUPS, completable
 
-SCHEMAS = {"train": Train, "check": Train, "bench": Train, "evaluate": Evaluate, "prepare": Prepare, "export": Export,
-           "predict": Predict}
+SCHEMAS = {"train": TrainConfig, "check": TrainConfig, "bench": TrainConfig, "evaluate": EvaluateConfig,
+           "prepare": PrepareConfig, "export": ExportConfig, "predict": Predict}
 OF_GROUPS = {"train": {*GROUPS} - {"source"}, "check": {*GROUPS} - {"source"}, "bench": {*GROUPS} - {"source"},
              "evaluate": {"data", "evals"}, "prepare": {"source"}, "export": set(), "predict": set()}
 

@@ -10,8 +10,8 @@ import webdataset
 from conftest import write_tar
 
 from clipx.data.catalogue import open_catalogue
-from clipx.data.index import KEY, in_home, make_index, read_head, read_table, scan, temporary_dir
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
+from clipx.data.tar.index import KEY, in_home, make_index, read_head, read_table, scan, temporary_dir
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 LONG = "a folder/" + "deep/" * 30 + "a very long name" * 8

@@ -16,8 +16,8 @@ from joblib import Parallel, cpu_count, delayed
 
 def share():
     from clipx.cores import one_of_several_jobs, usable_cores
-    from clipx.run import pick_workers
-    return torch.get_num_threads(), usable_cores(), pick_workers("auto"), one_of_several_jobs()
+    from clipx.devices import select_workers
+    return torch.get_num_threads(), usable_cores(), select_workers("auto"), one_of_several_jobs()
 
 jobs = Parallel(2)(delayed(share)() for _ in "ab")
 print(json.dumps([cpu_count(), [os.environ.get("OMP_NUM_THREADS"), *share()], *jobs]))
@@ -37,8 +37,8 @@ def test_each_of_two_jobs_has_half_of_the_cores(tmp_path: Path) -> None:
 def test_an_error_comes_whole_from_another_process(error: str) -> None:
     import pickle
 
-    from clipx.after_step import BadStep, Diverged
     from clipx.errors import Interrupted
+    from clipx.training.callbacks import BadStep, Diverged
 
     sent = eval(error, {"Interrupted": Interrupted, "Diverged": Diverged, "BadStep": BadStep})
     came = pickle.loads(pickle.dumps(sent))

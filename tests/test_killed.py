@@ -14,7 +14,7 @@ import pytest
 from conftest import assert_same_state, lines, once, summary
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clipx.checkpoint import read
+from clipx.weights.checkpoint import read
 
 STEPS, SAVED = 200, 7           # steps of the run, and those between two saves
 SMALL = (

@@ -17,7 +17,7 @@ from clipx.data.images import TrainCrop, decode
 from clipx.data.loader import Chunk, EvalReader, TrainReader, cut, read, steps, train_ranges
 from clipx.data.plan import Plan
 from clipx.data.shards import open_shards
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer

@@ -12,9 +12,8 @@ from conftest import ROOT
 from torch import Tensor
 
 import clipx
-from clipx.build import build
-from clipx.compiled import Compiled, compiled
-from clipx.config import resolve
+from clipx.config.instantiate import build
+from clipx.config.resolve import resolve
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode, get_image_transform
 from clipx.loss import clip_loss
@@ -23,6 +22,7 @@ from clipx.models.packed import EDGES, pack
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
+from clipx.training.compile import Compiled, compiled
 
 
 def real_batch(size: int, count: int = 4) -> tuple[Tensor, Tensor]:

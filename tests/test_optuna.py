@@ -24,10 +24,10 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from clipx.config import Train
+from clipx.config.arguments import legal
+from clipx.config.schema import TrainConfig
+from clipx.config.tune import propose
 from clipx.errors import Interrupted, UserError
-from clipx.tune import propose
-from clipx.words import legal
 
 TAG = "val/retrieval/mean_recall"
 SPACE = "optim.lr=tag(log,interval(1e-6,1e-1))"
@@ -55,9 +55,9 @@ class Pretended:
 
     def __init__(self) -> None:
         self.ran: list[tuple[str, Any]] = []
-        self.before: Callable[[Train], None] = lambda config: None
+        self.before: Callable[[TrainConfig], None] = lambda config: None
 
-    def __call__(self, config: Train, directory: Path) -> float | None:
+    def __call__(self, config: TrainConfig, directory: Path) -> float | None:
         self.ran.append((directory.name, config.stop_at))
         self.before(config)
         lr = config.optim["lr"]
@@ -73,7 +73,7 @@ class Pretended:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     runs = Pretended()
-    monkeypatch.setattr("clipx.run.run", runs)
+    monkeypatch.setattr("clipx.training.run.run", runs)
     return runs
 
 
@@ -124,7 +124,7 @@ def test_a_search_that_is_broken_off_proposes_what_an_unbroken_one_does(
     names = [trial.params for trial in trials()]
     (FOUND / "optuna.journal").unlink()
 
-    def stops(config: Train) -> None:
+    def stops(config: TrainConfig) -> None:
         if len(pretended.ran) in (2, 7, 12):
             raise Interrupted(0)
 
@@ -155,7 +155,7 @@ def test_halving_lets_the_better_half_go_on(
 def test_a_failed_trial_ends_no_other_and_is_told_at_the_end(
     search: Callable[..., tuple[list[str], str]], pretended: Pretended
 ) -> None:
-    def fails(config: Train) -> None:
+    def fails(config: TrainConfig) -> None:
         if config.optim["lr"] == 3:
             raise UserError("it is too fast")
 
@@ -171,7 +171,7 @@ def test_a_failed_trial_ends_no_other_and_is_told_at_the_end(
 def test_where_all_have_failed_the_same_words_try_again(
     search: Callable[..., tuple[list[str], str]], pretended: Pretended
 ) -> None:
-    def fails(config: Train) -> None:
+    def fails(config: TrainConfig) -> None:
         raise UserError("the disk is full")
 
     pretended.before, mended = fails, pretended.before
@@ -290,7 +290,7 @@ def test_a_mistake_ends_in_a_line(
         fcntl.flock(held, fcntl.LOCK_EX)
         assert search(SPACE)[1].startswith("another process searches in outputs/sweeps/s; name=... starts a search of")
 
-    monkeypatch.delitem(sys.modules, "clipx.tune")
+    monkeypatch.delitem(sys.modules, "clipx.config.tune")
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert search(SPACE)[1] == 'hydra/sweeper=optuna searches with Optuna; pip install "clipx[optuna]"'
 

@@ -22,9 +22,10 @@ import yaml
 from conftest import ROOT, in_process, picture, write_tar
 from PIL import Image
 
-from clipx.build import build, locate
-from clipx.config import Prepare, resolve
-from clipx.data import pack
+from clipx.config.instantiate import build, locate
+from clipx.config.resolve import resolve
+from clipx.config.schema import PrepareConfig
+from clipx.data.prepare import pack
 from clipx.data.sample import Sample
 from clipx.data.shards import open_shards
 
@@ -78,9 +79,9 @@ def sizes(out: Path, split: str = "train") -> list[int]:
 # ---------------------------------------------------------------- config
 
 
-def composed(*given: str) -> Prepare:
+def composed(*given: str) -> PrepareConfig:
     with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
-        return resolve(hydra.compose("prepare", list(given)), Prepare)
+        return resolve(hydra.compose("prepare", list(given)), PrepareConfig)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf/source").glob("*.yaml")), ids=lambda path: path.stem)
@@ -95,7 +96,8 @@ def test_every_source_composes_and_restates_the_defaults_of_what_it_calls(path: 
 
 def test_prepare_yaml_states_every_key_of_the_schema_and_the_help_every_source(tmp_path: Path) -> None:
     stated = yaml.safe_load((ROOT / "conf/prepare.yaml").read_text())
-    assert set(stated) - {"defaults", "hydra"} == {field.name for field in fields(Prepare)} - {"choices", "varied"}
+    keys = {field.name for field in fields(PrepareConfig)} - {"choices", "varied"}
+    assert set(stated) - {"defaults", "hydra"} == keys
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     shown = in_process("-m", "clipx.prepare", "--help", cwd=tmp_path).stdout
     assert all(path.stem in shown for path in (ROOT / "conf/source").glob("*.yaml"))

@@ -19,19 +19,19 @@ from conftest import FEW, assert_same_state, in_process, lines, once, summary
 from test_killed import until
 
 from clipx import distributed
-from clipx.checkpoint import CheckpointError, read
-from clipx.config import resolve
+from clipx.config.resolve import resolve
 from clipx.data.dummy import Dummy
 from clipx.errors import UserError
 from clipx.evals.naming import naming
 from clipx.evals.retrieval import retrieval
 from clipx.evals.validation import Validation
-from clipx.log import SilentLog
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-from clipx.resume import restore
 from clipx.tokenizer import SimpleTokenizer
+from clipx.training.logs import SilentLog
+from clipx.training.resume import restore
+from clipx.weights.checkpoint import CheckpointError, read
 
 WORDS = [word for word in FEW if not word.startswith(("eval_every", "data.samples"))]
 RUN = (*WORDS, "data.samples=400", "eval_every=20", "save_every=5", "max_steps=60", "name=x")

@@ -19,10 +19,11 @@ import torch
 import yaml
 from conftest import FEW, ROOT, assert_same_state, lines, summary
 
-from clipx import distributed, gradient, lock, log, run
-from clipx.checkpoint import read
+from clipx import distributed
 from clipx.data.loader import train_ranges
-from clipx.loop import State
+from clipx.training import lock, logs, run, step
+from clipx.training.loop import State
+from clipx.weights.checkpoint import read
 
 Train = Callable[..., None]
 Fails = Callable[..., str]
@@ -37,14 +38,14 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Lets something happen in a run when a step is logged."""
 
     def plan(step: int, happen: Callable[[], None]) -> None:
-        scalars = log.RunLog.scalars
+        scalars = logs.RunLog.scalars
 
-        def happening(self: log.RunLog, numbers: dict, at: int, samples: int) -> None:
+        def happening(self: logs.RunLog, numbers: dict, at: int, samples: int) -> None:
             scalars(self, numbers, at, samples)
             if at == step and "train/loss" in numbers:
                 happen()
 
-        monkeypatch.setattr(log.RunLog, "scalars", happening)
+        monkeypatch.setattr(logs.RunLog, "scalars", happening)
 
     return plan
 
@@ -225,7 +226,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
     """Puts NaN into the pictures of the batches that begin at some positions, whenever they come."""
 
     def spread(positions: set[int]) -> None:
-        batches, normalise, bad = run.batches_of, gradient.Normalise.__call__, [False]
+        batches, normalise, bad = run.batches_of, step.Normalise.__call__, [False]
 
         def noted(job: run.Job, state: State) -> Iterator:
             for chunks in batches(job, state):
@@ -233,7 +234,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
                 yield chunks
 
         monkeypatch.setattr(run, "batches_of", noted)
-        monkeypatch.setattr(gradient.Normalise, "__call__",
+        monkeypatch.setattr(step.Normalise, "__call__",
                             lambda self, images: normalise(self, images) * (math.nan if bad[0] else 1))
 
     return spread
@@ -376,7 +377,7 @@ def test_a_file_that_may_not_be_read_is_named_itself(
 
 
 def test_one_process_at_a_time_trains_in_a_directory(train: Train, fails: Fails, tmp_path: Path) -> None:
-    hold = ("import sys; from pathlib import Path; from clipx.lock import locked\n"
+    hold = ("import sys; from pathlib import Path; from clipx.training.lock import locked\n"
             "with locked(Path('outputs/x')): print('held', flush=True); sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
@@ -454,12 +455,12 @@ def test_a_summary_that_cannot_be_read_is_written_again(train: Train, tmp_path: 
 def test_a_run_whose_directory_is_taken_away_ends_in_one_line(
     fails: Fails, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, save_every: str
 ) -> None:
-    def take_away(self: log.RunLog, step: int, _numbers: dict) -> None:
+    def take_away(self: logs.RunLog, step: int, _numbers: dict) -> None:
         if step == 3:
             self.tensorboard.flush()
             self.directory.rename(tmp_path / "elsewhere")
 
-    monkeypatch.setattr(log.RunLog, "progress", take_away)
+    monkeypatch.setattr(logs.RunLog, "progress", take_away)
     assert fails(*FEW, "name=x", "max_steps=9", f"save_every={save_every}").startswith(
         "outputs/x was moved or deleted during the run")
 

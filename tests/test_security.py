@@ -23,22 +23,23 @@ import torch
 from conftest import ROOT, picture, write_tar
 from PIL import EpsImagePlugin, Image
 
-from clipx import checkpoint, load
-from clipx.build import build, locate
-from clipx.checkpoint import CheckpointError
+from clipx import load
+from clipx.config.instantiate import build, locate
 from clipx.data import sample as sample_room
 from clipx.data.catalogue import open_catalogue
-from clipx.data.encode import look, read_file
 from clipx.data.folder import open_folder
 from clipx.data.images import decode, get_image_transform
-from clipx.data.index import make_index, read_head, read_table, scan, successes
 from clipx.data.loader import EvalReader
+from clipx.data.prepare.encode import look, read_file
+from clipx.data.remote.stores import download
 from clipx.data.sample import BadSample, hold_out
 from clipx.data.shards import open_shards
-from clipx.data.stores import download
-from clipx.data.tar import MOST_HEADER, DataError
+from clipx.data.tar.headers import MOST_HEADER, DataError
+from clipx.data.tar.index import make_index, read_head, read_table, scan, successes
 from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
+from clipx.weights import checkpoint
+from clipx.weights.checkpoint import CheckpointError
 
 CODE = sorted((ROOT / "clipx").rglob("*.py"))
 
@@ -154,9 +155,9 @@ def checkpoint_of(path: Path, node: object) -> Path:
         ({"_target_": "os.system", "command": "touch {ran}"}, "os.system is not clipx's own code"),
         ({"_target_": "builtins.exec", "source": "open('{ran}', 'w')"}, "builtins.exec is not clipx's own code"),
         ({"_target_": "pathlib.Path.write_text", "self": "{ran}", "data": ""}, "Path.write_text is not clipx"),
-        ({"_target_": "clipx.checkpoint.save", "path": "{ran}", "content": {}}, "save is not of clipx.models, all of"),
-        ({"_target_": "clipx.data.report.write", "path": "{ran}", "text": ""}, "report.write is not of clipx.models"),
-        ({"_target_": "clipx.run.Path.write_text", "data": ""}, "clipx.run.Path.write_text is not of clipx.models"),
+        ({"_target_": "clipx.weights.checkpoint.save", "path": "{ran}", "content": {}}, "save is not of clipx.models"),
+        ({"_target_": "clipx.data.prepare.report.write", "path": "{ran}"}, "report.write is not of clipx.models"),
+        ({"_target_": "clipx.training.run.Path.write_text", "data": ""}, "run.Path.write_text is not of clipx.models"),
         ({"_target_": "clipx.models.clip.build", "node": {}, "trust": ["os"]}, "clip.build is not of clipx.models"),
         ({"_target_": "clipx.models.clip.Any"}, "comes from typing"),
         ({"_target_": "clipx.models.clip.MAX_LOG_SCALE"}, "is a float, neither a function nor a class"),
@@ -193,8 +194,9 @@ def test_a_model_that_cannot_be_made_from_a_checkpoints_config_is_one_line(
 
 @pytest.mark.parametrize(
     ("target", "home"),
-    [("clipx.run.Path", "pathlib"), ("clipx.data.pack.asdict", "dataclasses"), ("clipx.config.files", "importlib"),
-     ("clipx.data.cache.mkstemp", "tempfile"), ("clipx.log.SummaryWriter", "torch")],
+    [("clipx.training.run.Path", "pathlib"), ("clipx.data.prepare.pack.asdict", "dataclasses"),
+     ("clipx.config.resolve.files", "importlib"),
+     ("clipx.data.remote.cache.mkstemp", "tempfile"), ("clipx.training.logs.SummaryWriter", "torch")],
 )
 def test_what_a_module_of_clipx_has_only_imported_is_not_called(target: str, home: str) -> None:
     with pytest.raises(UserError, match=rf"^model\._target_={target} comes from {home}.*; trust=\[{home}\] allows it"):
@@ -206,7 +208,8 @@ def test_a_trusted_package_passes_on_only_what_it_says_that_it_does(
     tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_models.py").write_text(
-        "from os import system\nfrom torch.nn import GELU\nfrom clipx.checkpoint import save\nfrom clipx import CLIP\n"
+        "from os import system\nfrom torch.nn import GELU\n"
+        "from clipx.weights.checkpoint import save\nfrom clipx import CLIP\n"
         "__all__ = ['GELU', 'own']\n"
         "def own(**parts): return CLIP(**parts)\n"
     )

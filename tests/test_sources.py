@@ -16,9 +16,10 @@ from conftest import picture, write_tar
 from PIL import Image
 from test_prepare import SOURCES, dropped, everything, samples, save, sizes, words_of
 
-from clipx.data import encode, images, sample
+from clipx.data import images, sample
 from clipx.data.images import decode
-from clipx.data.rows import texts as texts_of
+from clipx.data.prepare import encode
+from clipx.data.prepare.rows import texts as texts_of
 from clipx.data.sample import BadSample
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")    # webdataset's own

@@ -18,10 +18,10 @@ import torch
 from conftest import FEW, assert_same_state, in_process, lines, once, summary
 from test_killed import until
 
-from clipx import run
-from clipx.checkpoint import read
 from clipx.compare import Spread, find, table
-from clipx.sweep import is_sweep
+from clipx.config.sweep import is_sweep
+from clipx.training import run
+from clipx.weights.checkpoint import read
 
 Train = Callable[..., None]
 TAG = "val/retrieval/mean_recall"

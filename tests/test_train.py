@@ -10,7 +10,7 @@ import torch
 from conftest import FEW, assert_same_state, lines, picture, summary, write_tar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clipx.checkpoint import read
+from clipx.weights.checkpoint import read
 
 
 def test_a_run_leaves_what_was_promised(train: Callable[..., None], tmp_path: Path) -> None:

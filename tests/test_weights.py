@@ -17,18 +17,19 @@ from test_gradient import CPU, Double, assert_close, chunks_of
 from test_models import padded, perturb, real_batch
 from torch import Tensor, nn
 
-from clipx import checkpoint, load
-from clipx.archive import CheckpointError
-from clipx.batch import parts_of
-from clipx.compiled import Compiled
-from clipx.gradient import backward
-from clipx.loading import described, initialise
-from clipx.loop import gradient_norms
+from clipx import load
 from clipx.loss import clip_loss
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-from clipx.weights import to_hugging_face
+from clipx.training.batch import parts_of
+from clipx.training.compile import Compiled
+from clipx.training.loop import gradient_norms
+from clipx.training.step import backward
+from clipx.weights import checkpoint
+from clipx.weights.archive import CheckpointError
+from clipx.weights.convert import to_hugging_face
+from clipx.weights.load import described, initialise
 
 SIZES = {                       # of conf/model/tiny.yaml with one block in each tower, in open_clip's words
     "embed_dim": 192,

@@ -14,9 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import clipx.train
-from clipx import words
+from clipx.config import arguments
+from clipx.config.runs import named
 from clipx.errors import UserError
-from clipx.runs import named
 
 SHORT = (*FEW, "max_steps=2")
 
@@ -79,7 +79,7 @@ def test_an_unknown_setting_of_a_sweeper_has_a_near_match_among_its_own(fails: C
 @pytest.mark.parametrize("key", ["name", "data.root", "data.sources.a.root"])
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_number_is_a_name_where_a_name_or_a_path_is_wanted(key: str, value: str, sweep: bool) -> None:
-    (word,) = words.legal([f"{key}={value}"], sweep)
+    (word,) = arguments.legal([f"{key}={value}"], sweep)
     assert OverridesParser.create().parse_override(word).value() == value
 
 

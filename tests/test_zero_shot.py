@@ -27,11 +27,11 @@ from clipx.evals.linear_probe import LinearProbe
 from clipx.evals.templates import classifier, read_templates
 from clipx.evals.validation import Validation
 from clipx.evals.zero_shot import ZeroShot
-from clipx.log import SilentLog
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
+from clipx.training.logs import SilentLog
 
 NAMES = ["ant", "bee", "cow", "dog", "elk", "fox"]
 CLASSES = ["red panda", *NAMES[:3]]

@@ -18,9 +18,11 @@ import numpy as np
 from tqdm import tqdm
 
 from clipx.cores import usable_cores
-from clipx.data.cache import Cache, Remote
 from clipx.data.captions import DATASET_TYPE
-from clipx.data.index import (
+from clipx.data.remote.cache import Cache, Remote
+from clipx.data.remote.stores import PIPE, download, is_lasting, persist, size_of
+from clipx.data.tar.headers import DataError
+from clipx.data.tar.index import (
     FORMAT,
     TOLD,
     find_index,
@@ -31,9 +33,7 @@ from clipx.data.index import (
     temporary_dir,
     write_table,
 )
-from clipx.data.index import successes as counted
-from clipx.data.stores import PIPE, download, is_lasting, persist, size_of
-from clipx.data.tar import DataError
+from clipx.data.tar.index import successes as counted
 
 logger = logging.getLogger("clipx")
 

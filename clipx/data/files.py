@@ -8,7 +8,7 @@ from PIL import Image
 
 from clipx.data.sample import MOST_PICTURE, Sample, check_bytes
 from clipx.data.shards import patiently
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
 
 CLUTTER = {"@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 

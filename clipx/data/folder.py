@@ -24,7 +24,7 @@ from clipx.data.sample import (
     hold_out,
 )
 from clipx.data.shards import patiently
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
 
 LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
 PICTURES = PICTURE_FILES | {".avif", ".heic", ".heif", ".jxl"}      # also those that Pillow may not read

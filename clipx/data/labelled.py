@@ -20,15 +20,15 @@ from PIL import Image
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from clipx.data.cache import Cache
 from clipx.data.captions import dataset_type
 from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.files import below, is_clutter, read_lines
 from clipx.data.images import BROKEN, check_size, to_rgb
-from clipx.data.index import in_home
+from clipx.data.remote.cache import Cache
 from clipx.data.sample import MOST_PICTURE, PICTURE_FILES, BadSample, Sample, Source, check_bytes
 from clipx.data.shards import SCHEME, Shards, expand, in_directory, patiently
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
+from clipx.data.tar.index import in_home
 
 logger = logging.getLogger("clipx")
 

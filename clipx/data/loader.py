@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from clipx.data.cache import Ahead
 from clipx.data.images import TrainCrop, decode, eval_crop, to_tensor
 from clipx.data.plan import MixPlan, Place, Plan, digest
+from clipx.data.remote.cache import Ahead
 from clipx.data.sample import BadSample, Sample, Source
 from clipx.data.shards import remote_parts
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
 from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
 

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from clipx.data.plan import MixPlan
 from clipx.data.sample import Data, How, Sample, Source
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
 
 
 class Chain:

@@ -19,14 +19,14 @@ import numpy as np
 from pydantic import PositiveFloat
 from typing_extensions import Unpack
 
-from clipx.data.cache import Cache, Remote
 from clipx.data.captions import MOST_WORDS, one_a_line, read_captions
 from clipx.data.catalogue import Catalogue, open_all
-from clipx.data.index import KEY, find_index, in_home, read_table
 from clipx.data.mix import Chain
+from clipx.data.remote.cache import Cache, Remote
+from clipx.data.remote.stores import PIPE, matches_of, persist
 from clipx.data.sample import MOST_PICTURE, VALIDATION, BadSample, Data, How, Sample, Source, check_bytes, hold_out
-from clipx.data.stores import PIPE, matches_of, persist
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
+from clipx.data.tar.index import KEY, find_index, in_home, read_table
 
 logger = logging.getLogger("clipx")
 

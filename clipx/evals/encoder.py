@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clipx import checkpoint
 from clipx.data.loader import MOST_IN_CHUNK, Chunk, EvalReader, cut, read
 from clipx.data.sample import BadSample, Source
 from clipx.distributed import gather_lists, part, rank
@@ -18,6 +17,7 @@ from clipx.errors import UserError
 from clipx.evals.features import Features, LabelledFeatures, encode, encode_labelled, encode_texts
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
+from clipx.weights import checkpoint
 
 FORMAT = 2          # of the files with features
 ON_CPU = 64         # pictures that go forward at once there: more take memory and save little time

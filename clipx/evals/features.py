@@ -11,7 +11,7 @@ from torch import Tensor
 from clipx.data.images import Normalise
 from clipx.data.loader import Chunk
 from clipx.data.sample import Source
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
 from clipx.distributed import gather, gather_lists, gather_rows, part, rank
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer

@@ -10,7 +10,7 @@ import torch
 from pydantic import PositiveInt
 
 from clipx.data.labelled import LabelledSet, Which, open_sets
-from clipx.data.tar import DataError
+from clipx.data.tar.headers import DataError
 from clipx.distributed import gather_lists, part
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -11,7 +11,6 @@ from clipx.data.labelled import LabelledSet
 from clipx.data.sample import Source
 from clipx.evals.encoder import Encoder
 from clipx.evals.features import EncodeImages, EncodeTexts, Features, Scores, Skip, pair_loss
-from clipx.log import RunLog, SilentLog
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
@@ -28,6 +27,14 @@ class OnLabelled(Protocol):
 
     def __call__(self, data: LabelledSet, encode_images: EncodeImages, encode_texts: EncodeTexts) -> Scores:
         """Numbers and figures by name."""
+
+
+class FigureLog(Protocol):
+    """Where an evaluation shows pictures."""
+
+    def pictures(self, val: Features, step: int) -> None: ...
+
+    def figure(self, tag: str, figure: Any, step: int) -> None: ...
 
 
 class Validation:
@@ -60,7 +67,7 @@ class Validation:
         self.told: set[str] = set()         # ids of data whose missing pictures have been told
         self.skipped: list[dict[str, str]] = []     # pictures that the last call left out and no call before
 
-    def __call__(self, model: CLIP, step: int, log: RunLog | SilentLog) -> dict[str, float]:
+    def __call__(self, model: CLIP, step: int, log: FigureLog) -> dict[str, float]:
         """The numbers by tag, ``val/<eval>/<metric>`` or ``val/<eval>@<data>/<metric>``; pictures go to the log."""
         encoder = Encoder(model, self.tokenizer, self.workers, self.amp, self.cache)
         numbers: dict[str, float] = {}

@@ -10,8 +10,8 @@ from torch import Tensor
 from clipx.data.images import decode, eval_crop
 from clipx.data.labelled import LabelledSet, Which, check_label, open_sets
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores, encode_texts
+from clipx.evals.figures import page
 from clipx.evals.templates import classifier, read_templates
-from clipx.figures import page
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from clipx.build import build
+from clipx.config.instantiate import build
 from clipx.errors import UserError
 from clipx.models.packed import Packed
 from clipx.models.text import TextEncoder

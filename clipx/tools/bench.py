@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipx.config import Train
+from clipx.config.schema import TrainConfig
 from clipx.cores import usable_cores
-from clipx.measure import Steps, measure_loader, stages
-from clipx.run import pick_device, pick_workers
+from clipx.devices import select_device, select_workers
+from clipx.tools.measure import Steps, measure_loader, stages
 
 logger = logging.getLogger("clipx")
 
@@ -19,7 +19,7 @@ SLOW = 0.25             # share of the time that the optimiser may take
 Rounds = Sequence[Mapping[str, float]]      # the figures of each round
 
 
-def bench_loader(config: Train, rounds: int, seconds: float) -> dict[str, Any]:
+def bench_loader(config: TrainConfig, rounds: int, seconds: float) -> dict[str, Any]:
     """Measure the loader: each stage in one process, then the whole of it with its workers."""
     per_stage = stages(config)
     logger.info("data      %s, %.1f kB a picture", config.choices["data"], per_stage["bytes"] / 1e3)
@@ -32,7 +32,7 @@ def bench_loader(config: Train, rounds: int, seconds: float) -> dict[str, Any]:
     return {"stages": per_stage, "rounds": found}
 
 
-def bench_step(config: Train, rounds: int, steps: int, trace: Path | None) -> dict[str, Any]:
+def bench_step(config: TrainConfig, rounds: int, steps: int, trace: Path | None) -> dict[str, Any]:
     """Measure the step: samples/s on batches in memory and from the loader, time by part, FLOPs, memory."""
     run = Steps(config)
     first = run.from_memory(1)          # compiles, and allocates memory
@@ -55,9 +55,9 @@ def bench_step(config: Train, rounds: int, steps: int, trace: Path | None) -> di
     return {"rounds": found, **figures}
 
 
-def report_bound(config: Train, found: Mapping[str, Any]) -> None:
+def report_bound(config: TrainConfig, found: Mapping[str, Any]) -> None:
     """Log what bounds the run, and what to change."""
-    step, workers = found["step"], pick_workers(config.workers)
+    step, workers = found["step"], select_workers(config.workers)
     shares = step["shares"]
     if shares["wait"] > WAITS:
         needed = median(step["rounds"], "samples_per_s")
@@ -73,7 +73,7 @@ def report_bound(config: Train, found: Mapping[str, Any]) -> None:
         logger.info("bound     optimiser-bound: it takes %.0f %% of the time; a larger batch_size shares it among more "
                     "samples", 100 * shares["optimiser"])
     else:
-        slow = config.amp == "none" and pick_device(config.device).type == "cuda"
+        slow = config.amp == "none" and select_device(config.device).type == "cuda"
         remedy = ", ".join(["amp=bf16"] * slow + ["compile=true"] * (not config.compile))
         logger.info("bound     compute-bound%s", f"; try {remedy}" if remedy else "")
 

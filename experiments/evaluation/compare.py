@@ -22,7 +22,8 @@ import torch
 from omegaconf import OmegaConf
 from webdataset import TarWriter
 
-from clipx import checkpoint, clip_vit_b32
+from clipx import clip_vit_b32
+from clipx.weights import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "loader"))
 from photos import WORDS, photo  # noqa: E402

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 
 from clipx import clip_vit_b32
-from clipx.checkpoint import Saver, read
 from clipx.data.dummy import Dummy
 from clipx.data.images import TrainCrop
 from clipx.data.loader import TrainReader, train_ranges
 from clipx.data.loader import read as read_chunks
 from clipx.data.plan import Plan
 from clipx.data.sample import Sample
-from clipx.loop import State
-from clipx.memory import keep_freed
 from clipx.optim import adamw
 from clipx.tokenizer import SimpleTokenizer
+from clipx.training.loop import State
+from clipx.training.memory import keep_freed
+from clipx.weights.checkpoint import Saver, read
 
 SHARDS, WINDOW, BATCH, WORKERS = 41_455, 131_072, 256, 2
 

@@ -18,8 +18,8 @@ import numpy as np
 import psutil
 
 from clipx.data.catalogue import ROW, catalogue_paths
-from clipx.data.index import FORMAT, scan, write_table
 from clipx.data.shards import open_shards
+from clipx.data.tar.index import FORMAT, scan, write_table
 
 SHARDS = 41_455
 

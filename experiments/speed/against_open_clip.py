@@ -28,11 +28,12 @@ from omegaconf import DictConfig
 from open_clip_side import OpenClipSteps
 
 from clipx.bench import Bench, split
-from clipx.config import Train, command
+from clipx.config.cli import command
+from clipx.config.schema import TrainConfig
+from clipx.devices import select_workers
 from clipx.errors import UserError
-from clipx.measure import Steps, measure_loader, reader_of
-from clipx.run import pick_workers
 from clipx.tools.bench import spread
+from clipx.tools.measure import Steps, measure_loader, reader_of
 
 logger = logging.getLogger("clipx")
 
@@ -59,7 +60,7 @@ def compare(composed: DictConfig, _directory: Path, peer_path: str) -> None:
         Path(keys.json).write_text(json.dumps(found, indent=2) + "\n")
 
 
-def compare_steps(config: Train, keys: Bench) -> dict[str, Any]:
+def compare_steps(config: TrainConfig, keys: Bench) -> dict[str, Any]:
     """Samples/s on the same batches in memory, and peak memory."""
     with ExitStack() as stack:
         runs = {side: stack.enter_context(in_own_process(kind, config))
@@ -99,14 +100,14 @@ def report(sides: Sides, *names: str) -> dict[str, float]:
     return ratios
 
 
-def own_loader(config: Train, seconds: float) -> dict[str, float]:
+def own_loader(config: TrainConfig, seconds: float) -> dict[str, float]:
     """The figures of clipx's loader, in a spawned process."""
     set_start_method(None, force=True)          # else its workers would be spawned, too, unlike in a run
     torch.set_num_threads(1)
     return measure_loader(config, seconds)
 
 
-def open_clip_loader(config: Train, seconds: float, peer_path: str) -> dict[str, float]:
+def open_clip_loader(config: TrainConfig, seconds: float, peer_path: str) -> dict[str, float]:
     """The figures of open_clip's loader on the same shards, in a process of its own.
 
     Raises:
@@ -117,7 +118,7 @@ def open_clip_loader(config: Train, seconds: float, peer_path: str) -> dict[str,
         raise UserError("open_clip reads shards; give data=shards data.root=DIR data.val=0, or parts=[step]")
     arguments = {
         "shards": "::".join(str(shard.resolve()) for shard in reader.source.catalogue.shards),
-        "batch_size": config.batch_size, "workers": pick_workers(config.workers), "seconds": seconds,
+        "batch_size": config.batch_size, "workers": select_workers(config.workers), "seconds": seconds,
         "size": reader.crop.size,
     }  # fmt: skip
     path = os.pathsep.join(filter(None, [peer_path, os.environ.get("PYTHONPATH")]))

@@ -13,15 +13,16 @@ import torch
 from hydra import compose, initialize_config_module
 from open_clip_side import open_clip_model, open_clip_optimizer, padded
 
-from clipx.config import Train, resolve
-from clipx.loop import Numbers, State, fit
+from clipx.config.resolve import resolve
+from clipx.config.schema import TrainConfig
 from clipx.loss import clip_loss
-from clipx.measure import loaded
-from clipx.run import fresh_state
 from clipx.sched import warmup_cosine
+from clipx.tools.measure import loaded
+from clipx.training.loop import Numbers, State, fit
+from clipx.training.run import fresh_state
 
 
-def losses(config: Train, steps: int) -> tuple[list[float], list[float]]:
+def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
     """Ours and theirs, float32 on the CPU; ten steps of warm-up, then the cosine."""
     multiplier = warmup_cosine(steps, warmup=10, warmup_cap=1.0)
     state = fresh_state(config, torch.device("cpu"))

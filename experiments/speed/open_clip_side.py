@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipx.batch import joined, padded_tokens
-from clipx.config import Train
+from clipx.config.schema import TrainConfig
 from clipx.data.images import Normalise
 from clipx.data.loader import Chunk
-from clipx.measure import HELD, loaded, measure, settle
-from clipx.memory import peak
-from clipx.run import pick_device
-from clipx.weights import open_clip_config
+from clipx.devices import select_device
+from clipx.tools.measure import HELD, loaded, measure, settle
+from clipx.training.batch import joined, padded_tokens
+from clipx.training.memory import peak
+from clipx.weights.convert import open_clip_config
 
 ENOUGH = 10**9          # samples; the pipeline cycles through the shards for as long as it is read
 PRECISION = {"none": "fp32", "bf16": "amp_bf16", "fp16": "amp"}     # its names
@@ -79,10 +79,10 @@ class Batches:
 class OpenClipSteps:
     """Its training loop on the batches of ``measure.Steps``; for a process of its own."""
 
-    def __init__(self, config: Train):
+    def __init__(self, config: TrainConfig):
         import open_clip
 
-        self.device = pick_device(config.device)
+        self.device = select_device(config.device)
         torch.manual_seed(config.seed)
         self.model = open_clip_model(config.model).to(self.device)
         self.model.set_grad_checkpointing(config.grad_checkpoint is not False)

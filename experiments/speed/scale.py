@@ -26,20 +26,21 @@ from torch import Tensor
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipx.batch import parts_of
-from clipx.config import Train, resolve
-from clipx.gradient import Encoder, backward
+from clipx.config.resolve import resolve
+from clipx.config.schema import TrainConfig
 from clipx.loss import clip_loss
-from clipx.measure import Steps, reader_of
-from clipx.memory import keep_freed
 from clipx.models.packed import pack
-from clipx.run import fresh_state
+from clipx.tools.measure import Steps, reader_of
+from clipx.training.batch import parts_of
+from clipx.training.memory import keep_freed
+from clipx.training.run import fresh_state
+from clipx.training.step import Encoder, backward
 
 SMALL = ["model=small", "model.image.size=64", "data=dummy", "data.size=64", "data.samples=8192", "workers=0"]
 CPU = torch.device("cpu")
 
 
-def config_of(*words: str) -> Train:
+def config_of(*words: str) -> TrainConfig:
     with initialize_config_module("clipx.conf", version_base="1.3"):
         return resolve(compose("train", [*SMALL, *words]))
 

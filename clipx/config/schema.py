@@ -1,0 +1,109 @@
+"""The typed configs of the commands.  conf/COMMAND.yaml explains each key and holds its default."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from clipx import duration
+
+Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What the door adds to a config, for the record."""
+
+    choices: dict[str, Any] = field(default_factory=dict, kw_only=True)     # the options of the groups
+    varied: list[str] = field(default_factory=list, kw_only=True)           # keys of the sweep, else of the words
+
+
+@dataclass(frozen=True)
+class TrainConfig(Composed):
+    """The schema of a training run.  conf/train.yaml says what each key means and holds the defaults."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    optim: dict[str, Any]
+    sched: dict[str, Any]
+    loss: dict[str, Any]
+    evals: dict[str, dict[str, Any]]
+    name: str | None
+    init_from: str | None
+    freeze: list[Literal["image", "text"]]
+    epochs: PositiveFloat
+    max_steps: PositiveInt | None
+    stop_at: Duration | None
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None
+    clip_norm: PositiveFloat | None
+    amp: Literal["none", "bf16", "fp16"]
+    grad_checkpoint: bool | Literal["image", "text"]
+    compile: bool
+    device: str
+    workers: Literal["auto"] | NonNegativeInt
+    seed: NonNegativeInt
+    log_every: Duration
+    eval_every: Duration | None
+    save_every: Duration | None
+    keep_every: Duration | None
+    resume: str | None
+    resume_allow: list[str]
+    max_bad_steps: NonNegativeInt
+    max_rollbacks: NonNegativeInt
+    signal_exit_code: Annotated[int, Field(ge=0, le=255)]
+    best: str | None
+    objective: str | None
+    mode: Literal["max", "min"] | None
+    trust: list[str]
+    labelled: dict[str, dict[str, str]] | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Composed):
+    """The schema of an evaluation.  conf/evaluate.yaml says what each key means and holds the defaults."""
+
+    run: str | list[str]
+    evals: dict[str, dict[str, Any]]
+    split: Literal["val", "train"]
+    labelled: dict[str, dict[str, str]] | None
+    bootstrap: PositiveInt | None
+    per_class: bool
+    cache: str | None
+    amp: Literal["none", "bf16", "fp16"]
+    device: str
+    workers: Literal["auto"] | NonNegativeInt
+    act: Literal["quick_gelu", "gelu"] | None
+    trust: list[str]
+    data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class PrepareConfig(Composed):
+    """The schema of making shards.  conf/prepare.yaml says what each key means and holds the defaults."""
+
+    source: dict[str, Any]
+    src: str
+    out: str | None
+    samples_per_shard: PositiveInt
+    shuffle: bool
+    seed: NonNegativeInt
+    resize: PositiveInt | None
+    encode: Literal["jpg", "webp", "png"] | None
+    quality: Annotated[int, Field(ge=1, le=100)]
+    min_size: NonNegativeInt
+    drop_duplicates: bool
+    max_empty: Annotated[float, Field(ge=0, le=1)]
+    verify: bool
+    workers: Literal["auto"] | NonNegativeInt
+
+
+@dataclass(frozen=True)
+class ExportConfig(Composed):
+    """The schema of an export.  conf/export.yaml says what each key means and holds the defaults."""
+
+    run: str
+    to: Literal["open_clip", "hf"]
+    out: str
+    act: Literal["quick_gelu", "gelu"] | None
+    trust: list[str]

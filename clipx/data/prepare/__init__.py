@@ -1,0 +1,1 @@
+"""Image-text pairs of any layout, packed into indexed shards."""

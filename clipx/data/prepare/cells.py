@@ -1,0 +1,80 @@
+"""Pictures that are inside parquet files, as bytes or as Hugging Face's {bytes, path}."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from clipx.data.prepare.encode import read_file
+from clipx.data.sample import MOST_PICTURE, BadSample, check_bytes
+
+if TYPE_CHECKING:
+    from pyarrow import DataType
+
+AT_ONCE = 16        # rows; a batch of them is in memory
+
+
+class Cell(NamedTuple):
+    """A picture of a table."""
+
+    file: str       # below the layout's root
+    column: str
+    group: int      # of rows, which are compressed together
+    row: int        # of the file
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}"
+
+
+def holds_pictures(type: DataType) -> bool:
+    """Whether a column holds the bytes of pictures, not their paths or URLs."""
+    from pyarrow import types
+
+    if types.is_struct(type):
+        return type.get_field_index("bytes") >= 0
+    return types.is_binary(type) or types.is_large_binary(type)
+
+
+def read_cells(root: Path, cells: Sequence[Cell]) -> list[bytes | BadSample]:
+    """The pictures of some rows of one group, or why there is none.
+
+    Args:
+        root: where the table is, and pictures that it names in place of their bytes.
+        cells: all of the same file and group, in any order.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    path, group = root / cells[0].file, cells[0].group
+    wanted = {cell.row for cell in cells}
+    found: dict[int, bytes | BadSample] = {}
+    broken = BadSample("there is no such row")
+    try:
+        with ParquetFile(path) as file:
+            row = sum(file.metadata.row_group(before).num_rows for before in range(group))
+            for batch in file.iter_batches(AT_ONCE, row_groups=[group], columns=[cells[0].column]):
+                for number in wanted.intersection(range(row, row + len(batch))):
+                    found[number] = picture_of(batch.column(0)[number - row].as_py(), root)
+                row += len(batch)
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        broken = BadSample(f"its part of the parquet file is damaged: {str(error).splitlines()[0]}")
+    return [found.get(cell.row, broken) for cell in cells]
+
+
+def picture_of(value: Any, root: Path) -> bytes | BadSample:
+    """What a cell holds: the bytes of a picture, or else its path."""
+    file, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    try:
+        if file is None and path is None:
+            raise BadSample("its cell is empty")
+        if file is not None:
+            check_bytes("its picture", len(file), MOST_PICTURE)
+        return read_file(root, path) if file is None else file
+    except BadSample as error:
+        return error

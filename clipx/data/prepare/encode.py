@@ -1,0 +1,103 @@
+"""From a picture's file to the bytes that go into a shard: the same ones, unless something else is wanted."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+from unicodedata import normalize
+
+from PIL import Image, UnidentifiedImageError
+
+from clipx.data.sample import DECODED, MOST_PICTURE, BadSample, check_bytes, unreadable
+from clipx.data.tar.headers import DataError
+
+KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}      # Pillow's names; other formats become png
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+
+
+class Encoded(NamedTuple):
+    """A picture as it goes into a shard."""
+
+    kind: str               # jpg, png or webp, as the bytes are
+    file: bytes
+    width: int              # pixels
+    height: int
+
+
+def encode(
+    file: bytes, resize: int | None = None, wanted: str | None = None, quality: int = 95, min_size: int = 0,
+    verify: bool = False,
+) -> Encoded:
+    """A picture for a shard.
+
+    Args:
+        file: in any format that Pillow reads.
+        resize: what a longer short side is shrunk to, pixels.
+        wanted: jpg, png or webp; None keeps the bytes, but shrunk pictures become jpg and odd formats png.
+        quality: of jpg and webp.
+        min_size: the least that the short side may be, pixels.
+        verify: decode it even where the bytes are kept.
+
+    Raises:
+        BadSample: it does not open or decode, or is too small or too large; details stand behind a colon.
+    """
+    kind, width, height = look(file)
+    if min(width, height) < min_size:
+        raise BadSample(f"is too small: {width} x {height} pixels")
+    shrink = resize is not None and min(width, height) > resize
+    wanted = wanted or ("jpg" if shrink else None if kind else "png")
+    if wanted is None and not verify:
+        return Encoded(kind, file, width, height)
+    from clipx.data.images import decode  # brings torch
+
+    image = decode(file)
+    if wanted is None:
+        return Encoded(kind, file, width, height)
+    if shrink:
+        scale = resize / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    buffer = BytesIO()
+    try:
+        image.save(buffer, FORMATS[wanted], quality=quality)
+    except (OSError, ValueError) as error:      # a side that the format has no room for
+        raise BadSample(f"cannot be written as {wanted}: {error}") from error
+    return Encoded(wanted, buffer.getvalue(), *image.size)
+
+
+def look(file: bytes) -> tuple[str | None, int, int]:
+    """Kind (None for one that shards do not hold), width and height, from the head of a file."""
+    try:
+        with Image.open(BytesIO(file), formats=DECODED) as image:
+            width, height = image.size
+            kind = KINDS.get(image.format)
+    except UnidentifiedImageError as error:
+        raise BadSample(unreadable(file) or "is not a picture") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample(f"is too large: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadSample(f"does not decode: {error}") from error
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise BadSample(f"is too large: {width} x {height} pixels")
+    return kind, width, height
+
+
+def read_file(root: Path, name: str) -> bytes:
+    """The bytes of a picture.
+
+    Raises:
+        BadSample: there is none, or it is too large.
+        DataError: there is one, but it cannot be read.
+    """
+    try:
+        path = next(path for path in (root / name, *spellings(root, name)) if path.is_file())
+        check_bytes("its picture", path.stat().st_size, MOST_PICTURE)
+        return path.read_bytes()
+    except (StopIteration, FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+        raise BadSample("there is no such file") from error
+    except OSError as error:
+        raise DataError(f"{root / name} cannot be read ({error.strerror}); when it can be, the same words go on"
+                        ) from error
+
+
+def spellings(root: Path, name: str) -> list[Path]:
+    """A path as other systems write its letters; files may have been copied from one."""
+    return [root / normalize(form, name) for form in ("NFC", "NFD")]

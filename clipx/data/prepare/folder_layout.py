@@ -1,0 +1,115 @@
+"""A folder of pictures to be packed: with captions.txt, with a .txt a picture, or with Hugging Face's metadata."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from clipx.data.files import below, read_text
+from clipx.data.folder import PICTURES, match_names, read_listing
+from clipx.data.prepare.layouts import Item, Layout, directory, gather
+from clipx.data.prepare.rows import Form, check_effect, read_rows
+from clipx.data.sample import VALIDATION
+from clipx.data.tar.headers import DataError
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")       # of an imagefolder
+
+
+def folder(
+    src: str, image: str = "file_name", caption: str = "text", encoding: str = "utf-8",
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01,
+) -> Layout:
+    """A folder, or train/ with val/ (or another name in ``VALIDATION``) and maybe test/ beside it.
+
+    Args:
+        src: has images/ and captions.txt with lines FILENAME<TAB>CAPTION; or, at any depth, pictures and for each a
+            .txt of the same name, one caption a line; or is an imagefolder of Hugging Face's, with metadata.csv,
+            metadata.jsonl or metadata.parquet.
+        image: of metadata, the column with the picture's path.
+        caption: of metadata, the column with the caption, or with a list of them.
+        encoding: of captions.txt, .txt and metadata.csv.
+        max_bad: of metadata.csv and metadata.jsonl, the share of the rows that may be unreadable, though ten always
+            may.
+
+    Raises:
+        DataError: that is not the layout, or a key has no effect on it.
+    """
+    root = directory(src)
+    how = {"image": image, "caption": caption, "encoding": encoding, "max_bad": max_bad}
+    splits, left_out = {}, []
+    for split, part in find_parts(root).items():
+        splits[split], without = read_part(root, part, how)
+        left_out += [{**row, "split": split} for row in without]
+    return Layout(root, splits, left_out=left_out)
+
+
+def find_parts(root: Path) -> dict[str, Path]:
+    """The directories of the splits, or the one that is for training."""
+    train, others = root / "train", [name for name in VALIDATION if (root / name).is_dir()]
+    if not train.is_dir() or not (others or has_listing(train)) or has_listing(root):
+        return {"train": root}
+    parts = {"train": train, **({"val": root / others[0]} if others else {})}
+    return {**parts, "test": root / "test"} if "test" in others[1:] else parts
+
+
+def has_listing(part: Path) -> bool:
+    return any((part / name).is_file() for name in ("captions.txt", *METADATA))
+
+
+def read_part(root: Path, part: Path, how: Mapping[str, Any]) -> tuple[list[Item], list[dict[str, str]]]:
+    """The items of a folder; and what is told of pictures that its listing does not name, and of its bad rows."""
+    metadata = [part / name for name in METADATA if (part / name).is_file()]
+    listing = part / "captions.txt"
+    if metadata and not listing.is_file():
+        return read_metadata(root, metadata[0], how)
+    if listing.is_file() and (part / "images").is_dir():
+        without_metadata(listing, how)
+        captions = read_listing(listing, how["encoding"], "source.encoding")
+        return match(root, part / "images", captions, listing.name)
+    pictures = sorted(path for path in below(part) if path.suffix.lower() in PICTURES)
+    texts = [path.with_suffix(".txt") for path in pictures]
+    if not any(text.is_file() for text in texts):
+        raise DataError(f"{part} has neither images/ and captions.txt (lines FILENAME<TAB>CAPTION), nor pictures with "
+                        f"a .txt of the same name, nor {', '.join(METADATA)}")
+    without_metadata(f"{part} with a .txt for each picture", how)
+    return [
+        Item(path.relative_to(root).as_posix(), lines_of(text, how["encoding"]) if text.is_file() else [])
+        for path, text in zip(pictures, texts, strict=True)
+    ], []
+
+
+def without_metadata(place: object, how: Mapping[str, Any]) -> None:
+    given = {key: how[key] for key in ("image", "caption", "max_bad")}
+    check_effect(folder, given, place, f"imagefolders ({', '.join(METADATA)})")
+
+
+def read_metadata(root: Path, file: Path, how: Mapping[str, Any]) -> tuple[list[Item], list[dict[str, str]]]:
+    """As ``read_part``, of an imagefolder."""
+    if file.suffix != ".csv":
+        check_effect(folder, {"encoding": how["encoding"]}, file, "captions.txt, .txt and metadata.csv")
+    if file.suffix == ".parquet":
+        check_effect(folder, {"max_bad": how["max_bad"]}, file, "metadata.csv and metadata.jsonl")
+    columns = (how["image"], how["caption"])
+    rows, bad = read_rows(file, columns, Form(encoding=how["encoding"]), how["max_bad"])
+    if any(not isinstance(name, str) for name, _ in rows):
+        raise DataError(f"source.image={columns[0]} holds the bytes of pictures in {file}; pack it with: source=csv "
+                        f"src={file} source.image={columns[0]} source.caption={columns[1]}")
+    captions = {item.picture: item.captions for item in gather(rows)}
+    items, unlisted = match(root, file.parent, captions, file.name)
+    return items, [*bad, *unlisted]
+
+
+def match(
+    root: Path, images: Path, captions: Mapping[str, list[str]], listing: str
+) -> tuple[list[Item], list[dict[str, str]]]:
+    """The items of a listing, by the names on disk; and the pictures that it does not name."""
+    where = images.relative_to(root)
+    names, unlisted = match_names(images, captions)
+    return [Item((where / names[name]).as_posix(), said) for name, said in captions.items()], [
+        {"picture": (where / name).as_posix(), "reason": f"is not in {listing}"} for name in unlisted]
+
+
+def lines_of(path: Path, encoding: str) -> list[str]:
+    """The lines of a text file, without empty ones."""
+    return [line.strip() for line in read_text(path, encoding, "source.encoding").split("\n") if line.strip()]

@@ -1,0 +1,282 @@
+"""From pictures with captions to indexed shards: in a fixed order, each shard written whole or not at all.
+
+A directory that is being packed holds prepare.json (what it means), the shards that are done, and .prepare/ with a
+report of each; a shard without its report is made again.  At the end the reports become report.json.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from clipx.data.plan import permutation
+from clipx.data.prepare.download import Download, is_url
+from clipx.data.prepare.encode import encode
+from clipx.data.prepare.layouts import Item, Layout
+from clipx.data.prepare.pictures import content_hashes, encode_all, group_of, spoken
+from clipx.data.prepare.processes import spread
+from clipx.data.prepare.report import WRITING, by_reason, listed, merge, write
+from clipx.data.sample import BadSample
+from clipx.data.tar.headers import DataError
+from clipx.data.tar.index import make_index
+from clipx.errors import UserError
+
+logger = logging.getLogger("clipx")
+
+NOTE, REPORT, DROPPED, PARTS = "prepare.json", "report.json", "dropped.jsonl", ".prepare"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How items become shards; conf/prepare.yaml says what each means."""
+
+    samples_per_shard: int
+    shuffle: bool
+    seed: int
+    resize: int | None
+    encode: str | None
+    quality: int
+    min_size: int
+    drop_duplicates: bool
+    verify: bool
+
+
+class Packed(NamedTuple):
+    """What became of a task."""
+
+    shard: Path
+    items: int
+    dropped: list[dict[str, str]] | None    # of a shard that is not written, as nothing would stand in it
+
+
+class Task(NamedTuple):
+    """One shard to be."""
+
+    shard: Path
+    report: Path
+    split: str
+    numbers: list[int]      # of the items, in their source
+    items: list[Item]
+
+
+def pack(
+    name: str, layout: Layout, packing: Packing, out: Path, workers: int, max_empty: float = 0.01
+) -> dict[str, Any]:
+    """Write the shards of a layout, or those of them that are not there yet, and report.json.
+
+    Args:
+        name: what the names of the shards begin with.
+        layout: the pictures and their captions.
+        packing: how.
+        out: where to, a new directory or one where the same was begun.
+        workers: processes; 0 works in this one.
+        max_empty: share of the shards that may be left out because nothing would stand in them, though one always may.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: ``out`` holds something else, or too many shards would be empty.
+    """
+    every = list(chain(*layout.splits.values()))
+    if not any(item.captions for item in every):
+        raise DataError(f"the source in {layout.root.absolute()} has no picture with a caption")
+    if packing.drop_duplicates and any(is_url(item.picture) for item in every):
+        raise UserError("drop_duplicates=true compares files, and these pictures are URLs; leave it out")
+    claim(out, {"source": name, **asdict(packing), "items": fingerprint(layout.splits)})
+    if (out / REPORT).exists():
+        logger.info("%s is finished; nothing is changed", out)
+        return json.loads((out / REPORT).read_bytes())
+    splits = {split: dict(enumerate(items)) for split, items in layout.splits.items()}
+    dropped = drop_duplicates(layout.root, splits, workers) if packing.drop_duplicates else []
+    tasks = [task for split, items in splits.items() for task in cut(name, split, items, packing, out)]
+    todo = [task for task in tasks if not task.report.exists()]
+    download = layout.download.shared_by(max(1, min(workers, len(todo))))
+    work = partial(pack_shard, root=layout.root, packing=packing, download=download)
+    total = sum(len(task.items) for task in tasks)
+    before = total - sum(len(task.items) for task in todo)
+    bar = tqdm(total=total, initial=before, unit="sample", desc="pack", disable=None)
+    empty: dict[Path, list[dict[str, str]]] = {}
+    try:
+        with bar, closing(spread(work, todo, workers)) as done:
+            for packed in done:
+                bar.update(packed.items)
+                if packed.dropped is not None:
+                    empty[packed.shard] = packed.dropped
+                    check_empty(empty, len(tasks), max_empty)
+    except UserError:
+        release(out)
+        raise
+    return finish(out, tasks, empty, [*layout.left_out, *dropped])
+
+
+def check_empty(empty: Mapping[Path, list[dict[str, str]]], shards: int, max_empty: float) -> None:
+    """Tell of the last shard that is not written; a network or a disk that is gone empties them all.
+
+    Args:
+        empty: what was dropped, by shard.
+        shards: how many there are in all.
+        max_empty: as in ``pack``.
+
+    Raises:
+        DataError: there are too many.
+    """
+    shard, dropped = list(empty.items())[-1]
+    reasons = f"{listed(by_reason(dropped))}; such as {dropped[0]['picture']}"
+    if len(empty) == shards or len(empty) > max(1, max_empty * shards):
+        allow = "" if len(empty) == shards else f", or with max_empty=1 without the {len(empty)} shards that are empty"
+        raise DataError(f"not one of the {len(dropped):,} pictures for {shard} can be used ({reasons}); when that is "
+                        f"mended, the same words go on{allow}")
+    logger.warning("%s is not written: not one of its %d pictures can be used (%s)", shard, len(dropped), reasons)
+
+
+def claim(out: Path, meaning: dict[str, Any]) -> None:
+    """Make a directory the one of these shards.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    own = f"out={out} holds %s; shards go into a new or empty directory, or one where the same words stopped"
+    note = out / NOTE
+    if note.is_file():
+        before = read_note(note)
+        changes = [f"{key}={json.dumps(before.get(key))} there, {json.dumps(value)} now"
+                   for key, value in meaning.items() if before.get(key) != value]
+        if changes:
+            raise UserError(own % f"shards that mean something else ({'; '.join(changes)})")
+        return
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file; shards go into a new or empty directory")
+    others = [path.name for path in out.iterdir() if WRITING not in path.name] if out.exists() else []
+    if others:
+        raise UserError(own % f"something else ({', '.join(sorted(others)[:3])})")
+    out.mkdir(parents=True, exist_ok=True)
+    write(note, json.dumps(meaning, indent=2) + "\n")
+
+
+def release(out: Path) -> None:
+    """Leave a directory in which nothing has been made to other words."""
+    if [path for path in out.rglob("*") if path.is_file()] == [out / NOTE]:
+        (out / NOTE).unlink()
+        for directory in sorted(out.rglob("*"), reverse=True):
+            directory.rmdir()
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What a directory means; nothing where the file is somebody else's."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        return {}
+
+
+def fingerprint(splits: dict[str, list[Item]]) -> str:
+    """A hash of all pictures' names and captions."""
+    digest = blake2b(digest_size=8)
+    for split, items in splits.items():
+        digest.update(split.encode())
+        for item in items:
+            digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def drop_duplicates(root: Path, splits: dict[str, dict[int, Item]], workers: int) -> list[dict[str, str]]:
+    """Take out of each split the pictures whose bytes stood in it before; gives back what is told of them."""
+    dropped = []
+    for split, items in splits.items():
+        first: dict[bytes, int] = {}
+        digests = content_hashes(root, items.values(), workers)
+        bar = tqdm(digests, f"hash {split}", len(items), unit="sample", disable=None)
+        twice = [
+            (number, first[digest])
+            for number, digest in zip(items, bar, strict=True)
+            if digest and first.setdefault(digest, number) != number
+        ]
+        for number, other in twice:
+            reason = f"is a duplicate: of {items[other].picture}"
+            dropped.append({"split": split, "picture": str(items.pop(number).picture), "reason": reason})
+    return dropped
+
+
+def cut(name: str, split: str, items: dict[int, Item], packing: Packing, out: Path) -> Iterator[Task]:
+    """The items in their order, in shards whose sizes differ by at most one."""
+    numbers = np.array(list(items), dtype=np.int64)
+    if packing.shuffle:
+        numbers = numbers[permutation(len(numbers), packing.seed, "prepare", split)]
+        numbers = by_group(numbers, items)
+    for index, part in enumerate(np.array_split(numbers, -(-len(numbers) // packing.samples_per_shard))):
+        shard, chosen = f"{name}-{split}-{index:06d}", part.tolist()
+        yield Task(out / split / f"{shard}.tar", out / PARTS / f"{shard}.json", split, chosen,
+                   [items[number] for number in chosen])
+
+
+def by_group(numbers: np.ndarray, items: Mapping[int, Item]) -> np.ndarray:
+    """An order in which what is read together stays together: each group of rows stands where its first one did."""
+    ranks: dict[Any, int] = {}
+    of = [ranks.setdefault(group_of(items[number].picture), len(ranks)) for number in numbers.tolist()]
+    return numbers[np.argsort(of, kind="stable")]
+
+
+def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> Packed:
+    """Write one shard, its index and its report; nothing where not one of its pictures can be used."""
+    from webdataset import TarWriter  # brings torch
+
+    for directory in (task.shard.parent, task.report.parent):
+        directory.mkdir(exist_ok=True)
+    for left in task.shard.parent.glob(f"{task.shard.name}*"):
+        left.unlink(missing_ok=True)        # by an interrupted run
+    captions, sides, words, dropped = 0, Counter(), Counter(), []
+    temporary = task.shard.with_name(f"{task.shard.name}{WRITING}{os.getpid()}")
+    with temporary.open("wb") as file:
+        with TarWriter(file, user="clipx", group="clipx", encoder=False, mtime=0) as tar:
+            how = partial(encode, resize=packing.resize, wanted=packing.encode, quality=packing.quality,
+                          min_size=packing.min_size, verify=packing.verify)
+            encoded = encode_all(task.items, root, how, download)
+            for number, item, picture in zip(task.numbers, task.items, encoded, strict=True):
+                if isinstance(picture, BadSample):
+                    dropped.append({"split": task.split, "picture": str(item.picture), "reason": str(picture)})
+                    continue
+                text = {"caption": spoken(item), "height": picture.height, "name": str(item.picture),
+                        "width": picture.width}
+                tar.write({"__key__": f"{number:09d}", picture.kind: picture.file,
+                           "json": json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")})
+                captions += len(text["caption"])
+                sides[min(picture.width, picture.height)] += 1
+                words.update(len(caption.split()) for caption in text["caption"])
+        file.flush()
+        os.fsync(file.fileno())
+    if not captions:
+        temporary.unlink()
+        return Packed(task.shard, len(task.items), dropped)
+    os.replace(temporary, task.shard)
+    make_index(task.shard, task.shard.parent)
+    report = {"samples": len(task.items) - len(dropped), "captions": captions, "bytes": task.shard.stat().st_size,
+              "short_side": sides, "caption_words": words, "dropped": dropped}
+    write(task.report, json.dumps(report))
+    return Packed(task.shard, len(task.items), None)
+
+
+def finish(
+    out: Path, tasks: list[Task], empty: Mapping[Path, list[dict[str, str]]], before: list[Mapping[str, str]]
+) -> dict[str, Any]:
+    """Put the reports of the shards together, with what was dropped for those that are not written, and write them."""
+    parts = [(task.split, json.loads(task.report.read_bytes())) for task in tasks if task.shard not in empty]
+    dropped = [*before, *(row for _, part in parts for row in part["dropped"]), *chain(*empty.values())]
+    report = {"splits": merge(parts), "dropped": by_reason(dropped),
+              "empty": sorted(shard.relative_to(out).as_posix() for shard in empty)}
+    write(out / DROPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
+    write(out / REPORT, json.dumps(report, indent=2) + "\n")
+    shutil.rmtree(out / PARTS)
+    return report

@@ -1,0 +1,121 @@
+"""Shards that are there already: their index, what img2dataset says of them, and every sample read once."""
+
+import json
+import logging
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from clipx.data.catalogue import open_catalogue
+from clipx.data.prepare.layouts import Tars
+from clipx.data.prepare.processes import spread
+from clipx.data.prepare.report import write
+from clipx.data.sample import LEAST_BAD, BadSample, Data
+from clipx.data.shards import PICTURES, Shards, faults, lost_samples, totals
+from clipx.data.tar.headers import DataError
+from clipx.data.tar.index import published
+
+logger = logging.getLogger("clipx")
+
+SHOWN = 5                   # bad samples that the console names
+
+
+def index(tars: Tars, bad: int = 0) -> None:
+    """Make the indexes of shards and tell what they hold.
+
+    Args:
+        tars: the shards.
+        bad: how many of their samples ``verify`` found bad.
+
+    Raises:
+        DataError: one is not a tar, or training would end at so many bad samples.
+    """
+    catalogue = open_catalogue(tars.shards, tars.index_dir)
+    rows = catalogue.rows
+    logger.info("indexed   %s samples in %s shards, %.1f MB", f"{rows['samples'].sum():,}", f"{len(rows):,}",
+                rows["bytes"].sum() / 1e6)
+    found, total = list(faults(catalogue)), int(totals(catalogue).sum())
+    for _, fault in found:
+        logger.warning(fault)
+    bad = max(bad + sum(lost_samples(catalogue).values()), sum(count for count, _ in found))
+    if bad > max(LEAST_BAD, int(Data.max_skipped * total)):
+        raise DataError(
+            f"{bad:,} of the {total:,} samples in {tars.root} cannot be used, and training ends at more than "
+            f"{Data.max_skipped:.0%} (data.max_skipped); pack them again, or set data.max_skipped to train without them"
+        )
+    for shard, samples in zip(tars.shards, rows["samples"].tolist(), strict=True):
+        counted = published(shard)
+        if counted not in (None, samples):
+            logger.warning("%s holds %d samples, but %s_stats.json says %d", shard, samples, shard.stem, counted)
+
+
+def verify(tars: Tars, listing: Path, workers: int) -> tuple[Tars, int]:
+    """Read and decode every sample once.
+
+    Args:
+        tars: shards, or files that should be some.
+        listing: file for one line of JSON for each bad sample: shard, key, offset of the picture in the tar (of the
+            sample's first member where it has none), reason; and for each file that is not a whole tar, without key.
+        workers: processes; 0 works in this one.
+
+    Returns:
+        The shards that are whole tars, and how many of their samples are bad.
+
+    Raises:
+        DataError: none of them is a tar.
+    """
+    work = partial(verify_shard, root=tars.root, caption_key=tars.caption_key, index_dir=tars.index_dir)
+    bad: list[dict[str, Any]] = []
+    total = 0
+    bar = tqdm(total=len(tars.shards), unit="shard", desc="verify", disable=None)
+    with bar, closing(spread(work, tars.shards, workers)) as done:
+        for samples, found in done:
+            total += samples
+            bad += found
+            bar.update()
+    bad.sort(key=lambda row: (row["shard"], row["offset"]))
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    write(listing, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
+    broken = {row["shard"]: row["reason"] for row in bad if row["key"] is None}
+    samples = [row for row in bad if row["key"] is not None]
+    for reason in broken.values():
+        logger.warning(reason)
+    for row in samples[:SHOWN]:
+        logger.warning("%(shard)s, %(key)s, byte %(offset)s: %(reason)s", row)
+    logger.info("verified  %s samples, %s of them bad%s", f"{total:,}", f"{len(samples):,}",
+                f"; {listing} lists them" if samples else "")
+    whole = [shard for shard in tars.shards if shard.relative_to(tars.root).as_posix() not in broken]
+    if not whole:
+        raise DataError(f"{tars.root} holds no shard that can be read; {listing} says why")
+    return tars._replace(shards=whole), len(samples)
+
+
+def verify_shard(shard: Path, root: Path, caption_key: str | None, index_dir: Path) -> tuple[int, list[dict[str, Any]]]:
+    """How many samples a shard has, and those of them that are bad; of one that is no whole tar, what is wrong."""
+    from clipx.data.images import decode  # brings torch
+
+    name = shard.relative_to(root).as_posix()
+    try:
+        source = Shards(open_catalogue([shard], index_dir), caption_key, index_dir)
+    except DataError as error:
+        return 0, [{"shard": name, "key": None, "offset": 0, "reason": str(error)}]
+    bad = []
+    for sample in range(sum(source.sizes)):
+        try:
+            decode(source.read(sample).picture)
+        except BadSample as error:
+            _, row = source.row(sample)
+            key = row["__key__"].decode("utf-8", "replace")
+            bad.append({"shard": name, "key": key, "offset": where(row), "reason": str(error)})
+    return sum(source.sizes), bad
+
+
+def where(row: np.void) -> int:
+    """The offset of a sample's picture, or else of its first member."""
+    offsets = {kind: int(row[kind][0]) for kind in row.dtype.names[1:] if row[kind][0]}
+    pictures = [offsets[kind] for kind in PICTURES if kind in offsets]
+    return (pictures or sorted(offsets.values()) or [0])[0]

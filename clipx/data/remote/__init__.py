@@ -1,0 +1,1 @@
+"""Shards on servers, and their bounded local cache."""

@@ -1,0 +1,1 @@
+"""WebDataset tars: their headers, and the index of where each sample is."""

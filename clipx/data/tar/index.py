@@ -1,0 +1,232 @@
+"""The index of a shard: where in a tar each member of each sample stands.
+
+Made once by hopping from header to header, kept beside the shard (or under ``index_dir``), read by memory map.
+The file is one line of JSON, padded to 64 bytes (format, shard, bytes, ends; samples, how many of them can be read and
+how many there were as far as is known, whether the tar is cut, how many samples are parts of one; dtype), then one
+numpy record a sample: its key, and for each kind of member the pair (offset, size) in the tar; (0, 0) without it.
+"""
+
+import json
+import os
+import tempfile
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipx.data.tar.headers import MOST_NAME, CutShort, DataError, members
+
+FORMAT = 2                  # 1 ended at the first end mark, and counted nothing as parts
+KEY = "__key__"             # the field that holds the key, as WebDataset calls it
+END = 16_384                # bytes at either end of a tar that tell whether it is still the same; a pad is 10,240
+TOLD = ("samples", "readable", "total", "cut", "parts")     # what the head of an index tells of its shard
+MOST_SAMPLES = 1 << 40      # of a shard; who says more lies
+MAX_KINDS = 64              # kinds of member in a shard; more means that the dots in the names are not extensions
+
+
+def make_index(shard: Path, index_dir: Path, place: Path | None = None) -> Path:
+    """Scan one tar and write its index beside it, or under ``index_dir`` where that cannot be written; or in a place.
+
+    Raises:
+        DataError: it is not a tar, or damaged in the middle, or the index can be written nowhere.
+    """
+    samples, cut = scan(shard)
+    size = shard.stat().st_size
+    readable = len(samples) - reaches_behind(samples, size)
+    total = max(len(samples), promised(shard, index_dir)) if cut else len(samples)
+    name = place.stem if place else shard.name
+    head = {"format": FORMAT, "shard": name, "bytes": size, "ends": ends(shard), "readable": readable,
+            "total": total, "cut": cut, "parts": parts(samples)}
+    return write_table([place] if place else index_paths(shard, index_dir), head, samples)
+
+
+def scan(shard: Path) -> tuple[np.ndarray, bool]:
+    """The samples of a tar, as WebDataset groups them: neighbours whose names agree up to the first dot.
+
+    Returns:
+        (samples,) records: ``__key__`` (bytes), then for each extension the pair (offset, size); and whether the
+        tar is cut short.
+
+    Raises:
+        DataError: the tar is damaged, or has more kinds of member than a data set has.
+        OSError: it cannot be read.
+    """
+    keys: list[bytes] = []
+    samples: list[dict[str, tuple[int, int]]] = []
+    cut = False
+    try:
+        for name, offset, size in members(shard):
+            folder, slash, base = name.rpartition(b"/")
+            stem, _, extension = base.partition(b".")
+            key, kind = folder + slash + stem, extension.decode("utf-8", "replace").lower()
+            if not stem or not extension or kind == KEY:
+                continue
+            if not keys or keys[-1] != key or kind in samples[-1]:
+                keys.append(key)
+                samples.append({})
+            samples[-1][kind] = (offset, size)
+    except CutShort:
+        cut = True
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(shard)) from error       # a read has no file's name in it
+    kinds = sorted({kind for sample in samples for kind in sample})
+    if len(kinds) > MAX_KINDS:
+        raise DataError(
+            f"{shard} has {len(kinds)} kinds of member ({', '.join(kinds[:3])}, ...): what follows the first dot of a "
+            "name is its kind; rename the members so that keys have no dots"
+        )
+    dtype = [(KEY, f"S{max(map(len, keys), default=1)}"), *((kind, "<i8", (2,)) for kind in kinds)]
+    table = np.zeros(len(keys), dtype)
+    table[KEY] = keys
+    for kind in kinds:
+        table[kind] = [sample.get(kind, (0, 0)) for sample in samples]
+    return table, cut
+
+
+def parts(samples: np.ndarray) -> int:
+    """How many samples are parts of one: its members are not adjacent in the tar, as tars are written without sorting.
+
+    Whole samples that share a key are not parts: they have members of the same kind.
+    """
+    _, key, times = np.unique(samples[KEY], return_inverse=True, return_counts=True)
+    again = times > 1
+    if not again.any():
+        return 0
+    most = np.zeros(len(times), int)                # of one kind, how many members a key has
+    for kind in samples.dtype.names[1:]:
+        most = np.maximum(most, np.bincount(key, samples[kind][:, 0] > 0, len(times)).astype(int))
+    return int(times[again & (most == 1)].sum())
+
+
+def reaches_behind(samples: np.ndarray, size: int) -> int:
+    """How many samples reach behind the end of a tar of ``size`` bytes."""
+    kinds = samples.dtype.names[1:]
+    return int(np.any([samples[kind].sum(axis=1) > size for kind in kinds], axis=0).sum()) if len(samples) else 0
+
+
+def promised(shard: Path, index_dir: Path) -> int:
+    """How many samples a shard that is cut had when it was whole, as far as anything tells."""
+    older = [read_head(path) for path in index_paths(shard, index_dir) if os.access(path, os.R_OK)]
+    return max([head.get("total", 0) for head in older if head.get("format") in (1, FORMAT)] + [published(shard) or 0])
+
+
+def published(shard: Path) -> int | None:
+    """How many samples img2dataset counted in a shard, where its NNNNN_stats.json stands beside it."""
+    try:
+        return successes(shard.with_name(f"{shard.stem}_stats.json").read_bytes())
+    except OSError:
+        return None
+
+
+def successes(stats: bytes) -> int | None:
+    """The count in a NNNNN_stats.json."""
+    try:
+        count = int(json.loads(stats)["successes"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return count if 0 <= count < MOST_SAMPLES else None
+
+
+def index_paths(shard: Path, index_dir: Path) -> list[Path]:
+    """Where the index of a shard may stand, best first."""
+    place = blake2b(str(shard.resolve().parent).encode(), digest_size=8).hexdigest()
+    below = [index_dir, *([temporary_dir()] if is_ours(temporary_dir()) else [])]
+    return [directory / f"{shard.name}.index" for directory in (shard.parent, *(root / place for root in below))]
+
+
+def temporary_dir() -> Path:
+    """Where indexes go that can be written nowhere else; it may be emptied at any time."""
+    return Path(tempfile.gettempdir()) / f"clipx-{os.getuid()}"
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether nobody else has made a directory that all could make."""
+    try:
+        return os.lstat(directory).st_uid == os.getuid()
+    except FileNotFoundError:
+        return True
+
+
+def in_home(path: str) -> Path:
+    """A path whose ``~`` is the user's home directory; a temporary one where this user has none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:        # neither HOME nor an entry in the system's list of users
+        return temporary_dir() / Path(path).relative_to("~")
+
+
+def find_index(shard: Path, index_dir: Path) -> Path | None:
+    """The index that belongs to the shard as it is now, if there is one."""
+    return next((path for path in index_paths(shard, index_dir) if belongs(path, shard)), None)
+
+
+def belongs(index: Path, shard: Path) -> bool:
+    """Whether there is such an index, and it belongs to the shard as it is now."""
+    if not os.access(index, os.R_OK):           # Path.exists raises where a directory is closed to this user
+        return False
+    now = {"format": FORMAT, "bytes": shard.stat().st_size, "ends": ends(shard)}
+    head = read_head(index)
+    return now.items() <= head.items() and head.keys() >= set(TOLD) and record(head).names[0] == KEY
+
+
+def ends(shard: Path) -> str:
+    """A hash of the first and the last bytes of a tar: its size alone is padded, and times do not outlive a copy."""
+    with shard.open("rb") as file:
+        first = file.read(END)
+        file.seek(max(0, shard.stat().st_size - END))
+        return blake2b(first + file.read(END), digest_size=8).hexdigest()
+
+
+def write_table(paths: list[Path], head: dict[str, Any], rows: np.ndarray) -> Path:
+    """Write a head and numpy records to the first of the paths that can be written, whole or not at all.
+
+    Raises:
+        DataError: none of them can be written.
+    """
+    line = json.dumps({**head, "samples": len(rows), "dtype": rows.dtype.descr}).encode()
+    line += b" " * (-(len(line) + 1) % 64) + b"\n"
+    for path in paths:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(line + rows.tobytes())
+            os.replace(temporary, path)
+            return path
+        except OSError as error:
+            reason = error
+    raise DataError(f"{paths[0]} cannot be written, nor {paths[-1]}: {reason}; give data.index_dir=DIR that can be")
+
+
+def read_head(path: Path) -> dict[str, Any]:
+    """The first line of an index file; empty where it is not one, or not a whole one."""
+    with path.open("rb") as file:
+        try:
+            head = json.loads(file.readline(1 << 20))
+            records = head["samples"] * record(head).itemsize
+            counts = [head.get(name, 0) for name in TOLD]
+            if not all(isinstance(count, int) and 0 <= count < MOST_SAMPLES for count in counts):
+                return {}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return {}
+        return head if os.fstat(file.fileno()).st_size == file.tell() + records else {}
+
+
+def record(head: dict[str, Any]) -> np.dtype:
+    """The type of the records behind a head, from its names and the room for keys; others might be pointers."""
+    (first, kind, *_), *rest = head["dtype"]
+    if first != KEY:
+        return np.dtype([(name, "<i8") for name, *_ in head["dtype"]])       # of a catalogue
+    if not 0 < int(kind[2:]) <= MOST_NAME:
+        raise ValueError
+    return np.dtype([(KEY, f"S{int(kind[2:])}"), *((name, "<i8", (2,)) for name, *_ in rest)])
+
+
+def read_table(path: Path) -> np.ndarray:
+    """The records of an index file, mapped into memory."""
+    head = read_head(path)
+    if not head["samples"]:
+        return np.empty(0, record(head))
+    with path.open("rb") as file:
+        start = len(file.readline())
+    return np.memmap(path, record(head), mode="r", offset=start, shape=(head["samples"],))

@@ -1,0 +1,1 @@
+"""A training run: the loop, what happens between its steps, and what it leaves on disk."""

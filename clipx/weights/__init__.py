@@ -1,0 +1,1 @@
+"""Checkpoints, and other projects' weights, in and out."""

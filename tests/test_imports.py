@@ -1,0 +1,104 @@
+"""Who may import whom: each module's level, and no cycles."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# a module imports those of lower levels, and of its own; where a folder has several levels, each is its own line
+LEVELS = {
+    "errors duration linear": 0,
+    "distributed distributed.signals distributed.watchdog": 1,
+    "cores devices": 1,
+    "config.instantiate config.validate config.meaning config.runs config.schema": 1,
+    "models.clip models.layers models.packed models.text models.vision": 2,
+    "loss optim sched tokenizer": 2,
+    "data.plan data.sample data.tar.headers data.tar.index": 2,
+    "data.remote.cache data.remote.stores": 2.1,
+    "data.captions data.catalogue data.images data.mix data.shards data.files data.folder": 2.2,
+    "data.dummy data.emoji data.labelled data.loader": 2.3,
+    "data.prepare.cells data.prepare.download data.prepare.encode data.prepare.folder_layout": 2.4,
+    "data.prepare.layouts data.prepare.pack data.prepare.pictures data.prepare.processes": 2.4,
+    "data.prepare.report data.prepare.rows data.prepare.tables data.prepare.verify": 2.4,
+    "weights.archive weights.checkpoint weights.convert weights.foreign weights.load weights.peek weights.unwrap": 3,
+    "evals.encoder evals.features evals.figures evals.linear_probe evals.naming evals.retrieval": 4,
+    "evals.templates evals.validation evals.zero_shot": 4,
+    "training.batch training.callbacks training.closing training.compile training.direction training.health": 5,
+    "training.kept training.lock training.logs training.loop training.memory training.resume training.run": 5,
+    "training.step training.summary training.tensorboard": 5,
+    "tools.bench tools.findings tools.machine tools.measure tools.predictions tools.score": 6,
+    "config.arguments config.cli config.console config.explain config.help config.hydra_settings": 6,
+    "config.mistyped config.resolve config.sweep config.tune": 6,
+    "train prepare check evaluate predict export compare bench": 7,
+}
+LEVEL = {module: level for modules, level in LEVELS.items() for module in modules.split()}
+HYDRA = {"hydra", "omegaconf"}
+CONFIG = {module for module in LEVEL if module.startswith("config.") or LEVEL[module] == 7}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Each module's path by its name below clipx; packages whose __init__ only describes them are left out."""
+    found = {".".join(path.relative_to(ROOT / "clipx").with_suffix("").parts): path
+             for path in (ROOT / "clipx").rglob("*.py")}
+    named = {name.removesuffix(".__init__"): path for name, path in found.items() if name != "__init__"}
+    return {name: path for name, path in named.items() if path.stem != "__init__" or name in LEVEL}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The full names that a file imports, at the top or inside a function; not those for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    skipped = {id(inner) for node in typing for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """The modules of clipx that each imports."""
+    found: dict[str, set[str]] = {}
+    for module, path in modules().items():
+        names = [name.removeprefix("clipx.") for name in imports(path) if name.startswith("clipx.")]
+        homes = (name if name in LEVEL else name.rpartition(".")[0] for name in names)
+        found[module] = {home for home in homes if home in LEVEL} - {module}
+    return found
+
+
+def test_every_module_has_a_level() -> None:
+    assert set(modules()) == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", sorted(LEVEL))
+def test_imports_go_downward(module: str) -> None:
+    higher = {other for other in graph()[module] if LEVEL[other] > LEVEL[module]}
+    assert not higher, f"{module} (level {LEVEL[module]}) imports {', '.join(sorted(higher))}, which is higher"
+
+
+def test_no_modules_import_each_other() -> None:
+    TopologicalSorter(graph()).prepare()            # raises CycleError with the cycle
+
+
+def test_no_folders_import_each_other() -> None:
+    folders: dict[str, set[str]] = {}
+    for module, others in graph().items():
+        if "." in module and module not in CONFIG:
+            folder = module.partition(".")[0]
+            folders.setdefault(folder, set()).update(
+                other.partition(".")[0] for other in others if "." in other and other not in CONFIG)
+            folders[folder] -= {folder}
+    TopologicalSorter(folders).prepare()
+
+
+@pytest.mark.parametrize("module", sorted(set(LEVEL) - CONFIG))
+def test_only_config_and_the_commands_know_hydra(module: str) -> None:
+    assert not HYDRA & {name.partition(".")[0] for name in imports(modules()[module])}
