@@ -79,10 +79,10 @@ def export(composed: DictConfig, directory: Path) -> None:
 def write_open_clip(model: "CLIP", out: Path) -> None:
     from clipx.data.images import MEAN, STD
     from clipx.weights.convert import OPEN_CLIP, open_clip_config
-    from clipx.weights.load import described
+    from clipx.weights.load import model_node
 
     pixels = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
-    write_json(out / OPEN_CLIP, {"model_cfg": open_clip_config(described(model)), "preprocess_cfg": pixels})
+    write_json(out / OPEN_CLIP, {"model_cfg": open_clip_config(model_node(model)), "preprocess_cfg": pixels})
     write_tensors(model.state_dict(), out / "open_clip_model.safetensors")
 
 
@@ -91,9 +91,9 @@ def write_hugging_face(model: "CLIP", out: Path) -> None:
     from clipx.data.images import MEAN, STD
     from clipx.tokenizer import END, open_clip_tokenizer
     from clipx.weights.convert import HUGGING_FACE, hugging_face_config, to_hugging_face
-    from clipx.weights.load import described
+    from clipx.weights.load import model_node
 
-    node = described(model)
+    node = model_node(model)
     if node["text"]["vocab"] != END + 1:
         raise UserError(f"model.text.vocab={node['text']['vocab']} is not that of the tokenizer, {END + 1:,}; "
                         "to=open_clip writes it all the same")

@@ -53,9 +53,9 @@ def predict(composed: DictConfig, directory: Path) -> None:
     if (config.texts is None) == (config.search is None):
         raise UserError('give either texts="a cat,a dog", to score each picture, or search="a red car", to find some')
     check_there("run", config.run)
-    from clipx.tools.predictions import encode_pictures, score, search, show, texts_of
+    from clipx.tools.predictions import encode_pictures, read_texts, score, search, show
 
-    texts = None if config.texts is None else texts_of(config.texts)
+    texts = None if config.texts is None else read_texts(config.texts)
     found = encode_pictures(config.run, config.images, config.device, config.workers, config.trust, config.act)
     for place, reason in found.bad.items():
         logger.warning("%s is left out: it %s", place, reason)

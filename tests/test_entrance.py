@@ -69,11 +69,11 @@ def test_a_checkpoint_whose_config_cannot_be_read_early_is_left_to_training(
 ) -> None:
     last = early / "checkpoints/clip_last.pt"
     whole = last.read_bytes()
-    assert peek.config_in(last)["batch_size"] == 16
+    assert peek.read_config(last)["batch_size"] == 16
     for cut in (0, 100, len(whole) // 2, len(whole) - 10):
         last.write_bytes(whole[:cut])
-        assert peek.config_in(last) == {}
-    assert peek.config_in(tmp_path) == peek.config_in(tmp_path / "no.pt") == {}
+        assert peek.read_config(last) == {}
+    assert peek.read_config(tmp_path) == peek.read_config(tmp_path / "no.pt") == {}
 
 
 def test_a_checkpoint_that_would_run_something_runs_nothing_when_it_is_looked_at(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_checkpoint_that_would_run_something_runs_nothing_when_it_is_looked_at
 
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as file:
         file.writestr("x/data.pkl", pickle.dumps({"config": Evil()}))
-    assert peek.config_in(tmp_path / "x.pt") == {} and not (tmp_path / "ran").exists()
+    assert peek.read_config(tmp_path / "x.pt") == {} and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from clipx import load
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode
 from clipx.models.clip import CLIP
-from clipx.weights.load import described
+from clipx.weights.load import model_node
 
 Export = Callable[..., None]
 
@@ -62,7 +62,7 @@ def weights(tmp_path: Path) -> Path:
 def assert_same(one: CLIP, other: CLIP) -> None:
     pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
-    assert described(one) == described(other)
+    assert model_node(one) == model_node(other)
 
 
 def test_a_run_goes_to_open_clip_and_back_to_the_bit(

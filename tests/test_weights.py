@@ -29,7 +29,7 @@ from clipx.training.step import backward
 from clipx.weights import checkpoint
 from clipx.weights.archive import CheckpointError
 from clipx.weights.convert import to_hugging_face
-from clipx.weights.load import described, initialise
+from clipx.weights.load import initialise, model_node
 
 SIZES = {                       # of conf/model/tiny.yaml with one block in each tower, in open_clip's words
     "embed_dim": 192,
@@ -193,7 +193,7 @@ def test_a_directory_of_hugging_face_is_the_same_model(tmp_path: Path, act: str)
     perturb(other)
     other.save_pretrained(tmp_path / "hf")
     model, _, _ = load(tmp_path / "hf")
-    assert described(model)["image"]["heads"] == 2 and described(model)["text"]["heads"] == 4
+    assert model_node(model)["image"]["heads"] == 2 and model_node(model)["text"]["heads"] == 4
     image, tokens = real_batch(64)
     with torch.no_grad():
         found = other(input_ids=tokens, pixel_values=image)
@@ -400,7 +400,7 @@ def test_a_checkpoint_that_leaves_defaults_out_has_those_of_the_towers(tmp_path:
     model = CLIP(ImageEncoder(depth=1), TextEncoder(depth=1, width=768))
     checkpoint.save(tmp_path / "x.pt", {"model_state_dict": model.state_dict(), "config": {
         "model": {"_target_": "clipx.models.clip.CLIP", **towers}}})
-    assert described(load(tmp_path / "x.pt")[0]) == described(model)
+    assert model_node(load(tmp_path / "x.pt")[0]) == model_node(model)
 
 
 @pytest.mark.parametrize("size", [16, 64])

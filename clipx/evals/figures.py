@@ -17,7 +17,7 @@ MATRIX = 24         # pictures in the similarity matrix
 CELL = 44           # characters of a caption that a figure has room for
 
 
-def keep_figure(directory: Path, tag: str, figure: Any, name: str = "") -> None:
+def save_figure(directory: Path, tag: str, figure: Any, name: str = "") -> None:
     """Write a figure as a PNG that is called after its tag (without ``val/``)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")             # of letters that the font has not

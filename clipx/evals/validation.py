@@ -20,7 +20,7 @@ Evaluation = Callable[[Features, EncodeTexts], dict[str, float]]
 
 
 @runtime_checkable
-class OnLabelled(Protocol):
+class LabelledEvaluation(Protocol):
     """An evaluation that brings labelled data of its own, and is called for each of these sets."""
 
     sets: Mapping[str, LabelledSet]
@@ -53,14 +53,14 @@ class Validation:
     def __init__(
         self,
         sources: Mapping[str, Source],
-        evals: Mapping[str, Evaluation | OnLabelled],
+        evals: Mapping[str, Evaluation | LabelledEvaluation],
         tokenizer: SimpleTokenizer,
         workers: int,
         amp: torch.dtype | None,
         cache: Path | None = None,
         with_loss: bool = False,
     ):
-        self.labelled = {key: evaluation for key, evaluation in evals.items() if isinstance(evaluation, OnLabelled)}
+        self.labelled = {key: one for key, one in evals.items() if isinstance(one, LabelledEvaluation)}
         self.evals = {key: evaluation for key, evaluation in evals.items() if key not in self.labelled}
         self.sources, self.tokenizer, self.workers, self.amp, self.cache = sources, tokenizer, workers, amp, cache
         self.with_loss = with_loss

@@ -22,7 +22,7 @@ from clipx.devices import select_device
 from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.evals.figures import short
-from clipx.evals.validation import OnLabelled
+from clipx.evals.validation import LabelledEvaluation
 from clipx.sched import warmup_steps
 from clipx.tools.machine import Finding, check_device, check_disk, check_memory, check_workers, in_bytes
 from clipx.training.loop import State
@@ -241,7 +241,7 @@ def show(chunk: Chunk) -> Iterator[Finding]:
 
 def check_evals(config: TrainConfig, data: Data, reader: Callable[[Source], EvalReader]) -> Iterator[Finding]:
     evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
-    labelled = {key: one.sets for key, one in evals.items() if isinstance(one, OnLabelled)}
+    labelled = {key: one.sets for key, one in evals.items() if isinstance(one, LabelledEvaluation)}
     if len(labelled) < len(evals) and not data.vals:
         remedy = hint(int(sum(data.train.sizes))) if "val" in config.data else "give each source some"
         remedy = "data.val_samples=256 makes some" if "val_samples" in config.data else remedy

@@ -70,7 +70,7 @@ def encode_pictures(
     return Found(model, tokenizer, kept, torch.cat(features), bad)
 
 
-def texts_of(given: str) -> list[str]:
+def read_texts(given: str) -> list[str]:
     """The texts in a file, one a line, or parted by commas.
 
     Raises:

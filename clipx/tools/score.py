@@ -23,11 +23,11 @@ from clipx.cores import limit_threads
 from clipx.data.sample import Data, Source
 from clipx.devices import PRECISIONS, select_device, select_workers
 from clipx.errors import UserError
-from clipx.evals.figures import keep_figure
-from clipx.evals.validation import OnLabelled, Validation
+from clipx.evals.figures import save_figure
+from clipx.evals.validation import LabelledEvaluation, Validation
 from clipx.training.logs import SilentLog
 from clipx.weights.load import load
-from clipx.weights.peek import plain_in
+from clipx.weights.peek import read_plain
 
 logger = logging.getLogger("clipx")
 
@@ -47,7 +47,7 @@ class Place:
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """Keep a figure of an evaluation."""
-        keep_figure(self.directory, tag, figure, "" if self.run else f"{Path(self.weights).stem}-")
+        save_figure(self.directory, tag, figure, "" if self.run else f"{Path(self.weights).stem}-")
         if self.run:
             with SummaryWriter(str(self.directory)) as tensorboard:
                 tensorboard.add_figure(tag, figure, step)
@@ -100,7 +100,8 @@ def score(config: EvaluateConfig, directory: Path) -> None:
     with distributed.joined() as lifeline:
         with distributed.in_turn(lifeline):
             evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
-            sources = sources_of(config) if any(not isinstance(one, OnLabelled) for one in evals.values()) else {}
+            on_pairs = any(not isinstance(one, LabelledEvaluation) for one in evals.values())
+            sources = sources_of(config) if on_pairs else {}
         places = {run: place_of(run, directory) for run in runs}
         for place in places.values() if distributed.rank() == 0 else ():
             check_results(place.directory / RESULTS)
@@ -147,7 +148,7 @@ def ids_of(sources: Mapping[str, Source], evals: Mapping[str, Any]) -> dict[str,
     """What tells data from others of the same name, by ``<eval>@<data>``."""
     found = {}
     for key, one in evals.items():
-        used = {name: data.test for name, data in one.sets.items()} if isinstance(one, OnLabelled) else sources
+        used = {name: data.test for name, data in one.sets.items()} if isinstance(one, LabelledEvaluation) else sources
         found.update({f"{key}@{name}": blake2b(source.id.encode(), digest_size=8).hexdigest()
                       for name, source in used.items()})
     return found
@@ -191,7 +192,7 @@ def place_of(run: str, directory: Path) -> Place:
     folder = path.parent if path.parent.name else path.absolute().parent
     if folder.name != "checkpoints" or not (folder.parent / "config.yaml").is_file():
         return Place(path.parent, path.name, False, 0)
-    return Place(folder.parent, f"checkpoints/{path.name}", True, plain_in(path).get("step", 0))
+    return Place(folder.parent, f"checkpoints/{path.name}", True, read_plain(path).get("step", 0))
 
 
 @contextmanager

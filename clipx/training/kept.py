@@ -7,7 +7,7 @@ from typing import Any
 from clipx.config.meaning import LENGTH, refused, sure_differences
 from clipx.config.runs import check_there
 from clipx.errors import UserError
-from clipx.weights.peek import config_in
+from clipx.weights.peek import read_config
 
 
 def standing(checkpoints: Path) -> list[Path]:
@@ -39,7 +39,7 @@ def check_kept(config: Mapping[str, Any], directory: Path) -> None:
     if config["resume"] not in (None, "auto"):
         check_there("resume", config["resume"])
     elif kept:
-        saved = config_in(kept[0])
+        saved = read_config(kept[0])
         changes = sure_differences(saved, config) if saved else {}      # else it is damaged, which loading will tell
         if why := refused(kept[0], {key: text for key, text in changes.items() if key not in LENGTH}, config):
             raise UserError(why)

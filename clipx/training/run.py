@@ -33,7 +33,7 @@ from clipx.distributed.signals import Signals
 from clipx.distributed.watchdog import Lifeline
 from clipx.duration import Every
 from clipx.errors import Interrupted, UserError
-from clipx.evals.validation import Evaluation, OnLabelled, Validation
+from clipx.evals.validation import Evaluation, LabelledEvaluation, Validation
 from clipx.models.clip import CLIP
 from clipx.sched import warmup_steps
 from clipx.tokenizer import SimpleTokenizer
@@ -67,7 +67,7 @@ class Job:
     workers: int
     data: Data
     plan: Plan | MixPlan
-    evals: dict[str, Evaluation | OnLabelled]
+    evals: dict[str, Evaluation | LabelledEvaluation]
     identity: Identity
     early: MemoryHandler        # what is logged while no train.log is open
 

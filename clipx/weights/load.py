@@ -162,7 +162,7 @@ def complete(tower: Node, act: Act | None, where: str) -> None:
         tower["heads"] = HEADS.get(tower["width"], tower["width"] // 64)
 
 
-def described(model: CLIP) -> Node:
+def model_node(model: CLIP) -> Node:
     """The node that makes a model of clipx's own towers."""
     node = convert.node_of(model.state_dict(), "the model")
     for tower, part in zip(TOWERS, (model.visual, model.text), strict=True):
@@ -174,7 +174,7 @@ def differing(theirs: Any, model: CLIP) -> list[str]:
     """The keys, with their values, by which a model would be that of a node; as far as the node says them."""
     if not isinstance(model.visual, ImageEncoder) or not isinstance(model.text, TextEncoder):
         return []
-    ours, found = described(model), []
+    ours, found = model_node(model), []
     for tower in own_towers(theirs):
         name = next(name for name, target in TOWERS.items() if target == tower["_target_"])
         for key, value in ours[name].items():

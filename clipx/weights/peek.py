@@ -32,13 +32,13 @@ class Peek(Unpickler):
         """The bytes of a tensor stay where they are."""
 
 
-def config_in(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The config of the run that has saved a checkpoint; empty where it cannot be read."""
-    config = plain_in(path).get("config")
+    config = read_plain(path).get("config")
     return config if isinstance(config, dict) else {}
 
 
-def plain_in(path: Path) -> dict[str, Any]:
+def read_plain(path: Path) -> dict[str, Any]:
     """A checkpoint without its tensors; empty where it cannot be read, which loading it will explain."""
     try:
         with ZipFile(path) as archive:
