@@ -383,7 +383,7 @@ def test_when_a_run_goes_on_its_checkpoint_wins_and_the_weights_may_be_gone(
     train(*words)
     assert before["step"] == 1 and trained(tmp_path)["step"] == 3
     assert fails(*words[:-1], "init_from=null").partition("(")[2].startswith("init_from: 'w.pt' -> None)")
-    assert fails(*words, "name=y") == "w.pt: there is no such checkpoint"
+    assert fails(*words, "name=y").startswith("init_from=w.pt: there is no such run, checkpoint or weights")
 
 
 def test_a_run_starts_from_another_run(train: Callable[..., None], tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def test_position_embeddings_are_resized_as_open_clip_does(
         (["init_from=nan.pt"],
          "nan.pt: 1 of the 1 values of logit_scale are NaN or infinite; use a checkpoint from before the training "
          "diverged"),
-        (["init_from=none.pt"], "none.pt: there is no such checkpoint"),
+        (["init_from=none.pt"], "init_from=none.pt: there is no such run, checkpoint or weights; there are nan.pt, w.pt"),
         (["freeze=[vision]"], "freeze=['vision']: should be 'image' or 'text'"),
     ],
 )
