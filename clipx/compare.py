@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipx.config.console import lasting
-from clipx.config.runs import nearby
+from clipx.config.runs import suggest_runs
 from clipx.training.direction import Mode, mode_of
 
 Row = dict[str, Any]
@@ -71,7 +71,7 @@ def find(paths: Sequence[Path]) -> list[Run]:
     """
     runs = []
     if missing := next((path for path in paths if not path.exists()), None):
-        sys.exit(f"{missing}: there is no such run or folder of runs{nearby(missing)}")
+        sys.exit(f"{missing}: there is no such run or folder of runs{suggest_runs(missing)}")
     for file in dict.fromkeys(file for path in paths for file in sorted(path.rglob("summary.json"))):
         try:
             runs.append(Run(file.parent, read(file)))

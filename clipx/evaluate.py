@@ -5,8 +5,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from clipx.config.cli import command
-from clipx.config.resolve import resolve, typed
-from clipx.config.runs import check_there, named
+from clipx.config.resolve import resolve, typed_values
+from clipx.config.runs import check_exists, expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.errors import UserError
 
@@ -23,8 +23,8 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
         composed: the config, as Hydra composes it.
         directory: where results go that can stand beside nothing, since the weights are no file.
     """
-    for run in named(typed(composed, EvaluateConfig)["run"]):
-        check_there("run", run)
+    for run in expand_runs(typed_values(composed, EvaluateConfig)["run"]):
+        check_exists("run", run)
     config = resolve(composed, EvaluateConfig)
     from clipx.tools.score import score  # torch comes in here, so that --help and mistakes in the config answer at once
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from clipx.config.cli import command
 from clipx.config.resolve import resolve
-from clipx.config.runs import check_there
+from clipx.config.runs import check_exists
 from clipx.config.schema import ExportConfig
 from clipx.errors import UserError
 
@@ -58,7 +58,7 @@ def export(composed: DictConfig, directory: Path) -> None:
     out = Path(config.out).expanduser()
     if out.exists():
         raise UserError(f"out={config.out} is there already; name a new directory")
-    check_there("run", config.run)
+    check_exists("run", config.run)
     from clipx.weights.load import load
 
     model, _, _ = load(config.run, trust=config.trust, act=config.act)

@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from clipx.config.cli import command
 from clipx.config.resolve import resolve
-from clipx.config.runs import check_there
+from clipx.config.runs import check_exists
 from clipx.errors import UserError
 
 logger = logging.getLogger("clipx")
@@ -52,7 +52,7 @@ def predict(composed: DictConfig, directory: Path) -> None:
     config = resolve(composed, Predict)
     if (config.texts is None) == (config.search is None):
         raise UserError('give either texts="a cat,a dog", to score each picture, or search="a red car", to find some')
-    check_there("run", config.run)
+    check_exists("run", config.run)
     from clipx.tools.predictions import encode_pictures, read_texts, score, search, show
 
     texts = None if config.texts is None else read_texts(config.texts)

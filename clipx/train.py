@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from clipx.config.cli import call, command
 from clipx.config.instantiate import build
-from clipx.config.resolve import resolve, typed
+from clipx.config.resolve import resolve, typed_values
 from clipx.config.validate import check_node
 from clipx.training.direction import mode_of
 from clipx.training.kept import check_kept
@@ -33,7 +33,7 @@ def train(composed: DictConfig, directory: Path) -> float | None:
     Raises:
         UserError: something is wrong with the config, the data or the run.
     """
-    check_early(typed(composed), directory)
+    check_early(typed_values(composed), directory)
     config = resolve(composed)
     for tag in filter(None, (config.best, config.objective)):
         mode_of(tag, config.mode)

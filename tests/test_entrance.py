@@ -99,23 +99,23 @@ def test_a_checkpoint_that_would_run_something_runs_nothing_when_it_is_looked_at
     ],
 )
 def test_only_what_no_conversion_makes_equal_is_surely_another_value(one: object, other: object, differ: bool) -> None:
-    assert meaning.surely_differ(one, other) is meaning.surely_differ(other, one) is differ
+    assert meaning.certainly_differ(one, other) is meaning.certainly_differ(other, one) is differ
 
 
 def test_of_many_runs_those_of_like_names_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clipx.config.runs import nearby
+    from clipx.config.runs import suggest_runs
 
     monkeypatch.chdir(tmp_path)
-    assert nearby(Path("outputs/x")) == ""
+    assert suggest_runs(Path("outputs/x")) == ""
     for name in ("outputs/flowers_small", "outputs/sweeps/lr/seed=1", *(f"outputs/zz{number}" for number in range(9))):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.yaml").touch()
-    assert nearby(Path("outputs/flower_small")).startswith("; there are outputs/flowers_small, ")
-    assert nearby(Path("seed=2")).startswith("; there are outputs/sweeps/lr/seed=1, ")
-    assert nearby(Path("outputs/flower_small")).endswith(" and 6 more")
+    assert suggest_runs(Path("outputs/flower_small")).startswith("; there are outputs/flowers_small, ")
+    assert suggest_runs(Path("seed=2")).startswith("; there are outputs/sweeps/lr/seed=1, ")
+    assert suggest_runs(Path("outputs/flower_small")).endswith(" and 6 more")
     (tmp_path / "outputs/zz1/checkpoints").mkdir()
     (tmp_path / "outputs/zz1/checkpoints/clip_step_50.pt").touch()
-    told = nearby(Path("outputs/zz1/checkpoints/clip_step_5.pt"))
+    told = suggest_runs(Path("outputs/zz1/checkpoints/clip_step_5.pt"))
     assert told.startswith("; there are outputs/zz1/checkpoints/clip_step_50.pt, ")
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_check import check  # noqa: F401, the fixture
 from test_zero_shot import class_folders, class_shards
 
-from clipx.config.runs import named
+from clipx.config.runs import expand_runs
 from clipx.data.dummy import Dummy
 from clipx.evals import encoder
 from clipx.evals.linear_probe import LinearProbe
@@ -137,7 +137,7 @@ def test_other_data_of_the_same_name_do_not_take_the_place_of_the_first(run: Pat
     ],
 )
 def test_runs_are_headed_by_names_that_tell_them_apart(given: str | list[str], names: dict[str, str]) -> None:
-    assert named(given) == names
+    assert expand_runs(given) == names
 
 
 def test_two_that_write_at_once_lose_nothing(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from conftest import ROOT, in_process
 
-from clipx.config.arguments import GROUPS, completable
-from clipx.config.help import page
+from clipx.config.arguments import GROUPS, completion_line
+from clipx.config.help import help_page
 from clipx.config.schema import EvaluateConfig, ExportConfig, PrepareConfig, TrainConfig
 from clipx.predict import Predict
 
@@ -29,7 +29,7 @@ def test_every_command_of_hydra_has_a_page() -> None:
 
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_a_page_has_an_example_and_every_key_with_its_default_and_what_it_is(command: str) -> None:
-    shown, text = page(command), (ROOT / f"conf/{command}.yaml").read_text()
+    shown, text = help_page(command), (ROOT / f"conf/{command}.yaml").read_text()
     assert re.search(rf"^  python -m clipx\.{command} \S", shown, re.MULTILINE)
     stated = set(yaml.safe_load(text)) - {"defaults", "hydra"}
     for key in stated | {field.name for field in fields(SCHEMAS[command])} - {*GROUPS, "choices", "varied"}:
@@ -38,7 +38,7 @@ def test_a_page_has_an_example_and_every_key_with_its_default_and_what_it_is(com
 
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_a_page_has_every_option_of_every_group_with_what_it_is(command: str) -> None:
-    shown = page(command)
+    shown = help_page(command)
     assert {*re.findall(r"^  (\w+)=$", shown, re.MULTILINE)} == OF_GROUPS[command]
     for group in OF_GROUPS[command]:
         listed = re.search(rf"^  {group}=\n((?:  [ *] \S.*\n)+)", shown, re.MULTILINE)[1]
@@ -47,7 +47,7 @@ def test_a_page_has_every_option_of_every_group_with_what_it_is(command: str) ->
 
 
 def test_the_defaults_are_marked_and_their_keys_shown() -> None:
-    shown = page("train")
+    shown = help_page("train")
     marked = re.findall(r"^  \* (\w+)", shown, re.MULTILINE)
     assert marked == ["tiny", "emoji", "adamw_paper", "warmup_cosine", "info_nce", "retrieval"]
     assert [f"{key}={option}" for key, option in re.findall(r"^Keys of (\w+)=(\w+):", shown, re.MULTILINE)] == [
@@ -56,20 +56,20 @@ def test_the_defaults_are_marked_and_their_keys_shown() -> None:
 
 
 def test_the_options_that_are_given_are_shown_in_place_of_the_defaults(tmp_path: Path) -> None:
-    shown = page("train", ["data=coco", "evals=[naming,zero_shot]", "experiment=demo", "--help"])
+    shown = help_page("train", ["data=coco", "evals=[naming,zero_shot]", "experiment=demo", "--help"])
     assert "Keys of data=shards:" in shown and "    root: ${oc.env:CLIPX_DATA,data}/coco" in shown
     assert "  evals.naming:\n" in shown and "  evals.zero_shot:\n" in shown and "evals.retrieval:" not in shown
     assert "\n  batch_size: 128\n" in shown and "data=emoji:" not in shown
     (tmp_path / "model").mkdir()
     (tmp_path / "model/mine.yaml").write_text("# All mine\n_target_: mine.Model\n")
-    assert re.search(r"^    mine +All mine$", page("train", ["--config-dir", str(tmp_path)]), re.MULTILINE)
+    assert re.search(r"^    mine +All mine$", help_page("train", ["--config-dir", str(tmp_path)]), re.MULTILINE)
 
 
 @pytest.mark.parametrize("given", [["--help"], ["model=small", "-h"]])
 def test_help_is_answered_before_anything_else_and_without_torch(given: list[str], tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     shown = in_process("-m", "clipx.train", *given, cwd=tmp_path)
-    assert shown.returncode == 0 and shown.stderr == "" and shown.stdout == page("train", given) + "\n"
+    assert shown.returncode == 0 and shown.stderr == "" and shown.stdout == help_page("train", given) + "\n"
     assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
 
 
@@ -107,7 +107,7 @@ def test_bash_completes_keys_and_options(line: str, offered: list[str], complete
 
 
 def test_words_that_hydra_cannot_read_do_not_hinder_completion() -> None:
-    assert completable("clipx-train -m --config-dir D optim.lr=1,2 data.root=/a=b 'x y' config=c mod") == (
+    assert completion_line("clipx-train -m --config-dir D optim.lr=1,2 data.root=/a=b 'x y' config=c mod") == (
         "clipx-train -m --config-dir D optim.lr=1,2 mod")
-    assert completable("clipx-train model=tiny ") == "clipx-train model=tiny "
-    assert completable("clipx-train") == "clipx-train" and completable("") == ""
+    assert completion_line("clipx-train model=tiny ") == "clipx-train model=tiny "
+    assert completion_line("clipx-train") == "clipx-train" and completion_line("") == ""

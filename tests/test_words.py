@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import clipx.train
 from clipx.config import arguments
-from clipx.config.runs import named
+from clipx.config.runs import expand_runs
 from clipx.errors import UserError
 
 SHORT = (*FEW, "max_steps=2")
@@ -79,7 +79,7 @@ def test_an_unknown_setting_of_a_sweeper_has_a_near_match_among_its_own(fails: C
 @pytest.mark.parametrize("key", ["name", "data.root", "data.sources.a.root"])
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_number_is_a_name_where_a_name_or_a_path_is_wanted(key: str, value: str, sweep: bool) -> None:
-    (word,) = arguments.legal([f"{key}={value}"], sweep)
+    (word,) = arguments.escape_arguments([f"{key}={value}"], sweep)
     assert OverridesParser.create().parse_override(word).value() == value
 
 
@@ -169,7 +169,7 @@ def test_several_runs_are_a_list_or_a_pattern_and_their_names_may_have_commas(
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.yaml").touch()
     (tmp_path / "outputs/no_run").mkdir()
-    assert [*named(f"[{names[1]},{names[0]}]")] == names[::-1]
-    assert [*named(["outputs/model=tiny", "seed=1", "outputs/b"])] == names[::-1]
-    assert [*named("outputs/*")] == [*named("[outputs/*]")] == [*named(["outputs/*"])] == names
-    assert [*named("open_clip:x,outputs/none")] == ["open_clip:x", "outputs/none"]
+    assert [*expand_runs(f"[{names[1]},{names[0]}]")] == names[::-1]
+    assert [*expand_runs(["outputs/model=tiny", "seed=1", "outputs/b"])] == names[::-1]
+    assert [*expand_runs("outputs/*")] == [*expand_runs("[outputs/*]")] == [*expand_runs(["outputs/*"])] == names
+    assert [*expand_runs("open_clip:x,outputs/none")] == ["open_clip:x", "outputs/none"]

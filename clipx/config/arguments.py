@@ -24,7 +24,7 @@ HYDRA = ["hydra/output=clipx", "hydra.output_subdir=null", "hydra/job_logging=no
 WITH_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c"}
 
 
-def legal(words: Sequence[str], sweep: bool) -> list[str]:
+def escape_arguments(words: Sequence[str], sweep: bool) -> list[str]:
     """The words, those quoted that Hydra's grammar rejects or would take for a sweep where there is none.
 
     Options come first: argparse wants all of the overrides in one row.
@@ -89,7 +89,7 @@ def is_text(key: str) -> bool:
     return key in TEXT or re.fullmatch(f"{TEXT_OF_DATA}|{PLACES}", key) is not None
 
 
-def completable(line: str) -> str:
+def completion_line(line: str) -> str:
     """What the shell completes, without the words before the last that would stop Hydra from answering."""
     words = [*line.split(), *([""] if line.endswith(" ") else [])]
     kept = [word for before, word in zip(words, words[1:-1], strict=False) if before in WITH_VALUE

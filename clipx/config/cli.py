@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clipx.config import arguments
 from clipx.config.console import console, lasting, other_rank, printable
 from clipx.config.explain import explain, own_hydra, with_list
-from clipx.config.help import page
+from clipx.config.help import help_page
 from clipx.config.hydra_settings import look_ahead
 from clipx.config.meaning import CONF, completed
 from clipx.config.mistyped import check_typed
@@ -49,9 +49,9 @@ def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: 
     """
     given = sys.argv[1:]
     if {"-h", "--help"} & set(given):
-        return print(page(name, given))
+        return print(help_page(name, given))
     if {"-sc", "--shell-completion"} & set(given):
-        os.environ["COMP_LINE"] = arguments.completable(os.environ.get("COMP_LINE", ""))
+        os.environ["COMP_LINE"] = arguments.completion_line(os.environ.get("COMP_LINE", ""))
     failures = Failures(arguments.OUTPUTS / ".sweep" / f"failed-{os.getpid()}")
     told: list[str] = []
     try:
@@ -115,7 +115,7 @@ def carry_out(
     """
     saved, rest = take_saved(name, given)
     check_typed(rest)
-    options, overrides = arguments.parted(arguments.legal(rest, is_sweep(rest)))
+    options, overrides = arguments.parted(arguments.escape_arguments(rest, is_sweep(rest)))
     run = Job(job, saved, overrides, failures, trains)
     ours = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []        # for hydra/sweeper=optuna
     argv = [f"clipx-{name}", *options, *arguments.HYDRA, *ours, *overrides]

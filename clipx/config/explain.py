@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from clipx.config import arguments
-from clipx.config.meaning import CONF, flat
+from clipx.config.meaning import CONF, flatten
 from clipx.config.resolve import first_line
 from clipx.config.sweep import is_sweep
 from clipx.config.validate import suggest
@@ -63,7 +63,7 @@ def known_keys(name: str, given: Sequence[str]) -> list[str]:
     except HydraException:
         composed = hydra.compose(name)
     plain = OmegaConf.to_container(composed)
-    return [*flat(plain), *(key for key, value in plain.items() if isinstance(value, dict))]
+    return [*flatten(plain), *(key for key, value in plain.items() if isinstance(value, dict))]
 
 
 def hydra_keys(name: str, given: Sequence[str], key: str) -> list[str]:

@@ -22,7 +22,7 @@ Switches that every command has, from Hydra:
 """
 
 
-def page(command: str, words: Sequence[str] = ()) -> str:
+def help_page(command: str, words: Sequence[str] = ()) -> str:
     """All that can be given to a command.
 
     Args:

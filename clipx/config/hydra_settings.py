@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clipx.config import arguments
 from clipx.config.help import config_dirs
-from clipx.config.meaning import CONF, flat
+from clipx.config.meaning import CONF, flatten
 from clipx.config.mistyped import check_hydra
 
 NOTED = ("runtime", "overrides", "job.override_dirname", "job.config_name")     # what Hydra itself writes there
@@ -44,11 +44,11 @@ def look_ahead(name: str, place: str, options: Sequence[str], overrides: Sequenc
     single = [word for word in overrides if not parser.parse_override(word).is_sweep_override()]
     try:
         composed = compose(main, root, [*places, *start], single)
-        after = flat(OmegaConf.to_container(composed.hydra, resolve=False))
+        after = flatten(OmegaConf.to_container(composed.hydra, resolve=False))
         directory = Path(composed.hydra.run.dir)
     except (HydraException, OmegaConfBaseException):
         return Path()                   # Hydra will explain it
-    before: dict[str, Any] = flat(OmegaConf.to_container(compose(name, place, start, []).hydra, resolve=False))
+    before: dict[str, Any] = flatten(OmegaConf.to_container(compose(name, place, start, []).hydra, resolve=False))
     for key, value in after.items():
         noted = any(f"{key}.".startswith(f"{one}.") for one in NOTED)
         if not noted and before.get(key) != value:

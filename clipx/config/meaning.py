@@ -23,7 +23,7 @@ NEUTRAL = {
 }  # fmt: skip
 PLACES = r"(labelled|evals\.[^.]+\.sets)\.[^.]+\.(root|folder|shards|train|classes)"       # of labelled data
 
-LENGTH = {"epochs", "max_steps"}        # these may grow
+LENGTH_KEYS = {"epochs", "max_steps"}        # these may grow
 RECORDED = {"choices", "varied"}        # what is only noted, and means nothing
 
 
@@ -60,11 +60,11 @@ def argument_defaults(config: Mapping[str, Any], trust: Sequence[str]) -> dict[s
     return found
 
 
-def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots."""
     found: dict[str, Any] = {}
     for key, value in node.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        found.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return found
 
 
@@ -72,7 +72,7 @@ def earlier(before: Mapping[str, Any]) -> dict[str, Any]:
     """A run's saved config, flat, with the defaults of keys that are newer than the run."""
     whole = completed(before)
     references = {key: match[1] for key, value in whole.items() if (match := re.fullmatch(r"\$\{(\w+)\}", str(value)))}
-    return flat({**whole, **{key: whole[other] for key, other in references.items()}})      # best: ${objective}
+    return flatten({**whole, **{key: whole[other] for key, other in references.items()}})      # best: ${objective}
 
 
 def means_something(key: str) -> bool:
@@ -84,28 +84,28 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
 
     What ``before`` does not have, as it was written before the key existed, has its default there.
     """
-    kept, new = earlier(before), flat(after)
+    kept, new = earlier(before), flatten(after)
     old = {**argument_defaults(after, after.get("trust", [])), **kept}
     keys = filter(means_something, dict.fromkeys([*new, *kept]))
     return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)}
 
 
-def sure_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+def certain_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
     """Those of the differences that need no signature: keys of both, whose values no conversion makes equal."""
-    old, new = earlier(before), flat(after)
+    old, new = earlier(before), flatten(after)
     keys = filter(means_something, (key for key in new if key in old))
-    return {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in keys if surely_differ(old[key], new[key])}
+    return {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in keys if certainly_differ(old[key], new[key])}
 
 
-def surely_differ(one: Any, other: Any) -> bool:
+def certainly_differ(one: Any, other: Any) -> bool:
     """Whether two values differ, whatever a signature may turn them into: "5" and 5 may be the same."""
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) != len(other) or any(map(surely_differ, one, other))
+        return len(one) != len(other) or any(map(certainly_differ, one, other))
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (one, other))
     return one != other and (numbers or type(one) is type(other) or None in (one, other))
 
 
-def refused(path: Path, changes: Mapping[str, str], config: Mapping[str, Any]) -> str:
+def refusal_message(path: Path, changes: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """Why a run does not resume from a checkpoint; empty where it does.
 
     Args:
@@ -130,7 +130,7 @@ def allowed(config: Mapping[str, Any], changes: Mapping[str, str]) -> set[str]:
     Raises:
         ConfigError: it names what is no key.
     """
-    known = {".".join(key.split(".")[:depth]) for key in flat(config) for depth in (1, 2, 3, 4)}
+    known = {".".join(key.split(".")[:depth]) for key in flatten(config) for depth in (1, 2, 3, 4)}
     for key in config["resume_allow"]:
         if key not in known | changes.keys():
             raise ConfigError(f"resume_allow=[{key}]: there is no such key{suggest(key, sorted(known))}")

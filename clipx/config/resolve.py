@@ -24,7 +24,7 @@ def resolve(composed: DictConfig, schema: type[Schema] = TrainConfig) -> Schema:
     Raises:
         ConfigError: a key, a type or a value is wrong.
     """
-    values = typed(composed, schema)
+    values = typed_values(composed, schema)
     trust = values.get("trust", [])
     groups = values.keys() & set(arguments.GROUPS) - {"evals"}
     for key in sorted(groups, key=lambda key: key not in ("data", "source", "sched")):     # whose code needs no torch
@@ -34,7 +34,7 @@ def resolve(composed: DictConfig, schema: type[Schema] = TrainConfig) -> Schema:
     return schema(**values)
 
 
-def typed(composed: DictConfig, schema: type = TrainConfig) -> dict[str, Any]:
+def typed_values(composed: DictConfig, schema: type = TrainConfig) -> dict[str, Any]:
     """Plain values in the types of a schema, nodes as they are written: what can be known without importing torch.
 
     Raises:

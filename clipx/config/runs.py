@@ -11,7 +11,7 @@ OUTPUTS = Path("outputs")
 MOST_NAMED = 5
 
 
-def named(given: str | list[str]) -> dict[str, str]:
+def expand_runs(given: str | list[str]) -> dict[str, str]:
     """Runs, each with what heads its column: its name where that tells them apart.
 
     ``A,B`` and ``[A,B]`` are lists where Hydra has not read them as such, and no file has that name.
@@ -41,7 +41,7 @@ def matching(pattern: str) -> list[str]:
     return sorted(str(Path(path).parent) for path in glob(f"{pattern}/config.yaml")) or [pattern]
 
 
-def check_there(key: str, where: str) -> None:
+def check_exists(key: str, where: str) -> None:
     """
     Args:
         key: that gives ``where``.
@@ -52,13 +52,13 @@ def check_there(key: str, where: str) -> None:
     """
     path = Path(where).expanduser()
     if not where.startswith("open_clip:") and not path.exists():
-        raise UserError(f"{key}={where}: there is no such run, checkpoint or weights{nearby(path)}")
+        raise UserError(f"{key}={where}: there is no such run, checkpoint or weights{suggest_runs(path)}")
 
 
-def nearby(path: Path) -> str:
+def suggest_runs(path: Path) -> str:
     """The end of a message about a run or a checkpoint that is not there: some that are, those of like names first."""
     run = next((place.parent for place in (path, *path.parents) if place.name == "checkpoints"), path)
-    there = {str(one): one.name for one in (*sorted(path.parent.glob("*.pt")), *runs_near(run)) if one != path}
+    there = {str(one): one.name for one in (*sorted(path.parent.glob("*.pt")), *nearby_runs(run)) if one != path}
     wanted = path.name if path.parent.is_dir() else run.name
     like = sorted(there, key=lambda one: -SequenceMatcher(None, there[one], wanted).ratio())
     if not like:
@@ -67,7 +67,7 @@ def nearby(path: Path) -> str:
     return f"; there {'is' if len(like) == 1 else 'are'} {', '.join(like[:MOST_NAMED])}{rest}"
 
 
-def runs_near(run: Path) -> Iterator[Path]:
+def nearby_runs(run: Path) -> Iterator[Path]:
     """Those beside a path, those of outputs and those of its sweeps."""
     for pattern in (run.parent / "*", OUTPUTS / "*", OUTPUTS / "sweeps" / "*" / "*"):
         for config in sorted(glob(str(pattern / "config.yaml"))):

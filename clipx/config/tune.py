@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 
 from clipx import duration
-from clipx.config import arguments
+from clipx.config.arguments import escape_arguments, run_directory
 from clipx.config.console import tell
 from clipx.config.meaning import differences
 from clipx.config.schema import Duration
@@ -76,7 +76,7 @@ def tune(
     """
     settings = Settings(**check_call(Settings, given, KEYS))
     check_rungs(settings.rungs)
-    own = arguments.legal([f"{key}={value}" for key, value in settings.params.items()], sweep=True)
+    own = escape_arguments([f"{key}={value}" for key, value in settings.params.items()], sweep=True)
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*own, *arguments])
     overrides = {override.get_key_element(): override for override in parsed}.values()
     space = [override for override in overrides if override.is_sweep_override()]
@@ -93,7 +93,7 @@ def tune(
     if config.hydra.sweep.subdir != UNSET:
         raise ConfigError(f"hydra.sweep.subdir={config.hydra.sweep.subdir}: a search names its jobs' directories; "
                           "hydra.sweep.dir says where they are")
-    directory = obeyed(config.hydra, arguments.run_directory([], name, keys), sweep=True).parent
+    directory = obeyed(config.hydra, run_directory([], name, keys), sweep=True).parent
     meaning = {**plain, "hydra": {"sweeper": {
         "params": {override.get_key_element(): override.get_value_string() for override in space},
         "direction": settings.direction, "rungs": settings.rungs,
@@ -298,7 +298,7 @@ class Search:
 
     def place(self, job: Sequence[str]) -> Path:
         """The directory of a job's run."""
-        return self.directory / arguments.run_directory([*self.fixed, *job], self.name, self.keys).name
+        return self.directory / run_directory([*self.fixed, *job], self.name, self.keys).name
 
     def report(self) -> None:
         """Tell what came out, and what to type next."""

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from clipx import distributed
 from clipx.config.instantiate import build
-from clipx.config.runs import named
+from clipx.config.runs import expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.cores import limit_threads
 from clipx.data.sample import Data, Source
@@ -96,7 +96,7 @@ def score(config: EvaluateConfig, directory: Path) -> None:
     """
     limit_threads()
     device, workers = select_device(config.device), select_workers(config.workers)
-    runs = named(config.run)
+    runs = expand_runs(config.run)
     with distributed.joined() as lifeline:
         with distributed.in_turn(lifeline):
             evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipx.config.meaning import LENGTH, refused, sure_differences
-from clipx.config.runs import check_there
+from clipx.config.meaning import LENGTH_KEYS, certain_differences, refusal_message
+from clipx.config.runs import check_exists
 from clipx.errors import UserError
 from clipx.weights.peek import read_config
 
@@ -37,11 +37,12 @@ def check_kept(config: Mapping[str, Any], directory: Path) -> None:
     check_new(config["resume"], directory / "checkpoints")
     kept = standing(directory / "checkpoints")
     if config["resume"] not in (None, "auto"):
-        check_there("resume", config["resume"])
+        check_exists("resume", config["resume"])
     elif kept:
         saved = read_config(kept[0])
-        changes = sure_differences(saved, config) if saved else {}      # else it is damaged, which loading will tell
-        if why := refused(kept[0], {key: text for key, text in changes.items() if key not in LENGTH}, config):
+        changes = certain_differences(saved, config) if saved else {}      # corrupt: loading reports it
+        changes = {key: text for key, text in changes.items() if key not in LENGTH_KEYS}
+        if why := refusal_message(kept[0], changes, config):
             raise UserError(why)
     elif config["init_from"]:
-        check_there("init_from", config["init_from"])
+        check_exists("init_from", config["init_from"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from clipx.config.instantiate import build
-from clipx.config.meaning import LENGTH, differences, refused
+from clipx.config.meaning import LENGTH_KEYS, differences, refusal_message
 from clipx.config.schema import TrainConfig
 from clipx.distributed import gather
 from clipx.training.kept import check_new, standing
@@ -55,7 +55,7 @@ def restore(state: State, config: TrainConfig, directory: Path, identity: Identi
         raise CheckpointError(f"{path} has weights, but not all that a run needs to go on; init_from={path} starts "
                               "from these weights, and name=... starts another run")
     changes = changed(saved, identity)
-    if why := refused(path, changes, vars(config)):
+    if why := refusal_message(path, changes, vars(config)):
         raise CheckpointError(why)
     if "amp" in changes:
         saved["scaler"] = state.scaler.state_dict()     # another precision starts with its own loss scale
@@ -123,7 +123,7 @@ def changed(saved: Mapping[str, Any], identity: Identity) -> dict[str, str]:
     """What has another meaning than it had, by key; a run may become longer."""
     changes = differences(saved["config"], identity.config)
     if identity.steps >= saved["steps"]:
-        changes = {key: text for key, text in changes.items() if key not in LENGTH}
+        changes = {key: text for key, text in changes.items() if key not in LENGTH_KEYS}
     if saved["plan"] != identity.plan and not any(key == "seed" or key.startswith("data.") for key in changes):
         changes["data"] = "data: other shards, or other files in them"
     return changes

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipx import distributed
 from clipx.config.instantiate import build
-from clipx.config.meaning import flat
+from clipx.config.meaning import flatten
 from clipx.config.schema import TrainConfig
 from clipx.cores import limit_threads
 from clipx.data.images import TrainCrop
@@ -254,7 +254,7 @@ def log_of(job: Job, state: State, samples: int) -> RunLog | SilentLog:
     text = yaml.safe_dump(asdict(job.config), sort_keys=False, allow_unicode=True)
     (job.directory / "config.yaml").write_text(text, encoding="utf-8")
     process = {"id": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-    config = flat(asdict(job.config))
+    config = flatten(asdict(job.config))
     mode = mode_of(job.config.objective, job.config.mode)
     about = {"objective": job.config.objective, "mode": mode, "process": process, "config": config}
     row = row_of(config, job.config.choices, job.config.varied)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from clipx.config.runs import nearby
+from clipx.config.runs import suggest_runs
 from clipx.errors import UserError
 
 STORAGES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
@@ -36,7 +36,7 @@ def opened(path: Path) -> dict[str, Any]:
         content = content_of(path)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        reason = f"there is no such checkpoint{nearby(path)}" if missing else error.strerror
+        reason = f"there is no such checkpoint{suggest_runs(path)}" if missing else error.strerror
         raise CheckpointError(f"{path}: {reason}") from error
     except BROKEN as error:
         raise CheckpointError(f"{path} is not a checkpoint: it is cut short, or another kind of file") from error
