@@ -14,7 +14,7 @@ def one_of_several_jobs() -> bool:
     return get_start_method(allow_none=True) == "loky"
 
 
-def usable_cores() -> int:
+def available_cores() -> int:
     """How many cores this process may use; of jobs at once each has the share that joblib gives its threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min([cores, *(max(1, math.ceil(quota)) for quota in quotas())])
@@ -59,4 +59,4 @@ def limit_threads() -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))

@@ -3,7 +3,7 @@
 import torch
 
 from clipx import distributed
-from clipx.cores import usable_cores
+from clipx.cores import available_cores
 from clipx.errors import UserError
 
 MAX_WORKERS = 8                 # that ``workers=auto`` starts
@@ -18,7 +18,7 @@ def select_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    ranks = distributed.local_world()
+    ranks = distributed.local_world_size()
     if name == "cuda" and ranks > (gpus := torch.cuda.device_count()) > 0:
         raise UserError(f"{ranks} processes on a machine with {gpus} GPUs; start torchrun with --nproc-per-node {gpus}")
     try:
@@ -33,4 +33,4 @@ def select_workers(workers: str | int) -> int:
     """Number of data workers for this rank; ``auto`` is half of its share of the cores, at most ``MAX_WORKERS``."""
     if workers != "auto":
         return int(workers)
-    return min(MAX_WORKERS, max(1, usable_cores() // distributed.local_world() // 2))
+    return min(MAX_WORKERS, max(1, available_cores() // distributed.local_world_size() // 2))

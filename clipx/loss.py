@@ -85,7 +85,7 @@ class TiledLoss(torch.autograd.Function):
             surplus.diagonal(-first - part.start).sub_(2)                           # less what a pair should have
             more, d_image[part] = torch.autograd.grad(products, (texts, scaled), surplus)
             d_texts += more
-        grad = grad * (distributed.world() / (2 * len(texts)))
+        grad = grad * (distributed.world_size() / (2 * len(texts)))
         d_scale = grad * (d_image * image).sum()
         d_text = distributed.all_sum(d_texts)[first : first + len(image)]
         return d_image.mul_(grad * scale), d_text.mul_(grad), d_scale, None

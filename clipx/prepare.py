@@ -12,7 +12,7 @@ from clipx.config.cli import command
 from clipx.config.instantiate import build
 from clipx.config.resolve import resolve
 from clipx.config.schema import PrepareConfig
-from clipx.cores import usable_cores
+from clipx.cores import available_cores
 from clipx.data.prepare.layouts import Layout, Tars
 from clipx.data.prepare.pack import Packing, pack
 from clipx.data.prepare.report import tell
@@ -36,7 +36,7 @@ def prepare(composed: DictConfig, directory: Path) -> None:
         directory: of a run; shards go where ``out`` says.
     """
     config = resolve(composed, PrepareConfig)
-    workers = usable_cores() if config.workers == "auto" else config.workers
+    workers = available_cores() if config.workers == "auto" else config.workers
     try:
         found = build(config.source, "source")(config.src)
         job = make_shards if isinstance(found, Layout) else check_shards

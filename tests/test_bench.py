@@ -101,7 +101,7 @@ def test_what_bounds_a_run_is_told_with_the_remedy(
     shares: dict[str, float], loader: float, told: str, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("clipx.tools.bench.usable_cores", lambda: 8)
+    monkeypatch.setattr("clipx.tools.bench.available_cores", lambda: 8)
     found = {
         "step": {"shares": shares, "rounds": [{"samples_per_s": 200.0}]},
         "loader": {"rounds": [{"pictures_per_s": loader}]},

@@ -21,7 +21,7 @@ from clipx.config.schema import TrainConfig
 from clipx.data.shards import open_shards
 from clipx.devices import PRECISIONS
 from clipx.tools import machine
-from clipx.training.run import fresh_state
+from clipx.training.run import initial_state
 
 FEW = ("batch_size=8", "model.image.depth=1", "model.text.depth=1", "device=cpu")
 MADE_UP = ("data=dummy", "data.samples=40", "data.val_samples=20", "epochs=20", *FEW)
@@ -275,33 +275,33 @@ def test_a_read_only_place_is_told(check: Check, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("words", [[], ["amp=bf16"], ["grad_checkpoint=true"], ["loss.same=mask"]])
 def test_the_activations_of_a_batch_are_those_that_tiny_batches_foretell(words: list[str]) -> None:
     config = composed(*MADE_UP, *words)
-    model, loss_of, amp = fresh_state(config, torch.device("cpu")).model, build(config.loss), PRECISIONS[config.amp]
+    model, loss_fn, amp = initial_state(config, torch.device("cpu")).model, build(config.loss), PRECISIONS[config.amp]
     for size in (8, 64):
         model.set_grad_checkpoint(config.grad_checkpoint)
-        real = machine.saved_bytes(model, loss_of, amp, 20, size)
+        real = machine.saved_bytes(model, loss_fn, amp, 20, size)
         if config.grad_checkpoint:
             model.set_grad_checkpoint(False)
-            real += machine.saved_bytes(model, loss_of, amp, 20, size)      # of its one block, computed again
-        foretold = machine.activations(model, loss_of, amp, 20, config.grad_checkpoint)(size)
+            real += machine.saved_bytes(model, loss_fn, amp, 20, size)      # of its one block, computed again
+        foretold = machine.activations(model, loss_fn, amp, 20, config.grad_checkpoint)(size)
         assert foretold == pytest.approx(real, rel=0.02)
 
 
 def test_a_step_takes_what_was_foretold() -> None:
     """Held against torch's own account of what it allocates on the way forward and back."""
     config, size = composed(*MADE_UP), 64
-    state, loss_of = fresh_state(config, torch.device("cpu")), build(config.loss)
+    state, loss_fn = initial_state(config, torch.device("cpu")), build(config.loss)
     image, tokens = torch.zeros(size, 3, 32, 32), torch.arange(20).expand(size, 20)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss_of(*state.model(image, tokens)).backward()
+        loss_fn(*state.model(image, tokens)).backward()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     peak = image.nbytes + max(accumulate(changes))
-    kept, gradients = machine.activations(state.model, loss_of, None, 20, False)(size), machine.parameter_bytes(state)
+    kept, gradients = machine.activations(state.model, loss_fn, None, 20, False)(size), machine.parameter_bytes(state)
     assert max(kept, gradients) < peak < kept + gradients
 
 
 def test_the_optimisers_moments_are_counted_and_nothing_changes() -> None:
-    state = fresh_state(composed(*MADE_UP), torch.device("cpu"))
+    state = initial_state(composed(*MADE_UP), torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     assert machine.moments(state.optimizer) == 2 and not state.optimizer.state
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())

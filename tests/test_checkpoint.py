@@ -11,7 +11,7 @@ from clipx import load
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode
 from clipx.weights import checkpoint
-from clipx.weights.checkpoint import CheckpointError, Saver, checksum, read, save
+from clipx.weights.checkpoint import AsyncSaver, CheckpointError, checksum, read, save
 
 CONTENT = {"model_state_dict": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1, dtype=torch.int64)}, "step": 3}
 
@@ -52,7 +52,7 @@ def test_a_directory_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_is_saved_in_the_background_is_what_stood_there_when_it_was_asked_for(tmp_path: Path) -> None:
     weights = torch.zeros(2_000_000)
-    with Saver(tmp_path, {"plan": "x"}, previous=False) as saver:
+    with AsyncSaver(tmp_path, {"plan": "x"}, previous=False) as saver:
         for step in range(3):
             saver({"model_state_dict": {"a": weights}, "step": step}, ["last", f"step_{step}"])
             weights += 1            # training goes on
@@ -64,7 +64,7 @@ def test_what_is_saved_in_the_background_is_what_stood_there_when_it_was_asked_f
 def test_what_fails_in_the_background_is_told_at_the_next_step(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("a file where the directory should be")
     match = "cannot be written: File exists"
-    with pytest.raises(CheckpointError, match=match), Saver(tmp_path / "x", {}, previous=False) as saver:
+    with pytest.raises(CheckpointError, match=match), AsyncSaver(tmp_path / "x", {}, previous=False) as saver:
         saver(CONTENT, ["last"])
         while True:
             saver.check()

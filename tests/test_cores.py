@@ -43,12 +43,12 @@ def test_a_cpu_quota_bounds_the_cores(tmp_path: Path, own: str, files: dict[str,
     save(tmp_path / "own", own)
     for name, text in files.items():
         save(tmp_path / "groups" / name, text)
-    assert cores.usable_cores() == expected
+    assert cores.available_cores() == expected
     assert select_workers("auto") == min(8, max(1, expected // 2))
 
 
 def test_without_control_groups_the_cores_are_those_of_the_affinity() -> None:
-    assert cores.usable_cores() == 16
+    assert cores.available_cores() == 16
 
 
 def test_torchs_threads_follow_the_quota_unless_the_environment_says_how_many(

@@ -12,7 +12,7 @@ from conftest import FEW, summary
 from clipx import compare, load
 from clipx.errors import UserError
 from clipx.evals.validation import Validation
-from clipx.training.callbacks import AfterStep
+from clipx.training.callbacks import Callbacks
 from clipx.training.direction import is_better, mode_of
 from clipx.weights.checkpoint import read
 
@@ -60,13 +60,13 @@ def test_the_best_checkpoint_by_a_loss_is_that_of_the_lowest(
 def test_a_best_that_an_earlier_version_took_for_high_is_not_kept(
     losses: None, train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Older(AfterStep):
+    class Older(Callbacks):
         def run_save(self, state: object, kinds: list[str]) -> None:
             state.best = {"metric": "val/loss", "value": 0.5, "step": 1}      # without its mode
             super().run_save(state, kinds)
 
     with monkeypatch.context() as patch:
-        patch.setattr("clipx.training.run.AfterStep", Older)
+        patch.setattr("clipx.training.run.Callbacks", Older)
         train(*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1", "stop_at=1")
     train(*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1")
     assert summary(tmp_path / "outputs/x")["best"]["value"] == 1.0

@@ -19,8 +19,8 @@ from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
-from clipx.training.batch import parts_of
-from clipx.training.step import Encoder, backward
+from clipx.training.batch import split_micro_batches
+from clipx.training.step import MicroBatchEncoder, backward
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def chunks_of(batch: int, micro: int | None, rank: int = 0, world: int = 1) -> l
     return found
 
 
-class Double(Encoder):
+class Double(MicroBatchEncoder):
     """In float64 from the pictures on."""
 
     def __call__(self, part: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,7 @@ class Double(Encoder):
 
 def gradient(clip: CLIP, batch: int, micro: int | None, few_shapes: bool = False) -> tuple[Tensor, list[Tensor]]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    parts = parts_of(chunks_of(batch, micro), micro, few_shapes)
+    parts = split_micro_batches(chunks_of(batch, micro), micro, few_shapes)
     loss = backward(Double(clip, CPU, None), clip_loss, parts, scaler).loss
     gradients = [p.grad for p in clip.parameters()]
     clip.zero_grad()
@@ -85,7 +85,7 @@ def test_what_dropout_draws_in_the_first_pass_it_draws_in_the_second() -> None:
         mlp = tower.transformer.resblocks[0].mlp
         mlp.gelu = nn.Sequential(mlp.gelu, nn.Dropout(0.3))
     scaler, encoder = torch.amp.GradScaler("cpu", enabled=False), Double(clip, CPU, None)
-    parts = parts_of(chunks_of(64, 16), 16)
+    parts = split_micro_batches(chunks_of(64, 16), 16)
     torch.manual_seed(3)
     backward(encoder, clip_loss, parts, scaler)
     after = torch.get_rng_state()
@@ -102,7 +102,8 @@ def test_the_same_under_autocast_and_a_scaler() -> None:
     clip, gradients = model(torch.float32), []
     for micro in (None, 16):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-        backward(Encoder(clip, CPU, torch.bfloat16), clip_loss, parts_of(chunks_of(64, micro), micro), scaler)
+        micro_batches = split_micro_batches(chunks_of(64, micro), micro)
+        backward(MicroBatchEncoder(clip, CPU, torch.bfloat16), clip_loss, micro_batches, scaler)
         gradients.append([p.grad for p in clip.parameters()])
         clip.zero_grad()
     assert_close(gradients[1], gradients[0], 0.03)              # bfloat16 has eight bits
@@ -111,12 +112,12 @@ def test_the_same_under_autocast_and_a_scaler() -> None:
 def test_ids_of_all_parts_reach_the_loss() -> None:
     clip, seen = model(), []
 
-    def loss_of(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
+    def loss_fn(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
         seen.append(ids)
         return clip_loss(image, text, scale, ids, "mask")
 
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    backward(Double(clip, CPU, None), loss_of, parts_of(chunks_of(40, 16), 16), scaler)
+    backward(Double(clip, CPU, None), loss_fn, split_micro_batches(chunks_of(40, 16), 16), scaler)
     assert torch.equal(seen[0], torch.cat([chunk.ids for chunk in chunks_of(40, None)]))
 
 
@@ -140,11 +141,11 @@ def ranks_gradient(rank: int, world: int, store: str, path: str) -> None:
     results = {}
     for same in ("keep", "mask"):
         for micro in (None, 8):
-            def loss_of(*features: Tensor, same: str = same) -> Tensor:
+            def loss_fn(*features: Tensor, same: str = same) -> Tensor:
                 return clip_loss(*features, same)
 
-            parts = parts_of(chunks_of(64, micro, rank, world), micro)
-            loss = backward(Double(forward, CPU, None), loss_of, parts, scaler).loss
+            parts = split_micro_batches(chunks_of(64, micro, rank, world), micro)
+            loss = backward(Double(forward, CPU, None), loss_fn, parts, scaler).loss
             results[same, micro] = loss, [p.grad.clone() for p in clip.parameters()]
             clip.zero_grad()
     torch.save(results, f"{path}/{rank}.pt")
@@ -157,7 +158,7 @@ def test_ranks_give_the_loss_and_the_gradient_of_one(world: int, tmp_path: Path)
     torch.multiprocessing.spawn(ranks_gradient, given, nprocs=world)
     clip = model()
     for same in ("keep", "mask"):
-        parts, scaler = parts_of(chunks_of(64, None), None), torch.amp.GradScaler("cpu", enabled=False)
+        parts, scaler = split_micro_batches(chunks_of(64, None), None), torch.amp.GradScaler("cpu", enabled=False)
         loss = backward(Double(clip, CPU, None), lambda *f, same=same: clip_loss(*f, same), parts, scaler).loss
         whole = [p.grad for p in clip.parameters()]
         clip.zero_grad()

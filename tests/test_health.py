@@ -12,13 +12,13 @@ from conftest import FEW, lines
 
 from clipx.data.dummy import Dummy
 from clipx.training import health as room
-from clipx.training.health import Doctor, effective_rank, health
-from clipx.training.loop import Numbers
+from clipx.training.health import HealthMonitor, effective_rank, health
+from clipx.training.loop import StepOutput
 
 
-def numbers(image: torch.Tensor, text: torch.Tensor, scale: float = 14.0) -> Numbers:
+def numbers(image: torch.Tensor, text: torch.Tensor, scale: float = 14.0) -> StepOutput:
     loss = F.cross_entropy(scale * image @ text.T, torch.arange(len(image)))
-    return Numbers(loss, image, text, torch.tensor(scale), torch.tensor([3.0, 4.0]), torch.tensor(5.0), 1e-4, 0.0, 0,
+    return StepOutput(loss, image, text, torch.tensor(scale), torch.tensor([3.0, 4.0]), torch.tensor(5.0), 1e-4, 0.0, 0,
                    len(image), [])
 
 
@@ -51,13 +51,13 @@ def test_a_temperature_at_its_bound_is_told(scale: float, clamped: float) -> Non
 
 
 def test_words_come_once_and_only_for_what_lasts() -> None:
-    doctor, told = Doctor(256), []
+    monitor, told = HealthMonitor(256), []
     bad = {"health/loss_over_chance": 0.999, "health/image_rank": 1.2, "health/text_rank": 90.0}
     good = {"health/loss_over_chance": 0.7, "health/image_rank": 80.0, "health/text_rank": 90.0}
     for step in (10, 200, 400, 600, 800):
-        told += [(step, words[:20]) for words in doctor.look(step, good if step == 200 else bad)]
+        told += [(step, words[:20]) for words in monitor.look(step, good if step == 200 else bad)]
     assert told == [(800, "the loss has stayed "), (800, "the embeddings have ")]
-    assert list(doctor.look(2000, bad)) == []
+    assert list(monitor.look(2000, bad)) == []
 
 
 def test_a_run_that_learns_nothing_is_told_so(

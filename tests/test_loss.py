@@ -55,9 +55,9 @@ def test_tiles_give_the_loss_and_gradient_of_open_clip(
     image, text = (F.normalize(torch.randn(20, 6, dtype=torch.float64), dim=-1) for _ in range(2))
     text[3] = -image[3]                 # a pair as far apart as can be
     found = []
-    for loss_of in (clip_loss, open_clip.ClipLoss()):
+    for loss_fn in (clip_loss, open_clip.ClipLoss()):
         given = [x.clone().requires_grad_() for x in (image, text, torch.tensor(temperature, dtype=torch.float64))]
-        loss = loss_of(*given)
+        loss = loss_fn(*given)
         (3 * loss).backward()
         found.append([loss.detach(), *(x.grad for x in given)])
     for ours, theirs in zip(*found, strict=True):

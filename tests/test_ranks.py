@@ -53,8 +53,8 @@ def on_rank(rank: int, world: int, store: str, names: str) -> None:
     rows = distributed.gather_rows(torch.arange(rank * 10, rank * 10 + rank))
     assert rows.tolist() == [10 * r + n for r in range(world) for n in range(r)]
     assert distributed.gather_lists([f"{rank}"] * rank) == [f"{r}" for r in range(world) for _ in range(r)]
-    agreed = distributed.Agreed()
-    seen = [agreed(rank == world - 1 and call == 1, False) for call in range(4)]
+    flags = distributed.SharedFlags()
+    seen = [flags(rank == world - 1 and call == 1, False) for call in range(4)]
     assert seen == [[False, False], [False, False], [True, False], [False, False]]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -71,12 +71,12 @@ def test_ranks_share_the_evaluation_and_get_what_one_gets(world: int, tmp_path: 
 
 
 def test_a_batch_that_does_not_divide_names_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "world", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(UserError, match="^batch_size=250 does not divide among 4 ranks; 248 and 252 do$"):
-        distributed.share(250)
+        distributed.local_batch_size(250)
     with pytest.raises(UserError, match="^batch_size=3 does not divide among 4 ranks; 4 does$"):
-        distributed.share(3)
-    assert distributed.share(256) == 64
+        distributed.local_batch_size(3)
+    assert distributed.local_batch_size(256) == 64
 
 
 def test_half_an_environment_of_ranks_is_refused_in_one_line(

@@ -226,14 +226,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
     """Puts NaN into the pictures of the batches that begin at some positions, whenever they come."""
 
     def spread(positions: set[int]) -> None:
-        batches, normalise, bad = run.batches_of, step.Normalise.__call__, [False]
+        batches, normalise, bad = run.train_batches, step.Normalise.__call__, [False]
 
         def noted(job: run.Job, state: State) -> Iterator:
             for chunks in batches(job, state):
                 bad[0] = chunks[0].position in positions
                 yield chunks
 
-        monkeypatch.setattr(run, "batches_of", noted)
+        monkeypatch.setattr(run, "train_batches", noted)
         monkeypatch.setattr(step.Normalise, "__call__",
                             lambda self, images: normalise(self, images) * (math.nan if bad[0] else 1))
 

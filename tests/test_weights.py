@@ -22,7 +22,7 @@ from clipx.loss import clip_loss
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-from clipx.training.batch import parts_of
+from clipx.training.batch import split_micro_batches
 from clipx.training.compile import Compiled
 from clipx.training.loop import gradient_norms
 from clipx.training.step import backward
@@ -480,7 +480,8 @@ def frozen(*towers: str) -> CLIP:
 
 def gradients(forward: nn.Module, clip: CLIP, micro: int | None, rank: int = 0, world: int = 1) -> list[Tensor | None]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    backward(Double(forward, CPU, None), clip_loss, parts_of(chunks_of(64, micro, rank, world), micro), scaler)
+    micro_batches = split_micro_batches(chunks_of(64, micro, rank, world), micro)
+    backward(Double(forward, CPU, None), clip_loss, micro_batches, scaler)
     found = [p.grad for p in clip.parameters()]
     clip.zero_grad()
     return found

@@ -17,7 +17,7 @@ from threading import Event
 import numpy as np
 from tqdm import tqdm
 
-from clipx.cores import usable_cores
+from clipx.cores import available_cores
 from clipx.data.captions import DATASET_TYPE
 from clipx.data.remote.cache import Cache, Remote
 from clipx.data.remote.stores import PIPE, download, is_lasting, persist, size_of
@@ -137,7 +137,7 @@ def make_indexes(shards: Sequence[Path], index_dir: Path) -> Iterator[Path]:
     if len(shards) == 1:
         yield make_index(shards[0], index_dir)
         return
-    with ProcessPoolExecutor(min(usable_cores(), len(shards)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(available_cores(), len(shards)), mp_context=get_context("spawn")) as pool:
         yield from pool.map(make_index, shards, [index_dir] * len(shards))
 
 

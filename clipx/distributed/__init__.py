@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
-from clipx.distributed.watchdog import Lifeline, meet
+from clipx.distributed.watchdog import Watchdog, meet
 from clipx.errors import UserError
 
 Item = TypeVar("Item")
@@ -18,14 +18,14 @@ Item = TypeVar("Item")
 RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")     # of the environment: what each rank needs beside WORLD_SIZE
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """The number of this one."""
-    return dist.get_rank() if world() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def local_rank() -> int:
@@ -33,13 +33,13 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def local_world() -> int:
+def local_world_size() -> int:
     """How many processes share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @contextmanager
-def joined() -> Iterator[Lifeline | None]:
+def process_group() -> Iterator[Watchdog | None]:
     """Be one of the processes that torchrun, or submitit on Slurm, has started; alone nothing happens.
 
     CPU tensors pass by Gloo and CUDA tensors by NCCL.
@@ -62,8 +62,8 @@ def joined() -> Iterator[Lifeline | None]:
     store = dist.PrefixStore(meet(store, own, ranks), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=own, world_size=ranks)
     try:
-        with Lifeline(store.clone(), own, ranks) as lifeline:
-            yield lifeline
+        with Watchdog(store.clone(), own, ranks) as watchdog:
+            yield watchdog
             dist.barrier()          # nobody leaves while another one may need it
     finally:
         dist.destroy_process_group()        # the next job of a sweep starts its own
@@ -78,60 +78,61 @@ def export_submitit() -> None:
 
 
 @contextmanager
-def in_turn(lifeline: Lifeline | None) -> Iterator[None]:
+def rank0_first(watchdog: Watchdog | None) -> Iterator[None]:
     """What makes files that all read: rank 0 does it first, then one rank of each other machine, then the others."""
-    if lifeline is None:
+    if watchdog is None:
         yield
         return
-    machine = rank() // local_world()
+    machine = rank() // local_world_size()
     if rank():
-        lifeline.wait(f"machine {machine if local_rank() else 0}")
+        watchdog.wait(f"machine {machine if local_rank() else 0}")
     yield
     if local_rank() == 0:
-        lifeline.tell(f"machine {machine}")
+        watchdog.tell(f"machine {machine}")
 
 
-def share(batch_size: int) -> int:
+def local_batch_size(batch_size: int) -> int:
     """How many samples of a batch are this rank's.
 
     Raises:
         UserError: the batch does not divide among the ranks.
     """
-    if batch_size % world():
-        near = sorted({max(1, batch_size // world()) * world(), -(-batch_size // world()) * world()})
-        raise UserError(f"batch_size={batch_size} does not divide among {world()} ranks; "
+    ranks = world_size()
+    if batch_size % ranks:
+        near = sorted({max(1, batch_size // ranks) * ranks, -(-batch_size // ranks) * ranks})
+        raise UserError(f"batch_size={batch_size} does not divide among {ranks} ranks; "
                         f"{' and '.join(map(str, near))} {'do' if len(near) > 1 else 'does'}")
-    return batch_size // world()
+    return batch_size // ranks
 
 
-def part(items: Sequence[Item]) -> Sequence[Item]:
+def local_slice(items: Sequence[Item]) -> Sequence[Item]:
     """This rank's share of some work: neighbours stay together, rank after rank."""
-    return items[len(items) * rank() // world() : len(items) * (rank() + 1) // world()]
+    return items[len(items) * rank() // world_size() : len(items) * (rank() + 1) // world_size()]
 
 
 def barrier() -> None:
     """Wait until all ranks are here."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
 def gather(x: Tensor) -> Tensor:
     """(b, ...) of each rank -> (world b, ...) on all, rank after rank.  No gradient passes."""
-    if world() == 1:
+    if world_size() == 1:
         return x
-    gathered = [torch.empty_like(x) for _ in range(world())]
+    gathered = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(gathered, x.contiguous())
     return torch.cat(gathered)
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
     """As ``gather``; back to each rank's rows comes the sum of what all ranks make of them."""
-    return x if world() == 1 else torch.cat(all_gather(x.contiguous()))
+    return x if world_size() == 1 else torch.cat(all_gather(x.contiguous()))
 
 
 def gather_rows(x: Tensor) -> Tensor:
     """(b, ...) of each rank, b another on each -> (sum of b, ...) on all, rank after rank."""
-    if world() == 1:
+    if world_size() == 1:
         return x
     rows = gather(torch.tensor([len(x)])).tolist()
     padded = torch.cat([x, x.new_empty(max(rows) - len(x), *x.shape[1:])])
@@ -140,28 +141,28 @@ def gather_rows(x: Tensor) -> Tensor:
 
 def gather_lists(items: list[Item]) -> list[Item]:
     """The lists of all ranks as one, rank after rank; of plain values."""
-    if world() == 1:
+    if world_size() == 1:
         return items
-    gathered: list[list[Item]] = [[] for _ in range(world())]
+    gathered: list[list[Item]] = [[] for _ in range(world_size())]
     dist.all_gather_object(gathered, items)
     return [item for items in gathered for item in items]
 
 
 def all_sum(x: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def all_max(x: Tensor) -> Tensor:
     """The largest of all ranks, in place."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
 
 
-class Agreed:
+class SharedFlags:
     """Flags that any rank may raise, seen by all at the same call: where there are several ranks, by the next one.
 
     Nobody waits for the device, nor for the network but where it needs longer than what lies between two calls.
@@ -171,7 +172,7 @@ class Agreed:
         self.flags, self.work = torch.zeros(0, dtype=torch.int32), None
 
     def __call__(self, *flags: bool) -> list[bool]:
-        if world() == 1:
+        if world_size() == 1:
             return list(flags)
         if self.work:
             self.work.wait()

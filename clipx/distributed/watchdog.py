@@ -24,7 +24,7 @@ GOES_ON = "the same command goes on from the last checkpoint"
 NO_STORE = f"rank 0 or its machine is lost: the store of the ranks does not answer; {GOES_ON}"
 
 
-def meet(store: dist.Store, rank: int, world: int) -> str:
+def meet(store: dist.Store, rank: int, world_size: int) -> str:
     """A word that the ranks share which are here now.
 
     torchrun's store still holds what was written before a restart, so each rank brings a word that nobody has used,
@@ -38,7 +38,7 @@ def meet(store: dist.Store, rank: int, world: int) -> str:
         word = answer.split()[1]
         store.set(f"met {rank}", word)
         return word
-    waiting = set(range(1, world))
+    waiting = set(range(1, world_size))
     while waiting:
         for other in waiting:
             store.set(f"answer {other}", f"{read(store, f'here {other}')} {own}")
@@ -52,7 +52,7 @@ def read(store: dist.Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-class Lifeline:
+class Watchdog:
     """Ends a rank with an error that names the lost one, within a minute of its loss, for the length of a ``with``.
 
     A thread beats into a store that all ranks see.  When the rank next to it falls silent, or a rank ends with an
@@ -61,15 +61,15 @@ class Lifeline:
 
     Args:
         store: of a connection of its own.
-        rank, world: of this process.
+        rank, world_size: of this process.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world: int):
-        self.store, self.rank, self.world = store, rank, world
+    def __init__(self, store: dist.Store, rank: int, world_size: int):
+        self.store, self.rank, self.world_size = store, rank, world_size
         store.set_timeout(timedelta(seconds=SILENT))
         self.stopped, self.thread = Event(), Thread(target=self.run, daemon=True)
 
-    def __enter__(self) -> "Lifeline":
+    def __enter__(self) -> "Watchdog":
         self.store.set(f"beat {self.rank}", "0")
         self.thread.start()
         return self
@@ -86,7 +86,7 @@ class Lifeline:
 
     def run(self) -> None:
         beat, seen, since = 0, "", time.monotonic()
-        after = (self.rank + 1) % self.world
+        after = (self.rank + 1) % self.world_size
         while not self.stopped.wait(BEAT):
             try:
                 beat += 1
@@ -118,12 +118,12 @@ class Lifeline:
     def why(self) -> str:
         """Who is to blame for what has failed here; looks at all ranks for some beats."""
         try:
-            before = [self.sign(rank) for rank in range(self.world)]
+            before = [self.sign(rank) for rank in range(self.world_size)]
             for _ in range(BEATS):
                 if lost := self.lost():
                     return lost
                 time.sleep(BEAT)
-            for rank in range(self.world):
+            for rank in range(self.world_size):
                 if self.sign(rank) == before[rank]:
                     self.declare(f"rank {rank} is lost: it has ended without a word")
             return self.lost()

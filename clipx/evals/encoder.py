@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipx.data.loader import MOST_IN_CHUNK, Chunk, EvalReader, cut, read
 from clipx.data.sample import BadSample, Source
-from clipx.distributed import gather_lists, part, rank
+from clipx.distributed import gather_lists, local_slice, rank
 from clipx.errors import UserError
 from clipx.evals.features import Features, LabelledFeatures, encode, encode_labelled, encode_texts
 from clipx.models.clip import CLIP
@@ -73,7 +73,7 @@ class Encoder:
         """This rank's share."""
         reader = EvalReader(source, self.model.visual.size, self.tokenizer)
         size = ON_CPU if self.device.type == "cpu" else MOST_IN_CHUNK
-        own = part([*cut(range(int(sum(source.sizes))), size)])
+        own = local_slice([*cut(range(int(sum(source.sizes))), size)])
         return read(reader, own, self.workers, pin=self.device.type == "cuda")
 
     def key(self, source: Source) -> str:
@@ -86,7 +86,7 @@ class Encoder:
             probe = torch.cat([model.encode_image(ramp, True), model.encode_text(tokens.to(self.device), True)])
         told = [FORMAT, checkpoint.checksum(model.state_dict()), tokens.tolist(),
                 probe.cpu().numpy().round(3).tolist(), size, self.amp,
-                *gather_lists([digest(source, sample) for sample in part(range(int(sum(source.sizes))))])]
+                *gather_lists([digest(source, sample) for sample in local_slice(range(int(sum(source.sizes))))])]
         return gather_lists([blake2b(str(told).encode(), digest_size=16).hexdigest()])[0]
 
 

@@ -12,7 +12,7 @@ from clipx.data.images import Normalise
 from clipx.data.loader import Chunk
 from clipx.data.sample import Source
 from clipx.data.tar.headers import DataError
-from clipx.distributed import gather, gather_lists, gather_rows, part, rank
+from clipx.distributed import gather, gather_lists, gather_rows, local_slice, rank
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
@@ -160,7 +160,7 @@ def encode_texts(
     training = model.training
     model.eval()
     features = [torch.empty(0, model.visual.embed)]
-    for start in part(range(0, len(texts), batch)):
+    for start in local_slice(range(0, len(texts), batch)):
         features.append(model.encode_text(tokenizer.trimmed(texts[start : start + batch]).to(device), True).cpu())
     model.train(training)
     return gather_rows(torch.cat(features))

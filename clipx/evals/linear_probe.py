@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from clipx.data.labelled import LabelledSet, Which, open_sets
 from clipx.data.tar.headers import DataError
-from clipx.distributed import gather_lists, part
+from clipx.distributed import gather_lists, local_slice
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores
 
 STRENGTHS = np.logspace(-6, 6, 97)      # of the penalty: 96 steps, eight a decade
@@ -77,7 +77,7 @@ def search(worth: Callable[[float], float]) -> tuple[float, float]:
     step, places = FIRST_STEP, [*range(0, len(STRENGTHS), FIRST_STEP)]
     while step:
         fresh = [place for place in places if place not in known]
-        known.update(gather_lists([(place, worth(STRENGTHS[place])) for place in part(fresh)]))
+        known.update(gather_lists([(place, worth(STRENGTHS[place])) for place in local_slice(fresh)]))
         best = max(known, key=lambda place: (known[place], place))
         step //= 2
         places = [place for place in (best - step, best + step) if 0 <= place < len(STRENGTHS)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipx.config.schema import TrainConfig
-from clipx.cores import usable_cores
+from clipx.cores import available_cores
 from clipx.devices import select_device, select_workers
 from clipx.tools.measure import Steps, measure_loader, stages
 
@@ -64,7 +64,7 @@ def report_bound(config: TrainConfig, found: Mapping[str, Any]) -> None:
         bound = f"loader-bound: the device waits {shares['wait']:.0%} of the time"
         if "loader" in found:
             one = median(found["loader"]["rounds"], "pictures_per_s") / max(1, workers)
-            enough, cores = int(needed / one) + 1, usable_cores()
+            enough, cores = int(needed / one) + 1, available_cores()
             bound += f"; use workers={enough}" if enough <= cores else (
                 f"; it would take workers={enough}, and there are {cores} cores: make the pictures smaller "
                 "(clipx.prepare resize=256)")

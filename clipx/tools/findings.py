@@ -27,7 +27,7 @@ from clipx.sched import warmup_steps
 from clipx.tools.machine import Finding, check_device, check_disk, check_memory, check_workers, in_bytes
 from clipx.training.loop import State
 from clipx.training.resume import restore
-from clipx.training.run import fresh_state, identify, run_length, told_length, train_reader
+from clipx.training.run import describe_length, identify, initial_state, run_length, train_reader
 from clipx.weights.load import initialise
 
 logger = logging.getLogger("clipx")
@@ -76,7 +76,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
         device = select_device(config.device)
         tell(check_device(device, config.amp))
     with found.part("model") as tell:
-        state = fresh_state(config, torch.device("cpu"))
+        state = initial_state(config, torch.device("cpu"))
         tokens = state.model.text.context
         tell([("ok", f"{sum(p.numel() for p in state.model.parameters()):,} parameters")])
     with found.part("data") as tell:
@@ -144,7 +144,7 @@ def shards_of(source: Source) -> list[Shards]:
 def check_length(config: TrainConfig, samples: int, length: int) -> Iterator[Finding]:
     build(config.sched, "sched", config.trust)(length)
     epoch = samples / config.batch_size
-    yield "ok", f"{told_length(config, samples, length)}; {epoch:,.4g} batches an epoch"
+    yield "ok", f"{describe_length(config, samples, length)}; {epoch:,.4g} batches an epoch"
     if {"warmup", "warmup_cap"} <= config.sched.keys():
         warm = warmup_steps(length, config.sched["warmup"], config.sched["warmup_cap"])
         if warm >= length:

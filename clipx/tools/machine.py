@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
-from clipx.cores import usable_cores
+from clipx.cores import available_cores
 from clipx.data.loader import MOST_IN_CHUNK
 from clipx.devices import PRECISIONS, select_workers
 from clipx.models.clip import CLIP
@@ -37,7 +37,7 @@ def check_device(device: torch.device, amp: str) -> Iterator[Finding]:
 
 
 def check_workers(wanted: str | int, batch_size: int, size: int) -> Iterator[Finding]:
-    workers, cores = select_workers(wanted), usable_cores()
+    workers, cores = select_workers(wanted), available_cores()
     yield "ok", f"{workers} on {cores} cores"
     if workers > cores:
         yield "odd", f"workers={workers} wait for each other on {cores} cores; workers=auto: {select_workers('auto')}"
@@ -49,8 +49,8 @@ def check_workers(wanted: str | int, batch_size: int, size: int) -> Iterator[Fin
 
 def check_memory(config: TrainConfig, state: State, tokens: int, device: torch.device | None) -> Iterator[Finding]:
     """What the tensors of a training step take, against what is free."""
-    loss_of = build(config.loss, "loss", config.trust)
-    kept = activations(state.model, loss_of, PRECISIONS[config.amp], tokens, config.grad_checkpoint)
+    loss_fn = build(config.loss, "loss", config.trust)
+    kept = activations(state.model, loss_fn, PRECISIONS[config.amp], tokens, config.grad_checkpoint)
     one, size = trained_bytes(state), min(config.batch_size, config.micro_batch_size or config.batch_size)
     fixed = parameter_bytes(state) + one * (1 + moments(state.optimizer))
     told = (f"about {in_bytes(fixed + kept(size))}: {in_bytes(fixed)} for parameters, gradients and optimiser, "
@@ -107,32 +107,32 @@ def moments(optimizer: torch.optim.Optimizer) -> int:
 
 
 def activations(
-    model: CLIP, loss_of: Callable[..., Tensor], amp: torch.dtype | None, tokens: int,
+    model: CLIP, loss_fn: Callable[..., Tensor], amp: torch.dtype | None, tokens: int,
     grad_checkpoint: bool | Literal["image", "text"],
 ) -> Callable[[int], int]:
     """Bytes of activations by batch size B: a + b B, measured at 2 and 3.
 
     Args:
         model: on the CPU.
-        loss_of: as in ``fit``.
+        loss_fn: as in ``fit``.
         amp: autocast's type, or None for float32.
         tokens: of the longest caption.
         grad_checkpoint: whether blocks are computed again; one of them then adds to what is kept.
     """
     model.set_grad_checkpoint(grad_checkpoint)
-    two, three = (saved_bytes(model, loss_of, amp, tokens, tiny) for tiny in (2, 3))
+    two, three = (saved_bytes(model, loss_fn, amp, tokens, tiny) for tiny in (2, 3))
     b = three - two
     a = two - 2 * b
     if not grad_checkpoint:
         return lambda size: a + b * size
-    whole = activations(model, loss_of, amp, tokens, grad_checkpoint=False)
+    whole = activations(model, loss_fn, amp, tokens, grad_checkpoint=False)
     towers = [tower for tower in (model.visual, model.text) if hasattr(tower, "transformer")]
     blocks = min(len(tower.transformer.resblocks) for tower in towers)
     return lambda size: a + b * size + whole(size) // blocks
 
 
 def saved_bytes(
-    model: CLIP, loss_of: Callable[..., Tensor], amp: torch.dtype | None, tokens: int, size: int
+    model: CLIP, loss_fn: Callable[..., Tensor], amp: torch.dtype | None, tokens: int, size: int
 ) -> int:
     """What the forward pass of ``size`` samples keeps for the backward pass: each storage once, no parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -146,7 +146,7 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         with torch.autocast("cpu", amp, enabled=amp is not None):
             features = model(image, torch.arange(tokens).expand(size, tokens))
-        loss_of(*features, ids.view(size, 2))
+        loss_fn(*features, ids.view(size, 2))
     return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
 
 

@@ -21,11 +21,11 @@ from clipx.data.images import resize
 from clipx.data.loader import Chunk, TrainReader, read, shared_pixels, steps, train_ranges
 from clipx.data.sample import Data
 from clipx.devices import PRECISIONS, select_device, select_workers
-from clipx.training.batch import parts_of
-from clipx.training.loop import Numbers, State, fit
-from clipx.training.memory import keep_freed, peak
-from clipx.training.run import forward_of, fresh_state, train_reader
-from clipx.training.step import Encoder, Forward, backward
+from clipx.training.batch import split_micro_batches
+from clipx.training.loop import State, StepOutput, fit
+from clipx.training.memory import keep_freed_memory, peak
+from clipx.training.run import build_forward, initial_state, train_reader
+from clipx.training.step import Forward, MicroBatchEncoder, backward
 
 STAGED = 256        # pictures whose stages are timed one by one
 HELD = 4            # batches in memory
@@ -133,33 +133,33 @@ class Steps:
     """A run's own loop, on its own model, from step 0."""
 
     def __init__(self, config: TrainConfig):
-        keep_freed()
+        keep_freed_memory()
         limit_threads()
         self.config, self.device = config, select_device(config.device)
-        self.state = fresh_state(config, self.device)
-        self.loss_of = build(config.loss, "loss", config.trust)
-        self.forward = forward_of(config, self.state.model)
+        self.state = initial_state(config, self.device)
+        self.loss_fn = build(config.loss, "loss", config.trust)
+        self.forward = build_forward(config, self.state.model)
         self.multiplier = build(config.sched, "sched", config.trust)(1000)
         self.held = [*itertools.islice(loaded(config), HELD)]
 
-    def fit(self, batches: Iterator[list[Chunk]], count: int, forward: Forward, loss_of: Callable[..., Tensor]) -> None:
+    def fit(self, batches: Iterator[list[Chunk]], count: int, forward: Forward, loss_fn: Callable[..., Tensor]) -> None:
         end = self.state.step + count
-        fit(self.state, forward, loss_of, batches, self.config.micro_batch_size, lambda step: step >= end,
+        fit(self.state, forward, loss_fn, batches, self.config.micro_batch_size, lambda step: step >= end,
             self.multiplier, PRECISIONS[self.config.amp], self.config.clip_norm, nothing)
         settle(self.device)
 
     def from_memory(self, count: int) -> float:
         """Samples a second on batches that are there."""
         began = time.perf_counter()
-        self.fit(itertools.cycle(self.held), count, self.forward, self.loss_of)
+        self.fit(itertools.cycle(self.held), count, self.forward, self.loss_fn)
         return count * self.config.batch_size / (time.perf_counter() - began)
 
     def from_data(self, count: int) -> float:
         """Samples a second from the loader, behind its first step."""
         batches = loaded(self.config)
-        self.fit(batches, 1, self.forward, self.loss_of)
+        self.fit(batches, 1, self.forward, self.loss_fn)
         began = time.perf_counter()
-        self.fit(batches, count, self.forward, self.loss_of)
+        self.fit(batches, count, self.forward, self.loss_fn)
         return count * self.config.batch_size / (time.perf_counter() - began)
 
     def shares(self, count: int) -> dict[str, float]:
@@ -177,17 +177,17 @@ class Steps:
                 yield chunks
                 clock.enter("wait")
 
-        def loss_of(*given: Any) -> Tensor:
+        def loss_fn(*given: Any) -> Tensor:
             clock.enter("loss")
-            loss = self.loss_of(*given)
+            loss = self.loss_fn(*given)
             clock.enter("backward")
             return loss
 
         self.state.scaler = ClockedScaler(clock, scaler)
-        self.fit(waiting := batches(), 1, model, loss_of)
+        self.fit(waiting := batches(), 1, model, loss_fn)
         clock.enter("start")
         clock.seconds.clear()           # of the first step
-        self.fit(waiting, count, model, loss_of)
+        self.fit(waiting, count, model, loss_fn)
         clock.enter("end")
         self.state.scaler = scaler
         for hook in hooks:
@@ -198,10 +198,10 @@ class Steps:
 
     def figures(self) -> dict[str, float]:
         """FLOPs a sample, forward and back, counted operation by operation; the device's peak, where it is known."""
-        part = parts_of(self.held[0], self.config.micro_batch_size)[0]
-        encoder = Encoder(self.state.model, self.device, PRECISIONS[self.config.amp])
+        part = split_micro_batches(self.held[0], self.config.micro_batch_size)[0]
+        encoder = MicroBatchEncoder(self.state.model, self.device, PRECISIONS[self.config.amp])
         with FlopCounterMode(display=False) as counter:
-            backward(encoder, self.loss_of, [part], self.state.scaler)
+            backward(encoder, self.loss_fn, [part], self.state.scaler)
         self.state.optimizer.zero_grad()
         found = {"flops_per_sample": counter.get_total_flops() / len(part)}
         if self.device.type == "cuda" and self.config.amp != "none":
@@ -222,7 +222,7 @@ class Steps:
             self.from_memory(3)
 
 
-def nothing(_state: State, _numbers: Numbers) -> None:
+def nothing(_state: State, _numbers: StepOutput) -> None:
     """What happens between two steps that are measured."""
 
 

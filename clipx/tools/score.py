@@ -97,8 +97,8 @@ def score(config: EvaluateConfig, directory: Path) -> None:
     limit_threads()
     device, workers = select_device(config.device), select_workers(config.workers)
     runs = expand_runs(config.run)
-    with distributed.joined() as lifeline:
-        with distributed.in_turn(lifeline):
+    with distributed.process_group() as watchdog:
+        with distributed.rank0_first(watchdog):
             evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
             on_pairs = any(not isinstance(one, LabelledEvaluation) for one in evals.values())
             sources = sources_of(config) if on_pairs else {}

@@ -13,7 +13,7 @@ from clipx.models.packed import EDGES, Packed, pack
 WIDTH = 16              # tokens: for a compiler, grids are as wide as a multiple of it
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch: what goes forward at once."""
 
     image: Tensor           # (b, 3, S, S) uint8
@@ -24,7 +24,7 @@ class Part(NamedTuple):
         return len(self.image)
 
 
-def parts_of(chunks: Sequence[Chunk], size: int | None, few_shapes: bool = False) -> list[Part]:
+def split_micro_batches(chunks: Sequence[Chunk], size: int | None, few_shapes: bool = False) -> list[MicroBatch]:
     """Micro-batches.
 
     Args:
@@ -40,24 +40,24 @@ def parts_of(chunks: Sequence[Chunk], size: int | None, few_shapes: bool = False
             room = size or sum(map(len, chunks))
         groups[-1].append(chunk)
         room -= len(chunk)
-    return [part_of(group, few_shapes) for group in groups]
+    return [to_micro_batch(group, few_shapes) for group in groups]
 
 
-def part_of(chunks: Sequence[Chunk], few_shapes: bool) -> Part:
+def to_micro_batch(chunks: Sequence[Chunk], few_shapes: bool) -> MicroBatch:
     width = max(chunk.tokens.shape[1] for chunk in chunks)
     if few_shapes:
         width = -(-width // WIDTH) * WIDTH
     tokens = padded_tokens(chunks, width)
-    ids = None if chunks[0].ids is None else joined([chunk.ids for chunk in chunks])
-    captions = pack(tokens, joined([chunk.lengths for chunk in chunks]), () if few_shapes else EDGES)
-    return Part(joined([chunk.images for chunk in chunks]), captions, ids)
+    ids = None if chunks[0].ids is None else concat([chunk.ids for chunk in chunks])
+    captions = pack(tokens, concat([chunk.lengths for chunk in chunks]), () if few_shapes else EDGES)
+    return MicroBatch(concat([chunk.images for chunk in chunks]), captions, ids)
 
 
 def padded_tokens(chunks: Sequence[Chunk], width: int) -> Tensor:
     """The captions of some chunks, each ``width`` tokens wide: (B, width)."""
-    return joined([F.pad(chunk.tokens, (0, width - chunk.tokens.shape[1])) for chunk in chunks])
+    return concat([F.pad(chunk.tokens, (0, width - chunk.tokens.shape[1])) for chunk in chunks])
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
+def concat(tensors: Sequence[Tensor]) -> Tensor:
     """One behind the other; a single one as it is, without a copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 
 from clipx.data.tar.headers import DataError
-from clipx.distributed import Agreed, gather_lists, rank, world
+from clipx.distributed import SharedFlags, gather_lists, rank, world_size
 from clipx.distributed.signals import Signals
 from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.models.clip import CLIP
 from clipx.training.direction import Mode, is_better
-from clipx.training.health import Doctor, health, tower_norms
+from clipx.training.health import HealthMonitor, health, tower_norms
 from clipx.training.logs import RunLog, SilentLog
-from clipx.training.loop import Numbers, State
+from clipx.training.loop import State, StepOutput
 from clipx.training.memory import peaks
-from clipx.weights.checkpoint import Saver
+from clipx.weights.checkpoint import AsyncSaver
 
 logger = logging.getLogger("clipx")
 
@@ -55,7 +55,7 @@ class Diverged(UserError):
 
 
 @dataclass(frozen=True)
-class Times:
+class Intervals:
     """When what is done; ``stop`` when the process ends."""
 
     log: Every
@@ -65,7 +65,7 @@ class Times:
     stop: Every
 
 
-class AfterStep:
+class Callbacks:
     """What happens between steps.
 
     Nothing here waits for the device unless something is due.  Nothing is saved before the numbers since the last
@@ -73,7 +73,7 @@ class AfterStep:
 
     Args:
         log: where numbers go.
-        times: when what is done; minutes are rank 0's.
+        intervals: when what is done; minutes are rank 0's.
         evaluate: scores the model at a step; gives numbers by tag.
         saver: writes the state.
         best: tag of the number whose best value is kept as ``best``, or None.
@@ -81,7 +81,7 @@ class AfterStep:
         bad_limit: how many distinct bad samples end the run.
         max_bad_steps: how many steps in a row may be without a finite gradient.
         signals: whether a signal has asked to end.
-        doctor: says in words what is wrong with the run.
+        monitor: says in words what is wrong with the run.
 
     Attributes:
         stopping: whether the process is to end before the next step.
@@ -90,31 +90,31 @@ class AfterStep:
     def __init__(
         self,
         log: RunLog | SilentLog,
-        times: Times,
+        intervals: Intervals,
         evaluate: Callable[[CLIP, int, RunLog], dict[str, float]],
-        saver: Saver,
+        saver: AsyncSaver,
         best: str | None,
         mode: Mode,
         bad_limit: int,
         max_bad_steps: int,
         signals: Signals,
-        doctor: Doctor,
+        monitor: HealthMonitor,
         stopping: bool,
     ):
-        self.log, self.times, self.evaluate, self.saver = log, times, evaluate, saver
+        self.log, self.intervals, self.evaluate, self.saver = log, intervals, evaluate, saver
         self.best, self.mode, self.bad_limit, self.max_bad_steps = best, mode, bad_limit, max_bad_steps
-        self.signals, self.doctor, self.stopping = signals, doctor, stopping
-        self.agreed = Agreed()
+        self.signals, self.monitor, self.stopping = signals, monitor, stopping
+        self.shared_flags = SharedFlags()
         self.unread: list[tuple[BadStep, torch.Tensor]] = []        # steps, and whether they were finite
         self.row: list[BadStep] = []                                # steps without effect, up to the last one
         self.records: list[dict[str, int | str]] = []               # of bad samples
         self.eval_due = self.save_due = self.keep_due = False
         self.last_logged = self.last_evaluated = self.last_saved = -1
-        self.latest: Numbers | None = None
+        self.latest: StepOutput | None = None
         self.since = time.perf_counter()
         self.samples, self.wait = 0, 0.0
 
-    def __call__(self, state: State, numbers: Numbers) -> None:
+    def __call__(self, state: State, numbers: StepOutput) -> None:
         step = state.step
         self.unread.append((BadStep(step, numbers.position, numbers.lr), numbers.norm.isfinite()))
         self.records += [{"samples": state.samples, **asdict(record)} for record in numbers.skipped]
@@ -123,9 +123,9 @@ class AfterStep:
         self.wait += numbers.wait
 
         self.saver.check()
-        every = list(vars(self.times).values())
+        every = list(vars(self.intervals).values())
         minutes = (rank() == 0 and one.passed() for one in every)
-        *passed, asked = self.agreed(*minutes, self.signals.asked is not None)
+        *passed, asked = self.shared_flags(*minutes, self.signals.asked is not None)
         log, evaluate, save, keep, stop = (flag or one.due(step) for flag, one in zip(passed, every, strict=True))
         self.stopping = self.stopping or stop or asked
         if asked:
@@ -135,7 +135,7 @@ class AfterStep:
         self.keep_due |= keep
         due = self.eval_due or self.save_due or self.keep_due
         if log or due or len(self.unread) == MOST_UNREAD:
-            self.settle(state)
+            self.check_finite(state)
         if log:
             self.write(state, numbers)
         if self.row or not due:         # after steps without effect the weights may be no good: what is due waits
@@ -148,16 +148,16 @@ class AfterStep:
 
     def finish(self, state: State) -> None:
         """Log, evaluate and save at the end of ``fit``, where that has not just been done; a signal leaves no time."""
-        self.settle(state)
+        self.check_finite(state)
         if self.latest is not None and self.last_logged != state.step:
             self.write(state, self.latest)
-        late = self.signals.asked and state.step < self.times.eval.steps
+        late = self.signals.asked and state.step < self.intervals.eval.steps
         kinds = self.run_evaluation(state) if self.last_evaluated != state.step and not late else []
         if kinds or self.last_saved != state.step:
             self.run_save(state, [*kinds, "last"])
         self.saver.wait()
 
-    def settle(self, state: State) -> None:
+    def check_finite(self, state: State) -> None:
         """Look at what the steps since the last time have brought, on all ranks.
 
         Raises:
@@ -178,7 +178,7 @@ class AfterStep:
         self.unread.clear()
         self.note_skipped(state)
 
-    def write(self, state: State, numbers: Numbers) -> None:
+    def write(self, state: State, numbers: StepOutput) -> None:
         elapsed = time.perf_counter() - self.since
         found = {
             "train/loss": numbers.loss.item(),
@@ -196,7 +196,7 @@ class AfterStep:
         found = {tag: value for tag, value in found.items() if math.isfinite(value)}
         shown = {"loss": "train/loss", "samples/s": "train/samples_per_s", "data wait": "train/data_wait"}
         self.log.progress(state.step, {name: found[tag] for name, tag in shown.items() if tag in found})
-        for words in self.doctor.look(state.step, found):
+        for words in self.monitor.look(state.step, found):
             logger.warning("step %d: %s", state.step, words)
         self.last_logged = state.step
         self.restart_clock()
@@ -229,9 +229,9 @@ class AfterStep:
 
     def rescue(self, state: State) -> bool:
         """Save between two steps when there is no next one; of several ranks the others are in theirs, and none can."""
-        if world() > 1:
+        if world_size() > 1:
             return False
-        self.settle(state)
+        self.check_finite(state)
         self.run_save(state, ["last"])
         return True
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from clipx.distributed import gather, world
+from clipx.distributed import gather, world_size
 from clipx.models.clip import CLIP, MAX_LOG_SCALE
-from clipx.training.loop import Numbers
+from clipx.training.loop import StepOutput
 
 ROWS = 256          # of a batch that are looked at
 PATIENCE = 300      # steps for which something looks bad before it is told
@@ -17,14 +17,14 @@ CHANCE = 0.99       # of ln(batch): a loss above it has learnt nothing
 COLLAPSED = 2.0     # directions that embeddings span at least
 
 
-def health(numbers: Numbers) -> dict[str, float]:
+def health(numbers: StepOutput) -> dict[str, float]:
     """How a step looks, by tag.
 
     ``loss_over_chance`` is 1 for a model that knows nothing; the cosines are means over the pairs, and over what are
     no pairs; the ranks tell how many directions the embeddings of 256 rows span (RankMe: Garrido et al. 2023,
     arXiv 2210.02885); ``scale_at_clamp`` is 1 where the temperature has reached its bound.
     """
-    rows = -(-ROWS // world())
+    rows = -(-ROWS // world_size())
     image, text = (gather(features[:rows].cpu()) for features in (numbers.image, numbers.text))     # (N, E)
     cosine = image @ text.T                                                                         # (N, N)
     pairs, total, count = cosine.trace().item(), cosine.sum().item(), len(cosine)
@@ -56,7 +56,7 @@ def tower_norms(model: CLIP) -> dict[str, float]:
             {"image": model.visual, "text": model.text}.items()}
 
 
-class Doctor:
+class HealthMonitor:
     """Says in words, once each, what numbers have shown for a while.
 
     Args:

@@ -12,10 +12,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from clipx import distributed
 from clipx.data.loader import Chunk, Skipped, usable
 from clipx.models.clip import CLIP
-from clipx.training.batch import parts_of
+from clipx.training.batch import split_micro_batches
 from clipx.training.compile import is_compiled
 from clipx.training.memory import fits
-from clipx.training.step import Encoder, Forward, backward
+from clipx.training.step import Forward, MicroBatchEncoder, backward
 
 
 @dataclass
@@ -77,7 +77,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class StepOutput:
     """What one step showed.  The tensors may still be on their way: reading one waits for the device."""
 
     loss: Tensor        # () nats
@@ -96,14 +96,14 @@ class Numbers:
 def fit(
     state: State,
     forward: Forward,
-    loss_of: Callable[..., Tensor],
+    loss_fn: Callable[..., Tensor],
     batches: Iterator[list[Chunk]],
     micro_batch_size: int | None,
     stop: Callable[[int], bool],
     multiplier: Callable[[int], float],
     amp: torch.dtype | None,
     clip_norm: float | None,
-    after_step: Callable[[State, Numbers], None],
+    callbacks: Callable[[State, StepOutput], None],
 ) -> None:
     """Train until ``stop(step)``.
 
@@ -111,19 +111,19 @@ def fit(
         state: is advanced in place.
         forward: normalised images (b, 3, S, S), packed captions -> unit features (b, E), (b, E), scale (); the bare
             model, or what is wrapped around it.
-        loss_of: unit features (b, E), (b, E), scale (), ids (b, 2) or None -> loss ().
+        loss_fn: unit features (b, E), (b, E), scale (), ids (b, 2) or None -> loss ().
         batches: steps, as lists of chunks; of each this rank's share.
         micro_batch_size: samples that go forward at once; None for the whole batch.
         stop: whether the run ends before the step with this number (from 0).
         multiplier: of the peak learning rate, by step (from 0).
         amp: autocast's type, or None for float32.
         clip_norm: largest norm of the gradient, or None.
-        after_step: is called when a step is done; reads of its numbers wait for the device.
+        callbacks: is called when a step is done; reads of its numbers wait for the device.
 
     Raises:
         DoesNotFit: there is not enough memory.
     """
-    encoder = Encoder(forward, state.model.logit_scale.device, amp)
+    encoder = MicroBatchEncoder(forward, state.model.logit_scale.device, amp)
     optimizer, scaler = state.optimizer, state.scaler
     state.model.train()
     while not stop(state.step):
@@ -134,8 +134,8 @@ def fit(
         wait = time.perf_counter() - asked
         share = sum(map(len, chunks))
         with fits(min(share, micro_batch_size or share), encoder.device):
-            parts = parts_of(chunks, micro_batch_size, few_shapes=is_compiled(forward))
-            loss, image, text, scale = backward(encoder, loss_of, parts, scaler)
+            micro_batches = split_micro_batches(chunks, micro_batch_size, few_shapes=is_compiled(forward))
+            loss, image, text, scale = backward(encoder, loss_fn, micro_batches, scaler)
             scaler.unscale_(optimizer)
             norms, norm = gradient_norms(state.model)
             if clip_norm is not None:
@@ -144,12 +144,12 @@ def fit(
         scaler.update(None if amp is torch.float16 else 1.0)        # only fp16 has a scale to be looked for
         optimizer.zero_grad(set_to_none=True)
         state.model.clamp_scale()
-        position, samples = state.samples, share * distributed.world()
+        position, samples = state.samples, share * distributed.world_size()
         state.advance(samples)
         skipped = [record for chunk in chunks for record in chunk.skipped]
         lr = optimizer.param_groups[0]["lr"]
-        numbers = Numbers(loss, image, text, scale, norms, norm, lr, wait, position, samples, skipped)
-        after_step(state, numbers)
+        numbers = StepOutput(loss, image, text, scale, norms, norm, lr, wait, position, samples, skipped)
+        callbacks(state, numbers)
 
 
 def gradient_norms(model: CLIP) -> tuple[Tensor, Tensor]:

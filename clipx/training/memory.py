@@ -52,7 +52,7 @@ def peak(device: torch.device) -> float:
     return found.get("train/device_memory_gb", found["train/host_memory_gb"])
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next step.
 
     It would give large blocks back to the system, and to take them again costs a page fault for every 4 kB: a

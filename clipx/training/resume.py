@@ -71,7 +71,7 @@ def restore(state: State, config: TrainConfig, directory: Path, identity: Identi
     if changes:
         logger.warning("the run goes on with changes that resume_allow permits: %s", "; ".join(changes.values()))
     if identity.steps != saved["steps"]:
-        logger.warning(told_schedule(config, saved, identity.steps))
+        logger.warning(schedule_change_message(config, saved, identity.steps))
     return path
 
 
@@ -129,7 +129,7 @@ def changed(saved: Mapping[str, Any], identity: Identity) -> dict[str, str]:
     return changes
 
 
-def told_schedule(config: TrainConfig, saved: Mapping[str, Any], steps: int) -> str:
+def schedule_change_message(config: TrainConfig, saved: Mapping[str, Any], steps: int) -> str:
     """What another length does to the learning rate."""
     step = saved["step"]
     before, now = (build(config.sched, "sched", config.trust)(length)(step) for length in (saved["steps"], steps))

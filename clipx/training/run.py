@@ -30,26 +30,26 @@ from clipx.data.sample import Data
 from clipx.data.tar.headers import DataError
 from clipx.devices import PRECISIONS, select_device, select_workers
 from clipx.distributed.signals import Signals
-from clipx.distributed.watchdog import Lifeline
+from clipx.distributed.watchdog import Watchdog
 from clipx.duration import Every
 from clipx.errors import Interrupted, UserError
 from clipx.evals.validation import Evaluation, LabelledEvaluation, Validation
 from clipx.models.clip import CLIP
 from clipx.sched import warmup_steps
 from clipx.tokenizer import SimpleTokenizer
-from clipx.training.callbacks import AfterStep, Diverged, Times
+from clipx.training.callbacks import Callbacks, Diverged, Intervals
 from clipx.training.compile import compiled
 from clipx.training.direction import mode_of
-from clipx.training.health import Doctor
+from clipx.training.health import HealthMonitor
 from clipx.training.lock import locked
 from clipx.training.logs import RunLog, SilentLog, gone, holding
 from clipx.training.loop import State, fit
-from clipx.training.memory import keep_freed
+from clipx.training.memory import keep_freed_memory
 from clipx.training.resume import Identity, restore
 from clipx.training.step import Forward
 from clipx.training.summary import read_summary
 from clipx.training.tensorboard import row_of
-from clipx.weights.checkpoint import Saver
+from clipx.weights.checkpoint import AsyncSaver
 from clipx.weights.load import initialise
 
 logger = logging.getLogger("clipx")
@@ -58,7 +58,7 @@ MOST_NAMED = 3                  # samples of a batch that an error names
 FIRST_SCALE = {"none": 1.0, "bf16": 1.0, "fp16": 2.0**16}       # of the loss; the first two keep theirs
 DENIED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 @dataclass(frozen=True)
-class Job:
+class RunParts:
     """What a run is made of, on this rank."""
 
     config: TrainConfig
@@ -84,9 +84,9 @@ def run(config: TrainConfig, directory: Path) -> float | None:
     """
     check_place(directory)
     try:
-        with Signals() as signals, holding() as early, distributed.joined() as lifeline:
-            signals.last_words = lifeline is not None
-            worth = run_as_rank(config, directory, signals, lifeline, early)
+        with Signals() as signals, holding() as early, distributed.process_group() as watchdog:
+            signals.last_words = watchdog is not None
+            worth = run_as_rank(config, directory, signals, watchdog, early)
     except OSError as error:
         if error.errno == errno.ENOENT and not directory.is_dir():
             raise UserError(gone(directory)) from error
@@ -100,20 +100,20 @@ def run(config: TrainConfig, directory: Path) -> float | None:
 
 
 def run_as_rank(
-    config: TrainConfig, directory: Path, signals: Signals, lifeline: Lifeline | None, early: MemoryHandler
+    config: TrainConfig, directory: Path, signals: Signals, watchdog: Watchdog | None, early: MemoryHandler
 ) -> float | None:
     """The run on this rank; rank 0 gives the objective."""
-    distributed.share(config.batch_size)
+    distributed.local_batch_size(config.batch_size)
     limit_threads()
     device, workers = select_device(config.device), select_workers(config.workers)
-    with distributed.in_turn(lifeline):
+    with distributed.rank0_first(watchdog):
         data: Data = build(config.data, "data", config.trust)
         evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
     plan = data.plan(config.seed)
-    job = Job(config, directory, device, workers, data, plan, evals, identify(config, data, plan), early)
+    parts = RunParts(config, directory, device, workers, data, plan, evals, identify(config, data, plan), early)
     left_out: list[list[int]] = []
     with alone_in(directory):
-        while diverged := train(job, signals, left_out):
+        while diverged := train(parts, signals, left_out):
             left_out.append([diverged.first.position, diverged.end])
             distributed.barrier()           # until rank 0 has written what is being saved
             logger.warning("%s; the run goes back to its last checkpoint, and on without these steps' samples",
@@ -121,61 +121,61 @@ def run_as_rank(
     return objective(directory, config.objective) if distributed.rank() == 0 else None
 
 
-def train(job: Job, signals: Signals, left_out: Sequence[Sequence[int]]) -> Diverged | None:
+def train(parts: RunParts, signals: Signals, left_out: Sequence[Sequence[int]]) -> Diverged | None:
     """From the last checkpoint to the end of the run, or of this process.
 
     Args:
-        job: the run.
+        parts: the run.
         signals: whether one has asked to end.
         left_out: positions, from and to, that are not trained on.
 
     Returns:
         Why the run has to go back to its last checkpoint, if it has.
     """
-    config, directory = job.config, job.directory
-    state, length = fresh_state(config, job.device), job.identity.steps
-    found = restore(state, config, directory, job.identity)
+    config, directory = parts.config, parts.directory
+    state, length = initial_state(config, parts.device), parts.identity.steps
+    found = restore(state, config, directory, parts.identity)
     origin = initialise(state.model, config.init_from) if config.init_from and not found else ""
     logged = state.samples if found else -1         # where a run begins, nothing stays of what it logged before
     if state.step >= length:
         check_effect(state, directory)
         logger.info("%s is finished (%d steps); nothing is changed. name=... starts another run", directory, state.step)
         if distributed.rank() == 0 and not read_summary(directory):
-            rewrite_summary(job, state)
+            rewrite_summary(parts, state)
         return None
     state.leave_out(left_out)
-    keep_freed()
-    batches = batches_of(job, state)
+    keep_freed_memory()
+    batches = train_batches(parts, state)
     multiplier = build(config.sched, "sched", config.trust)(length)
     last_is_good = found == directory / "checkpoints" / "clip_last.pt"
 
-    saver = Saver(directory / "checkpoints", asdict(job.identity), last_is_good)
-    with log_of(job, state, logged) as log, saver:
-        introduce(job, state, log, origin, anew=found is None)
-        after_step = after_step_of(job, state, log, saver, signals)
+    saver = AsyncSaver(directory / "checkpoints", asdict(parts.identity), last_is_good)
+    with open_log(parts, state, logged) as log, saver:
+        introduce(parts, state, log, origin, anew=found is None)
+        callbacks = build_callbacks(parts, state, log, saver, signals)
         signals.patient = True
         try:
             fit(
                 state=state,
-                forward=forward_of(config, state.model),
-                loss_of=build(config.loss, "loss", config.trust),
+                forward=build_forward(config, state.model),
+                loss_fn=build(config.loss, "loss", config.trust),
                 batches=batches,
                 micro_batch_size=config.micro_batch_size,
-                stop=lambda step: step >= length or after_step.stopping,
+                stop=lambda step: step >= length or callbacks.stopping,
                 multiplier=multiplier,
                 amp=PRECISIONS[config.amp],
                 clip_norm=config.clip_norm,
-                after_step=after_step,
+                callbacks=callbacks,
             )
-            after_step.finish(state)
+            callbacks.finish(state)
             if state.step >= length:
                 check_effect(state, directory)
         except Diverged as diverged:
             if len(state.left_out) >= config.max_rollbacks:
-                raise UserError(told_divergence(diverged, job)) from diverged
+                raise UserError(divergence_message(diverged, parts)) from diverged
             return diverged.with_traceback(None)        # which holds this state and its memory
         except DataError:
-            saved = after_step.rescue(state)
+            saved = callbacks.rescue(state)
             if not (saved and signals.asked):       # which may have ended the workers, too
                 raise
         if signals.asked:
@@ -201,7 +201,7 @@ def run_length(config: TrainConfig, plan: Plan | MixPlan) -> int:
     return length if config.max_steps is None else min(length, config.max_steps)
 
 
-def fresh_state(config: TrainConfig, device: torch.device) -> State:
+def initial_state(config: TrainConfig, device: torch.device) -> State:
     """Model, optimiser and scaler at step 0, fixed by the seed."""
     torch.manual_seed(config.seed)
     model = build(config.model, "model", config.trust).to(device)
@@ -224,20 +224,20 @@ def train_reader(config: TrainConfig, data: Data, plan: Plan | MixPlan, model: C
     return TrainReader(data.train, plan, crop, tokenizer, data.caption, config.loss.get("same") == "mask")
 
 
-def batches_of(job: Job, state: State) -> Iterator[list[Chunk]]:
+def train_batches(parts: RunParts, state: State) -> Iterator[list[Chunk]]:
     """This rank's share of the batches to come."""
-    config, share = job.config, distributed.share(job.config.batch_size)
-    reader = train_reader(config, job.data, job.plan, state.model)
+    config, share = parts.config, distributed.local_batch_size(parts.config.batch_size)
+    reader = train_reader(config, parts.data, parts.plan, state.model)
     ranges = train_ranges(state.samples, config.batch_size, config.micro_batch_size, distributed.rank(),
-                          distributed.world(), state.left_out)
+                          distributed.world_size(), state.left_out)
     fill = distributed.local_rank() == 0        # ranks of a machine share the cache of remote shards
-    return steps(read(reader, ranges, job.workers, pin=job.device.type == "cuda", fill=fill), share)
+    return steps(read(reader, ranges, parts.workers, pin=parts.device.type == "cuda", fill=fill), share)
 
 
-def forward_of(config: TrainConfig, model: CLIP) -> Forward:
+def build_forward(config: TrainConfig, model: CLIP) -> Forward:
     """The model, or what is wrapped around it."""
     forward = compiled(model) if config.compile else model
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         return forward
     return DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
@@ -247,40 +247,42 @@ def alone_in(directory: Path) -> AbstractContextManager[None]:
     return nullcontext() if distributed.rank() else locked(directory)
 
 
-def log_of(job: Job, state: State, samples: int) -> RunLog | SilentLog:
+def open_log(parts: RunParts, state: State, samples: int) -> RunLog | SilentLog:
     """Where the run is written down, by rank 0 alone; what was logged after ``samples`` is dropped."""
     if distributed.rank():
         return SilentLog()
-    text = yaml.safe_dump(asdict(job.config), sort_keys=False, allow_unicode=True)
-    (job.directory / "config.yaml").write_text(text, encoding="utf-8")
+    text = yaml.safe_dump(asdict(parts.config), sort_keys=False, allow_unicode=True)
+    (parts.directory / "config.yaml").write_text(text, encoding="utf-8")
     process = {"id": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-    config = flatten(asdict(job.config))
-    mode = mode_of(job.config.objective, job.config.mode)
-    about = {"objective": job.config.objective, "mode": mode, "process": process, "config": config}
-    row = row_of(config, job.config.choices, job.config.varied)
-    return RunLog(job.directory, text, about, row, job.identity.steps, state.step, samples, state.seconds,
-                  job.plan.samples, job.early)
+    config = flatten(asdict(parts.config))
+    mode = mode_of(parts.config.objective, parts.config.mode)
+    about = {"objective": parts.config.objective, "mode": mode, "process": process, "config": config}
+    row = row_of(config, parts.config.choices, parts.config.varied)
+    return RunLog(parts.directory, text, about, row, parts.identity.steps, state.step, samples, state.seconds,
+                  parts.plan.samples, parts.early)
 
 
-def after_step_of(job: Job, state: State, log: RunLog | SilentLog, saver: Saver, signals: Signals) -> AfterStep:
+def build_callbacks(
+    parts: RunParts, state: State, log: RunLog | SilentLog, saver: AsyncSaver, signals: Signals
+) -> Callbacks:
     """What happens between the steps of a run."""
-    config, data = job.config, job.data
-    every = partial(Every, steps=job.identity.steps, epoch=job.plan.samples / config.batch_size)
+    config, data = parts.config, parts.data
+    every = partial(Every, steps=parts.identity.steps, epoch=parts.plan.samples / config.batch_size)
     keys = ("log_every", "eval_every", "save_every", "keep_every", "stop_at")
-    times = Times(*(every(getattr(config, key)) for key in keys))
+    intervals = Intervals(*(every(getattr(config, key)) for key in keys))
     tokenizer = SimpleTokenizer(state.model.text.context)
-    return AfterStep(
+    return Callbacks(
         log=log,
-        times=times,
-        evaluate=Validation(data.vals, job.evals, tokenizer, job.workers, PRECISIONS[config.amp], with_loss=True),
+        intervals=intervals,
+        evaluate=Validation(data.vals, parts.evals, tokenizer, parts.workers, PRECISIONS[config.amp], with_loss=True),
         saver=saver,
         best=config.best,
         mode=mode_of(config.best, config.mode),
         bad_limit=data.bad_limit - sum(data.lost.values()),
         max_bad_steps=config.max_bad_steps,
         signals=signals,
-        doctor=Doctor(config.batch_size),
-        stopping=times.stop.over(state.step),
+        monitor=HealthMonitor(config.batch_size),
+        stopping=intervals.stop.over(state.step),
     )
 
 
@@ -311,56 +313,56 @@ def check_effect(state: State, directory: Path) -> None:
                         "longer sched.warmup, clip_norm=1.0, or amp=bf16 in place of fp16; name=... starts another run")
 
 
-def rewrite_summary(job: Job, state: State) -> None:
+def rewrite_summary(parts: RunParts, state: State) -> None:
     """Write the summary.json of a finished run again, from its metrics and its last checkpoint."""
-    with log_of(job, state, state.samples) as log:
+    with open_log(parts, state, state.samples) as log:
         log.best(state.best, state.step)
         log.finish("finished")
 
 
-def introduce(job: Job, state: State, log: RunLog | SilentLog, origin: str, anew: bool) -> None:
+def introduce(parts: RunParts, state: State, log: RunLog | SilentLog, origin: str, anew: bool) -> None:
     """Tell what run this is, what weights it starts from, and what its shards have lost."""
-    for line in headlines(job, state, origin):
+    for line in headlines(parts, state, origin):
         logger.info(line)
     if anew:
         log.skipped([
             {"samples": 0, "place": shard, "reason": f"{count} of its samples are lost: cut short, or empty"}
-            for shard, count in job.data.lost.items()
+            for shard, count in parts.data.lost.items()
         ])
 
 
-def headlines(job: Job, state: State, origin: str) -> list[str]:
+def headlines(parts: RunParts, state: State, origin: str) -> list[str]:
     """What a run says of itself before it starts."""
-    config, data, ranks = job.config, job.data, distributed.world()
+    config, data, ranks = parts.config, parts.data, distributed.world_size()
     samples, parameters = int(sum(data.train.sizes)), sum(p.numel() for p in state.model.parameters())
     held = sum(sum(val.sizes) for val in data.vals.values())
     return [
-        f"run       {job.directory}" + (f", goes on behind step {state.step:,}" if state.step else ""),
-        f"model     {parameters:,} parameters on {job.device}, amp={config.amp}"
+        f"run       {parts.directory}" + (f", goes on behind step {state.step:,}" if state.step else ""),
+        f"model     {parameters:,} parameters on {parts.device}, amp={config.amp}"
         + (f", {ranks} ranks of {config.batch_size // ranks:,} samples" if ranks > 1 else ""),
         *([f"weights   {origin}"] if origin else []),
         *([f"frozen    {', '.join(config.freeze)}"] if config.freeze else []),
-        f"data      {samples:,} pictures to train, {held:,} to validate; workers={job.workers}",
+        f"data      {samples:,} pictures to train, {held:,} to validate; workers={parts.workers}",
         *(f"          {note}" for note in data.notes),
-        f"length    {told_length(config, samples, job.identity.steps)}",
+        f"length    {describe_length(config, samples, parts.identity.steps)}",
     ]
 
 
-def told_divergence(diverged: Diverged, job: Job) -> str:
+def divergence_message(diverged: Diverged, parts: RunParts) -> str:
     """The end of a run that cannot go on."""
-    first, size = diverged.first, job.config.batch_size
+    first, size = diverged.first, parts.config.batch_size
     positions = range(first.position, first.position + min(size, MOST_NAMED))
-    keys = ", ".join(job.data.train.locate(job.plan[position].sample) for position in positions)
+    keys = ", ".join(parts.data.train.locate(parts.plan[position].sample) for position in positions)
     norms = ", ".join(f"{value:.4g} of the {tower} tower" for tower, value in diverged.norms.items())
     return (
-        f"{diverged}, and max_rollbacks={job.config.max_rollbacks} are used up. Of that step: samples {keys} and "
+        f"{diverged}, and max_rollbacks={parts.config.max_rollbacks} are used up. Of that step: samples {keys} and "
         f"{size - len(positions):,} more, learning rate {first.lr:.3g}, logit scale {diverged.scale:.4g}; norms of the "
         f"weights {norms}. The last good checkpoint stands. A lower optim.lr, a longer sched.warmup, clip_norm=1.0 or "
         "amp=bf16 in place of fp16 are the usual remedies"
     )
 
 
-def told_length(config: TrainConfig, samples: int, length: int) -> str:
+def describe_length(config: TrainConfig, samples: int, length: int) -> str:
     """How long a run is, and how long it warms up."""
     epochs = length * config.batch_size / samples
     warm = ""

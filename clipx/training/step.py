@@ -1,4 +1,4 @@
-"""The gradient of a step: of the whole batch, however few of its samples fit into memory at once."""
+"""The gradient of the whole batch, however few samples fit into memory at once."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,29 +11,29 @@ from torch.utils._pytree import tree_map_only
 
 from clipx.data.images import Normalise
 from clipx.models.packed import Packed
-from clipx.training.batch import Part, joined
+from clipx.training.batch import MicroBatch, concat
 
 Features = tuple[Tensor, Tensor, Tensor]        # unit features (b, E), (b, E), scale ()
 Forward = Callable[[Tensor, Packed], Features]
 
 
-class Outcome(NamedTuple):
-    """What a pass over a batch has found, without gradient."""
+class BatchOutput(NamedTuple):
+    """Loss and features of a batch, detached."""
 
     loss: Tensor        # () nats
     image: Tensor       # (B, E) unit features
-    text: Tensor        # (B, E) likewise
+    text: Tensor        # (B, E) unit features
     scale: Tensor       # () inverse temperature
 
 
-class Encoder:
-    """A micro-batch, wherever it is, to its features on the device.
+class MicroBatchEncoder:
+    """Moves a micro-batch to the device and encodes it.
 
     Args:
         forward: normalised images (b, 3, S, S), packed captions -> unit features (b, E), (b, E), scale (); the bare
-            model, or what is wrapped around it.
-        device: the model's.
-        amp: autocast's type, or None for float32.
+            model, or a wrapper around it.
+        device: of the model.
+        amp: autocast dtype, or None for float32.
     """
 
     def __init__(self, forward: Forward, device: torch.device, amp: torch.dtype | None):
@@ -41,81 +41,86 @@ class Encoder:
         self.normalise = Normalise(device)
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, part: Part) -> Features:
-        part = self.on_device(part)
+    def __call__(self, micro_batch: MicroBatch) -> Features:
+        micro_batch = self.to_device(micro_batch)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            return self.forward(self.normalise(part.image), part.captions)
+            return self.forward(self.normalise(micro_batch.image), micro_batch.captions)
 
-    def on_device(self, part: Part) -> Part:
-        """The part on the device; a GPU copies it while it still computes what it was given before."""
+    def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
+        """Copy to the device; on a GPU the copy overlaps with the computation already queued."""
         if self.copies is None:
-            return tree_map_only(Tensor, lambda x: x.to(self.device), part)
+            return tree_map_only(Tensor, lambda x: x.to(self.device), micro_batch)
         with torch.cuda.stream(self.copies):
-            part = tree_map_only(Tensor, lambda x: x.to(self.device, non_blocking=True), part)
-        now = torch.cuda.current_stream(self.device)
-        now.wait_stream(self.copies)
-        tree_map_only(Tensor, lambda x: x.record_stream(now), part)     # its memory is not given away before
-        return part
+            micro_batch = tree_map_only(Tensor, lambda x: x.to(self.device, non_blocking=True), micro_batch)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.copies)
+        tree_map_only(Tensor, lambda x: x.record_stream(current), micro_batch)      # keeps its memory until then
+        return micro_batch
 
-    def unsynced(self) -> AbstractContextManager[None]:
-        """In it ranks keep what they add to their gradients to themselves."""
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Skip gradient synchronisation across ranks."""
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else nullcontext()
 
-    def random_state(self) -> list[Tensor]:
-        """What dropout and the like will draw from."""
+    def rng_state(self) -> list[Tensor]:
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.copies else [])]
 
-    def set_random_state(self, state: list[Tensor]) -> None:
+    def set_rng_state(self, state: list[Tensor]) -> None:
         torch.set_rng_state(state[0])
         if self.copies:
             torch.cuda.set_rng_state(state[1], self.device)
 
 
 def backward(
-    encoder: Encoder, loss_of: Callable[..., Tensor], parts: Sequence[Part], scaler: torch.amp.GradScaler
-) -> Outcome:
-    """Add the gradient of a batch to that of the parameters.
+    encoder: MicroBatchEncoder,
+    loss_fn: Callable[..., Tensor],
+    micro_batches: Sequence[MicroBatch],
+    scaler: torch.amp.GradScaler,
+) -> BatchOutput:
+    """Accumulate the gradient of a batch.
 
-    A batch in several parts goes forward twice: first all of it, keeping nothing but the features; then, when the
-    gradient of the loss at these features is known, part by part again, and back from there.  Ranks sum once.
+    Several micro-batches go forward twice: first without gradient, keeping only their features; then, once the
+    gradient of the loss with respect to all features is known, one by one again, and backward from there.  Ranks
+    reduce their gradients once.
 
     Args:
-        encoder: of the parts.
-        loss_of: unit features (B, E), (B, E), scale (), ids (B, 2) or None -> loss ().
-        parts: of the batch.
+        encoder: of the micro-batches.
+        loss_fn: unit features (B, E), (B, E), scale (), ids (B, 2) or None -> loss ().
+        micro_batches: the batch.
         scaler: scales the loss.
 
     Source: Gao et al. 2021, GradCache (arXiv 2101.06983).
     """
-    ids = None if parts[0].ids is None else joined([part.ids for part in parts]).to(encoder.device)
-    if len(parts) == 1:
-        image, text, scale = encoder(parts[0])
-        loss = loss_of(image, text, scale, ids)
+    ids = None
+    if micro_batches[0].ids is not None:
+        ids = concat([micro_batch.ids for micro_batch in micro_batches]).to(encoder.device)
+    if len(micro_batches) == 1:
+        image, text, scale = encoder(micro_batches[0])
+        loss = loss_fn(image, text, scale, ids)
         scaler.scale(loss).backward()
-        return Outcome(loss.detach(), image.detach(), text.detach(), scale.detach())
+        return BatchOutput(loss.detach(), image.detach(), text.detach(), scale.detach())
 
-    states, seen = [], []
+    rng_states, features = [], []
     with torch.no_grad():
-        for part in parts:
-            states.append(encoder.random_state())
-            seen.append(encoder(part))
-    images, texts, scales = zip(*seen, strict=True)
+        for micro_batch in micro_batches:
+            rng_states.append(encoder.rng_state())
+            features.append(encoder(micro_batch))
+    images, texts, scales = zip(*features, strict=True)
     image, text, scale = (x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scales[0]))
-    loss = loss_of(image, text, scale, ids)
+    loss = loss_fn(image, text, scale, ids)
     scaler.scale(loss).backward()
 
-    sizes = [len(part) for part in parts]
-    known = [*zip(image.grad.split(sizes), text.grad.split(sizes), strict=True)]
-    known[-1] += (scale.grad,)
-    for part, state, gradients in zip(parts, states, known, strict=True):
-        encoder.set_random_state(state)         # what was drawn, for dropout, is drawn again
-        with nullcontext() if part is parts[-1] else encoder.unsynced():
-            back(encoder(part)[: len(gradients)], gradients)
-    return Outcome(loss.detach(), image.detach(), text.detach(), scale.detach())
+    sizes = [len(micro_batch) for micro_batch in micro_batches]
+    grads = [*zip(image.grad.split(sizes), text.grad.split(sizes), strict=True)]
+    grads[-1] += (scale.grad,)
+    for micro_batch, rng_state, grad in zip(micro_batches, rng_states, grads, strict=True):
+        encoder.set_rng_state(rng_state)         # dropout draws the same numbers again
+        with nullcontext() if micro_batch is micro_batches[-1] else encoder.no_sync():
+            backward_from(encoder(micro_batch)[: len(grad)], grad)
+    return BatchOutput(loss.detach(), image.detach(), text.detach(), scale.detach())
 
 
-def back(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Back from features whose gradients are known; not from those of a frozen tower."""
-    pairs = [(x, gradient) for x, gradient in zip(features, gradients, strict=True) if x.requires_grad]
+def backward_from(features: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Backpropagate given gradients of the features; skips the features of a frozen tower."""
+    pairs = [(x, grad) for x, grad in zip(features, grads, strict=True) if x.requires_grad]
     if pairs:
         torch.autograd.backward(*zip(*pairs, strict=True))

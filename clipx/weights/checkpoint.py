@@ -81,7 +81,7 @@ class Written(io.RawIOBase):
             raise
 
 
-class Saver:
+class AsyncSaver:
     """Writes a run's checkpoints in the background, for the length of a ``with``; its end waits for what is written.
 
     The run stops for the copy to the memory of the host alone, and for a save that is not done when the next is due.
@@ -97,7 +97,7 @@ class Saver:
         self.directory, self.identity, self.previous = directory, identity, previous
         self.pool, self.job = ThreadPoolExecutor(1), None
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "AsyncSaver":
         for file in self.directory.glob("*.writing") if rank() == 0 else ():       # of a process that was killed
             file.unlink()
         return self

@@ -22,8 +22,8 @@ from clipx.data.sample import Sample
 from clipx.optim import adamw
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.loop import State
-from clipx.training.memory import keep_freed
-from clipx.weights.checkpoint import Saver, read
+from clipx.training.memory import keep_freed_memory
+from clipx.weights.checkpoint import AsyncSaver, read
 
 SHARDS, WINDOW, BATCH, WORKERS = 41_455, 131_072, 256, 2
 
@@ -41,7 +41,7 @@ class MadeUp(Dummy):
 
 
 def saves(directory: Path) -> None:
-    keep_freed()
+    keep_freed_memory()
     model = clip_vit_b32()
     optimizer = adamw(model)
     for p in model.parameters():
@@ -49,7 +49,7 @@ def saves(directory: Path) -> None:
     optimizer.step()
     state = State(model, optimizer, torch.amp.GradScaler("cpu"))
     taken, written = [], []
-    with Saver(directory, {}, previous=True) as saver:
+    with AsyncSaver(directory, {}, previous=True) as saver:
         for _ in range(5):
             began = time.perf_counter()
             saver(state.state_dict(), ["last"])

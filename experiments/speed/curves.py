@@ -18,21 +18,21 @@ from clipx.config.schema import TrainConfig
 from clipx.loss import clip_loss
 from clipx.sched import warmup_cosine
 from clipx.tools.measure import loaded
-from clipx.training.loop import Numbers, State, fit
-from clipx.training.run import fresh_state
+from clipx.training.loop import State, StepOutput, fit
+from clipx.training.run import initial_state
 
 
 def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
     """Ours and theirs, float32 on the CPU; ten steps of warm-up, then the cosine."""
     multiplier = warmup_cosine(steps, warmup=10, warmup_cap=1.0)
-    state = fresh_state(config, torch.device("cpu"))
+    state = initial_state(config, torch.device("cpu"))
     peer = open_clip_model(config.model)
     peer.load_state_dict(state.model.state_dict(), strict=True)
-    optimizer, loss_of = open_clip_optimizer(peer, config.optim), open_clip.ClipLoss()
+    optimizer, loss_fn = open_clip_optimizer(peer, config.optim), open_clip.ClipLoss()
     batches = [*itertools.islice(loaded(config), steps)]
     ours: list[float] = []
 
-    def note(_state: State, numbers: Numbers) -> None:
+    def note(_state: State, numbers: StepOutput) -> None:
         ours.append(numbers.loss.item())
 
     fit(state, state.model, clip_loss, iter(batches), None, lambda step: step >= steps, multiplier, None,
@@ -43,7 +43,7 @@ def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
             group["lr"] = config.optim["lr"] * multiplier(step)
         optimizer.zero_grad()
         found = peer(*padded(chunks, config.model["text"]["context"]))
-        loss = loss_of(found["image_features"], found["text_features"], found["logit_scale"])
+        loss = loss_fn(found["image_features"], found["text_features"], found["logit_scale"])
         loss.backward()
         optimizer.step()
         with torch.no_grad():

@@ -19,7 +19,7 @@ from clipx.data.images import Normalise
 from clipx.data.loader import Chunk
 from clipx.devices import select_device
 from clipx.tools.measure import HELD, loaded, measure, settle
-from clipx.training.batch import joined, padded_tokens
+from clipx.training.batch import concat, padded_tokens
 from clipx.training.memory import peak
 from clipx.weights.convert import open_clip_config
 
@@ -58,7 +58,7 @@ def open_clip_optimizer(model: nn.Module, optim: Mapping[str, Any]) -> torch.opt
 
 def padded(chunks: list[Chunk], context: int) -> tuple[Tensor, Tensor]:
     """A step as its loader would give it: normalised (B, 3, S, S) float32, and (B, context) tokens."""
-    return Normalise()(joined([chunk.images for chunk in chunks])).contiguous(), padded_tokens(chunks, context)
+    return Normalise()(concat([chunk.images for chunk in chunks])).contiguous(), padded_tokens(chunks, context)
 
 
 class Batches:

@@ -31,10 +31,10 @@ from clipx.config.schema import TrainConfig
 from clipx.loss import clip_loss
 from clipx.models.packed import pack
 from clipx.tools.measure import Steps, reader_of
-from clipx.training.batch import parts_of
-from clipx.training.memory import keep_freed
-from clipx.training.run import fresh_state
-from clipx.training.step import Encoder, backward
+from clipx.training.batch import split_micro_batches
+from clipx.training.memory import keep_freed_memory
+from clipx.training.run import initial_state
+from clipx.training.step import MicroBatchEncoder, backward
 
 SMALL = ["model=small", "model.image.size=64", "data=dummy", "data.size=64", "data.samples=8192", "workers=0"]
 CPU = torch.device("cpu")
@@ -61,8 +61,8 @@ def in_batches(batch: int, micro: int | None, count: int) -> dict[str, float]:
 
 def of_tokens(length: int) -> dict[str, float]:
     """The text tower of ViT-B/32, forward and back, 32 captions of one length."""
-    keep_freed()
-    text = fresh_state(config_of("model=vit_b32", "data.size=224", "model.image.size=224"), CPU).model.text
+    keep_freed_memory()
+    text = initial_state(config_of("model=vit_b32", "data.size=224", "model.image.size=224"), CPU).model.text
     tokens = torch.randint(1, 49_000, (32, length))
     tokens[:, -1] = 49_407
     seconds = []
@@ -82,7 +82,7 @@ def plain_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 def of_loss(batch: int, plain: bool) -> dict[str, float]:
     """The loss alone, forward and back, features of 512."""
-    keep_freed()
+    keep_freed_memory()
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(batch, 512), dim=-1).requires_grad_() for _ in range(2))
     scale, seconds = torch.tensor(50.0, requires_grad=True), []
@@ -98,15 +98,15 @@ def of_loss(batch: int, plain: bool) -> dict[str, float]:
 def rank_step(rank: int, world: int, batch: int, store: str) -> None:
     torch.set_num_threads(2 // world)
     dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
-    keep_freed()
+    keep_freed_memory()
     config = config_of()
-    state, share, seconds = fresh_state(config, CPU), batch // world, []
+    state, share, seconds = initial_state(config, CPU), batch // world, []
     chunk = reader_of(config).chunk(range(rank * share, (rank + 1) * share))
-    encoder = Encoder(DistributedDataParallel(state.model) if world > 1 else state.model, CPU, None)
+    encoder = MicroBatchEncoder(DistributedDataParallel(state.model) if world > 1 else state.model, CPU, None)
     for _ in range(5):
         dist.barrier()
         began = time.perf_counter()
-        backward(encoder, clip_loss, parts_of([chunk], None), state.scaler)
+        backward(encoder, clip_loss, split_micro_batches([chunk], None), state.scaler)
         state.optimizer.step()
         state.optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
