@@ -439,7 +439,8 @@ def test_position_embeddings_are_resized_as_open_clip_does(
         (["init_from=nan.pt"],
          "nan.pt: 1 of the 1 values of logit_scale are NaN or infinite; use a checkpoint from before the training "
          "diverged"),
-        (["init_from=none.pt"], "init_from=none.pt: there is no such run, checkpoint or weights; there are nan.pt, w.pt"),
+        (["init_from=none.pt"],
+         "init_from=none.pt: there is no such run, checkpoint or weights; there are nan.pt, w.pt"),
         (["freeze=[vision]"], "freeze=['vision']: should be 'image' or 'text'"),
     ],
 )
