@@ -15,7 +15,7 @@ from clipx.config.schema import PrepareConfig
 from clipx.cores import available_cores
 from clipx.data.prepare.layouts import Layout, Tars
 from clipx.data.prepare.pack import Packing, pack
-from clipx.data.prepare.report import tell
+from clipx.data.prepare.report import describe_report
 from clipx.data.prepare.verify import index, verify
 from clipx.data.tar.index import temporary_dir
 from clipx.errors import UserError
@@ -55,7 +55,7 @@ def make_shards(config: PrepareConfig, layout: Layout, workers: int) -> tuple[Pa
         raise UserError("out has no value; add out=DIR, a new directory")
     out, source = Path(config.out).expanduser(), config.choices["source"]
     packing = Packing(**{field.name: getattr(config, field.name) for field in fields(Packing)})
-    for line in tell(pack(source, layout, packing, out, workers, config.max_empty), out):
+    for line in describe_report(pack(source, layout, packing, out, workers, config.max_empty), out):
         logger.info(line)
     return out, source if source in ("coco", "cc3m", "flickr30k") else "shards"
 

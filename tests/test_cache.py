@@ -21,11 +21,11 @@ from conftest import ROOT, write_tar
 
 from clipx.data import catalogue
 from clipx.data.images import TrainCrop
-from clipx.data.loader import Chunk, TrainReader, read, train_ranges
+from clipx.data.loader import load_chunks, train_ranges
 from clipx.data.mix import open_mix
 from clipx.data.plan import Plan, Window
-from clipx.data.remote import cache as room
-from clipx.data.remote import stores
+from clipx.data.readers import Chunk, TrainReader
+from clipx.data.remote import prefetch, stores
 from clipx.data.remote.cache import Cache
 from clipx.data.sample import Data
 from clipx.data.shards import open_shards
@@ -132,7 +132,7 @@ def reader_of(data: Data) -> TrainReader:
 
 
 def chunks_of(data: Data, count: int = 20, workers: int = 0, start: int = 0, batch: int = 5) -> list[Chunk]:
-    return list(itertools.islice(read(reader_of(data), train_ranges(start, batch), workers, pin=False), count))
+    return list(itertools.islice(load_chunks(reader_of(data), train_ranges(start, batch), workers, pin=False), count))
 
 
 def assert_same(found: list[Chunk], expected: list[Chunk]) -> None:
@@ -153,7 +153,8 @@ def enough(server: Server, neighbours: int = 3) -> float:
     """GB of the largest neighbouring windows; where an epoch ends, a third one is near."""
     data = local(server)
     sizes = data.train.catalogue.rows["bytes"]
-    windows = [set(window.shards) for window in itertools.islice(data.plan(0).windows(0), room.CHECKED + neighbours)]
+    checked = itertools.islice(data.plan(0).windows(0), prefetch.CHECKED + neighbours)
+    windows = [set(window.shards) for window in checked]
     near = zip(*(windows[first:] for first in range(neighbours)), strict=False)
     return max(int(sizes[list(set().union(*several))].sum()) for several in near) / 1e9
 
@@ -197,12 +198,12 @@ def test_what_is_still_needed_is_not_evicted(server: Server, remote: Callable[..
     data = remote(cache_gb=enough(server))
     expected = chunks_of(local(server), 24)
     plan = data.plan(0)
-    batches = read(reader_of(data), train_ranges(0, 5), 0, pin=False)
+    batches = load_chunks(reader_of(data), train_ranges(0, 5), 0, pin=False)
     for a, b in zip(batches, expected, strict=False):
         assert_same([a], [b])
         time.sleep(0.05)                                        # the copies run far ahead
         needed = next(plan.windows(a.position)).shards
-        assert all(data.train.remote(shard).is_there() for shard in needed)
+        assert all(data.train.remote(shard).is_cached() for shard in needed)
 
 
 def test_too_small_a_cache_is_told_with_what_is_enough(server: Server, remote: Callable[..., Data]) -> None:
@@ -229,7 +230,7 @@ def test_a_set_much_smaller_than_the_window_starts_at_once(
 
     monkeypatch.setattr(Plan, "windows", counted)
     chunks_of(remote(shards=f"{server.url}/part-{{000..007}}.tar", shuffle_window=131_072), 1)
-    assert len(looked) < 4 * room.CHECKED                       # and not 2,000 for each of them
+    assert len(looked) < 4 * prefetch.CHECKED                       # and not 2,000 for each of them
     assert "part-007.tar" not in server.asked
 
 
@@ -307,7 +308,7 @@ def test_a_shard_that_cannot_be_had_ends_the_run_with_its_url_when_it_is_needed(
 
 def test_a_server_that_is_down_is_told_by_all_who_wait(server: Server, remote: Callable[..., Data]) -> None:
     data = remote(cache_gb=enough(server))
-    batches = read(reader_of(data), train_ranges(0, 5), 2, pin=False)
+    batches = load_chunks(reader_of(data), train_ranges(0, 5), 2, pin=False)
     next(batches)
     server.stop()
     with pytest.raises(DataError, match=r"/part-00\d\.tar cannot be copied \(HTTP error: error sending"):
@@ -331,7 +332,7 @@ def test_the_death_of_the_thread_ends_the_run(
 def test_the_thread_does_not_outlive_the_reading(server: Server, remote: Callable[..., Data]) -> None:
     before = set(threading.enumerate())
     server.wait = 0.3
-    batches = read(reader_of(remote()), train_ranges(0, 5), 0, pin=False)
+    batches = load_chunks(reader_of(remote()), train_ranges(0, 5), 0, pin=False)
     next(batches)
     batches.close()
     count = len(server.asked)
@@ -365,7 +366,7 @@ def test_a_process_can_exit_while_a_server_is_silent(
 
 
 def test_one_run_at_a_time_fills_a_cache(server: Server, remote: Callable[..., Data], tmp_path: Path) -> None:
-    batches = read(reader_of(remote()), train_ranges(0, 5), 0, pin=False)
+    batches = load_chunks(reader_of(remote()), train_ranges(0, 5), 0, pin=False)
     next(batches)
     with pytest.raises(DataError, match=r"data\.cache=.*cache is filled by another run; give this one its own"):
         chunks_of(remote())
@@ -377,7 +378,7 @@ def test_another_rank_waits_for_what_the_first_copies(server: Server, remote: Ca
     server.wait = 0.05
     readers = [reader_of(remote()) for _ in range(2)]
     ranks = [
-        read(reader, train_ranges(0, 6, rank=rank, world=2), 0, pin=False, fill=rank == 0)
+        load_chunks(reader, train_ranges(0, 6, rank=rank, world=2), 0, pin=False, fill=rank == 0)
         for rank, reader in enumerate(readers)
     ]
     found = [list(itertools.islice(zip(*ranks, strict=True), 12))]
@@ -442,7 +443,7 @@ def test_remote_validation_is_copied_whole_and_stays(
     )
     assert sorted(server.copies()) == ["part-005.tar", "part-006.tar"] and list(data.val.sizes) == [5, 12]
     chunks_of(data, 40)
-    assert all(data.val.remote(shard).is_there() for shard in range(2))
+    assert all(data.val.remote(shard).is_cached() for shard in range(2))
     assert server.copies().count("part-005.tar") == 1 and data.val.read(3).captions[0] == "thing number 49"
 
 

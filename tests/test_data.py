@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import FEW, in_process, picture, summary, write_tar
 
-from clipx.data import shards as shards_room
+from clipx.data import handles
 from clipx.data.captions import read_captions
 from clipx.data.dummy import open_dummy
 from clipx.data.emoji import THINGS, open_emoji
@@ -121,9 +121,9 @@ def test_many_shards_are_read_where_few_files_may_be_open(make_shards: Callable[
 
 def test_a_low_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = [[256, 100_000]]
-    monkeypatch.setattr(shards_room.resource, "getrlimit", lambda _: tuple(limits[-1]))
-    monkeypatch.setattr(shards_room.resource, "setrlimit", lambda _, new: limits.append(new))
-    assert shards_room.most_open() == shards_room.OPEN_SHARDS and limits[-1] == (4096, 100_000)
+    monkeypatch.setattr(handles.resource, "getrlimit", lambda _: tuple(limits[-1]))
+    monkeypatch.setattr(handles.resource, "setrlimit", lambda _, new: limits.append(new))
+    assert handles.max_open_shards() == handles.OPEN_SHARDS and limits[-1] == (4096, 100_000)
 
 
 def test_a_file_name_with_braces_is_taken_as_it_is(make_shards: Callable[..., Path]) -> None:
@@ -265,7 +265,7 @@ def test_each_line_is_a_caption_in_remote_retrieval_sets_too(
     local = open_shards(str(root / "test"), val=0.0).train
     for _ in range(2):
         remote = open_shards(shards=url, val=0.0, index_dir=str(tmp_path / "i"), cache=str(tmp_path / "c")).train
-        assert remote.one_a_line and remote.id == local.id
+        assert remote.caption_per_line and remote.id == local.id
         (root / f"{place}dataset_type.txt").unlink(missing_ok=True)     # it is asked for once
 
 

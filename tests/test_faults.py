@@ -23,11 +23,12 @@ import torch
 from conftest import picture, write_tar
 from PIL import Image
 
-from clipx.data import shards as shards_room
+from clipx.data import files
 from clipx.data.folder import open_folder
 from clipx.data.images import TrainCrop
-from clipx.data.loader import TRIES, Chunk, TrainReader, read, train_ranges
+from clipx.data.loader import load_chunks, train_ranges
 from clipx.data.plan import Plan
+from clipx.data.readers import TRIES, Chunk, TrainReader
 from clipx.data.shards import open_shards
 from clipx.data.tar.headers import DataError
 from clipx.evals import encoder as encoder_room
@@ -60,7 +61,7 @@ def reader_of(root: Path, **how: object) -> TrainReader:
 
 def two_epochs(reader: TrainReader, workers: int = 0, **shared: int) -> list[Chunk]:
     count = -(-2 * reader.plan.samples // 8)
-    return list(itertools.islice(read(reader, train_ranges(0, 8, **shared), workers, pin=False), count))
+    return list(itertools.islice(load_chunks(reader, train_ranges(0, 8, **shared), workers, pin=False), count))
 
 
 def account(chunks: list[Chunk]) -> dict[str, str]:
@@ -388,7 +389,7 @@ def same_size(shard: Path) -> None:
 def test_a_shard_that_changes_ends_the_run(tmp_path: Path, change: Callable[[Path], None], opened: bool) -> None:
     shard = write(tmp_path / "a.tar", members())
     reader = reader_of(tmp_path)
-    batches = read(reader, train_ranges(0, 8), 0, pin=False)
+    batches = load_chunks(reader, train_ranges(0, 8), 0, pin=False)
     if opened:
         next(batches)
     change(shard)
@@ -398,7 +399,7 @@ def test_a_shard_that_changes_ends_the_run(tmp_path: Path, change: Callable[[Pat
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_room, "WAITS", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(files, "WAITS", (0.01, 0.02, 0.03))
 
 
 class Stubborn:
@@ -451,7 +452,7 @@ def reader_of_again(reader: TrainReader) -> TrainReader:
 
 def test_a_worker_that_is_killed_ends_the_run_between_two_batches(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", members())
-    batches = read(reader_of(tmp_path), killed_after(train_ranges(0, 8), 6), 2, pin=False)
+    batches = load_chunks(reader_of(tmp_path), killed_after(train_ranges(0, 8), 6), 2, pin=False)
     handler = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(DataError, match="one of the workers=2 processes that read data was killed.*want of memory"):
         list(itertools.islice(batches, 50))
@@ -551,7 +552,7 @@ def test_workers_runs_and_ranks_skip_the_same_samples_and_see_the_same_batches(t
         for a, b in zip(expected, again, strict=True):
             assert torch.equal(a.images, b.images) and torch.equal(a.samples, b.samples) and a.skipped == b.skipped
     halves = [
-        itertools.islice(read(reader, train_ranges(0, 8, rank=rank, world=2), 0, pin=False), len(expected))
+        itertools.islice(load_chunks(reader, train_ranges(0, 8, rank=rank, world=2), 0, pin=False), len(expected))
         for rank in (0, 1)
     ]
     for whole, *parts in zip(expected, *halves, strict=True):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from clipx.data.dummy import open_dummy
 from clipx.data.images import TrainCrop
-from clipx.data.loader import Chunk, TrainReader, train_ranges
+from clipx.data.loader import train_ranges
+from clipx.data.readers import Chunk, TrainReader
 from clipx.loss import clip_loss
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder

@@ -11,7 +11,7 @@ from conftest import write_tar
 
 from clipx.data.catalogue import open_catalogue
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import KEY, in_home, make_index, read_head, read_table, scan, temporary_dir
+from clipx.data.tar.index import KEY, expand_home, make_index, read_head, read_table, scan, temporary_dir
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 LONG = "a folder/" + "deep/" * 30 + "a very long name" * 8
@@ -201,10 +201,10 @@ def test_where_neither_can_be_written_it_goes_to_a_temporary_directory_of_our_ow
 
 
 def test_without_a_home_directory_paths_in_it_are_temporary(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert in_home("~/x") == Path.home() / "x" and in_home("y") == Path("y")
+    assert expand_home("~/x") == Path.home() / "x" and expand_home("y") == Path("y")
 
     def homeless(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", homeless)
-    assert in_home("~/.cache/clipx") == temporary_dir() / ".cache/clipx"
+    assert expand_home("~/.cache/clipx") == temporary_dir() / ".cache/clipx"

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 import clipx
 from clipx.data import loader as loader_room
 from clipx.data.images import TrainCrop, decode
-from clipx.data.loader import Chunk, EvalReader, TrainReader, cut, read, steps, train_ranges
+from clipx.data.loader import group_steps, load_chunks, split_range, train_ranges
 from clipx.data.plan import Plan
+from clipx.data.readers import Chunk, EvalReader, TrainReader
 from clipx.data.shards import open_shards
 from clipx.data.tar.headers import DataError
 from clipx.models.text import TextEncoder
@@ -35,7 +36,7 @@ def reader_of(root: Path, seed: int = 0, window: int = 64) -> TrainReader:
 def batches(
     reader: TrainReader, count: int, batch: int, workers: int = 0, start: int = 0, **shared: int
 ) -> list[Chunk]:
-    return list(itertools.islice(read(reader, train_ranges(start, batch, **shared), workers, pin=False), count))
+    return list(itertools.islice(load_chunks(reader, train_ranges(start, batch, **shared), workers, pin=False), count))
 
 
 def same(a: Chunk, b: Chunk) -> bool:
@@ -110,12 +111,12 @@ def test_a_chunk_is_cut_to_its_longest_caption_and_tells_lengths(shards: Path) -
 
 def test_a_large_batch_comes_in_chunks_of_256() -> None:
     assert [len(piece) for piece in itertools.islice(train_ranges(0, 600), 6)] == [256, 256, 88] * 2
-    assert list(cut(range(0))) == []
+    assert list(split_range(range(0))) == []
 
 
 def test_steps_gather_chunks(shards: Path) -> None:
     chunks = iter(batches(reader_of(shards), 4, 8))
-    assert [[len(chunk) for chunk in step] for step in itertools.islice(steps(chunks, 16), 2)] == [[8, 8]] * 2
+    assert [[len(chunk) for chunk in step] for step in itertools.islice(group_steps(chunks, 16), 2)] == [[8, 8]] * 2
 
 
 @pytest.fixture
@@ -151,11 +152,11 @@ def test_nothing_but_bad_samples_ends_with_one_line(tmp_path: Path, workers: int
 
 def test_evaluation_reads_all_captions_of_all_pictures_once(shards: Path, spoilt: Path) -> None:
     source = open_shards(str(shards), val=0).train
-    chunks = list(read(EvalReader(source, 16, TOKENIZER), cut(range(27)), 2, pin=False))
+    chunks = list(load_chunks(EvalReader(source, 16, TOKENIZER), split_range(range(27)), 2, pin=False))
     assert sum(map(len, chunks)) == 27 and chunks[0].captions[:2] == ["thing number 0", "the 0th thing of all"]
     assert chunks[0].owners[:4].tolist() == [0, 0, 1, 1]
     bad = open_shards(str(spoilt), val=0).train
-    chunk = next(read(EvalReader(bad, 16, TOKENIZER), cut(range(40)), 0, pin=False))
+    chunk = next(load_chunks(EvalReader(bad, 16, TOKENIZER), split_range(range(40)), 0, pin=False))
     assert len(chunk) == 37 and len(chunk.skipped) == 3 and chunk.owners.tolist() == list(range(37))
 
 
@@ -186,7 +187,7 @@ def test_chunks_tell_which_rows_are_alike(tmp_path: Path) -> None:
 
 
 def test_a_worker_ends_at_the_word_of_its_run_alone(shards: Path) -> None:
-    chunks = read(reader_of(shards), train_ranges(0, 5), 1, pin=False)
+    chunks = load_chunks(reader_of(shards), train_ranges(0, 5), 1, pin=False)
     next(chunks)
     (worker,) = active_children()
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)      # as a scheduler does, to all processes

@@ -29,12 +29,12 @@ from clipx.data import sample as sample_room
 from clipx.data.catalogue import open_catalogue
 from clipx.data.folder import open_folder
 from clipx.data.images import decode, get_image_transform
-from clipx.data.loader import EvalReader
 from clipx.data.prepare.encode import look, read_file
+from clipx.data.readers import EvalReader
 from clipx.data.remote.stores import download
 from clipx.data.sample import BadSample, hold_out
 from clipx.data.shards import open_shards
-from clipx.data.tar.headers import MOST_HEADER, DataError
+from clipx.data.tar.headers import MAX_HEADER, DataError
 from clipx.data.tar.index import make_index, read_head, read_table, scan, successes
 from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
@@ -307,7 +307,7 @@ def test_one_long_name_does_not_make_room_in_every_row(tmp_path: Path) -> None:
 
 
 def test_a_header_of_very_many_records_is_read_in_a_moment(tmp_path: Path) -> None:
-    records = b"5 a=\n" * (MOST_HEADER // 5)
+    records = b"5 a=\n" * (MAX_HEADER // 5)
     (tmp_path / "x.tar").write_bytes(pax(records) + GOOD + bytes(1024))
     began = time.process_time()
     assert len(scan(tmp_path / "x.tar")[0]) == 1

@@ -231,7 +231,7 @@ def test_a_data_set_of_torchvisions_keeps_its_pixels_and_names(tmp_path: Path) -
 
 
 def test_open_clips_class_names_are_1000() -> None:
-    from clipx.data.labelled import read_names
+    from clipx.data.class_names import read_names
 
     names = read_names("imagenet", "classes")
     assert len(names) == 1000 and names[1] == "goldfish"

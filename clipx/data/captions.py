@@ -9,20 +9,20 @@ from clipx.data.sample import BadSample, check_bytes
 
 DATASET_TYPE = "dataset_type.txt"    # of CLIP_benchmark
 JSON_KEY = "caption"        # what prepare writes
-MOST_KEYS = 8           # of a json that has not the one that holds the captions, named in the error,
-MOST_SHOWN = 200        # in so many letters
-MOST_WORDS = 1 << 20        # bytes of a .txt or .json
-MOST_CAPTION = 1 << 14      # bytes; a word of so many letters takes the tokenizer 4 s, and twice as many 4 times that
+MAX_KEYS = 8           # of a json that has not the one that holds the captions, named in the error,
+MAX_SHOWN = 200        # in so many letters
+MAX_CAPTION_FILE = 1 << 20        # bytes of a .txt or .json
+MAX_CAPTION = 1 << 14      # bytes; a word of so many letters takes the tokenizer 4 s, and twice as many 4 times that
 
 
-def read_captions(members: Mapping[str, bytes], key: str | None, one_a_line: bool = False) -> list[str]:
+def read_captions(members: Mapping[str, bytes], key: str | None, caption_per_line: bool = False) -> list[str]:
     """The captions of a sample, one or many.
 
     Args:
         members: the sample's ``txt`` or ``json``, undecoded.
         key: the key of ``json`` that holds one caption or a list of them; without one, ``txt`` counts, and where
             there is none, the ``caption`` of ``json``.
-        one_a_line: whether each line of ``txt`` is a caption; else the whole is one.
+        caption_per_line: whether each line of ``txt`` is a caption; else the whole is one.
 
     Raises:
         BadSample: there is no caption, or it is not UTF-8 text, or too large.
@@ -30,9 +30,9 @@ def read_captions(members: Mapping[str, bytes], key: str | None, one_a_line: boo
     try:
         if key is None and "txt" in members:
             text = members["txt"].decode()
-            found = text.split("\n") if one_a_line else text
+            found = text.split("\n") if caption_per_line else text
         elif "json" in members:
-            found = of_json(json.loads(members["json"]), key or JSON_KEY)
+            found = json_captions(json.loads(members["json"]), key or JSON_KEY)
         else:
             raise BadSample("has no caption (.txt or .json)")
     except UnicodeDecodeError as error:
@@ -45,26 +45,26 @@ def read_captions(members: Mapping[str, bytes], key: str | None, one_a_line: boo
     captions = [caption.strip() for caption in captions if caption.strip()]
     if not captions:
         raise BadSample("its caption is empty")
-    return checked(captions)
+    return check_captions(captions)
 
 
-def of_json(content: Any, key: str) -> Any:
+def json_captions(content: Any, key: str) -> Any:
     """What stands under a key of a json; BadSample where there is no such key."""
     if not isinstance(content, dict):
         raise BadSample(f"its json holds no keys, so no {key!r}")
     if key not in content:
-        keys = ", ".join(list(content)[:MOST_KEYS])[:MOST_SHOWN] or "none"
+        keys = ", ".join(list(content)[:MAX_KEYS])[:MAX_SHOWN] or "none"
         raise BadSample(f"its json has no {key!r}; its keys: {keys}; name one of them: data.caption_key=KEY")
     return content[key]
 
 
-def checked(captions: list[str]) -> list[str]:
+def check_captions(captions: list[str]) -> list[str]:
     """The captions; BadSample where one is too large."""
-    check_bytes("its caption", max(len(caption.encode("utf-8", "replace")) for caption in captions), MOST_CAPTION)
+    check_bytes("its caption", max(len(caption.encode("utf-8", "replace")) for caption in captions), MAX_CAPTION)
     return captions
 
 
-def one_a_line(places: Mapping[Path, str]) -> bool:
+def caption_per_line(places: Mapping[Path, str]) -> bool:
     """Whether each line of a ``.txt`` is a caption of its own: CLIP_benchmark's retrieval sets are so.
 
     Args:

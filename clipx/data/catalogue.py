@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from clipx.cores import available_cores
 from clipx.data.captions import DATASET_TYPE
-from clipx.data.remote.cache import Cache, Remote
-from clipx.data.remote.stores import PIPE, download, is_lasting, persist, size_of
+from clipx.data.remote.cache import Cache, RemoteShard
+from clipx.data.remote.stores import PIPE, download, is_permanent, run_with_retries, size_of
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import (
+    COUNTS,
     FORMAT,
-    TOLD,
     find_index,
     index_paths,
     make_index,
@@ -39,9 +39,9 @@ logger = logging.getLogger("clipx")
 
 MANY = 1000                 # shards; for so many, what their indexes say is kept in one file
 ASKED = 64                  # remote shards that are asked about at once
-MOST_BESIDE = 64 << 20      # bytes of an index or of counts on a server
+MAX_SIDECAR = 64 << 20      # bytes of an index or of counts on a server
 KNOWN = f"remote-{FORMAT}.json"      # the file that keeps the answers of one remote directory
-ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), *((name, "<i8") for name in TOLD)])
+ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), *((name, "<i8") for name in COUNTS)])
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Catalogue:
     """Some shards, in their order."""
 
     shards: list[Path]      # of a remote one, its place in the cache
-    rows: np.ndarray        # (shards,) bytes, time of the last change (ns; 0 of a remote one), and TOLD
+    rows: np.ndarray        # (shards,) bytes, time of the last change (ns; 0 of a remote one), and COUNTS
     urls: Mapping[int, str] = field(default_factory=dict)       # of the remote ones, by number
 
     @property
@@ -81,7 +81,7 @@ def open_catalogue(shards: Sequence[Path], index_dir: Path) -> Catalogue:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
     for number, index in zip(stale, indexes, strict=True):
         head = read_head(index)
-        rows[number] = (rows[number]["bytes"], rows[number]["mtime"], *(head[name] for name in TOLD))
+        rows[number] = (rows[number]["bytes"], rows[number]["mtime"], *(head[name] for name in COUNTS))
     if len(stale) and len(shards) >= MANY:
         write_table(catalogue_paths(shards, index_dir), {"format": FORMAT}, rows)
     return Catalogue(list(shards), rows)
@@ -166,13 +166,13 @@ def remote_rows(urls: Sequence[str], cache: Cache) -> np.ndarray:
     places = {remote.index.parent: remote for remote in remotes if not remote.url.startswith(PIPE)}
     untyped = {remote: remote.url for place, remote in places.items() if not (place / DATASET_TYPE).exists()}
     with ThreadPool(ASKED) as pool, tqdm(total=len(missing), unit="shard", desc="ask", disable=None) as bar:
-        persist(pool, ask_type, untyped, Event())
+        run_with_retries(pool, fetch_dataset_type, untyped, Event())
         for start in range(0, len(missing), ASKED):
             some = {remote: remote.url for remote in missing[start : start + ASKED]}
-            answers = persist(pool, ask, some, Event())
-            cache.fetch_now([answer for answer in answers.values() if isinstance(answer, Remote)])
+            answers = run_with_retries(pool, ask, some, Event())
+            cache.fetch_now([answer for answer in answers.values() if isinstance(answer, RemoteShard)])
             for remote, answer in answers.items():
-                row = row_of(remote.index) if isinstance(answer, Remote) else answer
+                row = index_row(remote.index) if isinstance(answer, RemoteShard) else answer
                 known[remote.index.parent][remote.path.name] = row
             for place in {remote.index.parent for remote in some}:
                 write_whole(place / KNOWN, json.dumps(known[place]).encode())
@@ -185,30 +185,30 @@ def remote_rows(urls: Sequence[str], cache: Cache) -> np.ndarray:
 
 
 def read_known(place: Path) -> dict[str, list[int]]:
-    """Bytes and TOLD of the shards of one remote directory, by name, as far as they are known."""
+    """Bytes and COUNTS of the shards of one remote directory, by name, as far as they are known."""
     return json.loads((place / KNOWN).read_bytes()) if (place / KNOWN).exists() else {}
 
 
-def ask(remote: Remote) -> list[int] | Remote:
-    """Bytes and TOLD of a remote shard; where nothing beside it says, the shard, its size filled in if that is known.
+def ask(remote: RemoteShard) -> list[int] | RemoteShard:
+    """Bytes and COUNTS of a remote shard; where nothing beside it says, the shard, its size filled in if that is known.
 
     Raises:
         DataError: obstore is not installed.
         OSError: the server fails.
     """
     if not remote.url.startswith(PIPE) and not remote.index.exists():
-        found = small_file(beside(remote.url, remote.index.name))
+        found = fetch_small(beside(remote.url, remote.index.name))
         if found is not None:
             write_whole(remote.index, found)
     if remote.index.exists() and read_head(remote.index).get("format") == FORMAT:
-        return row_of(remote.index)
+        return index_row(remote.index)
     if remote.url.startswith(PIPE):
         return remote
-    size, count = size_of(remote.url), counted(small_file(beside(remote.url, f"{remote.path.stem}_stats.json")) or b"")
+    size, count = size_of(remote.url), counted(fetch_small(beside(remote.url, f"{remote.path.stem}_stats.json")) or b"")
     return remote._replace(size=size) if count is None else [size, count, count, count, 0, 0]
 
 
-def ask_type(remote: Remote) -> None:
+def fetch_dataset_type(remote: RemoteShard) -> None:
     """Keep what CLIP_benchmark's dataset_type.txt says of a remote directory, beside its shards or one level up.
 
     Raises:
@@ -219,13 +219,13 @@ def ask_type(remote: Remote) -> None:
     directory = directory.rpartition("/")[0]
     if "/" in directory.partition("://")[2]:            # not the server's or the bucket's own
         urls.append(beside(f"{directory}{mark}{query}", DATASET_TYPE))
-    answers = filter(None, map(small_file, urls))
+    answers = filter(None, map(fetch_small, urls))
     write_whole(remote.index.parent / DATASET_TYPE, next(answers, b""))
 
 
-def row_of(index: Path) -> list[int]:
+def index_row(index: Path) -> list[int]:
     head = read_head(index)
-    return [int(head[name]) for name in ("bytes", *TOLD)]
+    return [int(head[name]) for name in ("bytes", *COUNTS)]
 
 
 def beside(url: str, name: str) -> str:
@@ -234,13 +234,13 @@ def beside(url: str, name: str) -> str:
     return f"{path.rpartition('/')[0]}/{name}{mark}{query}"
 
 
-def small_file(url: str) -> bytes | None:
+def fetch_small(url: str) -> bytes | None:
     """What a URL gives; None where there is nothing, or nothing for us."""
     with NamedTemporaryFile() as part:
         try:
-            download(url, Path(part.name), Event(), MOST_BESIDE)
+            download(url, Path(part.name), Event(), MAX_SIDECAR)
         except (OSError, DataError) as error:
-            if is_lasting(error):
+            if is_permanent(error):
                 return None
             raise
         return part.read()

@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from typing_extensions import Unpack
 
 from clipx.data.plan import digest
-from clipx.data.sample import Data, How, Sample
+from clipx.data.sample import Data, DataOptions, Sample
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
 SHAPES = ("circle", "square", "triangle", "bar")
@@ -62,7 +62,7 @@ def open_dummy(
     samples: PositiveInt = 4096,
     val_samples: NonNegativeInt = 256,
     size: PositiveInt = 64,
-    **how: Unpack[How],
+    **options: Unpack[DataOptions],
 ) -> Data:
     """Made-up training and validation pictures.
 
@@ -70,6 +70,6 @@ def open_dummy(
         samples: for training.
         val_samples: for validation; other pictures.  0: none.
         size: side of a picture, pixels.
-        how: as in ``Data``.
+        options: as in ``Data``.
     """
-    return Data(Dummy(samples, size, seed=0), Dummy(val_samples, size, seed=1) if val_samples else None, **how)
+    return Data(Dummy(samples, size, seed=0), Dummy(val_samples, size, seed=1) if val_samples else None, **options)

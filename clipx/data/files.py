@@ -1,15 +1,17 @@
 """Files by path: pictures without captions, and lists of lines."""
 
 import glob
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from clipx.data.sample import MOST_PICTURE, Sample, check_bytes
-from clipx.data.shards import patiently
+from clipx.data.sample import MAX_IMAGE_BYTES, Sample, check_bytes
 from clipx.data.tar.headers import DataError
 
+WAITS = (0.2, 1.0, 3.0)     # seconds before each retry of a failed read
 CLUTTER = {"@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 
 
@@ -24,8 +26,8 @@ class Files:
 
     def read(self, sample: int) -> Sample:
         path = self.paths[sample]
-        check_bytes("the picture", patiently(path.stat, path).st_size, MOST_PICTURE)
-        return Sample(str(path), patiently(path.read_bytes, path), [""])
+        check_bytes("the picture", retry_read(path.stat, path).st_size, MAX_IMAGE_BYTES)
+        return Sample(str(path), retry_read(path.read_bytes, path), [""])
 
 
 def find_pictures(where: str) -> list[Path]:
@@ -70,14 +72,14 @@ def read_text(path: Path, encoding: str = "utf-8", key: str | None = None) -> st
         DataError: it has another encoding.
     """
     try:
-        return path.read_bytes().decode(of_encoding(encoding))
+        return path.read_bytes().decode(codec(encoding))
     except (UnicodeError, LookupError) as error:
         what = f"cannot be read as {key}={encoding}" if key else "is not UTF-8 text"
         fix = f"give the encoding that it has, such as {key}=cp1252" if key else "save it as UTF-8"
         raise DataError(f"{path} {what} ({error}); {fix}") from error
 
 
-def of_encoding(name: str) -> str:
+def codec(name: str) -> str:
     """The codec of an encoding; a mark at the start of UTF-8 is no text."""
     return "utf-8-sig" if name.lower() in ("utf-8", "utf8") else name
 
@@ -102,3 +104,21 @@ def read_lines(path: Path, key: str) -> list[str]:
     encoding = "UTF-16" if b"\0" in content else "CP1252"
     raise DataError(f"{key}={path} is not UTF-8 text, but perhaps {encoding}; save it as UTF-8: "
                     f"iconv -f {encoding} -t UTF-8 {path} > NEW")
+
+
+def retry_read(read: Callable[[], Any], path: Path) -> Any:
+    """Read; what fails is tried again after growing waits, and ends the run if it still fails.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return read()
+        except OSError as error:
+            if wait is None:
+                raise DataError(
+                    f"{path} cannot be read ({error.strerror}), after {len(WAITS) + 1} tries; when it can be, the same "
+                    "command goes on from the last checkpoint"
+                ) from error
+            time.sleep(wait)

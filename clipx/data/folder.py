@@ -10,24 +10,23 @@ from unicodedata import normalize
 import numpy as np
 from typing_extensions import Unpack
 
-from clipx.data.captions import checked
-from clipx.data.files import below, read_text
+from clipx.data.captions import check_captions
+from clipx.data.files import below, read_text, retry_read
 from clipx.data.sample import (
-    MOST_PICTURE,
-    PICTURE_FILES,
+    IMAGE_SUFFIXES,
+    MAX_IMAGE_BYTES,
     VALIDATION,
     BadSample,
     Data,
-    How,
+    DataOptions,
     Sample,
     check_bytes,
     hold_out,
 )
-from clipx.data.shards import patiently
 from clipx.data.tar.headers import DataError
 
 LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
-PICTURES = PICTURE_FILES | {".avif", ".heic", ".heif", ".jxl"}      # also those that Pillow may not read
+IMAGE_KINDS = IMAGE_SUFFIXES | {".avif", ".heic", ".heif", ".jxl"}      # also those that Pillow may not read
 
 
 class Folder:
@@ -77,8 +76,8 @@ class Folder:
             path = self.images / self.matched[0][name]
         if not path.is_file():
             raise BadSample("is named in captions.txt, but there is no such file")
-        check_bytes("its picture", patiently(path.stat, path).st_size, MOST_PICTURE)
-        return Sample(name, patiently(path.read_bytes, path), checked(self.captions[name]))
+        check_bytes("its picture", retry_read(path.stat, path).st_size, MAX_IMAGE_BYTES)
+        return Sample(name, retry_read(path.read_bytes, path), check_captions(self.captions[name]))
 
 
 def read_listing(path: Path, encoding: str = "utf-8", key: str | None = None) -> dict[str, list[str]]:
@@ -114,13 +113,13 @@ def match_names(images: Path, names: Iterable[str]) -> tuple[dict[str, str], lis
         plain = PurePosixPath(name).as_posix()
         found[name] = spelt.get(plain) or spelt.get(normalize("NFC", plain), name)
     unlisted = set(there) - set(found.values())
-    return found, sorted(name for name in unlisted if PurePosixPath(name).suffix.lower() in PICTURES)
+    return found, sorted(name for name in unlisted if PurePosixPath(name).suffix.lower() in IMAGE_KINDS)
 
 
 def open_folder(
     root: str,
     val: float | str = 0.02,
-    **how: Unpack[How],
+    **options: Unpack[DataOptions],
 ) -> Data:
     """A folder of pictures, and its validation set.
 
@@ -128,7 +127,7 @@ def open_folder(
         root: has images/ and captions.txt; or train/ with these, and maybe val/ (or another name in ``VALIDATION``).
         val: another directory of the same layout for validation; or, where none is beside train/, the share of the
             pictures held out.
-        how: as in ``Data``.
+        options: as in ``Data``.
 
     Raises:
         ValueError: a directory has not that layout, or training and validation are the same.
@@ -140,10 +139,10 @@ def open_folder(
     if isinstance(val, str):
         if Path(val).expanduser().resolve() == source.images.parent.resolve():
             raise ValueError(f"val={val} is what trains; give another directory, or a share of the pictures: val=0.02")
-        return Data(source, Folder(Path(val).expanduser(), "val"), **how)
+        return Data(source, Folder(Path(val).expanduser(), "val"), **options)
     if beside:
-        return Data(source, Folder(beside), **how, notes=[f"validation pictures are those of {beside}"])
-    return Data(*hold_out(source, val), **how)
+        return Data(source, Folder(beside), **options, notes=[f"validation pictures are those of {beside}"])
+    return Data(*hold_out(source, val), **options)
 
 
 def has_listing(directory: Path) -> bool:

@@ -13,21 +13,22 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from clipx.data.sample import DECODED, BadSample, unreadable
+from clipx.data.sample import DECODED, BadSample, describe_unreadable
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # RGB, of OpenAI's training pictures
 STD = (0.26862954, 0.26130258, 0.27577711)
 RATIO = (3 / 4, 4 / 3)                          # width to height of a training crop
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS            # 89 million; Pillow warns of a decompression bomb above it
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS            # 89 million; Pillow warns of a decompression bomb above it
 JPEG = b"\xff\xd8"
 ORIENTATION = 0x0112                            # EXIF's tag
 SEGMENTS = [bytes([mark]) for mark in (*range(0xE0, 0xF0), 0xFE)]      # APP0 to APP15, and comments
-BROKEN = (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, EOFError,
-          IndexError, OverflowError, struct.error, zlib.error)      # what Pillow raises for the bytes of a file
+# what Pillow raises for bad bytes
+DECODE_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError,
+                 EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
 
 def decode(file: bytes) -> Image.Image:
-    """The picture in a file, RGB, as a viewer shows it: turned as EXIF says, alpha on white.
+    """The picture in a file, RGB, as a viewer shows it: rotated as EXIF says, alpha on white.
 
     Raises:
         BadSample: it does not decode, or is too large.
@@ -38,14 +39,14 @@ def decode(file: bytes) -> Image.Image:
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise BadSample(f"does not decode: it {unreadable(file) or 'is no picture'}") from error
-    except BROKEN as error:
+        raise BadSample(f"does not decode: it {describe_unreadable(file) or 'is no picture'}") from error
+    except DECODE_ERRORS as error:
         raise BadSample(f"does not decode: {error}") from error
 
 
 def check_size(width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        raise BadSample(f"has {width} x {height} pixels, more than {MOST_PIXELS:,}")
+    if width * height > MAX_PIXELS:
+        raise BadSample(f"has {width} x {height} pixels, more than {MAX_PIXELS:,}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -127,11 +128,11 @@ class TrainCrop:
             )
         except ValueError:              # odd in some way: Pillow judges whether it can be shown
             return np.array(decode(file)), 1
-        return turned(pixels, turn), shrink
+        return apply_orientation(pixels, turn), shrink
 
 
 def jpeg_size(file: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG before it is turned; None of any other file, and of CMYK, which is Pillow's.
+    """Width and height of a JPEG before it is rotated; None of any other file, and of CMYK, which is Pillow's.
 
     Raises:
         BadSample: it is too large.
@@ -147,12 +148,12 @@ def jpeg_size(file: bytes) -> tuple[int, int] | None:
 
 
 def orientation(file: bytes) -> int:
-    """How EXIF says that a JPEG is turned, 1 to 8; 1 is as it is."""
+    """EXIF orientation of a JPEG, 1 to 8; 1 is upright."""
     if not has_exif(file):
         return 1
     try:
         found = Image.open(BytesIO(file), formats=DECODED).getexif().get(ORIENTATION, 1)
-    except BROKEN:
+    except DECODE_ERRORS:
         return 1
     return found if found in range(1, 9) else 1
 
@@ -167,7 +168,7 @@ def has_exif(file: bytes) -> bool:
     return False
 
 
-def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """(H, W, 3) as EXIF's orientation wants it shown; a view."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
@@ -203,7 +204,7 @@ def eval_crop(image: Image.Image, size: int) -> Image.Image:
         BadSample: it is so narrow that it would grow too large.
     """
     width, height = (int(size * side / min(image.size)) for side in image.size)
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise BadSample(f"is too narrow: {image.width} x {image.height} pixels")
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))

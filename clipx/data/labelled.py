@@ -4,7 +4,6 @@ The caption of a sample is the number of its class; so workers, ranks, bounds an
 """
 
 import difflib
-import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -13,7 +12,6 @@ from hashlib import blake2b
 from io import BytesIO
 from numbers import Integral
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from PIL import Image
@@ -22,20 +20,22 @@ from typing_extensions import TypedDict
 
 from clipx.data.captions import dataset_type
 from clipx.data.catalogue import Catalogue, open_all
-from clipx.data.files import below, is_clutter, read_lines
-from clipx.data.images import BROKEN, check_size, to_rgb
+from clipx.data.class_names import first_line, plain, read_classnames_file, read_names
+from clipx.data.files import below, is_clutter, retry_read
+from clipx.data.images import DECODE_ERRORS, check_size, to_rgb
 from clipx.data.remote.cache import Cache
-from clipx.data.sample import MOST_PICTURE, PICTURE_FILES, BadSample, Sample, Source, check_bytes
-from clipx.data.shards import SCHEME, Shards, expand, in_directory, patiently
+from clipx.data.sample import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, BadSample, Sample, Source, check_bytes
+from clipx.data.shard_paths import SCHEME, expand, list_shards
+from clipx.data.shards import Shards
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import in_home
+from clipx.data.tar.index import expand_home
 
 logger = logging.getLogger("clipx")
 
 INDEX_DIR = "~/.cache/clipx"
 
 
-class Which(TypedDict, total=False):
+class LabelledConfig(TypedDict, total=False):
     """A labelled data set in a config: one of dataset, folder and shards, and what belongs to it."""
 
     __pydantic_config__ = ConfigDict(extra="allow")      # open_set tells what is wrong with them
@@ -58,7 +58,7 @@ class LabelledSet:
     classes: list[str]
 
 
-def open_sets(sets: Mapping[str, Which] | None, train: bool = False) -> dict[str, LabelledSet]:
+def open_sets(sets: Mapping[str, LabelledConfig] | None, train: bool = False) -> dict[str, LabelledSet]:
     """The labelled data sets of an evaluation, by name.
 
     Args:
@@ -74,9 +74,9 @@ def open_sets(sets: Mapping[str, Which] | None, train: bool = False) -> dict[str
     return {name: open_set(f"sets.{name}", which, train) for name, which in sets.items()}
 
 
-def open_set(key: str, which: Which, train: bool) -> LabelledSet:
+def open_set(key: str, which: LabelledConfig, train: bool) -> LabelledSet:
     """One labelled data set; ``key`` is the config's."""
-    known = Which.__annotations__
+    known = LabelledConfig.__annotations__
     for odd in which.keys() - known.keys():
         near = difflib.get_close_matches(odd, known, n=1) or [", ".join(known)]
         raise ValueError(f"{key}.{odd}: there is no such key; did you mean {near[0]}?")
@@ -118,7 +118,7 @@ def check_label(label: int, classes: list[str], place: str) -> list[str]:
 # ---------------------------------------------------------------- torchvision
 
 
-class Torchvision:
+class TorchvisionSource:
     """A data set of torchvision's that gives pictures and numbers of classes."""
 
     def __init__(self, dataset: Any, name: str, root: str | None, classes: list[str]):
@@ -132,7 +132,7 @@ class Torchvision:
     def read(self, sample: int) -> Sample:
         try:
             image, label = self.dataset[sample]
-        except BROKEN as error:
+        except DECODE_ERRORS as error:
             if isinstance(error, OSError) and error.errno:
                 raise DataError(f"{self.locate(sample)} cannot be read: {error}") from error
             raise BadSample(f"does not decode: {error}") from error
@@ -144,7 +144,7 @@ class Torchvision:
         return Sample(str(sample), file.getvalue(), check_label(int(label), self.classes, self.locate(sample)))
 
 
-def open_torchvision(key: str, which: Which, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
+def open_torchvision(key: str, which: LabelledConfig, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
     """A split of one of torchvision's data sets; never downloaded."""
     from torchvision import datasets
 
@@ -172,7 +172,7 @@ def open_torchvision(key: str, which: Which, kind: str, names: list[str] | None)
         raise ValueError(f"{key}.classes has no value; {name} does not name its classes: classes=FILE, one name a line")
     classes = names or [plain(one if isinstance(one, str) else one[0]) for one in own]
     where = split if known.keys() & {"split", "train"} else "all"
-    return Torchvision(dataset, f"{name}-{where}", root, classes), classes
+    return TorchvisionSource(dataset, f"{name}-{where}", root, classes), classes
 
 
 # ---------------------------------------------------------------- a folder of class folders
@@ -192,18 +192,18 @@ class ClassFolders:
 
     def read(self, sample: int) -> Sample:
         path, label = self.files[sample]
-        check_bytes("its picture", patiently(path.stat, path).st_size, MOST_PICTURE)
-        picture = patiently(path.read_bytes, path)
+        check_bytes("its picture", retry_read(path.stat, path).st_size, MAX_IMAGE_BYTES)
+        picture = retry_read(path.read_bytes, path)
         return Sample(self.locate(sample), picture, check_label(label, self.classes, self.locate(sample)))
 
 
-def open_folders(key: str, which: Which, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
+def open_folders(key: str, which: LabelledConfig, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
     """A directory of class directories."""
     root = Path(which["folder"]).expanduser()
     there = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     folders = sorted(path for path in there if not is_clutter(path.name))
     files = [(path, number) for number, folder in enumerate(folders) for path in sorted(below(folder))
-             if path.suffix.lower() in PICTURE_FILES and path.is_file()]
+             if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if not files:
         raise ValueError(f"{key}.{kind}={root} has no directories of pictures, one a class, such as {root}/cat/1.jpg")
     if names and len(names) != len(folders):
@@ -245,61 +245,19 @@ class ClassShards(Shards):
         return found
 
 
-def open_class_shards(key: str, which: Which, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
+def open_class_shards(key: str, which: LabelledConfig, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
     """A directory of tars, or tars by name, on this machine."""
     place = which["shards"]
     root = Path(place).expanduser()
     split = root / ("train" if kind == "train" else "test")         # of CLIP_benchmark's
-    tars = (in_directory(root) or in_directory(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
+    tars = (list_shards(root) or list_shards(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
     if not tars or any(SCHEME.match(str(tar)) for tar in tars):
         raise ValueError(f"{key}.{kind}={place}: expected tars of this machine; copy remote ones first")
     kind_of_set = dataset_type(tars[0].parent)
     if kind_of_set not in ("", "classification"):
         raise ValueError(f"{key}.{kind}={place}: dataset_type.txt says {kind_of_set}; expected one class a picture"
                          + "; evals=[retrieval] data=shards scores these" * (kind_of_set == "retrieval"))
-    classes = names or beside_shards(tars[0].parent, f"{key}.classes")
-    index_dir = in_home(INDEX_DIR)
+    classes = names or read_classnames_file(tars[0].parent, f"{key}.classes")
+    index_dir = expand_home(INDEX_DIR)
     cache = Cache(index_dir / "shards", 0, index_dir)           # stays empty
     return ClassShards(open_all(tars, cache), None, index_dir, cache, classes), classes
-
-
-def beside_shards(directory: Path, key: str) -> list[str]:
-    """The class names in classnames.txt beside the tars or, as CLIP_benchmark writes it, one level up."""
-    listings = [place / "classnames.txt" for place in (directory, directory.absolute().parent)]
-    listing = next(filter(Path.is_file, listings), None)
-    if listing is None:
-        raise ValueError(f"{key} has no value, and there is no {listings[0]}, nor one above; give classes=FILE, one "
-                         "name a line")
-    return read_lines(listing, key)
-
-
-# ---------------------------------------------------------------- names
-
-
-def read_names(place: str, key: str) -> list[str]:
-    """Class names out of a file, one a line; ``imagenet``: those of OpenAI for ImageNet's 1,000, from open_clip."""
-    if place == "imagenet":
-        return list(open_clip_metadata().IMAGENET_CLASSNAMES)
-    path = Path(place).expanduser()
-    if not path.is_file():
-        raise ValueError(f"{key}={place}: there is no such file; it holds the class names, one a line, or is imagenet")
-    return read_lines(path, key)
-
-
-def plain(name: str) -> str:
-    """The name of a directory or of torchvision's as words."""
-    return name.replace("_", " ")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def open_clip_metadata() -> ModuleType:
-    """The one file of open_clip that holds class names and templates; importing the whole takes six seconds."""
-    package = importlib.util.find_spec("open_clip")
-    file = Path(package.origin).with_name("zero_shot_metadata.py")
-    spec = importlib.util.spec_from_file_location("clipx.open_clip_metadata", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -8,7 +8,7 @@ import numpy as np
 from typing_extensions import Unpack
 
 from clipx.data.plan import MixPlan
-from clipx.data.sample import Data, How, Sample, Source
+from clipx.data.sample import Data, DataOptions, Sample, Source
 from clipx.data.tar.headers import DataError
 
 
@@ -46,13 +46,13 @@ class Mix(Data):
         return MixPlan(self.sizes, self.weights, seed, self.shuffle_window)
 
 
-def open_mix(sources: dict[str, Data], weights: dict[str, float], **how: Unpack[How]) -> Mix:
+def open_mix(sources: dict[str, Data], weights: dict[str, float], **options: Unpack[DataOptions]) -> Mix:
     """Training data of several sources; each is validated on its own, the first as ``val/...``.
 
     Args:
         sources: by name, in an order that matters: another order is another run.
         weights: by name; of every thousand samples each source gives its share, exactly.
-        how: as in ``Data``, for all of them; a source's own ``max_skipped`` bounds what its shards have lost.
+        options: as in ``Data``, for all of them; a source's own ``max_skipped`` bounds what its shards have lost.
 
     Raises:
         ValueError: the names differ, or a weight is too small.
@@ -64,14 +64,14 @@ def open_mix(sources: dict[str, Data], weights: dict[str, float], **how: Unpack[
         for field in fields(Data):
             own = getattr(data, field.name)
             own = tuple(own) if isinstance(own, list) else own
-            if field.name in How.__annotations__.keys() - {"max_skipped"} and own != field.default:
+            if field.name in DataOptions.__annotations__.keys() - {"max_skipped"} and own != field.default:
                 raise DataError(f"data.sources.{name}.{field.name} is not used in a mix; set data.{field.name} for all")
     train = Chain([data.train for data in sources.values()])
     vals = [(name, data.val) for name, data in sources.items() if data.val is not None]
     mix = Mix(
         train,
         vals[0][1] if vals else None,
-        **how,
+        **options,
         further=dict(vals[1:]),
         notes=[f"{name}: {note}" for name, data in sources.items() for note in data.notes],
         lost={shard: count for data in sources.values() for shard, count in data.lost.items()},

@@ -180,9 +180,9 @@ class MixPlan:
 
     def windows(self, position: int) -> Iterator[Window]:
         """The windows of all sources, from those of a position on, by where they start; without end."""
-        return heapq.merge(*(self.windows_of(source, position) for source in range(len(self.parts))))
+        return heapq.merge(*(self.source_windows(source, position) for source in range(len(self.parts))))
 
-    def windows_of(self, source: int, position: int) -> Iterator[Window]:
+    def source_windows(self, source: int, position: int) -> Iterator[Window]:
         block, offset = divmod(position, BLOCK)
         share = self.shares[source]
         begin = block * share + int((self.block(block)[:offset] == source).sum())

@@ -18,11 +18,11 @@ from clipx.data.plan import MixPlan, Plan
 logger = logging.getLogger("clipx")
 
 VALIDATION = ("val", "validation", "valid", "dev", "test")      # directories beside train/, the first that is there
-MOST_HELD_OUT = 5000        # pictures; more tell nothing more
+MAX_HELD_OUT = 5000        # pictures; more tell nothing more
 SHARES = (0.02, 0.1, 0.2, 0.5)      # to hold out, the more the fewer pictures there are
 LARGE = 1_000_000           # samples of a source for which it is kept which of them are held out
-LEAST_BAD = 10              # bad samples that never end a run
-MOST_PICTURE = 256 << 20    # bytes of a picture's file: the most pixels that are decoded take no more as they are
+MIN_BAD_LIMIT = 10              # bad samples that never end a run
+MAX_IMAGE_BYTES = 256 << 20    # bytes of a picture's file: the most pixels that are decoded take no more as they are
 # EPS would run a program
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 Image.init()
@@ -31,7 +31,7 @@ with suppress(ImportError):         # the extra heic
 
     register_heif_opener()
 DECODED = [name for name in FORMATS if name in Image.OPEN]
-PICTURE_FILES = {ending for ending, format in Image.registered_extensions().items() if format in DECODED}
+IMAGE_SUFFIXES = {ending for ending, format in Image.registered_extensions().items() if format in DECODED}
 
 
 class BadSample(Exception):
@@ -44,7 +44,7 @@ def check_bytes(what: str, size: int, most: int) -> None:
         raise BadSample(f"{what} is too large: {size:,} bytes, more than {most:,}")
 
 
-def unreadable(file: bytes) -> str:
+def describe_unreadable(file: bytes) -> str:
     """Of a file that nothing here decodes, what it is and what would; empty where that is not known."""
     brands = file[8:40] if file[4:8] == b"ftyp" else b""
     if b"avif" in brands and "AVIF" not in DECODED:
@@ -75,23 +75,23 @@ class Source(Protocol):
         """Raises BadSample where its bytes do not hold a picture and a caption, OSError where they cannot be read."""
 
 
-class Keyed(Source, Protocol):
+class KeyedSource(Source, Protocol):
     """A source whose samples can be told apart without reading them."""
 
     def keys(self, shard: int) -> np.ndarray:
         """(samples of the shard,) bytes; the key of each."""
 
 
-def checked_crop(crop: tuple[float, float]) -> tuple[float, float]:
+def validate_crop(crop: tuple[float, float]) -> tuple[float, float]:
     if not 0 < crop[0] <= crop[1] <= 1:
         raise ValueError("expected the least and the most of the area that is kept, above 0 and up to 1")
     return crop
 
 
-Crop = Annotated[tuple[float, float], AfterValidator(checked_crop)]
+Crop = Annotated[tuple[float, float], AfterValidator(validate_crop)]
 
 
-class How(TypedDict, total=False):
+class DataOptions(TypedDict, total=False):
     """How any data are used: the keys that every data config has; the defaults are those of ``Data``."""
 
     shuffle_window: PositiveInt
@@ -129,7 +129,7 @@ class Data:
     @property
     def bad_limit(self) -> int:
         """How many distinct bad samples the run survives, those among them that are lost."""
-        return max(LEAST_BAD, int(self.max_skipped * (sum(self.train.sizes) + sum(self.lost.values()))))
+        return max(MIN_BAD_LIMIT, int(self.max_skipped * (sum(self.train.sizes) + sum(self.lost.values()))))
 
 
 class Subset:
@@ -161,7 +161,7 @@ class Subset:
         return self.source.read(self.whole(sample))
 
 
-def hold_out(source: Keyed, share: float, kept: Path | None = None) -> tuple[Source, Source | None]:
+def hold_out(source: KeyedSource, share: float, kept: Path | None = None) -> tuple[Source, Source | None]:
     """Split a source into training and validation by a hash of the keys alone.
 
     Args:
@@ -178,13 +178,14 @@ def hold_out(source: Keyed, share: float, kept: Path | None = None) -> tuple[Sou
     if not 0 <= share < 1:
         raise ValueError(f"val={share}: expected a share of the pictures (0.02 is 2 %; 0 is none), or a directory")
     samples = sum(source.sizes)
-    count = min(round(share * samples), MOST_HELD_OUT)
+    count = min(round(share * samples), MAX_HELD_OUT)
     if count == 0:
         if share:
-            logger.warning("val=%s of %d pictures is none, so nothing is validated; %s", share, samples, hint(samples))
+            logger.warning("val=%s of %d pictures is none, so there is no validation set; %s", share, samples,
+                           suggest_share(samples))
         return source, None
     file = kept / f"held-{blake2b(f'{source.id} {count}'.encode(), digest_size=8).hexdigest()}.npy" if kept else None
-    ids = chosen_before(file, count) if file and samples >= LARGE else None
+    ids = load_held_out(file, count) if file and samples >= LARGE else None
     if ids is None:
         ids = smallest_hashes(source, count)
         if file and samples >= LARGE:
@@ -194,13 +195,13 @@ def hold_out(source: Keyed, share: float, kept: Path | None = None) -> tuple[Sou
     return Subset(source, ids, without=True), Subset(source, ids)
 
 
-def hint(samples: int, least: int = 10) -> str:
+def suggest_share(samples: int, least: int = 10) -> str:
     """The share to hold out of so many pictures that leaves at least so many to score, if one does."""
     share = next((share for share in SHARES if share * samples >= least), SHARES[-1])
     return f"data.val={share} holds out {round(share * samples):,}"
 
 
-def chosen_before(file: Path, count: int) -> np.ndarray | None:
+def load_held_out(file: Path, count: int) -> np.ndarray | None:
     """The ids that ``hold_out`` kept, where they are whole."""
     try:
         ids = np.lib.format.open_memmap(file, mode="r")     # reads no pickle, and makes no room for what is not there
@@ -209,7 +210,7 @@ def chosen_before(file: Path, count: int) -> np.ndarray | None:
     return np.asarray(ids) if (ids.shape, ids.dtype) == ((count,), np.int64) else None
 
 
-def smallest_hashes(source: Keyed, count: int) -> np.ndarray:
+def smallest_hashes(source: KeyedSource, count: int) -> np.ndarray:
     """(count,) the ids of the samples whose keys have the smallest hashes, rising."""
     hashes, ids, start = np.empty(0, "u8"), np.empty(0, "i8"), 0
     sizes = [int(size) for size in source.sizes]

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clipx.data.loader import MOST_IN_CHUNK, Chunk, EvalReader, cut, read
+from clipx.data.loader import MAX_CHUNK, load_chunks, split_range
+from clipx.data.readers import Chunk, EvalReader
 from clipx.data.sample import BadSample, Source
 from clipx.distributed import gather_lists, local_slice, rank
 from clipx.errors import UserError
@@ -72,9 +73,9 @@ class Encoder:
     def chunks(self, source: Source) -> Iterator[Chunk]:
         """This rank's share."""
         reader = EvalReader(source, self.model.visual.size, self.tokenizer)
-        size = ON_CPU if self.device.type == "cpu" else MOST_IN_CHUNK
-        own = local_slice([*cut(range(int(sum(source.sizes))), size)])
-        return read(reader, own, self.workers, pin=self.device.type == "cuda")
+        size = ON_CPU if self.device.type == "cpu" else MAX_CHUNK
+        own = local_slice([*split_range(range(int(sum(source.sizes))), size)])
+        return load_chunks(reader, own, self.workers, pin=self.device.type == "cuda")
 
     def key(self, source: Source) -> str:
         """A hash of all that features depend on: weights, and what the model makes of one picture and one text (which

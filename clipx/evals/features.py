@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipx.data.images import Normalise
-from clipx.data.loader import Chunk
+from clipx.data.readers import Chunk
 from clipx.data.sample import Source
 from clipx.data.tar.headers import DataError
 from clipx.distributed import gather, gather_lists, gather_rows, local_slice, rank

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import PositiveInt
 
-from clipx.data.labelled import LabelledSet, Which, open_sets
+from clipx.data.labelled import LabelledConfig, LabelledSet, open_sets
 from clipx.data.tar.headers import DataError
 from clipx.distributed import gather_lists, local_slice
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores
@@ -35,7 +35,7 @@ class LinearProbe:
     Source: Radford et al. 2021, appendix A.3.
     """
 
-    def __init__(self, sets: dict[str, Which] | None = None, iterations: PositiveInt = 1000):
+    def __init__(self, sets: dict[str, LabelledConfig] | None = None, iterations: PositiveInt = 1000):
         self.sets, self.iterations = open_sets(sets, train=True), iterations
 
     def __call__(self, data: LabelledSet, encode_images: EncodeImages, encode_texts: EncodeTexts) -> Scores:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipx.data.labelled import open_clip_metadata, read_names
+from clipx.data.class_names import open_clip_metadata, read_names
 from clipx.evals.features import EncodeTexts
 
 NAMED = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}

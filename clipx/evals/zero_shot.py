@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt
 from torch import Tensor
 
 from clipx.data.images import decode, eval_crop
-from clipx.data.labelled import LabelledSet, Which, check_label, open_sets
+from clipx.data.labelled import LabelledConfig, LabelledSet, check_label, open_sets
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores, encode_texts
 from clipx.evals.figures import page
 from clipx.evals.templates import classifier, read_templates
@@ -33,7 +33,7 @@ class ZeroShot:
 
     def __init__(
         self,
-        sets: dict[str, Which] | None = None,
+        sets: dict[str, LabelledConfig] | None = None,
         templates: str | list[str] = "openai",
         per_class: bool = False,
         mistakes: NonNegativeInt = 16,

@@ -14,9 +14,10 @@ import torch
 from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
 from clipx.data.folder import Folder
-from clipx.data.loader import Chunk, EvalReader, TrainReader, copied_ahead, train_ranges
+from clipx.data.loader import make_prefetcher, train_ranges
 from clipx.data.mix import Chain
-from clipx.data.sample import BadSample, Data, Source, Subset, hint
+from clipx.data.readers import Chunk, EvalReader, TrainReader
+from clipx.data.sample import BadSample, Data, Source, Subset, suggest_share
 from clipx.data.shards import Shards
 from clipx.devices import select_device
 from clipx.duration import Every
@@ -96,7 +97,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
                 tell(check_progress(directory, state, length))
         with found.part("samples") as tell:
             reader = train_reader(config, data, plan, state.model)
-            copied_ahead(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).hold_all()
+            make_prefetcher(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).hold_all()
             chunks = first_chunks(reader, state.samples)
             tell(check_samples(data, chunks))
             tell(check_captions(reader, chunks))
@@ -243,7 +244,7 @@ def check_evals(config: TrainConfig, data: Data, reader: Callable[[Source], Eval
     evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
     labelled = {key: one.sets for key, one in evals.items() if isinstance(one, LabelledEvaluation)}
     if len(labelled) < len(evals) and not data.vals:
-        remedy = hint(int(sum(data.train.sizes))) if "val" in config.data else "give each source some"
+        remedy = suggest_share(int(sum(data.train.sizes))) if "val" in config.data else "give each source some"
         remedy = "data.val_samples=256 makes some" if "val_samples" in config.data else remedy
         yield "odd", f"there are no validation pictures, so nothing is scored; {remedy}"
     vals = dict(data.vals) if len(labelled) < len(evals) else {}
@@ -256,7 +257,7 @@ def check_evals(config: TrainConfig, data: Data, reader: Callable[[Source], Eval
             continue
         if samples < FEW_VAL and "@" not in name:
             whole = sum(source.source.sizes) if isinstance(source, Subset) else 0
-            remedy = hint(int(whole), FEW_VAL) if whole else f"give {FEW_VAL} or more"
+            remedy = suggest_share(int(whole), FEW_VAL) if whole else f"give {FEW_VAL} or more"
             yield "odd", f"{told}: recall at 10 of so few is {min(1, 10 / samples):.0%} by chance; {remedy}"
         else:
             yield "ok", told

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
 from clipx.cores import available_cores
-from clipx.data.loader import MOST_IN_CHUNK
+from clipx.data.loader import MAX_CHUNK
 from clipx.devices import PRECISIONS, select_workers
 from clipx.models.clip import CLIP
 from clipx.training.loop import State
@@ -41,7 +41,7 @@ def check_workers(wanted: str | int, batch_size: int, size: int) -> Iterator[Fin
     yield "ok", f"{workers} on {cores} cores"
     if workers > cores:
         yield "odd", f"workers={workers} wait for each other on {cores} cores; workers=auto: {select_workers('auto')}"
-    need = workers * AHEAD * min(batch_size, MOST_IN_CHUNK) * 3 * size**2
+    need = workers * AHEAD * min(batch_size, MAX_CHUNK) * 3 * size**2
     if SHARED.is_dir() and need > (free := shutil.disk_usage(SHARED).free):
         yield "WRONG", (f"their pictures take {in_bytes(need)} of {SHARED}, where {in_bytes(free)} are free; give the "
                         "container more (docker run --shm-size=8g), or set workers=0")

@@ -18,7 +18,8 @@ from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
 from clipx.cores import limit_threads
 from clipx.data.images import resize
-from clipx.data.loader import Chunk, TrainReader, read, shared_pixels, steps, train_ranges
+from clipx.data.loader import group_steps, load_chunks, train_ranges
+from clipx.data.readers import Chunk, TrainReader, shared_pixels
 from clipx.data.sample import Data
 from clipx.devices import PRECISIONS, select_device, select_workers
 from clipx.training.batch import split_micro_batches
@@ -47,7 +48,7 @@ def loaded(config: TrainConfig) -> Iterator[list[Chunk]]:
     """The steps of a run, from its loader."""
     ranges = train_ranges(0, config.batch_size, config.micro_batch_size)
     pin = select_device(config.device).type == "cuda"
-    return steps(read(reader_of(config), ranges, select_workers(config.workers), pin), config.batch_size)
+    return group_steps(load_chunks(reader_of(config), ranges, select_workers(config.workers), pin), config.batch_size)
 
 
 def stages(config: TrainConfig) -> dict[str, float]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from clipx.cores import limit_threads
 from clipx.data.files import Files, find_pictures, read_lines
 from clipx.data.images import Normalise, decode, eval_crop
-from clipx.data.loader import EvalReader, cut, read
+from clipx.data.loader import load_chunks, split_range
+from clipx.data.readers import EvalReader
 from clipx.devices import select_device, select_workers
 from clipx.errors import UserError
 from clipx.evals.features import encode_texts
@@ -60,7 +61,7 @@ def encode_pictures(
     reader, normalise = EvalReader(Files(paths), size, tokenizer), Normalise(place)
     processes = select_workers(workers) if len(paths) > CHUNK else 0
     kept, features, bad = [], [torch.empty(0, model.visual.embed)], {}
-    for chunk in read(reader, cut(range(len(paths)), CHUNK), processes, pin=place.type == "cuda"):
+    for chunk in load_chunks(reader, split_range(range(len(paths)), CHUNK), processes, pin=place.type == "cuda"):
         if len(chunk):
             features.append(model.encode_image(normalise(chunk.images.to(place)), True).cpu())
         kept += [paths[sample] for sample in chunk.samples.tolist()]

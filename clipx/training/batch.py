@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipx.data.loader import Chunk
+from clipx.data.readers import Chunk
 from clipx.models.packed import EDGES, Packed, pack
 
 WIDTH = 16              # tokens: for a compiler, grids are as wide as a multiple of it

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from clipx import distributed
-from clipx.data.loader import Chunk, Skipped, usable
+from clipx.data.loader import skip_left_out
+from clipx.data.readers import Chunk, Skipped
 from clipx.models.clip import CLIP
 from clipx.training.batch import split_micro_batches
 from clipx.training.compile import is_compiled
@@ -36,12 +37,12 @@ class State:
 
     def advance(self, samples: int) -> None:
         self.step += 1
-        self.samples = usable(self.samples + samples, self.left_out)
+        self.samples = skip_left_out(self.samples + samples, self.left_out)
 
     def leave_out(self, spans: Sequence[Sequence[int]]) -> None:
         """Do not train on what stands at some positions, from and to."""
         self.left_out = [list(span) for span in sorted({tuple(span) for span in (*self.left_out, *spans)})]
-        self.samples = usable(self.samples, self.left_out)
+        self.samples = skip_left_out(self.samples, self.left_out)
 
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint's share of it: plain dicts, lists, tensors and numbers."""

@@ -24,8 +24,9 @@ from clipx.config.meaning import flatten
 from clipx.config.schema import TrainConfig
 from clipx.cores import limit_threads
 from clipx.data.images import TrainCrop
-from clipx.data.loader import Chunk, TrainReader, read, steps, train_ranges
+from clipx.data.loader import group_steps, load_chunks, train_ranges
 from clipx.data.plan import MixPlan, Plan
+from clipx.data.readers import Chunk, TrainReader
 from clipx.data.sample import Data
 from clipx.data.tar.headers import DataError
 from clipx.devices import PRECISIONS, select_device, select_workers
@@ -231,7 +232,7 @@ def train_batches(parts: RunParts, state: State) -> Iterator[list[Chunk]]:
     ranges = train_ranges(state.samples, config.batch_size, config.micro_batch_size, distributed.rank(),
                           distributed.world_size(), state.left_out)
     fill = distributed.local_rank() == 0        # ranks of a machine share the cache of remote shards
-    return steps(read(reader, ranges, parts.workers, pin=parts.device.type == "cuda", fill=fill), share)
+    return group_steps(load_chunks(reader, ranges, parts.workers, pin=parts.device.type == "cuda", fill=fill), share)
 
 
 def build_forward(config: TrainConfig, model: CLIP) -> Forward:

@@ -15,9 +15,9 @@ import torch
 from clipx import clip_vit_b32
 from clipx.data.dummy import Dummy
 from clipx.data.images import TrainCrop
-from clipx.data.loader import TrainReader, train_ranges
-from clipx.data.loader import read as read_chunks
+from clipx.data.loader import load_chunks, train_ranges
 from clipx.data.plan import Plan
+from clipx.data.readers import TrainReader
 from clipx.data.sample import Sample
 from clipx.optim import adamw
 from clipx.tokenizer import SimpleTokenizer
@@ -71,7 +71,7 @@ def resumes() -> None:
         began = time.perf_counter()
         plan = Plan(source.sizes, 0, WINDOW)
         reader = TrainReader(source, plan, TrainCrop(32, (0.9, 1.0), "fast"), SimpleTokenizer(), "random")
-        batches = read_chunks(reader, train_ranges(position, BATCH), WORKERS, pin=False)
+        batches = load_chunks(reader, train_ranges(position, BATCH), WORKERS, pin=False)
         (chunk,) = itertools.islice(batches, 1)
         print(f"position {position:>11,}: first batch after {time.perf_counter() - began:.2f} s")
         assert chunk.position == position

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clipx.config.schema import TrainConfig
 from clipx.data.images import Normalise
-from clipx.data.loader import Chunk
+from clipx.data.readers import Chunk
 from clipx.devices import select_device
 from clipx.tools.measure import HELD, loaded, measure, settle
 from clipx.training.batch import concat, padded_tokens

@@ -4,17 +4,17 @@ from pathlib import Path
 
 from typing_extensions import Unpack
 
-from clipx.data.sample import Data, How
+from clipx.data.sample import Data, DataOptions
 from clipx.data.shards import open_shards
 
 HERE = Path(__file__).parent
 THINGS = HERE / "things.txt"        # all names, one a line
 
 
-def open_emoji(**how: Unpack[How]) -> Data:
+def open_emoji(**options: Unpack[DataOptions]) -> Data:
     """The embedded shards.
 
     Args:
-        how: as in ``Data``.
+        options: as in ``Data``.
     """
-    return open_shards(str(HERE), **how)
+    return open_shards(str(HERE), **options)

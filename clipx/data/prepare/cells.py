@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clipx.data.prepare.encode import read_file
-from clipx.data.sample import MOST_PICTURE, BadSample, check_bytes
+from clipx.data.sample import MAX_IMAGE_BYTES, BadSample, check_bytes
 
 if TYPE_CHECKING:
     from pyarrow import DataType
 
-AT_ONCE = 16        # rows; a batch of them is in memory
+MAX_PARALLEL = 16        # rows; a batch of them is in memory
 
 
 class Cell(NamedTuple):
@@ -27,7 +27,7 @@ class Cell(NamedTuple):
         return f"{self.file}, row {self.row}"
 
 
-def holds_pictures(type: DataType) -> bool:
+def holds_images(type: DataType) -> bool:
     """Whether a column holds the bytes of pictures, not their paths or URLs."""
     from pyarrow import types
 
@@ -56,9 +56,9 @@ def read_cells(root: Path, cells: Sequence[Cell]) -> list[bytes | BadSample]:
     try:
         with ParquetFile(path) as file:
             row = sum(file.metadata.row_group(before).num_rows for before in range(group))
-            for batch in file.iter_batches(AT_ONCE, row_groups=[group], columns=[cells[0].column]):
+            for batch in file.iter_batches(MAX_PARALLEL, row_groups=[group], columns=[cells[0].column]):
                 for number in wanted.intersection(range(row, row + len(batch))):
-                    found[number] = picture_of(batch.column(0)[number - row].as_py(), root)
+                    found[number] = read_cell(batch.column(0)[number - row].as_py(), root)
                 row += len(batch)
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
@@ -67,14 +67,14 @@ def read_cells(root: Path, cells: Sequence[Cell]) -> list[bytes | BadSample]:
     return [found.get(cell.row, broken) for cell in cells]
 
 
-def picture_of(value: Any, root: Path) -> bytes | BadSample:
+def read_cell(value: Any, root: Path) -> bytes | BadSample:
     """What a cell holds: the bytes of a picture, or else its path."""
     file, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     try:
         if file is None and path is None:
             raise BadSample("its cell is empty")
         if file is not None:
-            check_bytes("its picture", len(file), MOST_PICTURE)
+            check_bytes("its picture", len(file), MAX_IMAGE_BYTES)
         return read_file(root, path) if file is None else file
     except BadSample as error:
         return error

@@ -10,8 +10,8 @@ from urllib3.exceptions import HTTPError
 
 from clipx.data.sample import BadSample
 
-MOST_BYTES = 64 << 20       # of a picture
-MOST_TIMEOUTS = 6           # a whole download may take so many times what a single wait may
+MAX_BYTES = 64 << 20       # of a picture
+MAX_TIMEOUTS = 6           # a whole download may take so many times what a single wait may
 AGENT = {"User-Agent": "Mozilla/5.0 (compatible; clipx)", "Accept": "image/*"}
 BUSY = (429, 500, 502, 503, 504)    # answers after which it is worth asking again
 
@@ -42,7 +42,7 @@ class Download:
         Raises:
             BadSample: there is none; the reason stands behind a colon.
         """
-        data, deadline = bytearray(), time.monotonic() + MOST_TIMEOUTS * self.timeout
+        data, deadline = bytearray(), time.monotonic() + MAX_TIMEOUTS * self.timeout
         try:
             with closing(pool.request("GET", url, preload_content=False)) as response:
                 if response.status != 200:
@@ -51,8 +51,8 @@ class Download:
                     raise BadSample("unreachable: its owner asks not to be trained on (X-Robots-Tag)")
                 while piece := response.read1(1 << 16):
                     data += piece
-                    if len(data) > MOST_BYTES:
-                        raise BadSample(f"is too large: more than {MOST_BYTES >> 20} MB")
+                    if len(data) > MAX_BYTES:
+                        raise BadSample(f"is too large: more than {MAX_BYTES >> 20} MB")
                     if time.monotonic() > deadline:
                         raise BadSample("unreachable: too slow")
         except (HTTPError, UnicodeError) as error:

@@ -7,7 +7,7 @@ from unicodedata import normalize
 
 from PIL import Image, UnidentifiedImageError
 
-from clipx.data.sample import DECODED, MOST_PICTURE, BadSample, check_bytes, unreadable
+from clipx.data.sample import DECODED, MAX_IMAGE_BYTES, BadSample, check_bytes, describe_unreadable
 from clipx.data.tar.headers import DataError
 
 KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}      # Pillow's names; other formats become png
@@ -70,7 +70,7 @@ def look(file: bytes) -> tuple[str | None, int, int]:
             width, height = image.size
             kind = KINDS.get(image.format)
     except UnidentifiedImageError as error:
-        raise BadSample(unreadable(file) or "is not a picture") from error
+        raise BadSample(describe_unreadable(file) or "is not a picture") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(f"is too large: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -89,7 +89,7 @@ def read_file(root: Path, name: str) -> bytes:
     """
     try:
         path = next(path for path in (root / name, *spellings(root, name)) if path.is_file())
-        check_bytes("its picture", path.stat().st_size, MOST_PICTURE)
+        check_bytes("its picture", path.stat().st_size, MAX_IMAGE_BYTES)
         return path.read_bytes()
     except (StopIteration, FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
         raise BadSample("there is no such file") from error

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from clipx.data.files import below, read_text
-from clipx.data.folder import PICTURES, match_names, read_listing
+from clipx.data.folder import IMAGE_KINDS, match_names, read_listing
 from clipx.data.prepare.layouts import Item, Layout, directory, gather
-from clipx.data.prepare.rows import Form, check_effect, read_rows
+from clipx.data.prepare.rows import TextFormat, check_effect, read_rows
 from clipx.data.sample import VALIDATION
 from clipx.data.tar.headers import DataError
 
@@ -64,22 +64,22 @@ def read_part(root: Path, part: Path, how: Mapping[str, Any]) -> tuple[list[Item
     if metadata and not listing.is_file():
         return read_metadata(root, metadata[0], how)
     if listing.is_file() and (part / "images").is_dir():
-        without_metadata(listing, how)
+        refuse_metadata_keys(listing, how)
         captions = read_listing(listing, how["encoding"], "source.encoding")
         return match(root, part / "images", captions, listing.name)
-    pictures = sorted(path for path in below(part) if path.suffix.lower() in PICTURES)
+    pictures = sorted(path for path in below(part) if path.suffix.lower() in IMAGE_KINDS)
     texts = [path.with_suffix(".txt") for path in pictures]
     if not any(text.is_file() for text in texts):
         raise DataError(f"{part} has neither images/ and captions.txt (lines FILENAME<TAB>CAPTION), nor pictures with "
                         f"a .txt of the same name, nor {', '.join(METADATA)}")
-    without_metadata(f"{part} with a .txt for each picture", how)
+    refuse_metadata_keys(f"{part} with a .txt for each picture", how)
     return [
         Item(path.relative_to(root).as_posix(), lines_of(text, how["encoding"]) if text.is_file() else [])
         for path, text in zip(pictures, texts, strict=True)
     ], []
 
 
-def without_metadata(place: object, how: Mapping[str, Any]) -> None:
+def refuse_metadata_keys(place: object, how: Mapping[str, Any]) -> None:
     given = {key: how[key] for key in ("image", "caption", "max_bad")}
     check_effect(folder, given, place, f"imagefolders ({', '.join(METADATA)})")
 
@@ -91,7 +91,7 @@ def read_metadata(root: Path, file: Path, how: Mapping[str, Any]) -> tuple[list[
     if file.suffix == ".parquet":
         check_effect(folder, {"max_bad": how["max_bad"]}, file, "metadata.csv and metadata.jsonl")
     columns = (how["image"], how["caption"])
-    rows, bad = read_rows(file, columns, Form(encoding=how["encoding"]), how["max_bad"])
+    rows, bad = read_rows(file, columns, TextFormat(encoding=how["encoding"]), how["max_bad"])
     if any(not isinstance(name, str) for name, _ in rows):
         raise DataError(f"source.image={columns[0]} holds the bytes of pictures in {file}; pack it with: source=csv "
                         f"src={file} source.image={columns[0]} source.caption={columns[1]}")

@@ -14,7 +14,7 @@ from pydantic import PositiveFloat, PositiveInt
 from clipx.data.prepare.cells import Cell
 from clipx.data.prepare.download import Download
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import in_home
+from clipx.data.tar.index import expand_home
 
 logger = logging.getLogger("clipx")
 
@@ -74,15 +74,15 @@ def read_coco(root: Path, folder: str) -> list[Item]:
     """The pictures in their order, each with its captions in the order of their ids."""
     with published(root / "annotations" / f"captions_{folder}.json") as content:
         captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
-        strange = []
+        unmatched = []
         for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
             if annotation["image_id"] in captions:
                 captions[annotation["image_id"]].append(annotation["caption"])
             else:
-                strange.append(annotation["image_id"])
-        if strange:
+                unmatched.append(annotation["image_id"])
+        if unmatched:
             logger.warning("%s: %d captions are of pictures that its images do not list, such as image_id %s, and are "
-                           "left out", root / "annotations" / f"captions_{folder}.json", len(strange), strange[0])
+                           "left out", root / "annotations" / f"captions_{folder}.json", len(unmatched), unmatched[0])
         return [Item(f"{folder}/{image['file_name']}", captions[image["id"]]) for image in content["images"]]
 
 
@@ -164,7 +164,7 @@ def shards(src: str, caption_key: str | None = None, index_dir: str = "~/.cache/
     found = [root] if root.is_file() else [shard for place in places for shard in sorted(place.glob("*.tar"))]
     if not found:
         raise DataError(f"src={src} holds no shards (*.tar, train/*.tar, val/*.tar)")
-    return Tars(root.parent if root.is_file() else root, found, caption_key, in_home(index_dir))
+    return Tars(root.parent if root.is_file() else root, found, caption_key, expand_home(index_dir))
 
 
 def directory(src: str) -> Path:
@@ -196,17 +196,17 @@ def lines(path: Path) -> Iterator[str]:
 
 def matching(path: Path, pattern: re.Pattern[str], meant: str, header: str = "\0") -> list[tuple[str, str]]:
     """The two parts of each line but a header; lines that are otherwise are named and left out."""
-    found, strange = [], []
+    found, unmatched = [], []
     for line in lines(path):
         match = pattern.fullmatch(line)
         if match:
             found.append(match.groups())
         elif not line.startswith(header):
-            strange.append(line)
+            unmatched.append(line)
     if not found:
-        raise DataError(f"{path} has no line {meant}; its first is {(strange or [''])[0][:60]!r}")
-    if strange:
-        logger.warning("%s: %d lines are not %s and are left out: %r", path, len(strange), meant, strange[0])
+        raise DataError(f"{path} has no line {meant}; its first is {(unmatched or [''])[0][:60]!r}")
+    if unmatched:
+        logger.warning("%s: %d lines are not %s and are left out: %r", path, len(unmatched), meant, unmatched[0])
     return found
 
 

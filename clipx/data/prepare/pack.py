@@ -26,8 +26,8 @@ from clipx.data.prepare.download import Download, is_url
 from clipx.data.prepare.encode import encode
 from clipx.data.prepare.layouts import Item, Layout
 from clipx.data.prepare.pictures import content_hashes, encode_all, group_of, spoken
-from clipx.data.prepare.processes import spread
-from clipx.data.prepare.report import WRITING, by_reason, listed, merge, write
+from clipx.data.prepare.processes import run_tasks
+from clipx.data.prepare.report import WRITING, count_reasons, listed, merge, write
 from clipx.data.sample import BadSample
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import make_index
@@ -110,7 +110,7 @@ def pack(
     bar = tqdm(total=total, initial=before, unit="sample", desc="pack", disable=None)
     empty: dict[Path, list[dict[str, str]]] = {}
     try:
-        with bar, closing(spread(work, todo, workers)) as done:
+        with bar, closing(run_tasks(work, todo, workers)) as done:
             for packed in done:
                 bar.update(packed.items)
                 if packed.dropped is not None:
@@ -134,7 +134,7 @@ def check_empty(empty: Mapping[Path, list[dict[str, str]]], shards: int, max_emp
         DataError: there are too many.
     """
     shard, dropped = list(empty.items())[-1]
-    reasons = f"{listed(by_reason(dropped))}; such as {dropped[0]['picture']}"
+    reasons = f"{listed(count_reasons(dropped))}; such as {dropped[0]['picture']}"
     if len(empty) == shards or len(empty) > max(1, max_empty * shards):
         allow = "" if len(empty) == shards else f", or with max_empty=1 without the {len(empty)} shards that are empty"
         raise DataError(f"not one of the {len(dropped):,} pictures for {shard} can be used ({reasons}); when that is "
@@ -274,7 +274,7 @@ def finish(
     """Put the reports of the shards together, with what was dropped for those that are not written, and write them."""
     parts = [(task.split, json.loads(task.report.read_bytes())) for task in tasks if task.shard not in empty]
     dropped = [*before, *(row for _, part in parts for row in part["dropped"]), *chain(*empty.values())]
-    report = {"splits": merge(parts), "dropped": by_reason(dropped),
+    report = {"splits": merge(parts), "dropped": count_reasons(dropped),
               "empty": sorted(shard.relative_to(out).as_posix() for shard in empty)}
     write(out / DROPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
     write(out / REPORT, json.dumps(report, indent=2) + "\n")

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 
-from clipx.data.captions import checked
+from clipx.data.captions import check_captions
 from clipx.data.prepare.cells import Cell, read_cells
 from clipx.data.prepare.download import Download, is_url
 from clipx.data.prepare.encode import Encoded, read_file
@@ -33,7 +33,7 @@ def encode_one(item: Item, read: Read, encode: Encode) -> Encoded | BadSample:
     try:
         if not spoken(item):
             raise BadSample("has no caption")
-        checked(spoken(item))
+        check_captions(spoken(item))
         return encode(read())
     except BadSample as error:
         return error

@@ -33,18 +33,18 @@ def merge(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     return splits
 
 
-def tell(report: Mapping[str, Any], out: Path) -> Iterator[str]:
+def describe_report(report: Mapping[str, Any], out: Path) -> Iterator[str]:
     """The report in lines."""
     for split, total in report["splits"].items():
         yield (f"{split:<9} {total['samples']:,} pictures with {total['captions']:,} captions, "
                f"{total['bytes'] / 1e6:,.1f} MB in {total['shards']:,} shards")
-        yield f"          short side    {spread_of(total['short_side'])} pixels"
-        yield f"          caption       {spread_of(total['caption_words'])} words"
+        yield f"          short side    {describe_histogram(total['short_side'])} pixels"
+        yield f"          caption       {describe_histogram(total['caption_words'])} words"
     if report["dropped"]:
         yield f"left out  {listed(report['dropped'])}; {out / 'dropped.jsonl'} names them"
 
 
-def by_reason(dropped: Iterable[Mapping[str, str]]) -> dict[str, int]:
+def count_reasons(dropped: Iterable[Mapping[str, str]]) -> dict[str, int]:
     """How many were left out for which reason; what stands behind a colon is of one picture."""
     return dict(Counter(row["reason"].partition(":")[0] for row in dropped).most_common())
 
@@ -53,7 +53,7 @@ def listed(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
 
 
-def spread_of(histogram: Mapping[int | str, int]) -> str:
+def describe_histogram(histogram: Mapping[int | str, int]) -> str:
     """Where a histogram lies."""
     total, seen, found = sum(histogram.values()), 0, {}
     for value, count in histogram.items():

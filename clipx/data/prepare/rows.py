@@ -9,9 +9,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from clipx.data.files import of_encoding
-from clipx.data.prepare.cells import Cell, holds_pictures
-from clipx.data.sample import LEAST_BAD
+from clipx.data.files import codec
+from clipx.data.prepare.cells import Cell, holds_images
+from clipx.data.sample import MIN_BAD_LIMIT
 from clipx.data.tar.headers import DataError
 
 logger = logging.getLogger("clipx")
@@ -20,7 +20,7 @@ TEXT = "tables of text (.csv, .tsv)"
 
 
 @dataclass(frozen=True)
-class Form:
+class TextFormat:
     """How tables of text are written."""
 
     sep: str | None = None      # None: a tab in .tsv, else a comma
@@ -35,7 +35,7 @@ class Form:
 
 
 def read_rows(
-    path: Path, columns: tuple[str, str], form: Form, max_bad: float
+    path: Path, columns: tuple[str, str], form: TextFormat, max_bad: float
 ) -> tuple[list[tuple[str | Cell, list[str]]], list[dict[str, str]]]:
     """The rows of a table that name a picture.
 
@@ -58,16 +58,16 @@ def read_rows(
         rows = list(jsonl_rows(path, columns, bad))
     else:
         rows = list(csv_rows(path, columns, form, bad))
-    if len(bad) > max(LEAST_BAD, max_bad * (len(rows) + len(bad))):
+    if len(bad) > max(MIN_BAD_LIMIT, max_bad * (len(rows) + len(bad))):
         raise DataError(f"{path}: {len(bad):,} of {len(rows) + len(bad):,} rows cannot be read, such as "
                         f"{bad[0]['picture']}, which {bad[0]['reason']}; check separator and quotation marks "
                         "(source=csv has source.sep and source.quote), or leave such rows out with source.max_bad=1")
     named = [row for row in rows if row[0]]
     if len(named) < len(rows):
         logger.warning("%s: %d rows name no picture and are left out", path, len(rows) - len(named))
-    strange = next((name for name, _ in named if not isinstance(name, str | Cell)), None)
-    if strange is not None:
-        raise DataError(f"source.image={columns[0]} holds {type(strange).__name__} in {path}, not paths, URLs or "
+    unmatched = next((name for name, _ in named if not isinstance(name, str | Cell)), None)
+    if unmatched is not None:
+        raise DataError(f"source.image={columns[0]} holds {type(unmatched).__name__} in {path}, not paths, URLs or "
                         "pictures")
     return [(name, texts(said, f"source.caption={columns[1]} holds %s in {path}")) for name, said in named], bad
 
@@ -90,12 +90,12 @@ def check_effect(of: Callable[..., Any], given: Mapping[str, Any], place: object
 
 
 def csv_rows(
-    path: Path, columns: tuple[str, str], form: Form, bad: list[dict[str, str]]
+    path: Path, columns: tuple[str, str], form: TextFormat, bad: list[dict[str, str]]
 ) -> Iterator[tuple[str, str]]:
     """Picture and caption of each row; the rows that cannot be read go to ``bad``."""
     how, long = form.of(path), []       # first lines of rows of several lines
     try:
-        with path.open(encoding=of_encoding(form.encoding), newline="") as file:
+        with path.open(encoding=codec(form.encoding), newline="") as file:
             reader = csv.reader(file, strict=True, **how)
             header = next(reader, [])
             check_columns(path, columns, header)
@@ -163,7 +163,7 @@ def parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, An
     try:
         with ParquetFile(path) as file:
             check_columns(path, columns, file.schema_arrow.names)
-            inside = holds_pictures(file.schema_arrow.field(image).type)
+            inside = holds_images(file.schema_arrow.field(image).type)
             row = 0
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(row_groups=[group], columns=[caption] if inside else [image, caption]):
@@ -190,7 +190,7 @@ def texts(value: Any, where: str) -> list[str]:
     """
     several = value if isinstance(value, list) else [value]
     there = [text for text in several if text is not None and text == text]     # NaN is unequal to itself
-    strange = next((text for text in there if not isinstance(text, str)), None)
-    if strange is not None:
-        raise DataError(f"{where % type(strange).__name__}, not text or lists of text; name a column of text")
+    unmatched = next((text for text in there if not isinstance(text, str)), None)
+    if unmatched is not None:
+        raise DataError(f"{where % type(unmatched).__name__}, not text or lists of text; name a column of text")
     return there

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from clipx.data.prepare.cells import Cell
 from clipx.data.prepare.download import Download, is_url
 from clipx.data.prepare.layouts import Layout, gather
-from clipx.data.prepare.rows import TEXT, Form, check_effect, read_rows
+from clipx.data.prepare.rows import TEXT, TextFormat, check_effect, read_rows
 from clipx.data.tar.headers import DataError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -45,7 +45,7 @@ def table(
         check_effect(table, {"max_bad": max_bad}, path, f"{TEXT} and .jsonl")
     rows, bad = [], []
     for file in files:
-        named, unreadable = read_rows(file, (image, caption), Form(sep, quote, encoding), max_bad)
+        named, unreadable = read_rows(file, (image, caption), TextFormat(sep, quote, encoding), max_bad)
         rows += named
         bad += unreadable
     if not any(is_url(picture) for picture, _ in rows):

@@ -11,11 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from clipx.data.catalogue import open_catalogue
+from clipx.data.faults import faults, lost_samples, totals
 from clipx.data.prepare.layouts import Tars
-from clipx.data.prepare.processes import spread
+from clipx.data.prepare.processes import run_tasks
 from clipx.data.prepare.report import write
-from clipx.data.sample import LEAST_BAD, BadSample, Data
-from clipx.data.shards import PICTURES, Shards, faults, lost_samples, totals
+from clipx.data.sample import MIN_BAD_LIMIT, BadSample, Data
+from clipx.data.shards import IMAGE_KINDS, Shards
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import published
 
@@ -42,7 +43,7 @@ def index(tars: Tars, bad: int = 0) -> None:
     for _, fault in found:
         logger.warning(fault)
     bad = max(bad + sum(lost_samples(catalogue).values()), sum(count for count, _ in found))
-    if bad > max(LEAST_BAD, int(Data.max_skipped * total)):
+    if bad > max(MIN_BAD_LIMIT, int(Data.max_skipped * total)):
         raise DataError(
             f"{bad:,} of the {total:,} samples in {tars.root} cannot be used, and training ends at more than "
             f"{Data.max_skipped:.0%} (data.max_skipped); pack them again, or set data.max_skipped to train without them"
@@ -72,7 +73,7 @@ def verify(tars: Tars, listing: Path, workers: int) -> tuple[Tars, int]:
     bad: list[dict[str, Any]] = []
     total = 0
     bar = tqdm(total=len(tars.shards), unit="shard", desc="verify", disable=None)
-    with bar, closing(spread(work, tars.shards, workers)) as done:
+    with bar, closing(run_tasks(work, tars.shards, workers)) as done:
         for samples, found in done:
             total += samples
             bad += found
@@ -117,5 +118,5 @@ def verify_shard(shard: Path, root: Path, caption_key: str | None, index_dir: Pa
 def where(row: np.void) -> int:
     """The offset of a sample's picture, or else of its first member."""
     offsets = {kind: int(row[kind][0]) for kind in row.dtype.names[1:] if row[kind][0]}
-    pictures = [offsets[kind] for kind in PICTURES if kind in offsets]
+    pictures = [offsets[kind] for kind in IMAGE_KINDS if kind in offsets]
     return (pictures or sorted(offsets.values()) or [0])[0]

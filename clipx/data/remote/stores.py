@@ -80,7 +80,7 @@ def size_of(url: str) -> int:
         return store.head(name)["size"]
 
 
-def matches_of(pattern: str) -> list[str]:
+def list_matches(pattern: str) -> list[str]:
     """The URLs of a bucket that a glob stands for, sorted; ``*`` does not reach across a slash.
 
     Raises:
@@ -146,7 +146,7 @@ def failures(url: str) -> Iterator[None]:
         raise ConnectionError(reason) from error
 
 
-def persist(
+def run_with_retries(
     pool: ThreadPool, function: Callable[[Item], Result], items: Mapping[Item, str], stopped: Event
 ) -> dict[Item, Result]:
     """What a function gives for some items, side by side; what fails is tried again after growing waits.
@@ -179,26 +179,26 @@ def persist(
             raise DataError("nothing is copied any more")
         if not errors:
             break
-        item = next((item for item, error in errors.items() if is_lasting(error)), next(iter(errors)))
+        item = next((item for item, error in errors.items() if is_permanent(error)), next(iter(errors)))
         error = errors[item]
         if isinstance(error, DataError):
             raise error
-        if wait is None or is_lasting(error):
+        if wait is None or is_permanent(error):
             raise DataError(
-                f"{items[item]} cannot be copied ({reason_of(error)}); when it can be, rerun the same command to "
+                f"{items[item]} cannot be copied ({error_reason(error)}); when it can be, rerun the same command to "
                 "resume from the last checkpoint"
             ) from error
-        logger.warning("%s cannot be copied (%s); trying again in %g s", items[item], reason_of(error), wait)
+        logger.warning("%s cannot be copied (%s); trying again in %g s", items[item], error_reason(error), wait)
         stopped.wait(wait)
     return found
 
 
-def is_lasting(error: BaseException) -> bool:
+def is_permanent(error: BaseException) -> bool:
     """Whether another try would end in the same way."""
     return isinstance(error, (DataError, FileNotFoundError, PermissionError))
 
 
-def reason_of(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     return first_line(error) or type(error).__name__
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from clipx.errors import UserError
 
 BLOCK = 512                 # bytes of a header, and what members are padded to
-MOST_HEADER = 1 << 20       # bytes behind a pax or GNU header: names, and what file systems attach
-MOST_NAME = 1 << 10         # bytes; an index has room for the longest name in every row
-MOST_SIZE = 1 << 62         # bytes of a member; more than an index can count
+MAX_HEADER = 1 << 20       # bytes behind a pax or GNU header: names, and what file systems attach
+MAX_NAME = 1 << 10         # bytes; an index has room for the longest name in every row
+MAX_SIZE = 1 << 62         # bytes of a member; more than an index can count
 ZEROS = 1 << 20             # bytes that are read at once after an end mark
 APPLE = b"._"               # how the names begin of what macOS's tar adds to each file: its attributes
 
@@ -66,7 +66,7 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
             name, size, kind = parse_header(header, shard, count)
             start = position + BLOCK
             if kind in b"xgLK":
-                if size > MOST_HEADER:
+                if size > MAX_HEADER:
                     raise damaged(shard, count)
                 data = os.pread(descriptor, size, start)
                 if len(data) < size:
@@ -78,8 +78,8 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
             else:
                 size = size if long_size is None else long_size
                 if kind in b"0\0" or kind == b"7":
-                    if len(name := long_name or name) > MOST_NAME:
-                        raise DataError(f"{shard} has a name of {len(name):,} bytes, more than {MOST_NAME:,}; pack it "
+                    if len(name := long_name or name) > MAX_NAME:
+                        raise DataError(f"{shard} has a name of {len(name):,} bytes, more than {MAX_NAME:,}; pack it "
                                         "again with shorter ones")
                     if not name.rpartition(b"/")[2].startswith(APPLE):
                         yield name, start, size
@@ -119,7 +119,7 @@ def parse_header(header: bytes, shard: Path, count: int) -> tuple[bytes, int, by
     try:
         large = header[124] & 0x80          # GNU's way to write 8 GB and more
         size = int.from_bytes(header[125:136], "big") if large else int(header[124:136].strip(b"\0 ") or b"0", 8)
-        if not 0 <= size < MOST_SIZE:
+        if not 0 <= size < MAX_SIZE:
             raise ValueError
     except (ValueError, IndexError):
         raise damaged(shard, count) from None
@@ -141,7 +141,7 @@ def pax_name_and_size(data: bytes, shard: Path, count: int) -> tuple[bytes | Non
                 raise ValueError
             fields[key], place = value[:-1], end
         size = int(fields[b"size"]) if b"size" in fields else None
-        if size is not None and not 0 <= size < MOST_SIZE:
+        if size is not None and not 0 <= size < MAX_SIZE:
             raise ValueError
     except ValueError:
         raise damaged(shard, count) from None
@@ -152,7 +152,7 @@ def damaged(shard: Path, count: int) -> DataError:
     if not count:
         with shard.open("rb") as file:
             begin = file.read(64).lstrip().lower()
-        found = next((told for mark, told in OTHERS if begin.startswith(mark.lower())), None)
+        found = next((what for mark, what in OTHERS if begin.startswith(mark.lower())), None)
         told = f": it is {found.format(shlex.quote(str(shard)))}" if found else "; leave it out, or pack it again"
         return DataError(f"{shard} is not a tar{told}")
     return DataError(

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from clipx.data.tar.headers import MOST_NAME, CutShort, DataError, members
+from clipx.data.tar.headers import MAX_NAME, CutShort, DataError, members
 
 FORMAT = 2                  # 1 ended at the first end mark, and counted nothing as parts
 KEY = "__key__"             # the field that holds the key, as WebDataset calls it
 END = 16_384                # bytes at either end of a tar that tell whether it is still the same; a pad is 10,240
-TOLD = ("samples", "readable", "total", "cut", "parts")     # what the head of an index tells of its shard
-MOST_SAMPLES = 1 << 40      # of a shard; who says more lies
+COUNTS = ("samples", "readable", "total", "cut", "parts")     # what the head of an index tells of its shard
+MAX_SAMPLES = 1 << 40      # of a shard; who says more lies
 MAX_KINDS = 64              # kinds of member in a shard; more means that the dots in the names are not extensions
 
 
@@ -33,7 +33,7 @@ def make_index(shard: Path, index_dir: Path, place: Path | None = None) -> Path:
     """
     samples, cut = scan(shard)
     size = shard.stat().st_size
-    readable = len(samples) - reaches_behind(samples, size)
+    readable = len(samples) - count_truncated(samples, size)
     total = max(len(samples), promised(shard, index_dir)) if cut else len(samples)
     name = place.stem if place else shard.name
     head = {"format": FORMAT, "shard": name, "bytes": size, "ends": ends(shard), "readable": readable,
@@ -99,7 +99,7 @@ def parts(samples: np.ndarray) -> int:
     return int(times[again & (most == 1)].sum())
 
 
-def reaches_behind(samples: np.ndarray, size: int) -> int:
+def count_truncated(samples: np.ndarray, size: int) -> int:
     """How many samples reach behind the end of a tar of ``size`` bytes."""
     kinds = samples.dtype.names[1:]
     return int(np.any([samples[kind].sum(axis=1) > size for kind in kinds], axis=0).sum()) if len(samples) else 0
@@ -125,7 +125,7 @@ def successes(stats: bytes) -> int | None:
         count = int(json.loads(stats)["successes"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return count if 0 <= count < MOST_SAMPLES else None
+    return count if 0 <= count < MAX_SAMPLES else None
 
 
 def index_paths(shard: Path, index_dir: Path) -> list[Path]:
@@ -148,7 +148,7 @@ def is_ours(directory: Path) -> bool:
         return True
 
 
-def in_home(path: str) -> Path:
+def expand_home(path: str) -> Path:
     """A path whose ``~`` is the user's home directory; a temporary one where this user has none."""
     try:
         return Path(path).expanduser()
@@ -167,7 +167,7 @@ def belongs(index: Path, shard: Path) -> bool:
         return False
     now = {"format": FORMAT, "bytes": shard.stat().st_size, "ends": ends(shard)}
     head = read_head(index)
-    return now.items() <= head.items() and head.keys() >= set(TOLD) and record(head).names[0] == KEY
+    return now.items() <= head.items() and head.keys() >= set(COUNTS) and record(head).names[0] == KEY
 
 
 def ends(shard: Path) -> str:
@@ -204,8 +204,8 @@ def read_head(path: Path) -> dict[str, Any]:
         try:
             head = json.loads(file.readline(1 << 20))
             records = head["samples"] * record(head).itemsize
-            counts = [head.get(name, 0) for name in TOLD]
-            if not all(isinstance(count, int) and 0 <= count < MOST_SAMPLES for count in counts):
+            counts = [head.get(name, 0) for name in COUNTS]
+            if not all(isinstance(count, int) and 0 <= count < MAX_SAMPLES for count in counts):
                 return {}
         except (ValueError, KeyError, TypeError, RecursionError):
             return {}
@@ -217,7 +217,7 @@ def record(head: dict[str, Any]) -> np.dtype:
     (first, kind, *_), *rest = head["dtype"]
     if first != KEY:
         return np.dtype([(name, "<i8") for name, *_ in head["dtype"]])       # of a catalogue
-    if not 0 < int(kind[2:]) <= MOST_NAME:
+    if not 0 < int(kind[2:]) <= MAX_NAME:
         raise ValueError
     return np.dtype([(KEY, f"S{int(kind[2:])}"), *((name, "<i8", (2,)) for name, *_ in rest)])
 

@@ -1,0 +1,141 @@
+"""Copy remote shards ahead of need, in the plan's order."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from multiprocessing.pool import ThreadPool
+from threading import Event
+
+from clipx.data.plan import MixPlan, Plan, Window
+from clipx.data.remote import stores
+from clipx.data.remote.cache import MAX_PARALLEL, Cache, RemoteShard, counts
+from clipx.data.tar.headers import DataError
+
+logger = logging.getLogger("clipx")
+
+AHEAD = 64                          # windows that are copied ahead, where there is room
+CHECKED = 4096                      # windows whose size is known to fit before a run starts
+
+
+class Prefetcher:
+    """Copies the shards of a plan ahead of a position, for as long as this context is open.
+
+    Args:
+        caches: of the sources; those of a mix share one directory.
+        remotes: the remote shards, by number; without any of them nothing happens.
+        plan: their order.
+        position: of the first sample that will be read; set it to where reading has got.
+        reach: how many positions may be read before the next one is set.
+        fill: whether this process copies; others only wait.
+    """
+
+    def __init__(
+        self, caches: Sequence[Cache], remotes: Mapping[int, RemoteShard], plan: Plan | MixPlan | None, position: int,
+        reach: int, fill: bool,
+    ):
+        self.caches, self.remotes, self.plan, self.position, self.reach = caches, remotes, plan, position, reach
+        self.kept = [remote for cache in caches for remote in cache.kept]
+        self.distinct = len({*self.kept, *remotes.values()})
+        self.fills = fill and bool(remotes)
+        self.stopped, self.stack = Event(), ExitStack()
+
+    def __enter__(self) -> "Prefetcher":
+        if self.fills:
+            if len({(cache.directory, cache.limit) for cache in self.caches}) > 1:
+                raise DataError("the sources of a mix share their cache; give all the same data.sources.NAME.cache and "
+                                "cache_gb")
+            self.hold_all()
+            self.stack.enter_context(self.caches[0].locked())
+            for remote in self.remotes.values():
+                if remote.path.exists() and not (remote.is_cached() and counts(remote.index) == remote.samples):
+                    remote.path.unlink()        # of another time
+        for cache in self.caches:
+            cache.filled = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        for cache in self.caches:
+            cache.filled = False
+        if self.fills and not self.caches[0].failed.exists():
+            self.tell("the process that copies shards has ended")       # for workers that still wait
+        self.stack.close()
+
+    def start(self) -> None:
+        """Begin to copy; what is forked later would have these threads' locks."""
+        if self.fills:
+            pool = self.stack.enter_context(ThreadPool(1 + MAX_PARALLEL))    # daemons: no wait at exit
+            job = pool.apply_async(self.fill, (pool,), error_callback=self.fail)
+            self.stack.callback(job.wait, stores.PAUSE + MAX_PARALLEL * stores.GRACE)
+
+    def fill(self, pool: ThreadPool) -> None:
+        while not self.stopped.is_set():
+            wanted = self.wanted(self.position)
+            missing = [remote for remote in wanted if not remote.is_cached()]
+            if missing:
+                self.caches[0].fetch(missing[:MAX_PARALLEL], wanted, pool, self.stopped)
+            else:
+                self.stopped.wait(stores.PAUSE)
+
+    def fail(self, error: BaseException) -> None:
+        """What becomes of an error in ``fill``."""
+        if self.stopped.is_set():
+            return
+        if not isinstance(error, DataError):
+            logger.error("the thread that copies shards has ended", exc_info=error)
+        self.tell(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
+
+    def tell(self, why: str) -> None:
+        """Tell all who wait that nothing more will come."""
+        failed = self.caches[0].failed
+        failed.with_suffix(".new").write_text(why)
+        os.replace(failed.with_suffix(".new"), failed)
+
+    def wanted(self, position: int) -> list[RemoteShard]:
+        """What should be there, the soonest needed first: of the windows to come as many shards as fit."""
+        self.hold(position)
+        found = dict.fromkeys(self.kept)
+        room = self.caches[0].limit - sum(remote.size for remote in found)
+        for window in islice(self.plan.windows(position), AHEAD):
+            for remote in self.remotes_of(window):
+                if remote not in found:
+                    room -= remote.size
+                    if room < 0:
+                        return list(found)
+                    found[remote] = None
+        return list(found)
+
+    def need(self, position: int) -> int:
+        """Bytes of all that is read before the position is set again, and of what is kept."""
+        found = set(self.kept)
+        for window in self.plan.windows(position):
+            if window.start >= position + self.reach or len(found) == self.distinct:
+                break       # a small set goes round many times in one reach
+            found.update(self.remotes_of(window))
+        return sum(remote.size for remote in found)
+
+    def hold(self, *positions: int) -> None:
+        """See that what is needed at some positions fits.
+
+        Raises:
+            DataError: it does not.
+        """
+        need = max(map(self.need, positions))
+        if need > self.caches[0].limit:
+            raise self.caches[0].too_small(need, "two windows of shards (data.shuffle_window) and those of validation")
+
+    def hold_all(self) -> None:
+        """See that the windows of the run fit, each with the one behind it, as far as is looked.
+
+        Raises:
+            DataError: they do not.
+        """
+        if not self.remotes:
+            return
+        windows = islice(self.plan.windows(self.position), CHECKED)
+        self.hold(*(max(self.position, window.start - 1) for window in windows))
+
+    def remotes_of(self, window: Window) -> list[RemoteShard]:
+        return [self.remotes[number] for number in window.shards if number in self.remotes]
