@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,15 +28,9 @@ class SimpleTokenizer:
         self.context = context
 
     @cached_property
-    def bpe(self) -> Any:
-        bpe = open_clip_tokenizer().SimpleTokenizer(context_length=self.context)
-        bpe.clean_fn = partial(clean, thorough=bpe.clean_fn)
-        return bpe
-
-    @cached_property
     def ids(self) -> Callable[[str], tuple[int, ...]]:
         """The ids of a caption between start and end."""
-        return lru_cache(KEPT)(lambda caption: tuple(self.bpe.encode(caption)))
+        return lru_cache(KEPT)(lambda caption: tuple(byte_pairs().encode(caption)))
 
     def __call__(self, captions: str | Sequence[str]) -> Tensor:
         captions = [captions] if isinstance(captions, str) else captions
@@ -53,6 +47,14 @@ class SimpleTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:       # workers read the vocabulary again
         return {"context": self.context}
+
+
+@cache
+def byte_pairs() -> Any:
+    """open_clip's encoder of text; reading its vocabulary takes 0.3 s, so all tokenizers share it."""
+    encoder = open_clip_tokenizer().SimpleTokenizer()
+    encoder.clean_fn = partial(clean, thorough=encoder.clean_fn)
+    return encoder
 
 
 def clean(caption: str, thorough: Callable[[str], str]) -> str:

@@ -86,6 +86,13 @@ def serve() -> Iterator[Callable[[Path], str]]:
         server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no pictures of their validation set, which takes half of a tiny run, but in tests marked for it."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr("clipx.training.logs.RunLog.pictures", lambda *_: None)
+
+
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``python -m clipx.train WORDS`` in this process, from an empty directory."""

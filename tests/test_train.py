@@ -37,6 +37,7 @@ def test_a_run_leaves_what_was_promised(train: Callable[..., None], tmp_path: Pa
     assert "finished at step 15 of 15" in told and "step 7  val/retrieval/mean_recall 0." in told
 
 
+@pytest.mark.pictures
 def test_tensorboard_has_the_same_numbers_and_the_pictures(train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, "name=x", "max_steps=8")
     run = tmp_path / "outputs" / "x"
