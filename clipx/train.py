@@ -12,7 +12,7 @@ from clipx.config.instantiate import build
 from clipx.config.resolve import resolve, typed_values
 from clipx.config.validate import check_node
 from clipx.training.direction import mode_of
-from clipx.training.kept import check_kept
+from clipx.training.existing_run import check_existing_run
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def check_early(values: Mapping[str, Any], directory: Path) -> None:
     Raises:
         UserError: the run there is another one, or the data or what it starts from are not there.
     """
-    check_kept(values, directory)
+    check_existing_run(values, directory)
     data, trust = values["data"], values["trust"]
     root = data.get("root")
     ours = str(data.get("_target_")).startswith("clipx.data.")          # without torch

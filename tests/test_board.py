@@ -17,7 +17,7 @@ from open_clip.loss import ClipLoss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clipx.evals.features import Features, pair_loss
-from clipx.training.tensorboard import LAYOUT, row_of
+from clipx.training.tensorboard import LAYOUT, hparams_row
 
 NO_BROWSER = shutil.which("chromedriver") is None and "CI" not in os.environ
 
@@ -97,7 +97,7 @@ def test_a_run_is_one_run_and_its_row_has_what_was_swept(sweep: Path) -> None:
     events = EventAccumulator(str(sweep / "optim.lr=0.0001,seed=1")).Reload()
     plugins = events.summary_metadata
     assert {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"} <= plugins.keys()
-    row = row_of({"optim.lr": 1e-4, "seed": 1, "x": 3}, {"model": "tiny", "evals": ["retrieval", "naming"]},
+    row = hparams_row({"optim.lr": 1e-4, "seed": 1, "x": 3}, {"model": "tiny", "evals": ["retrieval", "naming"]},
                  ["optim.lr", "model", "gone"])
     assert row == {"groups": "evals=retrieval,naming", "optim.lr": 1e-4, "model": "tiny"}
     best = [event.value for event in events.Scalars("best/retrieval/mean_recall")]

@@ -21,7 +21,7 @@ from clipx.config.schema import TrainConfig
 from clipx.data.shards import open_shards
 from clipx.devices import PRECISIONS
 from clipx.tools import machine
-from clipx.training.run import initial_state
+from clipx.training.parts import initial_state
 
 FEW = ("batch_size=8", "model.image.depth=1", "model.text.depth=1", "device=cpu")
 MADE_UP = ("data=dummy", "data.samples=40", "data.val_samples=20", "epochs=20", *FEW)
@@ -66,7 +66,7 @@ def test_a_sound_run_is_told_without_a_complaint_and_leaves_a_picture_alone(
     told, code = check("data=shards", f"data.root={root}", "data.val=0.5", "epochs=10", *FEW)
     assert code == 0 and {line.split()[0] for line in told.splitlines()} == {"ok"}, told
     for expected in ("100 pictures to train in 2 shards", "parameters", "125 steps of 8", "12.5 batches an epoch",
-                     "warm-up 12 (sched.warmup=2,000, held down by sched.warmup_cap)", "100 pictures to validate",
+                     "warm-up 12 (sched.warmup=2,000, capped by sched.warmup_cap)", "100 pictures to validate",
                      "55 of 55 looked at (100%) have a picture and a caption", "0% are cut at model.text.context=77"):
         assert expected in told, expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clipx-check.png", "shards"]
@@ -242,7 +242,7 @@ def test_a_run_that_stands_there_is_told_and_left_as_it_is(
     told, code = check(*given, "optim.lr=1")
     assert code == 1 and "WRONG run       outputs/x/checkpoints/clip_last.pt is of another run (optim.lr: 0.00" in told
     told, code = check(*given, "resume=null")
-    assert code == 1 and "WRONG run       outputs/x holds a run; resume=auto goes on with it" in told
+    assert code == 1 and "WRONG run       outputs/x holds a run; resume=auto resumes it" in told
     assert files(tmp_path / "outputs") == before
     train(*given)
     told, code = check("config=outputs/x/config.yaml", "name=x")

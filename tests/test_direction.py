@@ -28,7 +28,7 @@ def test_of_clipx_s_own_metrics_the_direction_is_known(tag: str, mode: str) -> N
 
 def test_what_contradicts_what_is_known_is_refused_and_a_metric_of_one_s_own_goes_as_said() -> None:
     assert mode_of("val/gap/closeness", "min") == "min"
-    with pytest.raises(UserError, match="^mode=max: val/loss is better when it is low; leave mode out"):
+    with pytest.raises(UserError, match="^mode=max: val/loss is better when it is low; leave out mode, or"):
         mode_of("val/loss", "max")
     with pytest.raises(UserError, match="^mode=min: val/retrieval/mean_recall is better when it is high"):
         mode_of("val/retrieval/mean_recall", "min")
@@ -61,9 +61,9 @@ def test_a_best_that_an_earlier_version_took_for_high_is_not_kept(
     losses: None, train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Older(Callbacks):
-        def run_save(self, state: object, kinds: list[str]) -> None:
+        def save(self, state: object, kinds: list[str]) -> None:
             state.best = {"metric": "val/loss", "value": 0.5, "step": 1}      # without its mode
-            super().run_save(state, kinds)
+            super().save(state, kinds)
 
     with monkeypatch.context() as patch:
         patch.setattr("clipx.training.run.Callbacks", Older)
@@ -101,5 +101,5 @@ def test_a_run_ends_in_a_table_of_each_score_its_last_and_best_value(
     train(*words)                                           # the best value is of the part before
     told = capsys.readouterr().err.splitlines()
     first = told.index("metric      value  best  at step")
-    assert told[first + 1 : first + 3] == ["val/loss *      2     1        2", "* clip_best.pt is the best by this one"]
+    assert told[first + 1 : first + 3] == ["val/loss *      2     1        2", "* selects clip_best.pt"]
     assert max(map(len, told[first:])) < 100 and any(line.startswith("weights   outputs/x/checkpo") for line in told)

@@ -28,7 +28,7 @@ def without_torch(tmp_path: Path) -> Path:
          "of its own, and resume_allow=[optim.lr] goes on with this one all the same"),
         ("train", [*EARLY, "seed=5", "optim.lr=1", "resume_allow=[optim]"], f"{RUN} is of another run (seed: 0 -> 5)"),
         ("train", [*EARLY, "resume_allow=[optin]"], "resume_allow=[optin]: there is no such key; did you mean optim"),
-        ("train", [*EARLY, "resume=null"], "outputs/early holds a run; resume=auto goes on with it, name=... starts"),
+        ("train", [*EARLY, "resume=null"], "outputs/early holds a run; resume=auto resumes it, name=... starts"),
         ("train", [*EARLY, "resume=outputs/erly/clip_last.pt"], f"resume=outputs/erly/clip_last.pt: {NONE}"),
         ("train", ["init_from=outputs/erly"], f"init_from=outputs/erly: {NONE}"),
         ("evaluate", ["run=outputs/erly"], f"run=outputs/erly: {NONE}"),

@@ -12,7 +12,7 @@ from conftest import FEW, lines
 
 from clipx.data.dummy import Dummy
 from clipx.training import health as room
-from clipx.training.health import HealthMonitor, effective_rank, health
+from clipx.training.health import HealthMonitor, effective_rank, health_metrics
 from clipx.training.loop import StepOutput
 
 
@@ -25,7 +25,7 @@ def numbers(image: torch.Tensor, text: torch.Tensor, scale: float = 14.0) -> Ste
 def test_the_numbers_are_what_plain_computation_gives() -> None:
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(48, 16, dtype=torch.float64), dim=-1) for _ in range(2))
-    found = health(numbers(image, text))
+    found = health_metrics(numbers(image, text))
     cosine = (image @ text.T).numpy()
     others = cosine[~np.eye(48, dtype=bool)]
     assert found["health/positive_cosine"] == pytest.approx(np.diag(cosine).mean())
@@ -47,7 +47,7 @@ def test_the_effective_rank_counts_directions() -> None:
 @pytest.mark.parametrize(("scale", "clamped"), [(100.0, 1.0), (1.0, 1.0), (14.0, 0.0)])
 def test_a_temperature_at_its_bound_is_told(scale: float, clamped: float) -> None:
     image = F.normalize(torch.randn(8, 4), dim=-1)
-    assert health(numbers(image, image, scale))["health/scale_at_clamp"] == clamped
+    assert health_metrics(numbers(image, image, scale))["health/scale_at_clamp"] == clamped
 
 
 def test_words_come_once_and_only_for_what_lasts() -> None:
@@ -55,9 +55,9 @@ def test_words_come_once_and_only_for_what_lasts() -> None:
     bad = {"health/loss_over_chance": 0.999, "health/image_rank": 1.2, "health/text_rank": 90.0}
     good = {"health/loss_over_chance": 0.7, "health/image_rank": 80.0, "health/text_rank": 90.0}
     for step in (10, 200, 400, 600, 800):
-        told += [(step, words[:20]) for words in monitor.look(step, good if step == 200 else bad)]
+        told += [(step, words[:20]) for words in monitor.check(step, good if step == 200 else bad)]
     assert told == [(800, "the loss has stayed "), (800, "the embeddings have ")]
-    assert list(monitor.look(2000, bad)) == []
+    assert list(monitor.check(2000, bad)) == []
 
 
 def test_a_run_that_learns_nothing_is_told_so(

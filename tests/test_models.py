@@ -22,7 +22,7 @@ from clipx.models.packed import EDGES, pack
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
-from clipx.training.compile import Compiled, compiled
+from clipx.training.compile import CompiledModel, compile_model
 
 
 def real_batch(size: int, count: int = 4) -> tuple[Tensor, Tensor]:
@@ -177,7 +177,7 @@ def test_compiled_it_is_the_same_model_and_is_compiled_once(monkeypatch: pytest.
     """With the compiler's own work left out: what it sees, and how often, is what counts."""
     torch._dynamo.reset()
     model = tiny()
-    forward = Compiled(model, 1.0)
+    forward = CompiledModel(model, 1.0)
     counter = torch._dynamo.testing.CompileCounter()
     forward.model = torch.compile(model, backend=counter)
     for length in (4, 9, 14, 5, 12):
@@ -196,7 +196,7 @@ def test_where_nothing_compiles_the_model_trains_as_it_is_and_says_so(
     torch._dynamo.reset()
     model = tiny()
     with caplog.at_level("WARNING", "clipx"):
-        assert compiled(model) is model
+        assert compile_model(model) is model
     assert "compile=true: the model is not compiled (InvalidCxxCompiler: No working C++ compiler" in caplog.text
 
 

@@ -62,7 +62,7 @@ def test_a_signal_saves_and_ends_and_the_same_words_go_on(
         train(*FEW, "name=x", "max_steps=9", "signal_exit_code=75")
     assert ended.value.code == 75 and signal.getsignal(number) is before
     told = capsys.readouterr().err
-    assert f"{number.name}: the run is saved and ends" in told
+    assert f"{number.name}: checkpoint saved, stopping" in told
     assert f"goes on with  python -m clipx.train {' '.join(FEW)} name=x max_steps=9 signal_exit_code=75" in told
     assert summary(tmp_path / "outputs/x")["state"] == "stopped"
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 5       # the step it came in is the last
@@ -146,7 +146,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     capsys.readouterr()
     train(*FEW, "name=x", "max_steps=12", "stop_at=8")
     told = capsys.readouterr().err
-    warned = "clip_last.pt is" in told and "the run goes on from outputs/x/checkpoints/clip_previous.pt, behind step 6"
+    warned = "clip_last.pt is" in told and "resuming from outputs/x/checkpoints/clip_previous.pt, after step 6"
     assert spoil is Path.unlink or warned in told
     assert (checkpoints / "clip_previous.pt").read_bytes() == before        # a damaged one does not take its place
     train(*FEW, "name=x", "max_steps=12")
@@ -160,7 +160,7 @@ def test_where_both_are_damaged_the_others_are_named(train: Train, fails: Fails,
         cut(tmp_path / f"outputs/x/checkpoints/clip_{which}.pt")
     told = fails(*FEW, "name=x", "max_steps=9")
     assert "clip_last.pt is not a checkpoint: it is cut short" in told and "clip_previous.pt is not" in told
-    assert "resume=PATH goes on from another checkpoint (outputs/x/checkpoints/clip_step_4.pt, outputs/x/check" in told
+    assert "resume=PATH resumes from another checkpoint (outputs/x/checkpoints/clip_step_4.pt, outputs/x/check" in told
     train(*FEW, "name=x", "max_steps=9", "resume=outputs/x/checkpoints/clip_step_4.pt")
     assert summary(tmp_path / "outputs/x")["state"] == "finished"
 
@@ -172,7 +172,7 @@ def test_the_best_checkpoint_is_a_third_as_large_and_nothing_is_resumed_from_it(
     best, last = (tmp_path / f"outputs/x/checkpoints/clip_{which}.pt" for which in ("best", "last"))
     assert best.stat().st_size < 0.4 * last.stat().st_size
     assert fails(*FEW, "name=y", "max_steps=2", f"resume={best}") == (
-        f"{best} has weights, but not all that a run needs to go on; init_from={best} starts from these weights, and "
+        f"{best} has weights, but not all that resuming needs; init_from={best} starts from these weights, "
         "name=... starts another run")
     train(*FEW, "name=y", "max_steps=2", f"init_from={best}")
     assert summary(tmp_path / "outputs/y")["state"] == "finished"
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_model_is_refused_even_where_it_is_allowed(
     assert "clip_last.pt holds weights of another shape (size mismatch for visual" in told
     torch.save({"model_state_dict": {}}, tmp_path / "weights.pt")
     told = fails(*FEW, "name=z", "max_steps=2", "resume=weights.pt")
-    assert told.startswith("weights.pt has weights, but not all that a run needs to go on")
+    assert told.startswith("weights.pt has weights, but not all that resuming needs")
 
 
 def test_what_is_allowed_may_change_and_what_is_not_may_not(
@@ -202,7 +202,7 @@ def test_what_is_allowed_may_change_and_what_is_not_may_not(
     assert fails(*words, "resume_allow=[optimm]").startswith("resume_allow=[optimm]: there is no such key; did you")
     capsys.readouterr()
     train(*words, "resume_allow=[optim.lr,batch_size,data]")
-    assert "goes on with changes that resume_allow permits: data.samples: 40 -> 48; optim.lr" in capsys.readouterr().err
+    assert "resuming with changes that resume_allow permits: data.samples: 40 -> 48; optim." in capsys.readouterr().err
     assert lines(tmp_path / "outputs/x")[-1]["samples"] == 3 * 16 + 3 * 8
     groups = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["optimizer"]["param_groups"]
     assert [group["peak_lr"] for group in groups] == [0.01, 0.01] and max(group["lr"] for group in groups) > 5e-4
@@ -215,8 +215,8 @@ def test_a_run_may_become_longer_and_says_what_that_does_to_its_schedule(
     train(*FEW, "name=x", "max_steps=10")
     capsys.readouterr()
     train(*FEW, "name=x", "max_steps=20")
-    assert ("the run is 20 steps long, it was 10: at step 10 the learning rate is 0.587 of its peak, by the old length "
-            "it would be 0") in capsys.readouterr().err
+    assert ("the length of the run changed from 10 to 20 steps: at step 10 the learning rate is 0.587 of its peak; "
+            "with the old length it would be 0") in capsys.readouterr().err
     assert summary(tmp_path / "outputs/x")["step"] == 20
     assert "max_steps: 20 -> 15" in fails(*FEW, "name=x", "max_steps=15")
 
@@ -278,7 +278,7 @@ def test_a_run_most_of_whose_steps_had_no_effect_fails(train: Train, fails: Fail
     message = fails(*words)
     run = tmp_path / "outputs/x"
     bad = max(row.get("train/bad_steps", 0) for row in lines(run))
-    assert message.startswith(f"outputs/x: {bad} of 20 steps had no effect, as their gradient was not finite")
+    assert message.startswith(f"outputs/x: {bad} of 20 steps had no effect because their gradient was not finite")
     assert summary(run)["state"] == "failed" and fails(*words) == message
     for file in ("metrics.jsonl", "summary.json"):
         assert "NaN" not in (run / file).read_text() and "Infinity" not in (run / file).read_text()
@@ -291,8 +291,8 @@ def test_a_run_that_diverges_goes_back_and_leaves_those_batches_out(
     poison({16 * step for step in (6, 7, 8)})
     train(*FEW, "name=x", "max_steps=12", "save_every=4", "max_bad_steps=2")
     told = capsys.readouterr().err
-    assert ("the loss or its gradient has not been finite for 3 steps, from step 7 on; the run goes back to its last "
-            "checkpoint, and on without these steps' samples") in told and "goes on behind step 4" in told
+    assert ("the loss or its gradient has not been finite for 3 steps, from step 7 on; going back to the last "
+            "checkpoint and skipping the samples of these steps") in told and "resuming after step 4" in told
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
     assert saved["left_out"] == [[96, 144]] and saved["samples"] == 16 * 15 and saved["step"] == 12
     rows = [line for line in lines(tmp_path / "outputs/x") if "train/loss" in line]
@@ -326,7 +326,7 @@ def test_a_run_that_diverges_too_often_names_step_samples_and_norms(
     told = fails(*FEW, "name=x", "max_steps=30", "save_every=4", "max_bad_steps=1", "max_rollbacks=2")
     assert told.startswith("the loss or its gradient has not been finite for 2 steps, from step 6 on, and max_rollb")
     assert "samples dummy/0-" in told and "and 13 more, learning rate 0.0004" in told and "logit scale 14." in told
-    assert "of the image tower" in told and "of the text tower" in told and "The last good checkpoint stands" in told
+    assert "of the image tower" in told and "of the text tower" in told and "The last good checkpoint is kept" in told
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
     assert saved["step"] == 4
     assert all(tensor.isfinite().all() for tensor in saved["model_state_dict"].values())
@@ -361,8 +361,7 @@ def test_a_log_that_cannot_be_written_ends_in_one_line(
 
     at_step(3, refuse)
     assert fails(*FEW, "name=x", "max_steps=9") == (
-        "outputs/x: No space left on device; when that is mended, rerun the same command to resume from the last "
-        "checkpoint"
+        "outputs/x: No space left on device; fix this, then rerun the same command to resume from the last checkpoint"
     )
 
 
@@ -373,17 +372,17 @@ def test_a_file_that_may_not_be_read_is_named_itself(
         raise PermissionError(13, "Permission denied", "labels/7.png")
 
     at_step(3, refuse)
-    assert fails(*FEW, "name=x", "max_steps=9").startswith("labels/7.png: Permission denied; when that is mended")
+    assert fails(*FEW, "name=x", "max_steps=9").startswith("labels/7.png: Permission denied; fix this")
 
 
 def test_one_process_at_a_time_trains_in_a_directory(train: Train, fails: Fails, tmp_path: Path) -> None:
-    hold = ("import sys; from pathlib import Path; from clipx.training.lock import locked\n"
-            "with locked(Path('outputs/x')): print('held', flush=True); sys.stdin.read()")
+    hold = ("import sys; from pathlib import Path; from clipx.training.lock import directory_lock\n"
+            "with directory_lock(Path('outputs/x')): print('held', flush=True); sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         told = fails(*FEW, "name=x", "max_steps=2")
         assert told.startswith(f"outputs/x is in use: process {other.pid} on {socket.gethostname()}, since 20")
-        assert told.endswith("trains there; wait for it, end it, or train beside it with name=...")
+        assert told.endswith("trains there; wait for it, stop it, or train elsewhere with name=...")
         other.kill()
     assert (tmp_path / "outputs/x/lock").exists()           # of the dead process, which blocks nobody
     train(*FEW, "name=x", "max_steps=2")
@@ -410,7 +409,7 @@ def test_a_lock_file_that_its_owner_has_just_removed_is_no_lock(
         at_once(file, how)
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    with lock.locked(tmp_path):
+    with lock.directory_lock(tmp_path):
         assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
     assert removed and not (tmp_path / "lock").exists()
 
@@ -423,7 +422,7 @@ def test_a_finished_run_that_cannot_be_written_says_so_all_the_same(
     def read_only(path: Path) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr(lock, "acquired", read_only)
+    monkeypatch.setattr(lock, "acquire", read_only)
     train(*FEW, "name=x", "max_steps=1", "evals=[]")
     assert "outputs/x is finished (1 steps); nothing is changed" in capsys.readouterr().err
 
@@ -431,7 +430,7 @@ def test_a_finished_run_that_cannot_be_written_says_so_all_the_same(
 def test_a_file_where_the_runs_directory_should_be_is_named(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/x").write_text("mine")
-    remedy = "is a file where the run's directory outputs/x should be; move it away, or name=... trains elsewhere"
+    remedy = "is a file where the run's directory outputs/x should be; move it away, or set name=... to train elsewhere"
     assert fails(*FEW, "name=x", "max_steps=2") == f"outputs/x {remedy}"
     assert (tmp_path / "outputs/x").read_text() == "mine"
 
@@ -473,7 +472,7 @@ def test_a_named_checkpoint_is_where_a_run_starts_once(
     train(*words, "stop_at=6")
     capsys.readouterr()
     train(*words, "stop_at=8")                              # as a scheduler does that starts it again
-    assert "this run has resumed from it before; it goes on from outputs/x/che" in capsys.readouterr().err
+    assert "this run has already resumed from it; resuming from outputs/x/che" in capsys.readouterr().err
     train(*words)
     assert [line["step"] for line in lines(tmp_path / "outputs/x") if "train/lr" in line] == list(range(5, 13))
     train(*FEW, "name=base", "max_steps=12")

@@ -111,7 +111,7 @@ def test_a_run_of_other_meaning_in_the_same_directory_is_refused(
     assert message == ("outputs/x/checkpoints/clip_last.pt is of another run (optim.lr: 0.0005 -> 0.1; seed: 0 -> 5); "
                        "name=... starts one of its own, and resume_allow=[optim.lr,seed] goes on with this one all the "
                        "same")
-    assert "resume=auto goes on with it" in fails(*FEW, "name=x", "max_steps=3", "resume=null")
+    assert "resume=auto resumes it" in fails(*FEW, "name=x", "max_steps=3", "resume=null")
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 2
 
 
@@ -121,7 +121,7 @@ def test_other_data_behind_the_same_words_are_refused(
     few = ("data=shards", f"data.root={make_shards(30)}", "workers=0", "batch_size=8", "max_steps=4", "evals=[]")
     train(*few, "stop_at=2")
     make_shards(31)
-    assert "is of another run (data: other shards, or other files in them)" in fails(*few)
+    assert "is of another run (data: different shards, or different files in them)" in fails(*few)
 
 
 def test_the_same_run_again_from_its_config(
@@ -160,12 +160,12 @@ def test_bad_samples_are_listed_and_too_many_end_the_run(
     few = ("data=shards", "workers=0", "batch_size=20", "max_steps=6", "log_every=1", "data.val=0", "evals=[]")
     train(*few, spoil(4), "name=x")
     told = capsys.readouterr().err
-    assert told.count("bad samples are skipped, the first of them x.tar/") == 1
+    assert told.count("bad samples are skipped, first x.tar/") == 1
     records = lines(tmp_path / "outputs/x", "skipped.jsonl")
     assert {record["place"] for record in records} == {f"x.tar/{number}" for number in range(4)}
     assert lines(tmp_path / "outputs/x")[-1]["train/skipped"] == 4
     message = fails(*few, spoil(12), "name=y")
-    assert message.startswith("12 bad samples, more than data.max_skipped allows; the last of them x.tar/")
+    assert message.startswith("12 bad samples, more than data.max_skipped allows, last x.tar/")
 
 
 def test_a_run_shorter_than_log_every_still_tells_its_last_step(train: Callable[..., None], tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_number_is_a_name(name: str, train: Callable[..., None], tmp_path: Pat
 def test_the_log_says_which_warm_up_held(train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, "name=x", "max_steps=20", "stop_at=1", "evals=[]")
     log = (tmp_path / "outputs/x/train.log").read_text()
-    assert "warm-up 2 (sched.warmup=2,000, held down by sched.warmup_cap)" in log
+    assert "warm-up 2 (sched.warmup=2,000, capped by sched.warmup_cap)" in log
     train(*FEW, "name=y", "max_steps=20", "stop_at=1", "evals=[]", "sched.warmup=1")
     assert "warm-up 1 (sched.warmup)" in (tmp_path / "outputs/y/train.log").read_text()
 

@@ -23,7 +23,7 @@ from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.training.batch import split_micro_batches
-from clipx.training.compile import Compiled
+from clipx.training.compile import CompiledModel
 from clipx.training.loop import gradient_norms
 from clipx.training.step import backward
 from clipx.weights import checkpoint
@@ -539,7 +539,7 @@ def test_a_frozen_tower_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     clip = frozen("image")
     plain = gradients(clip, clip, None)
     monkeypatch.setattr(torch, "compile", lambda model, compiled=torch.compile: compiled(model, backend="aot_eager"))
-    assert_frozen(gradients(Compiled(clip, 0.0), clip, None), plain, clip)
+    assert_frozen(gradients(CompiledModel(clip, 0.0), clip, None), plain, clip)
 
 
 # ---------------------------------------------------------------- at full size

@@ -30,7 +30,7 @@ from clipx.config.mistyped import check_typed
 from clipx.config.sweep import Failures, JobEnd, is_sweep, obeyed, settings, varied
 from clipx.config.validate import ConfigError
 from clipx.errors import Interrupted, UserError
-from clipx.training.lock import left_as_found
+from clipx.training.lock import remove_created_on_error
 
 OF_A_RUN = ("train", "check", "bench")      # commands whose config is that of a training run
 
@@ -124,7 +124,7 @@ def carry_out(
         GlobalHydra.instance().clear()
         if is_sweep(rest):
             made = arguments.OUTPUTS / ".sweep"
-        with hydra_reads(argv), left_as_found(made, "multirun.yaml"):
+        with hydra_reads(argv), remove_created_on_error(made, "multirun.yaml"):
             hydra.main(version_base="1.3", config_path=place, config_name=name)(run)()
             if run.mistake:
                 raise UserError(run.mistake)

@@ -1,4 +1,4 @@
-"""Several processes as one: who is who, gathers and sums.  In a process alone nothing happens."""
+"""Ranks, collectives and turns.  No-op in a single process."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,37 +15,35 @@ from clipx.errors import UserError
 
 Item = TypeVar("Item")
 
-RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")     # of the environment: what each rank needs beside WORLD_SIZE
+RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")     # environment variables needed besides WORLD_SIZE
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one."""
+    """Rank of this process."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def local_rank() -> int:
-    """Its number on its machine."""
+    """Rank of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
-    """How many processes share this machine."""
+    """Number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @contextmanager
 def process_group() -> Iterator[Watchdog | None]:
-    """Be one of the processes that torchrun, or submitit on Slurm, has started; alone nothing happens.
-
-    CPU tensors pass by Gloo and CUDA tensors by NCCL.
+    """Join the process group of torchrun, or of submitit on Slurm: Gloo for CPU tensors, NCCL for CUDA tensors.
 
     Raises:
-        UserError: another rank is lost, or has failed, or the environment does not say where to meet.
+        UserError: another rank is lost or has failed, or environment variables are missing.
     """
     export_submitit()
     ranks = int(os.environ.get("WORLD_SIZE") or 1)
@@ -64,13 +62,13 @@ def process_group() -> Iterator[Watchdog | None]:
     try:
         with Watchdog(store.clone(), own, ranks) as watchdog:
             yield watchdog
-            dist.barrier()          # nobody leaves while another one may need it
+            dist.barrier()          # no rank leaves while another may need it
     finally:
-        dist.destroy_process_group()        # the next job of a sweep starts its own
+        dist.destroy_process_group()        # the next job of a sweep creates its own
 
 
 def export_submitit() -> None:
-    """Of a task that submitit has started beside others: what torchrun would have put into the environment."""
+    """In a submitit task, set the environment variables that torchrun would set."""
     if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:
         from submitit.helpers import TorchDistributedEnvironment
 
@@ -79,20 +77,20 @@ def export_submitit() -> None:
 
 @contextmanager
 def rank0_first(watchdog: Watchdog | None) -> Iterator[None]:
-    """What makes files that all read: rank 0 does it first, then one rank of each other machine, then the others."""
+    """Run the block on rank 0 first, then on one rank of each other machine, then on the others: it creates files."""
     if watchdog is None:
         yield
         return
     machine = rank() // local_world_size()
     if rank():
-        watchdog.wait(f"machine {machine if local_rank() else 0}")
+        watchdog.wait_for(f"machine {machine if local_rank() else 0}")
     yield
     if local_rank() == 0:
-        watchdog.tell(f"machine {machine}")
+        watchdog.announce(f"machine {machine}")
 
 
 def local_batch_size(batch_size: int) -> int:
-    """How many samples of a batch are this rank's.
+    """Samples of a batch per rank.
 
     Raises:
         UserError: the batch does not divide among the ranks.
@@ -106,18 +104,18 @@ def local_batch_size(batch_size: int) -> int:
 
 
 def local_slice(items: Sequence[Item]) -> Sequence[Item]:
-    """This rank's share of some work: neighbours stay together, rank after rank."""
+    """This rank's contiguous slice of ``items``."""
     return items[len(items) * rank() // world_size() : len(items) * (rank() + 1) // world_size()]
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
+    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
 
 def gather(x: Tensor) -> Tensor:
-    """(b, ...) of each rank -> (world b, ...) on all, rank after rank.  No gradient passes."""
+    """(b, ...) on each rank -> (world_size b, ...) on all, in rank order.  Without gradient."""
     if world_size() == 1:
         return x
     gathered = [torch.empty_like(x) for _ in range(world_size())]
@@ -126,12 +124,12 @@ def gather(x: Tensor) -> Tensor:
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """As ``gather``; back to each rank's rows comes the sum of what all ranks make of them."""
+    """Like ``gather``, with gradient: each rank's rows get the sum of the gradients of all ranks."""
     return x if world_size() == 1 else torch.cat(all_gather(x.contiguous()))
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """(b, ...) of each rank, b another on each -> (sum of b, ...) on all, rank after rank."""
+    """(b, ...) on each rank, b may differ -> (sum of b, ...) on all, in rank order."""
     if world_size() == 1:
         return x
     rows = gather(torch.tensor([len(x)])).tolist()
@@ -140,7 +138,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def gather_lists(items: list[Item]) -> list[Item]:
-    """The lists of all ranks as one, rank after rank; of plain values."""
+    """Concatenate the lists of all ranks, in rank order; items are plain values."""
     if world_size() == 1:
         return items
     gathered: list[list[Item]] = [[] for _ in range(world_size())]
@@ -149,23 +147,23 @@ def gather_lists(items: list[Item]) -> list[Item]:
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
+    """Sum over all ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def all_max(x: Tensor) -> Tensor:
-    """The largest of all ranks, in place."""
+    """Maximum over all ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
 
 
 class SharedFlags:
-    """Flags that any rank may raise, seen by all at the same call: where there are several ranks, by the next one.
+    """Flags that any rank may raise; all ranks see them at the same call, with several ranks one call later.
 
-    Nobody waits for the device, nor for the network but where it needs longer than what lies between two calls.
+    Never waits for the device, and for the network only if it takes longer than the time between two calls.
     """
 
     def __init__(self) -> None:

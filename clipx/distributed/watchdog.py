@@ -1,4 +1,4 @@
-"""Who is lost: each rank tells that it lives, and looks after the next one."""
+"""Detect lost ranks: each rank sends heartbeats and watches the next rank."""
 
 import logging
 import os
@@ -15,52 +15,52 @@ from clipx.errors import UserError
 
 logger = logging.getLogger("clipx")
 
-LOOK = 0.1          # seconds between two looks for what another rank writes
-BEAT = 1.0          # seconds between two signs of life
-SILENT = 30.0       # seconds without one after which a rank counts as lost
-BEATS = 4           # that a rank may leave out when something is known to have failed
-GRACE = 10.0        # seconds that a step has to fail by itself when a rank is lost; then the process ends
-GOES_ON = "the same command goes on from the last checkpoint"
-NO_STORE = f"rank 0 or its machine is lost: the store of the ranks does not answer; {GOES_ON}"
+POLL = 0.1          # seconds between two reads of the store
+BEAT = 1.0          # seconds between two heartbeats
+SILENT = 30.0       # seconds without a heartbeat after which a rank is lost
+BEATS = 4           # heartbeats to wait for after a failure
+GRACE = 10.0        # seconds for a step to fail by itself after a rank is lost; then the process exits
+REMEDY = "rerun the same command to resume from the last checkpoint"
+NO_STORE = f"rank 0 or its machine is lost: the distributed store does not respond; {REMEDY}"
 
 
 def meet(store: dist.Store, rank: int, world_size: int) -> str:
-    """A word that the ranks share which are here now.
+    """Agree on a token that only the current ranks share.
 
-    torchrun's store still holds what was written before a restart, so each rank brings a word that nobody has used,
-    and rank 0 answers it with its own.
+    torchrun's store still has the keys from before a restart, so each rank writes a fresh token and rank 0 answers it
+    with its own.
     """
     own = secrets.token_hex(8)
     if rank:
         store.set(f"here {rank}", own)
         while not (answer := read(store, f"answer {rank}")).startswith(own):
-            time.sleep(LOOK)
-        word = answer.split()[1]
-        store.set(f"met {rank}", word)
-        return word
+            time.sleep(POLL)
+        token = answer.split()[1]
+        store.set(f"met {rank}", token)
+        return token
     waiting = set(range(1, world_size))
     while waiting:
         for other in waiting:
             store.set(f"answer {other}", f"{read(store, f'here {other}')} {own}")
-        time.sleep(LOOK)
+        time.sleep(POLL)
         waiting = {other for other in waiting if read(store, f"met {other}") != own}
     return own
 
 
 def read(store: dist.Store, key: str) -> str:
-    """What stands under a key; empty where nothing does."""
+    """The value of a key; empty if it is not set."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
 class Watchdog:
-    """Ends a rank with an error that names the lost one, within a minute of its loss, for the length of a ``with``.
+    """End this rank, with an error that names the lost rank, within a minute of the loss; a context manager.
 
-    A thread beats into a store that all ranks see.  When the rank next to it falls silent, or a rank ends with an
-    error, that is written there once, and all read it.  What then fails in the ``with`` is told as the loss.  A
+    A thread writes heartbeats to the store that all ranks share.  If the next rank falls silent, or a rank ends with an
+    error, that is recorded there for all ranks.  A RuntimeError in the ``with`` block is then raised as the loss; a
     process that hangs in a collective is ended.
 
     Args:
-        store: of a connection of its own.
+        store: with its own connection.
         rank, world_size: of this process.
     """
 
@@ -77,25 +77,25 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, RuntimeError) and (why := self.why()):         # a collective, most likely
+        if isinstance(error, RuntimeError) and (why := self.find_lost()):         # a collective, most likely
             self.stopped.set()
             raise UserError(why) from error
         if error is not None:
-            self.declare(f"rank {self.rank} has ended: {error or kind.__name__}")
+            self.report_lost(f"rank {self.rank} failed: {error or kind.__name__}")
         self.stopped.set()
 
     def run(self) -> None:
         beat, seen, since = 0, "", time.monotonic()
-        after = (self.rank + 1) % self.world_size
+        neighbour = (self.rank + 1) % self.world_size
         while not self.stopped.wait(BEAT):
             try:
                 beat += 1
                 self.store.set(f"beat {self.rank}", str(beat))
-                now = self.sign(after)
+                now = self.heartbeat(neighbour)
                 if now != seen:
                     seen, since = now, time.monotonic()
                 elif time.monotonic() - since > SILENT:
-                    self.declare(f"rank {after} is lost: it has given no sign of life for {SILENT:.0f} s")
+                    self.report_lost(f"rank {neighbour} is lost: no heartbeat for {SILENT:.0f} s")
                 lost = self.lost()
             except dist.DistError:
                 lost = NO_STORE
@@ -103,44 +103,44 @@ class Watchdog:
                 logger.critical("%s", lost)
                 os._exit(1)
 
-    def sign(self, rank: int) -> str:
+    def heartbeat(self, rank: int) -> str:
         return read(self.store, f"beat {rank}")
 
     def lost(self) -> str:
-        """Who is lost, and why; empty where nobody is."""
+        """Which rank is lost and why; empty if none is."""
         return read(self.store, "lost")
 
-    def declare(self, why: str) -> None:
-        """Tell all; the first one holds."""
-        with suppress(dist.DistError):      # then the others find out by themselves
-            self.store.compare_set("lost", "", f"{why}; {GOES_ON}")
+    def report_lost(self, why: str) -> None:
+        """Report a loss to all ranks; the first report wins."""
+        with suppress(dist.DistError):      # the other ranks notice by themselves
+            self.store.compare_set("lost", "", f"{why}; {REMEDY}")
 
-    def why(self) -> str:
-        """Who is to blame for what has failed here; looks at all ranks for some beats."""
+    def find_lost(self) -> str:
+        """Which lost rank caused a failure here; waits for some heartbeats of all ranks."""
         try:
-            before = [self.sign(rank) for rank in range(self.world_size)]
+            before = [self.heartbeat(rank) for rank in range(self.world_size)]
             for _ in range(BEATS):
                 if lost := self.lost():
                     return lost
                 time.sleep(BEAT)
             for rank in range(self.world_size):
-                if self.sign(rank) == before[rank]:
-                    self.declare(f"rank {rank} is lost: it has ended without a word")
+                if self.heartbeat(rank) == before[rank]:
+                    self.report_lost(f"rank {rank} is lost: it ended without an error message")
             return self.lost()
         except dist.DistError:
             return NO_STORE
 
-    def tell(self, turn: str) -> None:
-        """Let those go on who wait for it."""
-        self.store.set(turn, "1")
+    def announce(self, event: str) -> None:
+        """Release the ranks that wait for an event."""
+        self.store.set(event, "1")
 
-    def wait(self, turn: str) -> None:
-        """Wait for another rank, however long it needs.
+    def wait_for(self, event: str) -> None:
+        """Wait for another rank to announce an event, without a time limit.
 
         Raises:
             UserError: a rank is lost.
         """
-        while not self.store.check([turn]):
+        while not self.store.check([event]):
             if lost := self.lost():
                 raise UserError(lost)
-            time.sleep(LOOK)
+            time.sleep(POLL)

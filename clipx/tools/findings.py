@@ -27,8 +27,8 @@ from clipx.evals.validation import LabelledEvaluation
 from clipx.sched import warmup_steps
 from clipx.tools.machine import Finding, check_device, check_disk, check_memory, check_workers, in_bytes
 from clipx.training.loop import State
+from clipx.training.parts import describe_length, identify, initial_state, run_length, train_reader
 from clipx.training.resume import restore
-from clipx.training.run import describe_length, identify, initial_state, run_length, train_reader
 from clipx.weights.load import initialise
 
 logger = logging.getLogger("clipx")

@@ -24,8 +24,8 @@ from clipx.data.sample import Data
 from clipx.devices import PRECISIONS, select_device, select_workers
 from clipx.training.batch import split_micro_batches
 from clipx.training.loop import State, StepOutput, fit
-from clipx.training.memory import keep_freed_memory, peak
-from clipx.training.run import build_forward, initial_state, train_reader
+from clipx.training.memory import keep_freed_memory, peak_memory
+from clipx.training.parts import build_forward, initial_state, train_reader
 from clipx.training.step import Forward, MicroBatchEncoder, backward
 
 STAGED = 256        # pictures whose stages are timed one by one
@@ -213,7 +213,7 @@ class Steps:
 
     def memory(self) -> float:
         """The most memory so far, 1e9 bytes."""
-        return peak(self.device)
+        return peak_memory(self.device)
 
     def trace(self, directory: Path) -> None:
         """Three steps as torch's profiler sees them, for TensorBoard's profiler."""

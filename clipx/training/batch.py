@@ -1,4 +1,4 @@
-"""From the chunks of a step to micro-batches."""
+"""Assemble the chunks of a step into micro-batches."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,27 +10,27 @@ from torch import Tensor
 from clipx.data.readers import Chunk
 from clipx.models.packed import EDGES, Packed, pack
 
-WIDTH = 16              # tokens: for a compiler, grids are as wide as a multiple of it
+WIDTH_MULTIPLE = 16     # tokens; compiled models pad captions to a multiple of it
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch: what goes forward at once."""
+    """Samples that go forward at once."""
 
     image: Tensor           # (b, 3, S, S) uint8
     captions: Packed
-    ids: Tensor | None      # (b, 2), which picture and which caption a row has; None where nobody asked
+    ids: Tensor | None      # (b, 2) picture id and caption id of each row; None if the loss does not need them
 
     def __len__(self) -> int:
         return len(self.image)
 
 
 def split_micro_batches(chunks: Sequence[Chunk], size: int | None, few_shapes: bool = False) -> list[MicroBatch]:
-    """Micro-batches.
+    """Group chunks into micro-batches.
 
     Args:
-        chunks: of a step; none reaches across the end of a micro-batch.
-        size: samples of each but the last; None for all at once.
-        few_shapes: whether their captions come in few shapes, for a compiler.
+        chunks: of a step; no chunk crosses the end of a micro-batch.
+        size: samples of a micro-batch, the last may be smaller; None for one micro-batch.
+        few_shapes: limit the number of caption shapes, for a compiled model.
     """
     groups: list[list[Chunk]] = []
     room = 0
@@ -46,7 +46,7 @@ def split_micro_batches(chunks: Sequence[Chunk], size: int | None, few_shapes: b
 def to_micro_batch(chunks: Sequence[Chunk], few_shapes: bool) -> MicroBatch:
     width = max(chunk.tokens.shape[1] for chunk in chunks)
     if few_shapes:
-        width = -(-width // WIDTH) * WIDTH
+        width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     tokens = padded_tokens(chunks, width)
     ids = None if chunks[0].ids is None else concat([chunk.ids for chunk in chunks])
     captions = pack(tokens, concat([chunk.lengths for chunk in chunks]), () if few_shapes else EDGES)
@@ -54,10 +54,10 @@ def to_micro_batch(chunks: Sequence[Chunk], few_shapes: bool) -> MicroBatch:
 
 
 def padded_tokens(chunks: Sequence[Chunk], width: int) -> Tensor:
-    """The captions of some chunks, each ``width`` tokens wide: (B, width)."""
+    """Captions padded to ``width`` tokens. -> (B, width)."""
     return concat([F.pad(chunk.tokens, (0, width - chunk.tokens.shape[1])) for chunk in chunks])
 
 
 def concat(tensors: Sequence[Tensor]) -> Tensor:
-    """One behind the other; a single one as it is, without a copy."""
+    """``torch.cat`` that does not copy a single tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -1,4 +1,4 @@
-"""What happens between two steps: logged, evaluated, saved, each in its own time; and whether the run goes on."""
+"""Callbacks after each step: log, evaluate, save, and stop."""
 
 import logging
 import math
@@ -16,15 +16,15 @@ from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.models.clip import CLIP
 from clipx.training.direction import Mode, is_better
-from clipx.training.health import HealthMonitor, health, tower_norms
+from clipx.training.health import HealthMonitor, health_metrics, weight_norms
 from clipx.training.logs import RunLog, SilentLog
 from clipx.training.loop import State, StepOutput
-from clipx.training.memory import peaks
+from clipx.training.memory import peak_memory_by_tag
 from clipx.weights.checkpoint import AsyncSaver
 
 logger = logging.getLogger("clipx")
 
-MOST_UNREAD = 100       # steps after which it is looked whether they were finite, where nothing else is due
+MAX_UNCHECKED = 100     # steps between two checks for infinite gradients
 
 
 class BadStep(NamedTuple):
@@ -36,18 +36,18 @@ class BadStep(NamedTuple):
 
 
 class Diverged(UserError):
-    """Too many steps in a row have no finite loss and gradient.
+    """Too many steps in a row had an infinite or NaN gradient.
 
     Args:
         first: of these steps.
-        end: the position behind the last of them.
-        norms: of the weights of both towers.
-        scale: inverse temperature.
+        end: position after the last of them.
         steps: how many.
+        scale: inverse temperature.
+        norms: weight norm of each tower.
     """
 
     def __init__(self, first: BadStep, end: int, steps: int, scale: float, norms: dict[str, float]):
-        super().__init__(first, end, steps, scale, norms)       # all of them: it may come from another process
+        super().__init__(first, end, steps, scale, norms)       # all arguments, so that it can be pickled
         self.first, self.end, self.steps, self.scale, self.norms = first, end, steps, scale, norms
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Diverged(UserError):
 
 @dataclass(frozen=True)
 class Intervals:
-    """When what is done; ``stop`` when the process ends."""
+    """When to log, evaluate, save, keep a checkpoint, and stop the process."""
 
     log: Every
     eval: Every
@@ -66,32 +66,32 @@ class Intervals:
 
 
 class Callbacks:
-    """What happens between steps.
+    """Run after every step.
 
-    Nothing here waits for the device unless something is due.  Nothing is saved before the numbers since the last
-    time are known to be finite.  Ranks do the same at the same step.
+    Waits for the device only when something is due.  Saves only after checking that all steps since the last check
+    were finite.  All ranks do the same at the same step.
 
     Args:
-        log: where numbers go.
-        intervals: when what is done; minutes are rank 0's.
-        evaluate: scores the model at a step; gives numbers by tag.
-        saver: writes the state.
-        best: tag of the number whose best value is kept as ``best``, or None.
-        mode: whether that number is better high or low.
-        bad_limit: how many distinct bad samples end the run.
-        max_bad_steps: how many steps in a row may be without a finite gradient.
-        signals: whether a signal has asked to end.
-        monitor: says in words what is wrong with the run.
+        run_log: receives the metrics.
+        intervals: when to do what; minutes are measured on rank 0.
+        validation: evaluates the model at a step; returns metrics by tag.
+        saver: writes checkpoints.
+        best: tag of the metric that selects the ``best`` checkpoint, or None.
+        mode: whether that metric is better high or low.
+        bad_limit: end the run above this number of distinct bad samples.
+        max_bad_steps: end the run above this number of consecutive steps without a finite gradient.
+        signals: requests to stop.
+        monitor: warns about bad metrics.
 
     Attributes:
-        stopping: whether the process is to end before the next step.
+        stopping: whether to stop before the next step.
     """
 
     def __init__(
         self,
-        log: RunLog | SilentLog,
+        run_log: RunLog | SilentLog,
         intervals: Intervals,
-        evaluate: Callable[[CLIP, int, RunLog], dict[str, float]],
+        validation: Callable[[CLIP, int, RunLog], dict[str, float]],
         saver: AsyncSaver,
         best: str | None,
         mode: Mode,
@@ -101,160 +101,162 @@ class Callbacks:
         monitor: HealthMonitor,
         stopping: bool,
     ):
-        self.log, self.intervals, self.evaluate, self.saver = log, intervals, evaluate, saver
+        self.run_log, self.intervals, self.validation, self.saver = run_log, intervals, validation, saver
         self.best, self.mode, self.bad_limit, self.max_bad_steps = best, mode, bad_limit, max_bad_steps
         self.signals, self.monitor, self.stopping = signals, monitor, stopping
         self.shared_flags = SharedFlags()
-        self.unread: list[tuple[BadStep, torch.Tensor]] = []        # steps, and whether they were finite
-        self.row: list[BadStep] = []                                # steps without effect, up to the last one
+        self.unchecked: list[tuple[BadStep, torch.Tensor]] = []     # steps, and whether their gradient was finite
+        self.bad_steps: list[BadStep] = []                          # the latest consecutive steps without effect
         self.records: list[dict[str, int | str]] = []               # of bad samples
         self.eval_due = self.save_due = self.keep_due = False
         self.last_logged = self.last_evaluated = self.last_saved = -1
-        self.latest: StepOutput | None = None
-        self.since = time.perf_counter()
+        self.output: StepOutput | None = None
+        self.start = time.perf_counter()
         self.samples, self.wait = 0, 0.0
 
-    def __call__(self, state: State, numbers: StepOutput) -> None:
+    def __call__(self, state: State, output: StepOutput) -> None:
         step = state.step
-        self.unread.append((BadStep(step, numbers.position, numbers.lr), numbers.norm.isfinite()))
-        self.records += [{"samples": state.samples, **asdict(record)} for record in numbers.skipped]
-        self.latest = numbers
-        self.samples += numbers.samples
-        self.wait += numbers.wait
+        self.unchecked.append((BadStep(step, output.position, output.lr), output.grad_norm.isfinite()))
+        self.records += [{"samples": state.samples, **asdict(record)} for record in output.skipped]
+        self.output = output
+        self.samples += output.samples
+        self.wait += output.data_wait
 
         self.saver.check()
         every = list(vars(self.intervals).values())
-        minutes = (rank() == 0 and one.passed() for one in every)
-        *passed, asked = self.shared_flags(*minutes, self.signals.asked is not None)
-        log, evaluate, save, keep, stop = (flag or one.due(step) for flag, one in zip(passed, every, strict=True))
-        self.stopping = self.stopping or stop or asked
-        if asked:
-            self.signals.asked = self.signals.asked or "a signal to another rank"
+        minutes = (rank() == 0 and interval.passed() for interval in every)
+        *passed, signalled = self.shared_flags(*minutes, self.signals.received is not None)
+        log, evaluate, save, keep, stop = (
+            flag or interval.due(step) for flag, interval in zip(passed, every, strict=True)
+        )
+        self.stopping = self.stopping or stop or signalled
+        if signalled:
+            self.signals.received = self.signals.received or "a signal to another rank"
         self.eval_due |= evaluate
         self.save_due |= save
         self.keep_due |= keep
         due = self.eval_due or self.save_due or self.keep_due
-        if log or due or len(self.unread) == MOST_UNREAD:
+        if log or due or len(self.unchecked) == MAX_UNCHECKED:
             self.check_finite(state)
         if log:
-            self.write(state, numbers)
-        if self.row or not due:         # after steps without effect the weights may be no good: what is due waits
+            self.log(state, output)
+        if self.bad_steps or not due:       # after steps without effect the weights may be bad: postpone
             return
-        kinds = self.run_evaluation(state) if self.eval_due else []
+        kinds = self.evaluate(state) if self.eval_due else []
         kinds += ["last"] * self.save_due + [f"step_{step}"] * self.keep_due
         self.keep_due = False
         if kinds:
-            self.run_save(state, kinds)
+            self.save(state, kinds)
 
     def finish(self, state: State) -> None:
-        """Log, evaluate and save at the end of ``fit``, where that has not just been done; a signal leaves no time."""
+        """Log, evaluate and save at the end of ``fit``, unless just done; after a signal, skip evaluation."""
         self.check_finite(state)
-        if self.latest is not None and self.last_logged != state.step:
-            self.write(state, self.latest)
-        late = self.signals.asked and state.step < self.intervals.eval.steps
-        kinds = self.run_evaluation(state) if self.last_evaluated != state.step and not late else []
+        if self.output is not None and self.last_logged != state.step:
+            self.log(state, self.output)
+        interrupted = self.signals.received and state.step < self.intervals.eval.steps
+        kinds = self.evaluate(state) if self.last_evaluated != state.step and not interrupted else []
         if kinds or self.last_saved != state.step:
-            self.run_save(state, [*kinds, "last"])
+            self.save(state, [*kinds, "last"])
         self.saver.wait()
 
     def check_finite(self, state: State) -> None:
-        """Look at what the steps since the last time have brought, on all ranks.
+        """Check the gradients of the steps since the last check, and gather the bad samples of all ranks.
 
         Raises:
             Diverged: too many of them in a row were not finite.
             DataError: too many samples are bad.
         """
-        finite = torch.stack([flag for _, flag in self.unread]).tolist() if self.unread else []
-        for (step, _), good in zip(self.unread, finite, strict=True):
-            self.row = [] if good else [*self.row, step]
-            if not good and not state.bad_steps:
-                searching = state.scaler.get_scale() != 1           # fp16 looks for its loss scale in the first steps
+        finite = torch.stack([flag for _, flag in self.unchecked]).tolist() if self.unchecked else []
+        for (step, _), is_finite in zip(self.unchecked, finite, strict=True):
+            self.bad_steps = [] if is_finite else [*self.bad_steps, step]
+            if not is_finite and not state.bad_steps:
+                searching = state.scaler.get_scale() != 1           # fp16 adapts its loss scale in the first steps
                 logger.log(logging.INFO if searching else logging.WARNING, "step %d had no effect: its gradient is not "
-                           "finite; train/bad_steps counts such steps", step.step)
-            state.bad_steps += not good
-            if len(self.row) > self.max_bad_steps:
+                           "finite; train/bad_steps counts these steps", step.step)
+            state.bad_steps += not is_finite
+            if len(self.bad_steps) > self.max_bad_steps:
                 scale = state.model.logit_scale.exp().item()
-                raise Diverged(self.row[0], state.samples, len(self.row), scale, tower_norms(state.model))
-        self.unread.clear()
-        self.note_skipped(state)
+                raise Diverged(self.bad_steps[0], state.samples, len(self.bad_steps), scale, weight_norms(state.model))
+        self.unchecked.clear()
+        self.report_skipped(state)
 
-    def write(self, state: State, numbers: StepOutput) -> None:
-        elapsed = time.perf_counter() - self.since
-        found = {
-            "train/loss": numbers.loss.item(),
-            "train/lr": numbers.lr,
-            "train/logit_scale": numbers.scale.item(),
-            "train/grad_norm": numbers.norm.item(),
+    def log(self, state: State, output: StepOutput) -> None:
+        elapsed = time.perf_counter() - self.start
+        metrics = {
+            "train/loss": output.loss.item(),
+            "train/lr": output.lr,
+            "train/logit_scale": output.scale.item(),
+            "train/grad_norm": output.grad_norm.item(),
             "train/samples_per_s": self.samples / elapsed,
             "train/data_wait": self.wait / elapsed,
             "train/skipped": len(state.skipped),
             "train/bad_steps": state.bad_steps,
-            **peaks(numbers.loss.device),
-            **(health(numbers) if not self.row else {}),
+            **peak_memory_by_tag(output.loss.device),
+            **(health_metrics(output) if not self.bad_steps else {}),
         }
-        self.log.scalars(found, state.step, state.samples)
-        found = {tag: value for tag, value in found.items() if math.isfinite(value)}
+        self.run_log.scalars(metrics, state.step, state.samples)
+        metrics = {tag: value for tag, value in metrics.items() if math.isfinite(value)}
         shown = {"loss": "train/loss", "samples/s": "train/samples_per_s", "data wait": "train/data_wait"}
-        self.log.progress(state.step, {name: found[tag] for name, tag in shown.items() if tag in found})
-        for words in self.monitor.look(state.step, found):
-            logger.warning("step %d: %s", state.step, words)
+        self.run_log.progress(state.step, {name: metrics[tag] for name, tag in shown.items() if tag in metrics})
+        for message in self.monitor.check(state.step, metrics):
+            logger.warning("step %d: %s", state.step, message)
         self.last_logged = state.step
         self.restart_clock()
 
-    def run_evaluation(self, state: State) -> list[str]:
-        """Score the model; names it ``best`` where it is better than all before."""
-        numbers = self.evaluate(state.model, state.step, self.log)
-        self.log.skipped([{"samples": state.samples, **record} for record in self.evaluate.skipped])
+    def evaluate(self, state: State) -> list[str]:
+        """Evaluate the model; return ["best"] if it is the best so far."""
+        metrics = self.validation(state.model, state.step, self.run_log)
+        self.run_log.skipped([{"samples": state.samples, **record} for record in self.validation.skipped])
         self.last_evaluated, self.eval_due = state.step, False
-        if numbers:
-            self.log.scalars(numbers, state.step, state.samples)
-            shown = {tag: numbers[tag] for tag in (self.best, "val/loss") if tag in numbers}
+        if metrics:
+            self.run_log.scalars(metrics, state.step, state.samples)
+            shown = {tag: metrics[tag] for tag in (self.best, "val/loss") if tag in metrics}
             logger.info("step %s  %s", f"{state.step:,}", "  ".join(f"{tag} {one:.4g}" for tag, one in shown.items()))
-        value = numbers.get(self.best)
+        value = metrics.get(self.best)
         known = (state.best.get("metric"), state.best.get("mode", "max")) == (self.best, self.mode)
         better = value is not None and is_better(value, state.best["value"] if known else None, self.mode)
         if better:
             state.best = {"metric": self.best, "mode": self.mode, "value": value, "step": state.step}
-        self.log.best(state.best, state.step)
+        self.run_log.best(state.best, state.step)
         self.restart_clock()
         return ["best"] if better else []
 
-    def run_save(self, state: State, kinds: list[str]) -> None:
-        self.log.flush()            # what the checkpoint goes on behind is in the files
-        state.seconds = self.log.seconds
+    def save(self, state: State, kinds: list[str]) -> None:
+        self.run_log.flush()            # a resumed run truncates the logs to the checkpoint
+        state.seconds = self.run_log.seconds
         self.saver(state.state_dict(), kinds)
         if "last" in kinds:
             self.last_saved, self.save_due = state.step, False
         self.restart_clock()
 
     def rescue(self, state: State) -> bool:
-        """Save between two steps when there is no next one; of several ranks the others are in theirs, and none can."""
+        """Save after a data error; impossible with several ranks, as the others are in the middle of a step."""
         if world_size() > 1:
             return False
         self.check_finite(state)
-        self.run_save(state, ["last"])
+        self.save(state, ["last"])
         return True
 
     def restart_clock(self) -> None:
-        """Rates count training alone, not what is done between steps."""
-        self.since = time.perf_counter()
+        """Exclude callbacks from the rates."""
+        self.start = time.perf_counter()
         self.samples, self.wait = 0, 0.0
 
-    def note_skipped(self, state: State) -> None:
-        """List the bad samples that any rank has met, and count them."""
+    def report_skipped(self, state: State) -> None:
+        """Record and count the bad samples of all ranks."""
         records, self.records = gather_lists(self.records), []
         if not records:
             return
         if not state.skipped:
             first = records[0]
-            logger.warning("bad samples are skipped, the first of them %s: %s; skipped.jsonl in the run's directory "
-                           "lists them all", first["place"], first["reason"])
+            logger.warning("bad samples are skipped, first %s: %s; skipped.jsonl in the run's directory lists them "
+                           "all", first["place"], first["reason"])
         state.skipped.update(record["sample"] for record in records)
-        self.log.skipped(records)
+        self.run_log.skipped(records)
         if len(state.skipped) > self.bad_limit:
-            worst = records[-1]
+            last = records[-1]
             raise DataError(
-                f"{len(state.skipped)} bad samples, more than data.max_skipped allows; the last of them "
-                f"{worst['place']}: {worst['reason']}; skipped.jsonl in the run's directory lists them. With a larger "
-                "data.max_skipped the same words go on"
+                f"{len(state.skipped)} bad samples, more than data.max_skipped allows, last "
+                f"{last['place']}: {last['reason']}; skipped.jsonl in the run's directory lists them. Set a larger "
+                "data.max_skipped and rerun to resume"
             )

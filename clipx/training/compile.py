@@ -1,4 +1,4 @@
-"""The model compiled: faster steps behind a slow first one."""
+"""Compile the model: faster steps, after a slow first one."""
 
 import logging
 import time
@@ -13,9 +13,9 @@ from clipx.training.step import Features, Forward
 logger = logging.getLogger("clipx")
 
 
-def compiled(model: CLIP) -> Forward:
-    """The model's forward, compiled at its first call; as it is, with a warning, where nothing can compile it."""
-    began = time.perf_counter()
+def compile_model(model: CLIP) -> Forward:
+    """Compile the model at its first call; return it unchanged, with a warning, if no compiler works."""
+    start = time.perf_counter()
     try:
         torch.compile(torch.sin)(torch.ones(2, device=model.logit_scale.device))
     except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -24,26 +24,26 @@ def compiled(model: CLIP) -> Forward:
         logger.warning("compile=true: the model is not compiled (%s); a C++ compiler is needed, such as g++, and on a "
                        "GPU triton", reason)
         return model
-    return Compiled(model, began)
+    return CompiledModel(model, start)
 
 
-class Compiled(nn.Module):
-    """A model compiled once for any number of tokens; tells how long that took."""
+class CompiledModel(nn.Module):
+    """A model compiled once for any number of tokens; logs the compile time."""
 
-    def __init__(self, model: CLIP, began: float):
+    def __init__(self, model: CLIP, start: float):
         super().__init__()
-        self.model, self.began = torch.compile(model), began
+        self.model, self.start = torch.compile(model), start
 
     def forward(self, image: Tensor, captions: Packed) -> Features:
         for tokens in (captions.ids, captions.positions, *(grid.places for grid in captions.grids)):
             torch._dynamo.maybe_mark_dynamic(tokens, 0)
         features = self.model(image, captions)
-        if self.began:
-            logger.info("compiled  in %.0f s", time.perf_counter() - self.began)
-            self.began = 0.0
+        if self.start:
+            logger.info("compiled  in %.0f s", time.perf_counter() - self.start)
+            self.start = 0.0
         return features
 
 
 def is_compiled(forward: Forward) -> bool:
-    """Whether it is a compiled model, or such a one for several ranks."""
-    return isinstance(getattr(forward, "module", forward), Compiled)
+    """Whether the model is compiled, inside DistributedDataParallel or not."""
+    return isinstance(getattr(forward, "module", forward), CompiledModel)

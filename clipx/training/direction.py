@@ -1,4 +1,4 @@
-"""Which of two values of a metric is the better one: the one place that knows."""
+"""Whether a metric is better high or low."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from clipx.errors import UserError
 
 Mode = Literal["max", "min"]
 
-# names of clipx's own metrics, alone or after another word: i2t_r1, shuffled_t2i_mean_rank, balanced_top1
+# names of clipx's own metrics, with or without a prefix: i2t_r1, shuffled_t2i_mean_rank, balanced_top1
 LOW = r"(.*_)?(loss|mean_rank|median_rank|skipped|bad_steps|data_wait)"
 HIGH = r"(.*_)?(r\d+|mean_recall|mrr|top\d+|mean_per_class|samples_per_s)"
 
@@ -17,8 +17,8 @@ def mode_of(tag: str | None, given: Mode | None) -> Mode:
     """Whether a metric is better high (``max``) or low (``min``).
 
     Args:
-        tag: of the metric, ``val/loss`` for example.
-        given: what the user says; None leaves it to what is known, and a metric that is not known should be high.
+        tag: of the metric, for example ``val/loss``.
+        given: the user's ``mode``; None infers it from the name, and unknown metrics are better high.
 
     Raises:
         UserError: the two contradict each other.
@@ -26,13 +26,13 @@ def mode_of(tag: str | None, given: Mode | None) -> Mode:
     name = (tag or "").rpartition("/")[2]
     known: Mode | None = "min" if re.fullmatch(LOW, name) else "max" if re.fullmatch(HIGH, name) else None
     if known and given not in (None, known):
-        raise UserError(f"mode={given}: {tag} is better when it is {'low' if known == 'min' else 'high'}; leave mode "
-                        "out, or name the metric that is meant as objective and best")
+        raise UserError(f"mode={given}: {tag} is better when it is {'low' if known == 'min' else 'high'}; leave out "
+                        "mode, or set objective and best to the intended metric")
     return known or given or "max"
 
 
 def is_better(value: float, before: float | None, mode: Mode) -> bool:
-    """Whether a value is better than the one before it, if there is one; a NaN never is."""
+    """Whether ``value`` is better than ``before``; NaN never is."""
     if before is None:
         return not math.isnan(value)
     return value > before if mode == "max" else value < before

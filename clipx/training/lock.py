@@ -1,4 +1,4 @@
-"""One process at a time trains in a directory, and a directory made for a run that is refused goes again."""
+"""One training process per directory; directories created for a refused run are removed."""
 
 import errno
 import fcntl
@@ -16,20 +16,20 @@ READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Be the one process that trains in a directory, which is made if it is not there.
+def directory_lock(directory: Path) -> Iterator[None]:
+    """Lock a directory for training; create it if it is missing.
 
-    The lock is the process's own: its children do not inherit it, and the system lifts it when the process ends,
-    however that happens.  Other machines see it where the file system supports POSIX locks, as NFS does.  Nobody
-    trains in a directory that cannot be written, so there it takes no lock to look at a run that is finished.
+    Child processes do not inherit the lock, and the system releases it when the process ends for any reason.  Other
+    machines see it if the file system supports POSIX locks, as NFS does.  A read-only directory needs no lock: nobody
+    can train there, and a finished run can still be reported.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
-    with left_as_found(directory):
+    with remove_created_on_error(directory):
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            file = acquired(directory / "lock")
+            file = acquire(directory / "lock")
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise
@@ -39,15 +39,15 @@ def locked(directory: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                with suppress(FileNotFoundError):       # with the directory, during the run
+                with suppress(FileNotFoundError):       # the directory may have been deleted during the run
                     (directory / "lock").unlink()
 
 
-def acquired(path: Path) -> TextIO:
-    """The lock file, locked.
+def acquire(path: Path) -> TextIO:
+    """Open and lock the lock file.
 
     Raises:
-        UserError: another process has locked it.
+        UserError: another process holds the lock.
     """
     while True:
         file = path.open("a+", encoding="utf-8")
@@ -57,18 +57,18 @@ def acquired(path: Path) -> TextIO:
             with file:
                 file.seek(0)
                 raise UserError(f"{path.parent} is in use: {file.read().strip() or 'another process'} trains there; "
-                                "wait for it, end it, or train beside it with name=...") from error
-        if stands(path, file):
+                                "wait for it, stop it, or train elsewhere with name=...") from error
+        if is_same_file(path, file):
             break
-        file.close()        # its owner removed it between the two calls; who comes next would lock another file
+        file.close()        # its owner removed it between open and lock; the next process would lock another file
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},")
     file.flush()
     return file
 
 
-def stands(path: Path, file: TextIO) -> bool:
-    """Whether an open file is the one at a path."""
+def is_same_file(path: Path, file: TextIO) -> bool:
+    """Whether an open file is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -76,20 +76,20 @@ def stands(path: Path, file: TextIO) -> bool:
 
 
 @contextmanager
-def left_as_found(directory: Path, noted: str | None = None) -> Iterator[None]:
-    """Where the ``with`` ends with an error, remove those of a directory and its parents that it has made, if empty.
+def remove_created_on_error(directory: Path, ignored: str | None = None) -> Iterator[None]:
+    """On error, remove the empty directories that the ``with`` block created.
 
     Args:
-        directory: the deepest of them.
-        noted: a file in it that does not count.
+        directory: the deepest of them; its parents are checked too.
+        ignored: a file in it that is removed as well.
     """
-    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         yield
     except BaseException:
         with suppress(OSError):
-            if noted and directory in missing:
-                (directory / noted).unlink(missing_ok=True)
-            for place in missing:
-                place.rmdir()
+            if ignored and directory in missing:
+                (directory / ignored).unlink(missing_ok=True)
+            for path in missing:
+                path.rmdir()
         raise

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: train.log, metrics.jsonl, summary.json, TensorBoard, and a progress bar."""
+"""Logs of a run: train.log, metrics.jsonl, summary.json, TensorBoard, and a progress bar."""
 
 import json
 import logging
@@ -21,25 +21,25 @@ from clipx.errors import UserError
 from clipx.evals.features import Features
 from clipx.evals.figures import nearest_captions, save_figure, similarity_matrix
 from clipx.training import tensorboard
-from clipx.training.closing import Bests, closing, note_bests
+from clipx.training.final_report import Bests, final_report, note_bests
 
 logger = logging.getLogger("clipx")
 
 
 class RunLog:
-    """The written side of a run, for the length of a ``with``; how that ends is the run's state in summary.json.
+    """Write the logs of a run, as a context manager; an error on exit marks the run as failed in summary.json.
 
     Args:
-        directory: the run's.
-        config: as text, for TensorBoard.
-        about: what summary.json says of the run itself, for those who compare.
-        hparams: what TensorBoard's HPARAMS shows of it.
-        steps: the run's length, for the progress bar.
-        step: where the run goes on; what was logged behind it is dropped.
-        samples: likewise.
-        seconds: how long the run has taken before.
-        epoch_samples: samples of an epoch.
-        early: holds what has been logged before, and passes on to train.log what is logged from then on.
+        directory: of the run.
+        config: YAML text for TensorBoard.
+        about: further entries of summary.json, for compare.
+        hparams: hyperparameters for TensorBoard's HPARAMS.
+        steps: length of the run, for the progress bar.
+        step: last step done; later events in TensorBoard are dropped.
+        samples: drop lines of metrics.jsonl and skipped.jsonl logged after this position.
+        seconds: duration of the run so far.
+        epoch_samples: samples per epoch.
+        early: buffer of earlier log records; forwards them and later ones to train.log.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RunLog:
         step: int, samples: int, seconds: float, epoch_samples: int, early: MemoryHandler,
     ):
         self.directory, self.config, self.epoch_samples, self.early = directory, config, epoch_samples, early
-        self.began = time.monotonic() - seconds
+        self.start = time.monotonic() - seconds
         self.summary: dict[str, Any] = {"state": "running", "step": step, "steps": steps, "final": {}, "best": {}}
         self.summary.update(about)
         self.bests: Bests = {}
@@ -55,10 +55,10 @@ class RunLog:
         self.hparams, self.steps, self.step, self.samples = hparams, steps, step, samples
 
     def __enter__(self) -> "RunLog":
-        for row in cut(self.directory / "metrics.jsonl", self.samples):
+        for row in truncate_jsonl(self.directory / "metrics.jsonl", self.samples):
             self.summary["final"].update({tag: value for tag, value in row.items() if "/" in tag})
             note_bests(self.bests, row, row["step"], self.mode)
-        cut(self.directory / "skipped.jsonl", self.samples)
+        truncate_jsonl(self.directory / "skipped.jsonl", self.samples)
         self.file = logging.FileHandler(self.directory / "train.log", encoding="utf-8")
         self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.early.setTarget(self.file)
@@ -66,7 +66,7 @@ class RunLog:
         self.metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.step + 1)
         self.tensorboard.add_text("config", f"```yaml\n{self.config}```", self.step)
-        tensorboard.introduce(self.tensorboard, self.hparams, self.summary["objective"])
+        tensorboard.write_header(self.tensorboard, self.hparams, self.summary["objective"])
         self.bar = tqdm(desc=self.directory.name, total=self.steps, initial=self.step, unit="step", leave=False,
                         disable=one_of_several_jobs() or None, dynamic_ncols=True)
         self.write_summary()
@@ -88,12 +88,12 @@ class RunLog:
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken, its earlier parts included."""
-        return time.monotonic() - self.began
+        """Duration of the run, including earlier processes."""
+        return time.monotonic() - self.start
 
     def scalars(self, numbers: Mapping[str, float], step: int, samples: int) -> None:
-        """Write numbers by tag, to TensorBoard and as one line of metrics.jsonl; without those that are not finite."""
-        self.check_place()
+        """Write the finite numbers to TensorBoard and as one line of metrics.jsonl."""
+        self.check_directory()
         for tag in [tag for tag, value in numbers.items() if not math.isfinite(value)]:
             self.summary["final"].pop(tag, None)
         numbers = {tag: value for tag, value in numbers.items() if math.isfinite(value)}
@@ -107,61 +107,61 @@ class RunLog:
         self.summary["final"].update(numbers)
         note_bests(self.bests, numbers, step, self.mode)
 
-    def best(self, found: Mapping[str, Any], step: int) -> None:
-        """Keep what was best so far: metric, value and step."""
-        self.summary["best"] = dict(found)
-        if found:
-            self.tensorboard.add_scalar(tensorboard.best_tag(found["metric"]), found["value"], step)
+    def best(self, best: Mapping[str, Any], step: int) -> None:
+        """Record the best metric, value and step so far."""
+        self.summary["best"] = dict(best)
+        if best:
+            self.tensorboard.add_scalar(tensorboard.best_tag(best["metric"]), best["value"], step)
         self.write_summary()
 
     def progress(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Move the bar and set what stands behind it."""
+        """Update the progress bar."""
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()}, refresh=False)
         self.bar.update(step - self.bar.n)
 
     def skipped(self, records: list[dict[str, Any]]) -> None:
-        """Append lines to skipped.jsonl."""
+        """Append records to skipped.jsonl."""
         if not records:
             return
         with (self.directory / "skipped.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def pictures(self, val: Features, step: int) -> None:
-        """Show held-out pictures with their nearest captions, and who resembles whom."""
-        self.check_place()
+        """Log validation pictures with their nearest captions, and the similarity matrix."""
+        self.check_directory()
         self.tensorboard.add_figure("val/nearest_captions", nearest_captions(val), step)
         self.tensorboard.add_figure("val/similarity", similarity_matrix(val), step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
-        """Show a figure of an evaluation, and keep the latest as a PNG in the run."""
-        self.check_place()
+        """Log a figure of an evaluation, and keep the latest as a PNG in the run's directory."""
+        self.check_directory()
         save_figure(self.directory, tag, figure)
         self.tensorboard.add_figure(tag, figure, step)
 
     def finish(self, state: str) -> None:
-        """Tell how the run, or its part in this process, ended."""
+        """Log how the run, or this process's part of it, ended."""
         self.summary["state"] = state
         if state == "finished":
-            tensorboard.end(self.tensorboard)
-        for line in closing(self.directory, self.summary, self.bests):
+            tensorboard.mark_finished(self.tensorboard)
+        for line in final_report(self.directory, self.summary, self.bests):
             logger.info(line)
 
     def flush(self) -> None:
-        """See that what has been written is in the files, whatever happens next."""
-        self.check_place()
+        """Flush the logs to disk."""
+        self.check_directory()
         self.tensorboard.flush()
         os.fsync(self.metrics.fileno())
 
-    def check_place(self) -> None:
+    def check_directory(self) -> None:
         """
         Raises:
-            UserError: the files are no longer there; TensorBoard's thread would end with a traceback.
+            UserError: the files are gone; TensorBoard's thread would end with a traceback.
         """
         if not (self.directory / "metrics.jsonl").exists():
-            raise UserError(gone(self.directory))
+            raise UserError(missing_message(self.directory))
 
     def write_summary(self) -> None:
-        """Rewrite summary.json, whole or not at all."""
+        """Rewrite summary.json atomically."""
         self.summary["seconds"] = round(self.seconds, 3)
         temporary = self.directory / "summary.json.writing"
         temporary.write_text(json.dumps(self.summary, indent=2) + "\n")
@@ -169,8 +169,8 @@ class RunLog:
 
 
 @contextmanager
-def holding() -> Iterator[MemoryHandler]:
-    """Hold what is logged before train.log is open: warnings about data come while these are looked through."""
+def buffered_logs() -> Iterator[MemoryHandler]:
+    """Buffer log records until train.log is open: building the data already logs warnings."""
     early = MemoryHandler(capacity=0, flushLevel=logging.NOTSET, flushOnClose=False)
     logger.addHandler(early)
     try:
@@ -180,13 +180,13 @@ def holding() -> Iterator[MemoryHandler]:
         early.close()
 
 
-def gone(directory: Path) -> str:
-    """What is said of a directory that somebody has taken away."""
-    return f"{directory} was moved or deleted during the run; rerun the same command to resume from what is there"
+def missing_message(directory: Path) -> str:
+    """The error for a directory that was moved or deleted."""
+    return f"{directory} was moved or deleted during the run; rerun the same command to resume from what is left"
 
 
 class SilentLog:
-    """The log of a rank that writes nothing."""
+    """Log of a rank that writes nothing."""
 
     def __init__(self) -> None:
         self.summary: dict[str, Any] = {}
@@ -195,17 +195,17 @@ class SilentLog:
     def __enter__(self) -> "SilentLog":
         return self
 
-    def __exit__(self, *_ended: object) -> None:
+    def __exit__(self, *_error: object) -> None:
         pass
 
-    def ignore(self, *_given: object) -> None:
+    def ignore(self, *_args: object) -> None:
         pass
 
     scalars = best = progress = skipped = pictures = figure = finish = flush = write_summary = ignore
 
 
-def cut(path: Path, samples: int) -> list[dict[str, Any]]:
-    """Drop the lines of a .jsonl file that were written behind a number of samples; gives the others."""
+def truncate_jsonl(path: Path, samples: int) -> list[dict[str, Any]]:
+    """Drop the lines of a .jsonl file written after a number of samples; return the other rows."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

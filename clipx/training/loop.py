@@ -1,4 +1,4 @@
-"""The loop, all of it."""
+"""The training loop."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,24 +15,24 @@ from clipx.data.readers import Chunk, Skipped
 from clipx.models.clip import CLIP
 from clipx.training.batch import split_micro_batches
 from clipx.training.compile import is_compiled
-from clipx.training.memory import fits
+from clipx.training.memory import explain_oom
 from clipx.training.step import Forward, MicroBatchEncoder, backward
 
 
 @dataclass
 class State:
-    """All that a run changes, and all that it needs to go on."""
+    """Everything that training changes and a resumed run needs."""
 
     model: CLIP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0                                       # optimiser steps attempted
-    samples: int = 0                                    # positions of the plan used: where the next batch starts
+    samples: int = 0                                    # position in the plan where the next batch starts
     best: dict[str, Any] = field(default_factory=dict)  # of the objective: value, step
-    skipped: set[int] = field(default_factory=set)      # ids of the bad samples met
-    bad_steps: int = 0                                  # steps without effect, as their gradient was not finite
-    left_out: list[list[int]] = field(default_factory=list)     # positions, from and to, that are not trained on
-    seconds: float = 0.0                                # that the run has taken, as of the last checkpoint
+    skipped: set[int] = field(default_factory=set)      # ids of bad samples
+    bad_steps: int = 0                                  # steps without effect: the gradient was not finite
+    left_out: list[list[int]] = field(default_factory=list)     # [start, end) positions to skip
+    seconds: float = 0.0                                # duration of the run up to the last checkpoint
     resumed_from: str = ""                              # checksum of the checkpoint that resume=PATH named
 
     def advance(self, samples: int) -> None:
@@ -40,12 +40,12 @@ class State:
         self.samples = skip_left_out(self.samples + samples, self.left_out)
 
     def leave_out(self, spans: Sequence[Sequence[int]]) -> None:
-        """Do not train on what stands at some positions, from and to."""
+        """Skip [start, end) positions."""
         self.left_out = [list(span) for span in sorted({tuple(span) for span in (*self.left_out, *spans)})]
         self.samples = skip_left_out(self.samples, self.left_out)
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint's share of it: plain dicts, lists, tensors and numbers."""
+        """Plain dicts, lists, tensors and numbers for a checkpoint."""
         return {
             "model_state_dict": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -66,7 +66,7 @@ class State:
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, rates in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(rates)         # its moments go on; rates and decay are the config's
+            group.update(rates)         # keep the moments; learning rate and decay come from the config
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.samples = saved["step"], saved["samples"]
         self.best, self.skipped = saved["best"], set(saved["skipped"])
@@ -79,18 +79,18 @@ class State:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step showed.  The tensors may still be on their way: reading one waits for the device."""
+    """Results of one step.  The tensors may still be computing: reading one waits for the device."""
 
     loss: Tensor        # () nats
     image: Tensor       # (b, E) unit features, of this rank's share of the batch
-    text: Tensor        # (b, E) likewise
+    text: Tensor        # (b, E) unit features
     scale: Tensor       # () inverse temperature
-    norms: Tensor       # (2,) of the gradient before clipping: of the image tower, of the text tower
-    norm: Tensor        # () of all of it
-    lr: float           # of the first group
-    wait: float         # seconds spent waiting for data
-    position: int       # of the batch's first sample in the plan
-    samples: int        # of the batch, all ranks together
+    tower_grad_norms: Tensor    # (2,) image and text tower, before clipping
+    grad_norm: Tensor   # () whole model, before clipping
+    lr: float           # of the first parameter group
+    data_wait: float    # seconds
+    position: int       # of the first sample in the plan
+    samples: int        # global batch size
     skipped: list[Skipped]
 
 
@@ -100,65 +100,67 @@ def fit(
     loss_fn: Callable[..., Tensor],
     batches: Iterator[list[Chunk]],
     micro_batch_size: int | None,
-    stop: Callable[[int], bool],
-    multiplier: Callable[[int], float],
+    should_stop: Callable[[int], bool],
+    lr_multiplier: Callable[[int], float],
     amp: torch.dtype | None,
     clip_norm: float | None,
     callbacks: Callable[[State, StepOutput], None],
 ) -> None:
-    """Train until ``stop(step)``.
+    """Train until ``should_stop(step)``.
 
     Args:
         state: is advanced in place.
         forward: normalised images (b, 3, S, S), packed captions -> unit features (b, E), (b, E), scale (); the bare
-            model, or what is wrapped around it.
+            model, or a wrapper around it.
         loss_fn: unit features (b, E), (b, E), scale (), ids (b, 2) or None -> loss ().
-        batches: steps, as lists of chunks; of each this rank's share.
-        micro_batch_size: samples that go forward at once; None for the whole batch.
-        stop: whether the run ends before the step with this number (from 0).
-        multiplier: of the peak learning rate, by step (from 0).
-        amp: autocast's type, or None for float32.
-        clip_norm: largest norm of the gradient, or None.
-        callbacks: is called when a step is done; reads of its numbers wait for the device.
+        batches: this rank's share of each batch, as lists of chunks.
+        micro_batch_size: samples per forward pass; None for the whole batch.
+        should_stop: step (from 0) -> whether to stop before it.
+        lr_multiplier: step (from 0) -> factor of the peak learning rate.
+        amp: autocast dtype, or None for float32.
+        clip_norm: maximum gradient norm, or None.
+        callbacks: called after each step.
 
     Raises:
-        DoesNotFit: there is not enough memory.
+        OutOfMemory: the micro-batch does not fit.
     """
     encoder = MicroBatchEncoder(forward, state.model.logit_scale.device, amp)
     optimizer, scaler = state.optimizer, state.scaler
     state.model.train()
-    while not stop(state.step):
+    while not should_stop(state.step):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * multiplier(state.step)
-        asked = time.perf_counter()
+            group["lr"] = group["peak_lr"] * lr_multiplier(state.step)
+        start = time.perf_counter()
         chunks = next(batches)
-        wait = time.perf_counter() - asked
+        data_wait = time.perf_counter() - start
         share = sum(map(len, chunks))
-        with fits(min(share, micro_batch_size or share), encoder.device):
+        with explain_oom(min(share, micro_batch_size or share), encoder.device):
             micro_batches = split_micro_batches(chunks, micro_batch_size, few_shapes=is_compiled(forward))
             loss, image, text, scale = backward(encoder, loss_fn, micro_batches, scaler)
             scaler.unscale_(optimizer)
-            norms, norm = gradient_norms(state.model)
+            tower_grad_norms, grad_norm = gradient_norms(state.model)
             if clip_norm is not None:
-                clip_grads_with_norm_(state.model.parameters(), clip_norm, norm)
-            scaler.step(optimizer)              # leaves the weights as they are where a gradient is not finite
-        scaler.update(None if amp is torch.float16 else 1.0)        # only fp16 has a scale to be looked for
+                clip_grads_with_norm_(state.model.parameters(), clip_norm, grad_norm)
+            scaler.step(optimizer)              # no-op if a gradient is not finite
+        scaler.update(None if amp is torch.float16 else 1.0)        # only fp16 adapts its loss scale
         optimizer.zero_grad(set_to_none=True)
         state.model.clamp_scale()
         position, samples = state.samples, share * distributed.world_size()
         state.advance(samples)
         skipped = [record for chunk in chunks for record in chunk.skipped]
         lr = optimizer.param_groups[0]["lr"]
-        numbers = StepOutput(loss, image, text, scale, norms, norm, lr, wait, position, samples, skipped)
-        callbacks(state, numbers)
+        output = StepOutput(
+            loss, image, text, scale, tower_grad_norms, grad_norm, lr, data_wait, position, samples, skipped
+        )
+        callbacks(state, output)
 
 
 def gradient_norms(model: CLIP) -> tuple[Tensor, Tensor]:
-    """Of the image tower and of the text tower (2,), and of the whole model ()."""
-    zero = model.logit_scale.new_zeros(())          # of a tower that is frozen
+    """Gradient norms of the image and the text tower (2,), and of the whole model ()."""
+    zero = model.logit_scale.new_zeros(())          # for a frozen tower
     image, text, scale = (
-        get_total_norm([p.grad for p in part if p.grad is not None] or [zero])
-        for part in (model.visual.parameters(), model.text.parameters(), [model.logit_scale])
+        get_total_norm([p.grad for p in parameters if p.grad is not None] or [zero])
+        for parameters in (model.visual.parameters(), model.text.parameters(), [model.logit_scale])
     )
     norms = torch.stack([image, text])
     return norms, get_total_norm([norms, scale])

@@ -1,4 +1,4 @@
-"""What a run says of itself: summary.json."""
+"""Read summary.json."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ FILE = "summary.json"
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """The summary of the run in a directory; empty where there is none, or none that can be read."""
+    """Return the summary of a run; empty if it is missing or unreadable."""
     try:
         found = json.loads((directory / FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):

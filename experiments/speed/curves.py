@@ -19,7 +19,7 @@ from clipx.loss import clip_loss
 from clipx.sched import warmup_cosine
 from clipx.tools.measure import loaded
 from clipx.training.loop import State, StepOutput, fit
-from clipx.training.run import initial_state
+from clipx.training.parts import initial_state
 
 
 def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:

@@ -20,7 +20,7 @@ from clipx.data.readers import Chunk
 from clipx.devices import select_device
 from clipx.tools.measure import HELD, loaded, measure, settle
 from clipx.training.batch import concat, padded_tokens
-from clipx.training.memory import peak
+from clipx.training.memory import peak_memory
 from clipx.weights.convert import open_clip_config
 
 ENOUGH = 10**9          # samples; the pipeline cycles through the shards for as long as it is read
@@ -119,7 +119,7 @@ class OpenClipSteps:
 
     def memory(self) -> float:
         """The most memory so far, 1e9 bytes."""
-        return peak(self.device)
+        return peak_memory(self.device)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from clipx.models.packed import pack
 from clipx.tools.measure import Steps, reader_of
 from clipx.training.batch import split_micro_batches
 from clipx.training.memory import keep_freed_memory
-from clipx.training.run import initial_state
+from clipx.training.parts import initial_state
 from clipx.training.step import MicroBatchEncoder, backward
 
 SMALL = ["model=small", "model.image.size=64", "data=dummy", "data.size=64", "data.samples=8192", "workers=0"]

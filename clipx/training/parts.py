@@ -1,0 +1,115 @@
+"""The parts of a run: what it trains on, from which weights, and for how long."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+import torch
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from clipx import distributed
+from clipx.config.instantiate import build
+from clipx.config.schema import TrainConfig
+from clipx.data.images import TrainCrop
+from clipx.data.loader import group_steps, load_chunks, train_ranges
+from clipx.data.plan import MixPlan, Plan
+from clipx.data.readers import Chunk, TrainReader
+from clipx.data.sample import Data
+from clipx.errors import UserError
+from clipx.evals.validation import Evaluation, LabelledEvaluation
+from clipx.models.clip import CLIP
+from clipx.sched import warmup_steps
+from clipx.tokenizer import SimpleTokenizer
+from clipx.training.compile import compile_model
+from clipx.training.loop import State
+from clipx.training.resume import Identity
+from clipx.training.step import Forward
+
+LOSS_SCALE = {"none": 1.0, "bf16": 1.0, "fp16": 2.0**16}       # initial; only fp16 adapts it
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """Everything that a run is made of, on this rank."""
+
+    config: TrainConfig
+    directory: Path
+    device: torch.device
+    workers: int
+    data: Data
+    plan: Plan | MixPlan
+    evals: dict[str, Evaluation | LabelledEvaluation]
+    identity: Identity
+    early: MemoryHandler        # log records from before train.log is open
+
+
+def initial_state(config: TrainConfig, device: torch.device) -> State:
+    """Model, optimiser and scaler at step 0, determined by the seed."""
+    torch.manual_seed(config.seed)
+    model = build(config.model, "model", config.trust).to(device)
+    model.set_grad_checkpoint(config.grad_checkpoint)
+    for tower in config.freeze:
+        {"image": model.visual, "text": model.text}[tower].requires_grad_(False)
+    optimizer = build(config.optim, "optim", config.trust)(model)
+    return State(model, optimizer, GradScaler(device.type, LOSS_SCALE[config.amp]))
+
+
+def build_forward(config: TrainConfig, model: CLIP) -> Forward:
+    """The model, compiled and wrapped in DistributedDataParallel as needed."""
+    forward = compile_model(model) if config.compile else model
+    if distributed.world_size() == 1:
+        return forward
+    return DistributedDataParallel(forward, gradient_as_bucket_view=True)
+
+
+def train_reader(config: TrainConfig, data: Data, plan: Plan | MixPlan, model: CLIP) -> TrainReader:
+    """Reader of training samples."""
+    crop, tokenizer = TrainCrop(model.visual.size, data.crop, data.decode), SimpleTokenizer(model.text.context)
+    return TrainReader(data.train, plan, crop, tokenizer, data.caption, config.loss.get("same") == "mask")
+
+
+def train_batches(parts: RunParts, state: State) -> Iterator[list[Chunk]]:
+    """This rank's share of each batch, from ``state.samples`` on."""
+    config, share = parts.config, distributed.local_batch_size(parts.config.batch_size)
+    reader = train_reader(config, parts.data, parts.plan, state.model)
+    ranges = train_ranges(state.samples, config.batch_size, config.micro_batch_size, distributed.rank(),
+                          distributed.world_size(), state.left_out)
+    fill = distributed.local_rank() == 0        # ranks of a machine share the cache of remote shards
+    return group_steps(load_chunks(reader, ranges, parts.workers, pin=parts.device.type == "cuda", fill=fill), share)
+
+
+def identify(config: TrainConfig, data: Data, plan: Plan | MixPlan) -> Identity:
+    """Config, data and length of a run."""
+    plan_id = blake2b(f"{data.train.id} {plan.id}".encode(), digest_size=16).hexdigest()
+    return Identity(asdict(config), plan_id, run_length(config, plan))
+
+
+def run_length(config: TrainConfig, plan: Plan | MixPlan) -> int:
+    """Steps of the whole run: the smaller of epochs and max_steps.
+
+    Raises:
+        UserError: a batch would contain a picture twice.
+    """
+    if config.batch_size > plan.largest_batch:
+        mixed = plan.largest_batch < plan.samples
+        what = "its smallest source gives, by data.weights" if mixed else f"the {plan.samples:,} training samples"
+        raise UserError(
+            f"batch_size={config.batch_size} is more than {what}, so a batch would hold a picture twice; at most "
+            f"batch_size={plan.largest_batch}" + (", or a smaller weight for that source" if mixed else "")
+        )
+    length = -int(-config.epochs * plan.samples // config.batch_size)
+    return length if config.max_steps is None else min(length, config.max_steps)
+
+
+def describe_length(config: TrainConfig, samples: int, length: int) -> str:
+    """Steps, epochs and warm-up of a run."""
+    epochs = length * config.batch_size / samples
+    warm = ""
+    if {"warmup", "warmup_cap"} <= config.sched.keys():
+        steps, wanted = warmup_steps(length, config.sched["warmup"], config.sched["warmup_cap"]), config.sched["warmup"]
+        limit = "sched.warmup" if steps == wanted else f"sched.warmup={wanted:,}, capped by sched.warmup_cap"
+        warm = f", warm-up {steps:,} ({limit})"
+    return f"{length:,} steps of {config.batch_size:,}, {epochs:.3g} epochs{warm}"
