@@ -1,16 +1,16 @@
-"""What a user can mend."""
+"""Errors that the user can fix, and the end by a signal."""
 
 
 class UserError(Exception):
-    """A mistake of the user's: its one line names the key or file, the value, what is right and the remedy.
+    """A mistake of the user, in one line: the key or file, the value, what is right and how to fix it.
 
-    The commands show the line alone and end with exit code 1; every other exception is a defect of ours and
-    keeps its traceback.
+    Commands print the line without a traceback and exit with code 1.  Every other exception is a bug of clipx and keeps
+    its traceback.
     """
 
 
 class Interrupted(BaseException):
-    """A signal has asked the process to end; what it did is saved.  No ``Exception``: a sweep ends with it, too.
+    """A signal has ended the process, after a save.  Not an ``Exception``, because it must also end a sweep.
 
     Args:
         code: to exit with.

@@ -12,26 +12,28 @@ from clipx.errors import UserError
 
 
 def main() -> None:
-    """The entry point."""
     command("evaluate", evaluate)
 
 
 def evaluate(composed: DictConfig, directory: Path) -> None:
-    """The numbers of some runs.
+    """Score one or several runs.
 
     Args:
-        composed: the config, as Hydra composes it.
-        directory: where results go that can stand beside nothing, since the weights are no file.
+        composed: the config that Hydra composed.
+        directory: for results of weights that are not a file, such as open_clip:NAME.
+
+    Raises:
+        UserError: a key, a run or the data is wrong, or the command was interrupted.
     """
     for run in expand_runs(typed_values(composed, EvaluateConfig)["run"]):
         check_exists("run", run)
     config = resolve(composed, EvaluateConfig)
-    from clipx.tools.score import score  # torch comes in here, so that --help and mistakes in the config answer at once
+    from clipx.tools.score import score  # imports torch
 
     try:
         score(config, directory)
     except KeyboardInterrupt:
-        raise UserError("interrupted; runs that were done before have their numbers in metrics.json") from None
+        raise UserError("interrupted; the numbers of the runs before are in their metrics.json") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m clipx.prepare``: a published layout -> indexed shards; or shards -> what is wrong with them."""
+"""``python -m clipx.prepare``: images and captions -> indexed shards; or shards -> a check of them."""
 
 import logging
 import os
@@ -24,33 +24,35 @@ logger = logging.getLogger("clipx")
 
 
 def main() -> None:
-    """The entry point."""
     command("prepare", prepare)
 
 
 def prepare(composed: DictConfig, directory: Path) -> None:
-    """One set of shards, made or checked.
+    """Make or check one set of shards.
 
     Args:
-        composed: the config, as Hydra composes it.
-        directory: of a run; shards go where ``out`` says.
+        composed: the config that Hydra composed.
+        directory: unused; the shards go to ``out``.
+
+    Raises:
+        UserError: the config or the source is wrong, or the command was interrupted.
     """
     config = resolve(composed, PrepareConfig)
     workers = available_cores() if config.workers == "auto" else config.workers
     try:
-        found = build(config.source, "source")(config.src)
-        job = make_shards if isinstance(found, Layout) else check_shards
-        root, name = job(config, found, workers)
+        source = build(config.source, "source")(config.src)
+        process = make_shards if isinstance(source, Layout) else check_shards
+        root, option = process(config, source, workers)
     except KeyboardInterrupt:
-        raise UserError("interrupted; the same words take it up again") from None
+        raise UserError("interrupted; rerun the same command to resume") from None
     except OSError as error:
         where = error.filename or config.out
-        raise UserError(f"{where}: {error.strerror or error}; when that is mended, the same words go on") from error
-    logger.info("next      python -m clipx.train model=small data=%s %s", name, shlex.quote(f"data.root={root}"))
+        raise UserError(f"{where}: {error.strerror or error}; fix that and rerun the same command to resume") from error
+    logger.info("next      python -m clipx.train model=small data=%s %s", option, shlex.quote(f"data.root={root}"))
 
 
 def make_shards(config: PrepareConfig, layout: Layout, workers: int) -> tuple[Path, str]:
-    """Write shards and tell what they hold; gives back where they are, and the data config that reads them."""
+    """Write shards and log what they hold; return their directory and the option of ``data`` that reads them."""
     if config.out is None:
         raise UserError("out has no value; add out=DIR, a new directory")
     out, source = Path(config.out).expanduser(), config.choices["source"]
@@ -61,23 +63,23 @@ def make_shards(config: PrepareConfig, layout: Layout, workers: int) -> tuple[Pa
 
 
 def check_shards(config: PrepareConfig, tars: Tars, workers: int) -> tuple[Path, str]:
-    """Index shards that are there, and with ``verify=true`` read them all.
+    """Index existing shards, and with ``verify=true`` read every sample.
 
     Raises:
-        UserError: training would stop at one of them, or a key has no effect.
+        UserError: training would fail on a shard, or a key has no effect.
     """
     if tars.caption_key is not None and not config.verify:
         raise UserError(f"source.caption_key={tars.caption_key} has no effect on an index; add verify=true, which "
                         "reads captions, or leave it out")
     whole, bad = tars, 0
     if config.verify:
-        beside = tars.root if os.access(tars.root, os.W_OK) else temporary_dir()
-        place = Path(config.out).expanduser() if config.out else beside
-        whole, bad = verify(tars, place / "bad.jsonl", workers)
+        default = tars.root if os.access(tars.root, os.W_OK) else temporary_dir()
+        folder = Path(config.out).expanduser() if config.out else default
+        whole, bad = verify(tars, folder / "bad.jsonl", workers)
     index(whole, bad)
     if broken := [shard.name for shard in tars.shards if shard not in whole.shards]:
-        raise UserError(f"training would stop at {', '.join(broken[:3])}, {len(broken)} of {len(tars.shards)} files; "
-                        f"pack what is no whole tar again, or move it out of {tars.root}")
+        raise UserError(f"training would fail on {', '.join(broken[:3])}, {len(broken)} of {len(tars.shards)} files; "
+                        f"pack the incomplete tars again, or move them out of {tars.root}")
     return tars.root, "shards"
 
 

@@ -16,63 +16,62 @@ from clipx.training.existing_run import check_existing_run
 
 
 def main() -> None:
-    """The entry point."""
     command("train", train, trains=True)
 
 
 def train(composed: DictConfig, directory: Path) -> float | None:
-    """One run.
+    """Train, or resume the run in a directory.
 
     Args:
-        composed: the config, as Hydra composes it.
-        directory: the run's; it goes on from what stands there.
+        composed: the config that Hydra composed.
+        directory: of the run.
 
     Returns:
-        The last value of ``objective``; None where there is none.
+        The last value of ``objective``, if there is one.
 
     Raises:
-        UserError: something is wrong with the config, the data or the run.
+        UserError: the config, the data or the run is wrong.
     """
     check_early(typed_values(composed), directory)
     config = resolve(composed)
     for tag in filter(None, (config.best, config.objective)):
         mode_of(tag, config.mode)
-    from clipx.training import run as training  # torch comes in here: --help and mistakes in the config answer at once
+    from clipx.training import run as training  # imports torch: errors in the config and --help do not wait for it
 
     return training.run(config, directory)
 
 
 def check_early(values: Mapping[str, Any], directory: Path) -> None:
-    """Refuse what can be refused without torch, which takes seconds to import.
+    """Check what needs no torch, which takes seconds to import.
 
     Args:
-        values: of the config, typed; the nodes as they are written.
-        directory: the run's.
+        values: the typed config, with its nodes as written.
+        directory: of the run.
 
     Raises:
-        UserError: the run there is another one, or the data or what it starts from are not there.
+        UserError: the directory holds another run, or the data or the initial weights do not exist.
     """
     check_existing_run(values, directory)
     data, trust = values["data"], values["trust"]
     root = data.get("root")
-    ours = str(data.get("_target_")).startswith("clipx.data.")          # without torch
-    if ours and isinstance(root, str) and not data.get("shards") and not Path(root).expanduser().is_dir():
-        build(check_node(data, "data", trust), "data", trust)           # says what should be there
+    is_ours = str(data.get("_target_")).startswith("clipx.data.")          # without torch
+    if is_ours and isinstance(root, str) and not data.get("shards") and not Path(root).expanduser().is_dir():
+        build(check_node(data, "data", trust), "data", trust)           # raises the error that names the layout
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Train from Python, as in a notebook.
+    """Train from Python, for example in a notebook.
 
         summary = clipx.train.run(overrides=["model=small", "data=folder", "data.root=DIR"])
 
     Args:
-        overrides: the words of a command line, without switches; one call is one run.
+        overrides: command-line arguments, without switches; one call is one run.
 
     Returns:
-        The run's summary.json: its state, final and best numbers.
+        The content of summary.json: state, final and best numbers.
 
     Raises:
-        UserError: something is wrong with the words, the data or the run; nothing is lost.
+        UserError: an argument, the data or the run is wrong; what was saved stays.
     """
     return json.loads((call("train", train, overrides) / "summary.json").read_text(encoding="utf-8"))
 

@@ -1,6 +1,9 @@
-"""``hydra/sweeper=optuna``.  Hydra takes plugins from this namespace package alone and imports it at every start: what
-takes time is imported when a search begins."""
+"""``hydra/sweeper=optuna``.
 
+Hydra finds plugins only in this namespace package and imports it at every start, so slow imports wait for a search.
+"""
+
+import importlib.util
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -9,9 +12,11 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from clipx.errors import UserError
+
 
 class OptunaSweeper(Sweeper):
-    """A sweep whose jobs Optuna proposes; conf/hydra/sweeper/optuna.yaml says what its keys mean."""
+    """A sweep whose jobs Optuna proposes; conf/hydra/sweeper/optuna.yaml explains its keys."""
 
     def __init__(self, **settings: Any):
         self.settings = settings
@@ -23,6 +28,8 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
+        if importlib.util.find_spec("optuna") is None:
+            raise UserError('hydra/sweeper=optuna needs Optuna; pip install "clipx[optuna]"')
         from clipx.config.tune import tune
 
         tune(self.settings, self.config, list(arguments), self.launcher, self.loader)

@@ -95,7 +95,7 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``python -m clipx.train WORDS`` in this process, from an empty directory."""
+    """``python -m clipx.train ARGUMENTS`` in this process, from an empty directory."""
     from clipx.train import main
 
     monkeypatch.chdir(tmp_path)
@@ -228,7 +228,7 @@ def reader(train: Callable[..., None], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``python -m clipx.prepare WORDS`` in this process."""
+    """``python -m clipx.prepare ARGUMENTS`` in this process."""
     from clipx.prepare import main
 
     monkeypatch.chdir(tmp_path)

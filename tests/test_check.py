@@ -31,7 +31,7 @@ Check = Callable[..., tuple[str, int]]
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Check:
-    """``python -m clipx.check WORDS`` in this process, from an empty directory: what it tells, and the exit code."""
+    """``python -m clipx.check ARGUMENTS`` in this process, from an empty directory: its output and exit code."""
     from clipx.check import main
 
     monkeypatch.chdir(tmp_path)
@@ -108,7 +108,7 @@ def test_where_there_are_no_data_the_rest_is_told(check: Check) -> None:
 def test_what_would_stop_the_run_is_told(words: list[str], finding: str, check: Check) -> None:
     told, code = check(*MADE_UP, *words)
     assert f"WRONG {finding}" in told and code == 1
-    assert told.endswith("this run would fail; 1 of the findings, marked WRONG, would stop it\n")
+    assert told.endswith("this run would fail: 1 of the findings, marked WRONG, would stop it\n")
 
 
 def test_what_is_odd_is_told_with_its_remedy_and_stops_nothing(check: Check) -> None:
@@ -240,7 +240,7 @@ def test_a_run_that_stands_there_is_told_and_left_as_it_is(
     before = files(tmp_path / "outputs")
     assert "ok    run       outputs/x, goes on behind step 3" in check(*given)[0]
     told, code = check(*given, "optim.lr=1")
-    assert code == 1 and "WRONG run       outputs/x/checkpoints/clip_last.pt is of another run (optim.lr: 0.00" in told
+    assert code == 1 and "WRONG run       outputs/x/checkpoints/clip_last.pt belongs to another run (optim" in told
     told, code = check(*given, "resume=null")
     assert code == 1 and "WRONG run       outputs/x holds a run; resume=auto resumes it" in told
     assert files(tmp_path / "outputs") == before

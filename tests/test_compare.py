@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from conftest import in_process
 from PIL import Image
 
-from clipx.compare import find, host, main, table
+from clipx.compare import main
+from clipx.tools.runs_table import find_runs, table
 
 TAG = "val/retrieval/mean_recall"
 
@@ -27,7 +29,7 @@ def made_up(root: Path, number: int, value: float | None, state: str = "finished
         "state": state, "step": 10, "steps": 10, "samples": 160, "seconds": 60.0, "final": final, "objective": TAG,
         "best": {"metric": TAG, "value": value + 0.01, "step": 9} if value is not None else {},
         "config": {**config, **keys},
-        "process": {"id": os.getpid(), "host": host(), "since": time.time()},
+        "process": {"id": os.getpid(), "host": socket.gethostname(), "since": time.time()},
     }  # fmt: skip
     (run / "summary.json").write_text(json.dumps(summary))
     rows = [{"step": step, "samples": 16 * step, "seconds": step, TAG: 0.1 * step, "train/loss": 3} for step in (1, 2)]
@@ -39,7 +41,7 @@ def test_the_table_has_what_differs_and_the_best_first(tmp_path: Path) -> None:
     for number, (lr, width) in enumerate([(1e-4, 64), (5e-4, 64), (1e-4, 128)]):
         made_up(tmp_path, number, [0.2, 0.5, 0.3][number], **{"optim.lr": lr, "model.image.width": width})
     made_up(tmp_path, 3, None, "failed")
-    rows = table(find([tmp_path]))
+    rows = table(find_runs([tmp_path]))
     assert [row["run"] for row in rows] == ["run0001", "run0002", "run0000", "run0003"]
     assert list(rows[0]) == ["run", "state", "model.image.width", "optim.lr", TAG, "best", "loss", "step", "samples/s",
                              "minutes"]
@@ -49,7 +51,7 @@ def test_the_table_has_what_differs_and_the_best_first(tmp_path: Path) -> None:
 def test_seeds_of_one_setting_stand_together(tmp_path: Path) -> None:
     for number, value in enumerate([0.1, 0.2, 0.6, 0.8]):
         made_up(tmp_path, number, value, **{"optim.lr": 1e-4 if number < 2 else 1e-3, "seed": number % 2})
-    good, poor = table(find([tmp_path]))
+    good, poor = table(find_runs([tmp_path]))
     assert (good["run"], good["state"], good["optim.lr"]) == ("2 seeds", "2 finished", 1e-3)
     assert str(good[TAG]) == "0.7 ± 0.14" and str(poor[TAG]) == "0.15 ± 0.071" and "seed" not in good
 
@@ -61,8 +63,8 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     for number, process in ((1, {"id": gone, "since": time.time()}), (2, {"id": os.getpid(), "since": 5.0})):
         file = tmp_path / f"run{number:04d}/summary.json"
         summary = json.loads(file.read_text())
-        file.write_text(json.dumps({**summary, "process": {"host": host(), **process}}))
-    assert [run.state for run in find([tmp_path])] == ["running", "killed", "killed"]
+        file.write_text(json.dumps({**summary, "process": {"host": socket.gethostname(), **process}}))
+    assert [run.state for run in find_runs([tmp_path])] == ["running", "killed", "killed"]
 
 
 BROKEN = {"empty": b"", "cut": b'{"state": "fini', "bytes": b"\xff\xfe\x00", "list": b"[1, 2]",
@@ -83,7 +85,7 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
     main()
     told = capsys.readouterr()
     assert [line.split()[0] for line in told.out.splitlines()] == ["run", "run0001", "run0000"]
-    damaged = "it is empty or damaged, not the JSON that a run writes"
+    damaged = "it is empty or corrupt, not the JSON that a run writes"
     foreign = "it was not written by a run of clipx"
     reasons = {"empty": damaged, "cut": damaged, "bytes": damaged, "list": foreign, "foreign": foreign, "odd": foreign,
                "folder": "it cannot be read: Is a directory"}
@@ -96,7 +98,7 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
     with (tmp_path / "outputs/run0000/metrics.jsonl").open("w") as file:
         file.write("no json\n")
     monkeypatch.setattr(sys, "argv", ["clipx.compare", "outputs", "--out=plot.png"])
-    with pytest.raises(SystemExit, match="^outputs/run0000/metrics.jsonl: line 1 is damaged; "):
+    with pytest.raises(SystemExit, match="^outputs/run0000/metrics.jsonl: line 1 is corrupt; "):
         main()
 
 

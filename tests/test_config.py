@@ -115,8 +115,8 @@ def test_train_yaml_states_every_key_of_the_schema() -> None:
         (["data=folder"], "data.root has no value; add data.root=..."),
         (["sched=null"], "sched=null: there is no such option; there are warmup_cosine"),
         (["~sched"], "sched has no value; add sched=..."),
-        (["~sched._target_"], "sched={'_partial_': True, 'warmup': 2000, 'warmup_cap': 0.1}: expected a config group's "
-                              "node, with a _target_"),
+        (["~sched._target_"], "sched={'_partial_': True, 'warmup': 2000, 'warmup_cap': 0.1}: expected a config node "
+                              "with a _target_"),
         (["optim._target_=os.x"], "optim._target_=os.x is not clipx's own code; trust=[os] allows it to be called"),
         (["model=5"], "model=5: there is no such option; there are " + ", ".join(MODELS)),
         (["config=no.yaml", "model=tiny"], "config=no.yaml: there is no such file; a run keeps its own as "
@@ -155,7 +155,7 @@ def test_odd_values_are_taken_as_they_are_written(value: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["evals=[a,b]", "x=null", "x=3", "x={a:1}", "x=${y}", "~x", "+x=1", "x='a b'"])
-def test_what_hydra_understands_is_left_alone(word: str) -> None:
+def test_what_hydra_parses_is_unchanged(word: str) -> None:
     assert arguments.escape_arguments([word], sweep=False) == [word]
 
 
@@ -181,7 +181,7 @@ def test_odd_paths_reach_the_data(fails: Callable[..., str]) -> None:
         assert fails("data=shards", f"data.root={odd}").startswith(f"data.root={odd} is not a directory")
 
 
-def test_the_same_words_find_the_same_directory() -> None:
+def test_the_same_arguments_give_the_same_directory() -> None:
     def directory(*given: str, **where: object) -> str:
         return str(arguments.run_directory(list(given), where.pop("name", None), where.pop("swept", None), **where))
 
@@ -195,7 +195,7 @@ def test_the_same_words_find_the_same_directory() -> None:
     assert directory("seed=1", saved=Path("outputs/x/config.yaml")) == "outputs/x,seed=1"
 
 
-def test_a_directory_name_is_bounded_and_keeps_different_words_apart() -> None:
+def test_a_directory_name_is_bounded_and_distinct() -> None:
     names = {arguments.directory_name([f"model.very_long_key_{i}={'x' * 99}" for i in range(n)]) for n in (2, 3, 4)}
     assert len(names) == 3 and max(map(len, names)) < 140
     a, b = arguments.directory_name(["data.val=/x/y"]), arguments.directory_name(["data.val=/x_y"])
@@ -242,7 +242,7 @@ def test_importing_clipx_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("given", [["--cfg", "job", "model=small"], ["model=small", "--cfg", "job", "seed=1"]])
-def test_options_may_stand_anywhere_among_the_words(given: list[str], tmp_path: Path) -> None:
+def test_options_may_come_anywhere_among_the_arguments(given: list[str], tmp_path: Path) -> None:
     shown = in_process("-m", "clipx.train", *given, cwd=tmp_path)
     assert shown.returncode == 0 and yaml.safe_load(shown.stdout)["model"]["image"]["width"] == 384
 
@@ -258,5 +258,5 @@ def test_a_config_of_a_run_is_for_the_commands_that_are_about_one(
     bench.main()
     assert json.loads((tmp_path / "found.json").read_text())["step"]
     monkeypatch.setattr(sys, "argv", ["clipx.evaluate", "config=outputs/x/config.yaml", "run=outputs/x"])
-    with pytest.raises(SystemExit, match=r"^config=outputs/x/config\.yaml: clipx\.evaluate takes no config of a run"):
+    with pytest.raises(SystemExit, match=r"^config=outputs/x/config\.yaml: clipx\.evaluate does not read a"):
         evaluate.main()

@@ -24,9 +24,10 @@ def without_torch(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("command", "given", "line"),
     [
-        ("train", [*EARLY, "optim.lr=0.1"], f"{RUN} is of another run (optim.lr: 0.0005 -> 0.1); name=... starts one "
-         "of its own, and resume_allow=[optim.lr] goes on with this one all the same"),
-        ("train", [*EARLY, "seed=5", "optim.lr=1", "resume_allow=[optim]"], f"{RUN} is of another run (seed: 0 -> 5)"),
+        ("train", [*EARLY, "optim.lr=0.1"], f"{RUN} belongs to another run (optim.lr: 0.0005 -> 0.1); name=... starts "
+         "a new run, and resume_allow=[optim.lr] resumes this one anyway"),
+        ("train", [*EARLY, "seed=5", "optim.lr=1", "resume_allow=[optim]"],
+         f"{RUN} belongs to another run (seed: 0 -> 5)"),
         ("train", [*EARLY, "resume_allow=[optin]"], "resume_allow=[optin]: there is no such key; did you mean optim"),
         ("train", [*EARLY, "resume=null"], "outputs/early holds a run; resume=auto resumes it, name=... starts"),
         ("train", [*EARLY, "resume=outputs/erly/clip_last.pt"], f"resume=outputs/erly/clip_last.pt: {NONE}"),

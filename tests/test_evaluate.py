@@ -48,7 +48,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Evaluate:
-    """``python -m clipx.evaluate WORDS`` in this process, from an empty directory: what it tells."""
+    """``python -m clipx.evaluate ARGUMENTS`` in this process, from an empty directory: what it tells."""
     from clipx.evaluate import main
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""``python -m clipx.export``: there and back, checked by those who shall open it; and whole, or not at all."""
+"""``python -m clipx.export``: to another project and back, checked by that project; whole, or not at all."""
 
 import importlib.util
 import json
@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from test_models import real_batch
 from test_weights import PIXELS, peer
 
-from clipx import export as export_room
 from clipx import load
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode
+from clipx.export import main
 from clipx.models.clip import CLIP
 from clipx.weights.load import model_node
 
@@ -27,12 +27,12 @@ Export = Callable[..., None]
 
 @pytest.fixture
 def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
-    """``python -m clipx.export WORDS`` in this process, from an empty directory."""
+    """``python -m clipx.export ARGUMENTS`` in this process, from an empty directory."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> None:
         monkeypatch.setattr(sys, "argv", ["clipx.export", *once(*words)])
-        export_room.main()
+        main()
 
     return run
 
@@ -125,7 +125,7 @@ def test_hugging_faces_own_directory_comes_back_with_the_tensors_that_it_had(exp
     [
         (["to=onnx", "run=w.pt", "out=new"], "to='onnx': should be 'open_clip' or 'hf'"),
         (["to=hf", "out=new"], "run has no value; add run=..."),
-        (["to=hf", "run=w.pt", "out=w.pt"], "out=w.pt is there already; name a new directory"),
+        (["to=hf", "run=w.pt", "out=w.pt"], "out=w.pt already exists; name a new directory"),
         (["to=hf", "run=w.pt", "out=w.pt/new", "act=gelu"], "out=w.pt/new cannot be written: File exists"),
         (["to=hf", "run=none", "out=new"], "run=none: there is no such run, checkpoint or weights; there is w.pt"),
         (["to=hf", "run=w.pt", "out=new"], "w.pt does not say its activation; add act=quick_gelu for OpenAI's weights "
@@ -161,7 +161,7 @@ def test_an_export_that_computes_something_else_is_not_made(
         text = json.dumps(content).replace('"quick_gelu": false', '"quick_gelu": true')
         path.write_text(text.replace('"hidden_act": "gelu"', '"hidden_act": "quick_gelu"'))
 
-    monkeypatch.setattr(export_room, "write_json", lie)
+    monkeypatch.setattr("clipx.weights.export.write_json", lie)
     message = refuses("run=w.pt", f"to={to}", "out=new", "act=gelu")
     assert message.startswith("the features of pictures differ by ") and message.endswith("; nothing is exported")
 

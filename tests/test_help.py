@@ -14,11 +14,10 @@ from conftest import ROOT, in_process
 
 from clipx.config.arguments import GROUPS, completion_line
 from clipx.config.help import help_page
-from clipx.config.schema import EvaluateConfig, ExportConfig, PrepareConfig, TrainConfig
-from clipx.predict import Predict
+from clipx.config.schema import EvaluateConfig, ExportConfig, PredictConfig, PrepareConfig, TrainConfig
 
 SCHEMAS = {"train": TrainConfig, "check": TrainConfig, "bench": TrainConfig, "evaluate": EvaluateConfig,
-           "prepare": PrepareConfig, "export": ExportConfig, "predict": Predict}
+           "prepare": PrepareConfig, "export": ExportConfig, "predict": PredictConfig}
 OF_GROUPS = {"train": {*GROUPS} - {"source"}, "check": {*GROUPS} - {"source"}, "bench": {*GROUPS} - {"source"},
              "evaluate": {"data", "evals"}, "prepare": {"source"}, "export": set(), "predict": set()}
 
@@ -106,7 +105,7 @@ def test_bash_completes_keys_and_options(line: str, offered: list[str], complete
     assert complete(line) == offered
 
 
-def test_words_that_hydra_cannot_read_do_not_hinder_completion() -> None:
+def test_completion_skips_arguments_that_hydra_cannot_parse() -> None:
     assert completion_line("clipx-train -m --config-dir D optim.lr=1,2 data.root=/a=b 'x y' config=c mod") == (
         "clipx-train -m --config-dir D optim.lr=1,2 mod")
     assert completion_line("clipx-train model=tiny ") == "clipx-train model=tiny "

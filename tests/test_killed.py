@@ -127,7 +127,7 @@ def test_sigterm_to_all_its_processes_saves_and_ends_with_code_0(straight: Path,
     os.killpg(process.pid, signal.SIGTERM)          # as schedulers do
     _, told = process.communicate(timeout=60)
     assert process.returncode == 0, told
-    assert "SIGTERM: checkpoint saved, stopping" in told and "goes on with  python -m clipx.train data=dummy" in told
+    assert "SIGTERM: checkpoint saved, stopping" in told and "resume with  python -m clipx.train data=dummy" in told
     step = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"]
     assert step == summary(tmp_path / "outputs/x")["step"] == lines(tmp_path / "outputs/x")[-1]["step"]
     finish(tmp_path)

@@ -1,4 +1,4 @@
-"""A search: Optuna proposes the words, poor trials end early by stop_at, and the same words go on to the same end."""
+"""A search: Optuna proposes the jobs, poor trials stop early, and the same command resumes to the same end."""
 
 import fcntl
 import json
@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from clipx.config.arguments import escape_arguments
 from clipx.config.schema import TrainConfig
-from clipx.config.tune import propose
+from clipx.config.study import propose
 from clipx.errors import Interrupted, UserError
 
 TAG = "val/retrieval/mean_recall"
@@ -161,14 +161,14 @@ def test_a_failed_trial_ends_no_other_and_is_told_at_the_end(
 
     pretended.before = fails
     told, code = search("optim.lr=1,2,3,4", "hydra.sweeper.n_trials=12", "hydra.sweeper.sampler=random")
-    no_number = [f"optim.lr={lr}: the run gives no number to go by as objective={TAG}" for lr in (2, 4)]
+    no_number = [f"optim.lr={lr}: the run gives no finite objective={TAG}" for lr in (2, 4)]
     assert set(code.split("\n")) == {"optim.lr=3: it is too fast", *no_number}
     states = {trial.params["optim.lr"]: trial.state.name for trial in trials()}
     assert states == {"1": "COMPLETE", "2": "FAIL", "3": "FAIL", "4": "FAIL"} and len(trials()) == 12
     assert f"best      {TAG} 1: optim.lr=1" in told
 
 
-def test_where_all_have_failed_the_same_words_try_again(
+def test_if_all_trials_failed_the_same_command_tries_again(
     search: Callable[..., tuple[list[str], str]], pretended: Pretended
 ) -> None:
     def fails(config: TrainConfig) -> None:
@@ -222,7 +222,7 @@ def test_trials_at_once_are_one_batch_and_a_job_whose_process_is_killed_fails_al
     assert all(len(set(batch)) == len(batch) for batch in batches)      # equal trials are one job
     states = {trial.params["optim.lr"]: trial.state.name for trial in trials()}
     assert states == {"1": "COMPLETE", "3": "COMPLETE", "5": "FAIL"} and len(trials()) == 12
-    assert code == "optim.lr=5: its process was killed, as for want of memory"
+    assert code == "optim.lr=5: its process was killed, probably out of memory"
 
 
 def test_in_a_grid_a_killed_process_is_told_in_a_line(
@@ -232,7 +232,7 @@ def test_in_a_grid_a_killed_process_is_told_in_a_line(
         raise BrokenProcessPool("a process was killed")
 
     launched(kill)
-    assert fails("-m", *FEW, "seed=1,2").startswith("a job's process was killed, as for want of memory")
+    assert fails("-m", *FEW, "seed=1,2").startswith("a job's process was killed, probably out of memory")
 
 
 @pytest.mark.parametrize(("word", "among"), [
@@ -268,13 +268,13 @@ def test_a_mistake_ends_in_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     assert fails("-m", *FEW, SPACE) == (
-        "an interval has no list of values to go through; add hydra/sweeper=optuna, which searches it")
+        "an interval is not a list of values to run; add hydra/sweeper=optuna to search it")
     assert search(SPACE, "hydra.sweeper.sampler=best")[1] == "hydra.sweeper.sampler='best': should be 'tpe' or 'random'"
     assert search(SPACE, "hydra.sweeper.rungs=[30%,2ep]")[1].startswith("hydra.sweeper.rungs=[30%,2ep]: should be dura")
     assert search(SPACE, "hydra.sweeper.rungs=[30%,10%]")[1].startswith("hydra.sweeper.rungs=[30%,10%]: should be dura")
     assert search(SPACE, "hydra.sweeper.rungs=[soon]")[1].startswith("hydra.sweeper.rungs=['soon']: should be a durati")
     assert search()[1].startswith("there is nothing to search; give a key several values")
-    assert search(SPACE, "objective=null")[1].startswith("objective=null: a search needs a number to go by")
+    assert search(SPACE, "objective=null")[1].startswith("objective=null: a search needs a metric")
     assert not FOUND.exists() and not pretended.ran
     assert search("optim.lr=tag(log,interval(0,1))")[1].startswith("optim.lr=tag(log,interval(0,1)): ")
     assert search(SPACE, "hydra.sweeper.n_trials=1")[1] == "" and len(pretended.ran) == 1
@@ -283,16 +283,15 @@ def test_a_mistake_ends_in_a_line(
     ran = len(pretended.ran)
     assert search("optim.lr=interval(0,1)", "seed=5", "name=t")[1] == (
         "outputs/sweeps/t holds another search (seed: 0 -> 5; hydra.sweeper.params.optim.lr: "
-        "'tag(log,interval(1e-6,1e-1))' -> 'interval(0,1)'); name=... starts one of its own")
+        "'tag(log,interval(1e-6,1e-1))' -> 'interval(0,1)'); name=... starts a new one")
     assert len(pretended.ran) == ran
 
     with (FOUND / "optuna.journal").open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert search(SPACE)[1].startswith("another process searches in outputs/sweeps/s; name=... starts a search of")
+        assert search(SPACE)[1].startswith("another process searches in outputs/sweeps/s; name=... starts a new")
 
-    monkeypatch.delitem(sys.modules, "clipx.config.tune")
     monkeypatch.setitem(sys.modules, "optuna", None)
-    assert search(SPACE)[1] == 'hydra/sweeper=optuna searches with Optuna; pip install "clipx[optuna]"'
+    assert search(SPACE)[1] == 'hydra/sweeper=optuna needs Optuna; pip install "clipx[optuna]"'
 
 
 def test_the_recipe_searches_without_m(train: Callable[..., None], pretended: Pretended) -> None:

@@ -465,7 +465,7 @@ def test_a_failure_between_any_two_files_costs_one_shard(
         with monkeypatch.context() as broken:
             broken.setattr(pack, name, fail)
             assert refused(*given, f"out=o{number}") == (
-                f"o{number}: No space left on device; when that is mended, the same words go on"
+                f"o{number}: No space left on device; fix that and rerun the same command to resume"
             )
         prepare(*given, f"out=o{number}")
         assert everything(tmp_path / f"o{number}") == everything(tmp_path / "whole")
@@ -512,7 +512,7 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
         caplog.clear()
         caplog.set_level(logging.INFO, logger="clipx")
         assert refused("source=shards", "src=s", "verify=true", *more) == (
-            "training would stop at d.tar, e.tar, 2 of 5 files; pack what is no whole tar again, or move it out of s")
+            "training would fail on d.tar, e.tar, 2 of 5 files; pack the incomplete tars again, or move them out of s")
         listing = tmp_path / ("told" if more else "s") / "bad.jsonl"
         bad = [json.loads(line) for line in listing.read_text().splitlines()]
         assert [(row["shard"], row["key"]) for row in bad] == [

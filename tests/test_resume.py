@@ -63,7 +63,7 @@ def test_a_signal_saves_and_ends_and_the_same_words_go_on(
     assert ended.value.code == 75 and signal.getsignal(number) is before
     told = capsys.readouterr().err
     assert f"{number.name}: checkpoint saved, stopping" in told
-    assert f"goes on with  python -m clipx.train {' '.join(FEW)} name=x max_steps=9 signal_exit_code=75" in told
+    assert f"resume with  python -m clipx.train {' '.join(FEW)} name=x max_steps=9 signal_exit_code=75" in told
     assert summary(tmp_path / "outputs/x")["state"] == "stopped"
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 5       # the step it came in is the last
     monkeypatch.undo()
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_model_is_refused_even_where_it_is_allowed(
     train(*FEW, "name=x", "max_steps=2", "evals=[]")
     words = (*FEW, "name=y", "max_steps=2", "resume=outputs/x/checkpoints/clip_last.pt", "model.image.width=96",
              "model.image.heads=1", "evals=[]")
-    assert "clip_last.pt is of another run (model.image.width: 192 -> 96; model.image.heads: 3 -> 1)" in fails(*words)
+    assert "belongs to another run (model.image.width: 192 -> 96; model.image.heads: 3 -> 1)" in fails(*words)
     told = fails(*words, "resume_allow=[model]")
     assert "clip_last.pt holds weights of another shape (size mismatch for visual" in told
     torch.save({"model_state_dict": {}}, tmp_path / "weights.pt")
@@ -206,7 +206,7 @@ def test_what_is_allowed_may_change_and_what_is_not_may_not(
     assert lines(tmp_path / "outputs/x")[-1]["samples"] == 3 * 16 + 3 * 8
     groups = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["optimizer"]["param_groups"]
     assert [group["peak_lr"] for group in groups] == [0.01, 0.01] and max(group["lr"] for group in groups) > 5e-4
-    assert "clip_last.pt is of another run" in fails(*FEW, "name=x", "max_steps=6", "stop_at=3")
+    assert "clip_last.pt belongs to another run" in fails(*FEW, "name=x", "max_steps=6", "stop_at=3")
 
 
 def test_a_run_may_become_longer_and_says_what_that_does_to_its_schedule(
@@ -526,8 +526,8 @@ def test_keys_that_a_later_version_adds_have_their_defaults_in_earlier_runs(
     train: Train, fails: Fails, early: Path
 ) -> None:
     without(early, "clip_norm", "max_rollbacks", "best", "optim.betas", "model.image.act")
-    assert "is of another run (clip_norm: None -> 1.0)" in fails(*EARLY, "clip_norm=1")
-    assert "is of another run (optim.betas: [0.9, 0.98] -> [0.9, 0.95])" in fails(*EARLY, "optim.betas=[0.9,0.95]")
+    assert "belongs to another run (clip_norm: None -> 1.0)" in fails(*EARLY, "clip_norm=1")
+    assert "belongs to another run (optim.betas: [0.9, 0.98] -> [0.9, 0.95])" in fails(*EARLY, "optim.betas=[0.9,0.95]")
     train(*EARLY)
     assert summary(early)["state"] == "finished"
     train("config=outputs/early/config.yaml", "name=again", "max_rollbacks=1")

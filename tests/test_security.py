@@ -155,10 +155,10 @@ def checkpoint_of(path: Path, node: object) -> Path:
         ({"_target_": "os.system", "command": "touch {ran}"}, "os.system is not clipx's own code"),
         ({"_target_": "builtins.exec", "source": "open('{ran}', 'w')"}, "builtins.exec is not clipx's own code"),
         ({"_target_": "pathlib.Path.write_text", "self": "{ran}", "data": ""}, "Path.write_text is not clipx"),
-        ({"_target_": "clipx.weights.checkpoint.save", "path": "{ran}", "content": {}}, "save is not of clipx.models"),
-        ({"_target_": "clipx.data.prepare.report.write", "path": "{ran}"}, "report.write is not of clipx.models"),
-        ({"_target_": "clipx.training.run.Path.write_text", "data": ""}, "run.Path.write_text is not of clipx.models"),
-        ({"_target_": "clipx.models.clip.build", "node": {}, "trust": ["os"]}, "clip.build is not of clipx.models"),
+        ({"_target_": "clipx.weights.checkpoint.save", "path": "{ran}", "content": {}}, "save is outside clipx.models"),
+        ({"_target_": "clipx.data.prepare.report.write", "path": "{ran}"}, "report.write is outside clipx.models"),
+        ({"_target_": "clipx.training.run.Path.write_text", "data": ""}, "run.Path.write_text is outside clipx.models"),
+        ({"_target_": "clipx.models.clip.build", "node": {}, "trust": ["os"]}, "clip.build is outside clipx.models"),
         ({"_target_": "clipx.models.clip.Any"}, "comes from typing"),
         ({"_target_": "clipx.models.clip.MAX_LOG_SCALE"}, "is a float, neither a function nor a class"),
         ({"_target_": "clipx.models.clip.torch.save", "obj": 1, "f": "{ran}"}, "cannot be imported"),
@@ -224,7 +224,7 @@ def test_a_trusted_package_passes_on_only_what_it_says_that_it_does(
         load(tmp_path / "own.pt")
     for attack in ({"_target_": "my_models.system", "command": f"touch {ran}"},
                    {"_target_": "my_models.save", "path": str(ran), "content": {}}):
-        with pytest.raises(CheckpointError, match=r"comes from (posix|nt);|is not of clipx\.models"):
+        with pytest.raises(CheckpointError, match=r"comes from (posix|nt);|is outside clipx\.models"):
             load(checkpoint_of(tmp_path / "evil.pt", attack), trust=trust)
     monkeypatch.delitem(sys.modules, "my_models")
 
@@ -558,7 +558,7 @@ def test_a_checkpoint_that_swells_is_not_unpacked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["hydra: {callbacks: {x: {_target_: os.system}}}", "'hydra': {}", "defaults: [x]"])
 def test_a_saved_config_that_would_steer_hydra_is_refused(fails: Callable[..., str], tmp_path: Path, key: str) -> None:
     (tmp_path / "config.yaml").write_text(f"seed: 0\n{key}\n")
-    assert "has no place in a run's config; it can call anything; delete it" in fails("config=config.yaml")
+    assert "does not belong in a run's config, as it can call any code; delete it" in fails("config=config.yaml")
 
 
 def test_a_name_does_not_steer_the_terminal(fails: Callable[..., str], tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import torch
 from conftest import FEW, assert_same_state, in_process, lines, once, summary
 from test_killed import until
 
-from clipx.compare import Spread, find, table
 from clipx.config.sweep import is_sweep
+from clipx.tools.runs_table import Spread, find_runs, table
 from clipx.training import run
 from clipx.weights.checkpoint import read
 
@@ -57,7 +57,7 @@ def test_each_job_has_a_directory_and_a_line_and_a_failed_one_ends_no_other(
     ends = {path.name: summary(path)["state"] for path in jobs.iterdir()}
     assert ends == {"optim.lr=0.0001": "finished", "optim.lr=fast": "failed", "optim.lr=0.0005": "finished"}
     assert read(jobs / "optim.lr=0.0005/checkpoints/clip_last.pt")["config"]["optim"]["lr"] == 5e-4
-    assert [row["optim.lr"] for row in table(find([jobs]))][2] == "fast"
+    assert [row["optim.lr"] for row in table(find_runs([jobs]))][2] == "fast"
 
     before = {path: path.stat().st_mtime_ns for path in jobs.rglob("clip_last.pt")}
     told, code = sweep("-m", *SHORT, "name=s", "optim.lr=1e-4,5e-4,1e-3")
@@ -65,7 +65,7 @@ def test_each_job_has_a_directory_and_a_line_and_a_failed_one_ends_no_other(
     assert [line.split(":")[1][:9] for line in told.splitlines() if line.startswith("[")] == [" finished"] * 3
 
 
-def test_without_a_name_the_words_that_all_share_keep_sweeps_apart(
+def test_without_a_name_shared_arguments_keep_sweeps_apart(
     sweep: Callable[..., tuple[str, str]], tmp_path: Path
 ) -> None:
     for steps in (1, 2):
@@ -128,7 +128,7 @@ def test_jobs_leave_nothing_behind_in_the_process(
 
 
 @pytest.mark.long
-def test_a_sweep_that_is_killed_goes_on_with_the_same_words(tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_with_the_same_command(tmp_path: Path) -> None:
     words = once("-m", "clipx.train", "-m", *FEW, "save_every=5", "name=s", "optim.lr=1e-4,1e-3", "seed=0,1,2")
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
@@ -140,7 +140,7 @@ def test_a_sweep_that_is_killed_goes_on_with_the_same_words(tmp_path: Path) -> N
     until(lambda: (third / "metrics.jsonl").exists() and len(lines_of(third)) > 8, started)
     os.killpg(started.pid, signal.SIGKILL)
     started.wait()
-    states = {run.path.name: run.state for run in find([jobs])}
+    states = {run.path.name: run.state for run in find_runs([jobs])}
     assert states == {f"optim.lr=0.0001,seed={seed}": state for seed, state in enumerate(["finished"] * 2 + ["killed"])}
     before = {seed: (jobs / f"optim.lr=0.0001,seed={seed}/summary.json").read_bytes() for seed in (0, 1)}
 
@@ -149,7 +149,7 @@ def test_a_sweep_that_is_killed_goes_on_with_the_same_words(tmp_path: Path) -> N
     assert all((jobs / f"optim.lr=0.0001,seed={seed}/summary.json").read_bytes() == old for seed, old in before.items())
     for job in jobs.iterdir():
         assert_same_state(job, tmp_path / "whole/outputs/sweeps/s" / job.name)
-    rows = table(find([jobs]))
+    rows = table(find_runs([jobs]))
     assert [(row["run"], row["state"]) for row in rows] == [("3 seeds", "3 finished")] * 2
     for row in rows:
         values = [summary(jobs / f"optim.lr={row['optim.lr']},seed={seed}")["final"][TAG] for seed in range(3)]

@@ -108,9 +108,9 @@ def test_a_run_of_other_meaning_in_the_same_directory_is_refused(
 ) -> None:
     train(*FEW, "name=x", "max_steps=3", "stop_at=2")
     message = fails(*FEW, "name=x", "max_steps=3", "optim.lr=0.1", "seed=5")
-    assert message == ("outputs/x/checkpoints/clip_last.pt is of another run (optim.lr: 0.0005 -> 0.1; seed: 0 -> 5); "
-                       "name=... starts one of its own, and resume_allow=[optim.lr,seed] goes on with this one all the "
-                       "same")
+    assert message == ("outputs/x/checkpoints/clip_last.pt belongs to another run (optim.lr: 0.0005 -> 0.1; "
+                       "seed: 0 -> 5); name=... starts a new run, and resume_allow=[optim.lr,seed] resumes this one "
+                       "anyway")
     assert "resume=auto resumes it" in fails(*FEW, "name=x", "max_steps=3", "resume=null")
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 2
 
@@ -121,7 +121,7 @@ def test_other_data_behind_the_same_words_are_refused(
     few = ("data=shards", f"data.root={make_shards(30)}", "workers=0", "batch_size=8", "max_steps=4", "evals=[]")
     train(*few, "stop_at=2")
     make_shards(31)
-    assert "is of another run (data: different shards, or different files in them)" in fails(*few)
+    assert "belongs to another run (data: different shards, or different files in them)" in fails(*few)
 
 
 def test_the_same_run_again_from_its_config(
@@ -133,7 +133,7 @@ def test_the_same_run_again_from_its_config(
     train("config=outputs/x/config.yaml", "name=other", "optim.lr=0.01")
     other = read(tmp_path / "outputs/other/checkpoints/clip_last.pt")
     assert other["config"]["optim"]["lr"] == 0.01 and other["config"]["choices"]["data"] == "dummy"
-    assert "its groups are settled" in fails("config=outputs/x/config.yaml", "data=emoji")
+    assert "already fixes every group" in fails("config=outputs/x/config.yaml", "data=emoji")
     assert "did you mean optim.lr?" in fails("config=outputs/x/config.yaml", "optim.lrr=0.01")
 
 

@@ -1,4 +1,4 @@
-"""The words of a command line: made fit for Hydra's grammar, and turned into the name of a run's directory."""
+"""Command-line arguments: escaped for Hydra's grammar, and turned into the name of a run's directory."""
 
 import os
 import re
@@ -9,92 +9,99 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from clipx.config.meaning import PLACES, is_neutral
+from clipx.config.meaning import LABELLED_PATHS, is_neutral
 from clipx.config.runs import OUTPUTS
 
 GROUPS = ("model", "data", "optim", "sched", "loss", "evals", "experiment", "source")
-MOST_LETTERS = 120          # of a directory's name
+MAX_NAME_LENGTH = 120       # characters of a directory's name
 
-# values that stay text where they look like numbers: names and paths
-TEXT = {"name", "init_from", "resume", "run", "src", "out", "cache", "images", "texts", "search", "json"}
-TEXT_OF_DATA = r"data\.(sources\.[^.]+\.)?(root|shards|val_shards|index_dir|cache)"
+# names and paths: their values stay text even if they look like numbers
+TEXT_KEYS = {"name", "init_from", "resume", "run", "src", "out", "cache", "images", "texts", "search", "json"}
+TEXT_DATA_KEYS = r"data\.(sources\.[^.]+\.)?(root|shards|val_shards|index_dir|cache)"
 
-# Hydra's own log files are not used; conf/hydra/output/clipx.yaml has its directories
-HYDRA = ["hydra/output=clipx", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-WITH_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c"}
+# clipx does not use Hydra's log files; conf/hydra/output/clipx.yaml sets its directories
+HYDRA_OVERRIDES = [
+    "hydra/output=clipx", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",
+]  # fmt: skip
+OPTIONS_WITH_VALUE = {
+    "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c",
+}  # fmt: skip
 
 
-def escape_arguments(words: Sequence[str], sweep: bool) -> list[str]:
-    """The words, those quoted that Hydra's grammar rejects or would take for a sweep where there is none.
+def escape_arguments(arguments: Sequence[str], sweep: bool) -> list[str]:
+    """Quote values that Hydra's grammar rejects, and commas outside a sweep.
 
-    Options come first: argparse wants all of the overrides in one row.
+    Options come first, because argparse accepts the overrides only in one row.
     """
-    options, overrides = parted(words)
-    return [*options, *(quoted(with_home(word), sweep) for word in overrides)]
+    options, overrides = split_options(arguments)
+    return [*options, *(escape_override(expand_home(override), sweep) for override in overrides)]
 
 
-def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's options with their values, and the overrides."""
+def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate Hydra's options and their values from the overrides."""
     options, overrides = [], []
-    for before, word in zip(["", *words], words, strict=False):
-        (options if word.startswith("-") or before in WITH_VALUE else overrides).append(word)
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        is_option = argument.startswith("-") or previous in OPTIONS_WITH_VALUE
+        (options if is_option else overrides).append(argument)
     return options, overrides
 
 
-def quoted(word: str, sweep: bool) -> str:
-    key, equals, value = word.partition("=")
-    if not equals or fits_grammar(word, sweep):
-        return word
-    return f"{key}=" + ",".join(quoted_value(key, part, sweep) for part in (parts_of(value) if sweep else [value]))
+def escape_override(override: str, sweep: bool) -> str:
+    key, equals, value = override.partition("=")
+    if not equals or is_valid(override, sweep):
+        return override
+    return f"{key}=" + ",".join(escape_value(key, part, sweep) for part in (split_commas(value) if sweep else [value]))
 
 
-def quoted_value(key: str, value: str, sweep: bool) -> str:
-    """A value, quoted as a whole or, of a list, in those of its parts that Hydra's grammar rejects."""
-    if fits_grammar(f"{key}={value}", sweep):
+def escape_value(key: str, value: str, sweep: bool) -> str:
+    """Quote a value or, of a list, only the items that Hydra's grammar rejects."""
+    if is_valid(f"{key}={value}", sweep):
         return value
     if value.startswith("[") and value.endswith("]"):
-        listed = f"[{','.join(quoted_value(key, part, sweep=False) for part in parts_of(value[1:-1]))}]"
-        if fits_grammar(f"{key}={listed}", sweep):
-            return listed
+        items = f"[{','.join(escape_value(key, part, sweep=False) for part in split_commas(value[1:-1]))}]"
+        if is_valid(f"{key}={items}", sweep):
+            return items
     return quote(value)
 
 
-def parts_of(value: str) -> list[str]:
-    """A value, cut at the commas that are not within brackets or braces."""
+def split_commas(value: str) -> list[str]:
+    """Split a value at the commas outside brackets and braces."""
     parts, depth = [""], 0
-    for letter in value:
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth == 0:
+    for character in value:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
             parts.append("")
         else:
-            parts[-1] += letter
+            parts[-1] += character
     return parts if depth == 0 else value.split(",")
 
 
-def fits_grammar(word: str, sweep: bool) -> bool:
+def is_valid(text: str, sweep: bool) -> bool:
+    """Whether Hydra reads an override as the user means it."""
     try:
-        override = OverridesParser.create().parse_override(word)
+        override = OverridesParser.create().parse_override(text)
     except HydraException:
         return False
     if override.is_sweep_override():
         return sweep
     if is_text(override.key_or_group):
         return not isinstance(override.value(), (int, float))
-    option = override.key_or_group in GROUPS and word != "experiment=null"
-    return not option or isinstance(override.value(), (str, list))      # model=5 names an option, too
+    is_option = override.key_or_group in GROUPS and text != "experiment=null"
+    return not is_option or isinstance(override.value(), (str, list))      # model=5 names an option, too
 
 
 def is_text(key: str) -> bool:
-    """Whether a key's value stays as it is typed: 007 and 1e3 are names, too."""
-    return key in TEXT or re.fullmatch(f"{TEXT_OF_DATA}|{PLACES}", key) is not None
+    """Whether the values of a key stay text: 007 and 1e3 can be names."""
+    return key in TEXT_KEYS or re.fullmatch(f"{TEXT_DATA_KEYS}|{LABELLED_PATHS}", key) is not None
 
 
 def completion_line(line: str) -> str:
-    """What the shell completes, without the words before the last that would stop Hydra from answering."""
-    words = [*line.split(), *([""] if line.endswith(" ") else [])]
-    kept = [word for before, word in zip(words, words[1:-1], strict=False) if before in WITH_VALUE
-            or word.startswith("-") or (fits_grammar(word, sweep=True) and not word.startswith("config="))]
-    return " ".join([*words[:1], *kept, *words[1:][-1:]])
+    """The line that the shell completes, without earlier arguments that Hydra's completion cannot parse."""
+    arguments = [*line.split(), *([""] if line.endswith(" ") else [])]
+    kept = [argument for previous, argument in zip(arguments, arguments[1:-1], strict=False)
+            if previous in OPTIONS_WITH_VALUE or argument.startswith("-")
+            or (is_valid(argument, sweep=True) and not argument.startswith("config="))]
+    return " ".join([*arguments[:1], *kept, *arguments[1:][-1:]])
 
 
 def quote(value: str) -> str:
@@ -102,41 +109,41 @@ def quote(value: str) -> str:
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
-def directory_name(words: Sequence[str]) -> str:
-    """The words in the letters of a file name, later ones over earlier ones; with a hash where that loses anything."""
-    by_key = {key_of(word): word for word in words}
-    text = ",".join(sorted(word for key, word in by_key.items() if not is_neutral(key)))
-    name = re.sub(r"[^\w.,=+~-]|^\.+$", "_", text)         # outputs/.. would be no directory of a run's
-    if name != text or len(name) > MOST_LETTERS:
-        name = f"{name[:MOST_LETTERS]}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
+def directory_name(overrides: Sequence[str]) -> str:
+    """Join overrides into a file name; a hash is added if characters are replaced or the name is cut."""
+    by_key = {key_of(override): override for override in overrides}         # the last one of a key counts
+    text = ",".join(sorted(override for key, override in by_key.items() if not is_neutral(key)))
+    name = re.sub(r"[^\w.,=+~-]|^\.+$", "_", text)         # name=.. must not leave outputs/
+    if name != text or len(name) > MAX_NAME_LENGTH:
+        name = f"{name[:MAX_NAME_LENGTH]}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
     return name
 
 
-def with_home(word: str) -> str:
-    """Hydra makes its directories itself, and takes ~ for a name."""
-    key, _, value = word.partition("=")
-    return f"{key}={os.path.expanduser(value)}" if key in ("hydra.run.dir", "hydra.sweep.dir") else word
+def expand_home(override: str) -> str:
+    """Expand ~ in the directories that Hydra creates itself."""
+    key, _, value = override.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if key in ("hydra.run.dir", "hydra.sweep.dir") else override
 
 
-def key_of(word: str) -> str:
-    return word.partition("=")[0].lstrip("+")
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
 
 
 def run_directory(
-    words: Sequence[str], name: str | None, swept: Sequence[str] | None = None, saved: Path | None = None
+    overrides: Sequence[str], name: str | None, swept: Sequence[str] | None = None, saved: Path | None = None
 ) -> Path:
-    """Where a run lives: the same words find it again.
+    """The directory of a run: the same arguments give the same directory.
 
     Args:
-        words: the overrides of the run.
-        name: the key ``name``; in a sweep it names the sweep, and stands for the words that all jobs share.
-        swept: keys that the sweep varies whose job the run is; None for a run alone.
-        saved: the config file of another run that this one repeats.
+        overrides: of the run.
+        name: the key ``name``.  In a sweep it names the sweep, and replaces the overrides that all jobs share.
+        swept: the keys that the sweep varies; None for a single run.
+        saved: the config file of the run that this one repeats.
     """
     if swept is not None:
-        own = directory_name([word for word in words if not name or key_of(word) in swept])
+        own = directory_name([override for override in overrides if not name or key_of(override) in swept])
         return OUTPUTS / "sweeps" / (directory_name([name]) if name else "sweep") / (own or "default")
-    own = directory_name(words)
+    own = directory_name(overrides)
     if name:
         return OUTPUTS / directory_name([name])
     return OUTPUTS / (",".join(filter(None, [saved.parent.name if saved else "", own])) or "default")

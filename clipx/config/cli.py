@@ -1,4 +1,4 @@
-"""Configuration enters once, through ``command``, and becomes plain typed values in ``resolve``."""
+"""The entrance of every Hydra command: arguments -> composed config and the run's directory."""
 
 import os
 import shlex
@@ -20,152 +20,162 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clipx.config import arguments
-from clipx.config.console import console, lasting, other_rank, printable
-from clipx.config.explain import explain, own_hydra, with_list
+from clipx.config.arguments import (
+    GROUPS,
+    HYDRA_OVERRIDES,
+    OUTPUTS,
+    completion_line,
+    escape_arguments,
+    run_directory,
+    split_options,
+)
+from clipx.config.console import log_to_console, nonzero_rank, printable, survive_closed_output
+from clipx.config.explain import add_list_hint, explain, isolated_hydra
 from clipx.config.help import help_page
-from clipx.config.hydra_settings import look_ahead
-from clipx.config.meaning import CONF, completed
-from clipx.config.mistyped import check_typed
-from clipx.config.sweep import Failures, JobEnd, is_sweep, obeyed, settings, varied
+from clipx.config.hydra_settings import find_run_dir
+from clipx.config.meaning import CONF, with_defaults
+from clipx.config.mistyped import check_arguments
+from clipx.config.sweep import FailureLog, JobReport, apply_hydra_dirs, is_sweep, swept_values, varied_keys
 from clipx.config.validate import ConfigError
 from clipx.errors import Interrupted, UserError
 from clipx.training.lock import remove_created_on_error
 
-OF_A_RUN = ("train", "check", "bench")      # commands whose config is that of a training run
+TRAIN_COMMANDS = ("train", "check", "bench")        # their config is that of a training run
+
+JobFunction = Callable[[DictConfig, Path], float | None]        # of the composed config and the run's directory
 
 
-@lasting()
-def command(name: str, job: Callable[[DictConfig, Path], float | None], trains: bool = False) -> None:
-    """The door of every Hydra command: conf/NAME.yaml, or the file in ``config=FILE``, and the words of the process.
+@survive_closed_output()
+def command(name: str, job: JobFunction, trains: bool = False) -> None:
+    """Run a Hydra command with the arguments of this process.
 
-    A mistake of the user's ends in one line and exit code 1.  In a sweep a failed job does not end the others, and
-    the failures are told once more at the end.
+    A mistake of the user ends in one line and exit code 1.  In a sweep a failed job does not end the others, and the
+    failures are listed at the end.
 
     Args:
-        name: of the command and of its primary config.
-        job: gets the composed config and the run's directory; its result is what a sweep optimises.
-        trains: whether it is a training run; in a sweep each is told in a line.
+        name: of the command and of its primary config, conf/NAME.yaml.
+        job: its result is what a sweep optimises.
+        trains: whether jobs are training runs, each reported in a line of a sweep.
     """
-    given = sys.argv[1:]
-    if {"-h", "--help"} & set(given):
-        return print(help_page(name, given))
-    if {"-sc", "--shell-completion"} & set(given):
-        os.environ["COMP_LINE"] = arguments.completion_line(os.environ.get("COMP_LINE", ""))
-    failures = Failures(arguments.OUTPUTS / ".sweep" / f"failed-{os.getpid()}")
-    told: list[str] = []
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        return print(help_page(name, arguments))
+    if {"-sc", "--shell-completion"} & set(arguments):
+        os.environ["COMP_LINE"] = completion_line(os.environ.get("COMP_LINE", ""))
+    failures = FailureLog.of_this_process()
+    errors: list[str] = []
     try:
-        carry_out(name, given, job, failures, trains)
-        told = failures.told()
+        compose_and_run(name, arguments, job, failures, trains)
     except UserError as error:
-        told = [*failures.told(), with_list(str(error), given)]
-    except (Interrupted, KeyboardInterrupt) as ended:
-        if isinstance(ended, KeyboardInterrupt) and not is_sweep(given):
-            raise                                           # at the second Ctrl-C; in a sweep joblib may run the jobs
-        if not other_rank():
-            again = f"goes on with  python -m clipx.{name} {shlex.join(given)}"
-            print(*failures.told(), again, sep="\n", file=sys.stderr)
-        sys.exit(ended.code if isinstance(ended, Interrupted) else 128 + signal.SIGINT)
+        errors = [add_list_hint(str(error), arguments)]
+    except (Interrupted, KeyboardInterrupt) as interrupt:
+        if isinstance(interrupt, KeyboardInterrupt) and not is_sweep(arguments):
+            raise                                           # the second Ctrl-C; in a sweep joblib may run the jobs
+        if not nonzero_rank():
+            resume = f"resume with  python -m clipx.{name} {shlex.join(arguments)}"
+            print(*failures.pop_all(), resume, sep="\n", file=sys.stderr)
+        sys.exit(interrupt.code if isinstance(interrupt, Interrupted) else 128 + signal.SIGINT)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        told = [*failures.told(), with_list(explain(error, name, given), given)]
+        errors = [add_list_hint(explain(error, name, arguments), arguments)]
     except BrokenExecutor:
-        told = [*failures.told(), "a job's process was killed, as for want of memory, which ended the others; the same "
-                "words go on; hydra.launcher.n_jobs=1 runs one at a time"]
-    if told:
-        sys.exit(printable("\n".join(told)))
+        errors = ["a job's process was killed, probably out of memory, which ended the other jobs; rerun the same "
+                  "command to resume; hydra.launcher.n_jobs=1 runs one job at a time"]
+    if errors := [*failures.pop_all(), *errors]:
+        sys.exit(printable("\n".join(errors)))
 
 
-def call(name: str, job: Callable[[DictConfig, Path], float | None], given: Sequence[str]) -> Path:
-    """A command in a program or a notebook: one run, by the words of a command line.
+def call(name: str, job: JobFunction, arguments: Sequence[str]) -> Path:
+    """Run a command once from Python.
 
     Returns:
-        The run's directory; the run has ended, or a signal such as Ctrl-C has stopped it after a save.
+        The run's directory.  The run has ended, or a signal such as Ctrl-C has stopped it after a save.
 
     Raises:
-        UserError: what a command would say in its last line.
+        UserError: with the message that the command would end with.
     """
-    options, _ = arguments.parted(given)
-    if options or is_sweep(given):
+    options, _ = split_options(arguments)
+    if options or is_sweep(arguments):
         raise ConfigError(f"{' '.join(options) or 'a sweep'} is for the command line; one call is one run")
-    places: list[Path] = []
+    directories: list[Path] = []
 
-    def noted(composed: DictConfig, directory: Path) -> float | None:
-        places.append(directory)
+    def recorded(composed: DictConfig, directory: Path) -> float | None:
+        directories.append(directory)
         return job(composed, directory)
 
     try:
-        carry_out(name, given, noted, Failures(arguments.OUTPUTS / ".sweep" / f"failed-{os.getpid()}"), True)
+        compose_and_run(name, arguments, recorded, FailureLog.of_this_process(), True)
     except UserError as error:
-        raise UserError(with_list(str(error), given)) from error
+        raise UserError(add_list_hint(str(error), arguments)) from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(with_list(explain(error, name, given), given)) from error
+        raise UserError(add_list_hint(explain(error, name, arguments), arguments)) from error
     except Interrupted:
-        pass                        # it is saved
-    return places[0]
+        pass                        # after a save
+    return directories[0]
 
 
-def carry_out(
-    name: str, given: Sequence[str], job: Callable[[DictConfig, Path], float | None], failures: Failures, trains: bool
+def compose_and_run(
+    name: str, arguments: Sequence[str], job: JobFunction, failures: FailureLog, trains: bool
 ) -> None:
-    """Do what the words of a command ask for.
+    """Compose the config and run the job, once or as a sweep.
 
     Raises:
-        UserError: a word is wrong, or a run alone or a search has failed; nothing is left of what was refused.
-        HydraException, OmegaConfBaseException: they do not compose.
+        UserError: an argument is wrong, or a single run or a search failed; refused arguments leave no files.
+        HydraException, OmegaConfBaseException: the config does not compose.
     """
-    saved, rest = take_saved(name, given)
-    check_typed(rest)
-    options, overrides = arguments.parted(arguments.escape_arguments(rest, is_sweep(rest)))
-    run = Job(job, saved, overrides, failures, trains)
-    ours = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []        # for hydra/sweeper=optuna
-    argv = [f"clipx-{name}", *options, *arguments.HYDRA, *ours, *overrides]
-    with primary(name, saved) as place, own_hydra():
-        made = look_ahead(name, place, options, overrides)
+    saved, rest = pop_saved_config(name, arguments)
+    check_arguments(rest)
+    options, overrides = split_options(escape_arguments(rest, is_sweep(rest)))
+    hydra_job = HydraJob(job, saved, overrides, failures, trains)
+    searchpath = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []      # for hydra/sweeper=optuna
+    argv = [f"clipx-{name}", *options, *HYDRA_OVERRIDES, *searchpath, *overrides]
+    with primary_config(name, saved) as location, isolated_hydra():
+        created = find_run_dir(name, location, options, overrides)
         GlobalHydra.instance().clear()
         if is_sweep(rest):
-            made = arguments.OUTPUTS / ".sweep"
-        with hydra_reads(argv), remove_created_on_error(made, "multirun.yaml"):
-            hydra.main(version_base="1.3", config_path=place, config_name=name)(run)()
-            if run.mistake:
-                raise UserError(run.mistake)
+            created = OUTPUTS / ".sweep"
+        with hydra_argv(argv), remove_created_on_error(created, "multirun.yaml"):
+            hydra.main(version_base="1.3", config_path=location, config_name=name)(hydra_job)()
+            if hydra_job.error:
+                raise UserError(hydra_job.error)
 
 
 @dataclass
-class Job:
-    """What Hydra calls: one run, alone or of a sweep."""
+class HydraJob:
+    """The function that Hydra calls for a single run, or for each job of a sweep."""
 
-    job: Callable[[DictConfig, Path], float | None]
+    job: JobFunction
     saved: Path | None
     overrides: list[str]        # of the command
-    failures: Failures
+    failures: FailureLog
     trains: bool
-    mistake: str = ""
+    error: str = ""             # of a single run
 
     def __call__(self, composed: DictConfig) -> float | None:
-        ran = HydraConfig.get()
-        sweep = ran.mode == RunMode.MULTIRUN
-        own = OmegaConf.to_container(ran.overrides.task, resolve=False)
-        keys = varied(self.overrides, list(ran.sweeper.get("params") or {}) if sweep else [], sweep)
-        chosen = {group: ran.runtime.choices[group] for group in arguments.GROUPS if group in ran.runtime.choices}
-        if chosen and self.saved is None:
-            OmegaConf.update(composed, "choices", chosen, force_add=True)
+        settings = HydraConfig.get()
+        sweep = settings.mode == RunMode.MULTIRUN
+        own = OmegaConf.to_container(settings.overrides.task, resolve=False)
+        keys = varied_keys(self.overrides, list(settings.sweeper.get("params") or {}) if sweep else [], sweep)
+        choices = {group: settings.runtime.choices[group] for group in GROUPS if group in settings.runtime.choices}
+        if choices and self.saved is None:
+            OmegaConf.update(composed, "choices", choices, force_add=True)
             OmegaConf.update(composed, "varied", keys, force_add=True)
-        name = None if composed.get("name") is None else str(composed.name)         # 5 is a name, too
-        directory = obeyed(ran, arguments.run_directory(own, name, keys if sweep else None, self.saved), sweep)
-        end = nullcontext()
+        name = None if composed.get("name") is None else str(composed.name)         # name=5 is text
+        directory = run_directory(own, name, keys if sweep else None, self.saved)
+        directory = apply_hydra_dirs(settings, directory, sweep)
+        report = nullcontext()
         if sweep:
-            end = JobEnd(ran.job.num, settings(own, keys), directory, self.failures, self.trains)
+            report = JobReport(settings.job.num, swept_values(own, keys), directory, self.failures, self.trains)
         try:
-            with console(sweep and self.trains), end:
+            with log_to_console(sweep and self.trains), report:
                 return self.job(composed, directory)
         except UserError as error:
-            self.mistake = str(error)       # of a run alone; told by command, in one line
+            self.error = str(error)
         return None
 
 
 @contextmanager
-def hydra_reads(argv: list[str]) -> Iterator[None]:
-    """Let Hydra find these words in the process, and raise its errors instead of printing them."""
+def hydra_argv(argv: list[str]) -> Iterator[None]:
+    """Let Hydra read these arguments, and raise its errors instead of printing them."""
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
     try:
@@ -177,43 +187,41 @@ def hydra_reads(argv: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def primary(name: str, saved: Path | None) -> Iterator[str]:
-    """Where Hydra finds a command's primary config, NAME.yaml: ours, or a run's own with our defaults for the rest."""
+def primary_config(name: str, saved: Path | None) -> Iterator[str]:
+    """Where Hydra finds NAME.yaml: clipx's package, or a directory with a run's config completed by our defaults."""
     if saved is None:
         yield f"pkg://{CONF}"
         return
-    with TemporaryDirectory(prefix="clipx-") as place:
-        whole = completed(yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, name)
-        Path(place, f"{name}.yaml").write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
-        yield place
+    with TemporaryDirectory(prefix="clipx-") as folder:
+        config = with_defaults(yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, name)
+        Path(folder, f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        yield folder
 
 
-def take_saved(name: str, given: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The file of ``config=FILE``, and the other words.
+def pop_saved_config(name: str, arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Separate the file of ``config=FILE`` from the other arguments.
 
     Raises:
-        ConfigError: the command takes none, there is no such file, or another word chooses a group, which the file has
-            settled.
+        ConfigError: the command does not read one, the file does not exist, or another argument chooses a group.
     """
-    files = [word.partition("=")[2] for word in given if word.startswith("config=")]
-    rest = [word for word in given if not word.startswith("config=")]
+    files = [argument.partition("=")[2] for argument in arguments if argument.startswith("config=")]
+    rest = [argument for argument in arguments if not argument.startswith("config=")]
     if not files:
         return None, rest
     path = Path(files[-1])
-    if name not in OF_A_RUN:
-        raise ConfigError(f"config={path}: clipx.{name} takes no config of a run; {', '.join(OF_A_RUN)} do")
+    if name not in TRAIN_COMMANDS:
+        raise ConfigError(f"config={path}: clipx.{name} does not read a run's config; {', '.join(TRAIN_COMMANDS)} do")
     if not path.is_file():
         raise ConfigError(f"config={path}: there is no such file; a run keeps its own as outputs/NAME/config.yaml")
-    odd = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).keys() & {"hydra", "defaults"}
-    if odd:
-        raise ConfigError(f"config={path}: {min(odd)} has no place in a run's config; it can call anything; delete it")
-    for word in rest:
-        key = word.partition("=")[0]
-        if key in arguments.GROUPS:
+    unsafe = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).keys() & {"hydra", "defaults"}
+    if unsafe:
+        raise ConfigError(f"config={path}: {min(unsafe)} does not belong in a run's config, as it can call any code; "
+                          "delete it")
+    for argument in rest:
+        key = argument.partition("=")[0]
+        if key in GROUPS:
             raise ConfigError(
-                f"{word}: config={path} is a whole config, its groups are settled; change single keys "
-                f"({key}.KEY=VALUE), or leave config= out and give all words"
+                f"{argument}: config={path} already fixes every group; change single keys ({key}.KEY=VALUE), or leave "
+                "config= out and give all arguments"
             )
     return path, rest
-
-

@@ -1,4 +1,4 @@
-"""What a command says on the terminal, above its progress bars."""
+"""What a command prints on the terminal, above its progress bars."""
 
 import logging
 import os
@@ -11,8 +11,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 
-class Lasting:
-    """A text stream that outlives the terminal or the pipe behind it: once that is gone, what is written is dropped.
+class ClosableStream:
+    """A text stream that drops what is written once the terminal or pipe that it writes to has closed.
 
     Args:
         stream: standard output or error.
@@ -25,17 +25,17 @@ class Lasting:
         try:
             return self.stream.write(text)
         except OSError:
-            self.give_up()
+            self.redirect_to_null()
             return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
         except OSError:
-            self.give_up()
+            self.redirect_to_null()
 
-    def give_up(self) -> None:
-        """Send the rest nowhere, what Python holds back for its exit included."""
+    def redirect_to_null(self) -> None:
+        """Drop the rest, including what Python flushes at exit."""
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.stream.fileno())
         os.close(null)
@@ -45,12 +45,12 @@ class Lasting:
 
 
 @contextmanager
-def lasting() -> Iterator[None]:
-    """Let a command go on when nobody reads its output any more, as behind ``| head``, or when it began without one."""
+def survive_closed_output() -> Iterator[None]:
+    """Keep a command running when its output is closed, as by ``| head``, or was closed from the start."""
     before = sys.stdout, sys.stderr
     with ExitStack() as stack:
         for name, stream in zip(("stdout", "stderr"), before, strict=True):
-            setattr(sys, name, Lasting(stream or stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            setattr(sys, name, ClosableStream(stream or stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
         try:
             yield
         finally:
@@ -59,39 +59,38 @@ def lasting() -> Iterator[None]:
             sys.stdout, sys.stderr = before
 
 
-class Console(logging.Handler):
+class ConsoleHandler(logging.Handler):
     """Log lines on the terminal, above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tell(self.format(record))
+        write_line(self.format(record))
 
 
-def tell(text: str) -> None:
-    """A line, or several."""
+def write_line(text: str) -> None:
     tqdm.write(printable(text), file=sys.stderr)
 
 
 def printable(text: str) -> str:
-    """The text without what steers a terminal: names of files and samples are a stranger's."""
+    """Replace control characters: names of files and samples may come from a stranger."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
-def other_rank() -> str:
-    """The number of this process where it is not the first of several."""
+def nonzero_rank() -> str:
+    """The rank of this process, or "" on rank 0."""
     return os.environ.get("RANK", "0").lstrip("0")
 
 
 @contextmanager
-def console(sweep: bool = False) -> Iterator[None]:
-    """Show what clipx logs, for as long as a command runs.
+def log_to_console(sweep: bool = False) -> Iterator[None]:
+    """Show clipx's log on the terminal: all of it, warnings of a sweep's jobs, errors of other ranks.
 
     Args:
-        sweep: whether it is one of many, of which only warnings are of interest; of ranks other than the first errors.
+        sweep: whether the run is a job of a sweep.
     """
-    level = logging.ERROR if other_rank() else logging.WARNING if sweep else logging.INFO
-    logger, handler = logging.getLogger("clipx"), Console(level)
-    if other_rank():
-        handler.setFormatter(logging.Formatter(f"rank {other_rank()}: %(message)s"))
+    level = logging.ERROR if nonzero_rank() else logging.WARNING if sweep else logging.INFO
+    logger, handler = logging.getLogger("clipx"), ConsoleHandler(level)
+    if nonzero_rank():
+        handler.setFormatter(logging.Formatter(f"rank {nonzero_rank()}: %(message)s"))
     logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
     try:

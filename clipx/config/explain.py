@@ -9,67 +9,67 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from clipx.config import arguments
+from clipx.config.arguments import split_commas
 from clipx.config.meaning import CONF, flatten
 from clipx.config.resolve import first_line
 from clipx.config.sweep import is_sweep
 from clipx.config.validate import suggest
 
 
-def with_list(mistake: str, given: Sequence[str]) -> str:
-    """A mistake, and how several values are given, where it is about values with commas between them."""
-    for word in given:
-        key, _, value = word.partition("=")
-        parts = [] if value.startswith(("'", '"')) else arguments.parts_of(value)
-        if len(parts) > 1 and all(parts) and mistake.startswith((f"{key}=", f"{key}:")) and not is_sweep(given):
-            return f"{mistake}; -m runs once for each value ({key}={value}), and {key}=[{value}] is one list"
-    return mistake
+def add_list_hint(message: str, arguments: Sequence[str]) -> str:
+    """Add how to give several values to an error about a value with commas."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        parts = [] if value.startswith(("'", '"')) else split_commas(value)
+        if len(parts) > 1 and all(parts) and message.startswith((f"{key}=", f"{key}:")) and not is_sweep(arguments):
+            return f"{message}; -m runs once for each value ({key}={value}), and {key}=[{value}] is one list"
+    return message
 
 
 @contextmanager
-def own_hydra() -> Iterator[None]:
-    """Hydra as it is at the start of a process: a notebook may have initialised it for itself."""
-    theirs = GlobalHydra.instance().hydra
+def isolated_hydra() -> Iterator[None]:
+    """Start with an uninitialised Hydra, and restore the one that a notebook may use."""
+    before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         yield
     finally:
-        GlobalHydra.instance().hydra = theirs
+        GlobalHydra.instance().hydra = before
 
 
-def explain(error: Exception, name: str, given: Sequence[str]) -> str:
-    """What Hydra or OmegaConf says, in one line with a near match."""
+def explain(error: Exception, name: str, arguments: Sequence[str]) -> str:
+    """The message of an error in one line, with a near match."""
     text = first_line(error)
     key = re.search(r"Could not override '([^']+)'", text)
     option = re.search(r"Could not (?:find|load) '([^']+)/([^']+)'", text)
     if "validated against ConfigStore schema" in text:
-        return "hydra-optuna-sweeper has a hydra/sweeper=optuna of its own; pip uninstall hydra-optuna-sweeper"
+        return "hydra-optuna-sweeper also defines hydra/sweeper=optuna; pip uninstall hydra-optuna-sweeper"
     if "does not support sweep type" in text:
-        return "an interval has no list of values to go through; add hydra/sweeper=optuna, which searches it"
-    with own_hydra(), hydra.initialize_config_module(CONF, version_base="1.3"):
+        return "an interval is not a list of values to run; add hydra/sweeper=optuna to search it"
+    with isolated_hydra(), hydra.initialize_config_module(CONF, version_base="1.3"):
         if option:
             options = GlobalHydra.instance().config_loader().get_group_options(option[1])
             return f"{option[1]}={option[2]}: there is no such option{suggest(option[2], options)}"
         if key:
-            known = hydra_keys(name, given, key[1]) if key[1].startswith("hydra.") else known_keys(name, given)
+            known = hydra_keys(name, arguments, key[1]) if key[1].startswith("hydra.") else known_keys(name, arguments)
             return f"{key[1]}: there is no such key{suggest(key[1], known)}"
     return text
 
 
-def known_keys(name: str, given: Sequence[str]) -> list[str]:
-    """All keys that the chosen groups have."""
+def known_keys(name: str, arguments: Sequence[str]) -> list[str]:
+    """All keys of the chosen groups."""
     try:
-        composed = hydra.compose(name, [word for word in given if re.fullmatch(r"[a-z]+=[\w\[\],]+", word)])
+        composed = hydra.compose(name, [text for text in arguments if re.fullmatch(r"[a-z]+=[\w\[\],]+", text)])
     except HydraException:
         composed = hydra.compose(name)
     plain = OmegaConf.to_container(composed)
     return [*flatten(plain), *(key for key, value in plain.items() if isinstance(value, dict))]
 
 
-def hydra_keys(name: str, given: Sequence[str], key: str) -> list[str]:
-    """The settings of Hydra's that stand beside a key."""
-    groups = [word for word in given if re.fullmatch(r"hydra/\w+=\w+", word)]
+def hydra_keys(name: str, arguments: Sequence[str], key: str) -> list[str]:
+    """The keys of Hydra under the same parent as ``key``."""
+    groups = [text for text in arguments if re.fullmatch(r"hydra/\w+=\w+", text)]
     composed = hydra.compose(name, groups, return_hydra_config=True)
     parent = key.rpartition(".")[0]
-    beside = OmegaConf.select(composed, parent)
-    return [f"{parent}.{own}" for own in beside] if isinstance(beside, DictConfig) else []
+    siblings = OmegaConf.select(composed, parent)
+    return [f"{parent}.{sibling}" for sibling in siblings] if isinstance(siblings, DictConfig) else []

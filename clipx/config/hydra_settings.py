@@ -1,4 +1,4 @@
-"""Hydra's own settings in files of the user's: obeyed or refused as on the command line, before Hydra acts on them."""
+"""Hydra settings in the user's YAML files: obeyed or refused as on the command line, before Hydra acts on them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,57 +10,57 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clipx.config import arguments
+from clipx.config.arguments import HYDRA_OVERRIDES, key_of
 from clipx.config.help import config_dirs
 from clipx.config.meaning import CONF, flatten
-from clipx.config.mistyped import check_hydra
+from clipx.config.mistyped import check_hydra_key
 
-NOTED = ("runtime", "overrides", "job.override_dirname", "job.config_name")     # what Hydra itself writes there
+SET_BY_HYDRA = ("runtime", "overrides", "job.override_dirname", "job.config_name")
 
 
-def look_ahead(name: str, place: str, options: Sequence[str], overrides: Sequence[str]) -> Path:
-    """The directory that Hydra will make for a run alone.
+def find_run_dir(name: str, location: str, options: Sequence[str], overrides: Sequence[str]) -> Path:
+    """The directory that Hydra will create for a single run.
 
     Args:
         name: of the primary config.
-        place: a package, as ``pkg://NAME``, or a directory that has it.
+        location: of that config: a package, as ``pkg://NAME``, or a directory.
         options: Hydra's switches with their values.
         overrides: in Hydra's grammar.
 
     Raises:
-        UserError: a file sets what has no effect.
+        UserError: a file has a setting without effect.
     """
     own = config_dirs(options)
-    keys = {arguments.key_of(word) for word in overrides}
+    keys = {key_of(override) for override in overrides}
     if not own and not keys & {"hydra.run.dir", "hydra.searchpath"}:
-        return Path()                   # then the settings are those that clipx comes with
-    names = [after for before, after in zip(options, options[1:], strict=False) if before in ("-cn", "--config-name")]
-    root, main = place, names[-1] if names else name
-    places = [f"file://{folder.absolute()}" for folder in own]
-    start = [] if place == f"pkg://{CONF}" else [f"pkg://{CONF}"]       # of a run's own config, our options
+        return Path()                   # then all settings are clipx's
+    names = [value for option, value in zip(options, options[1:], strict=False) if option in ("-cn", "--config-name")]
+    root, main = location, names[-1] if names else name
+    searchpath = [f"file://{folder.absolute()}" for folder in own]
+    ours = [] if location == f"pkg://{CONF}" else [f"pkg://{CONF}"]       # clipx's options, for a run's saved config
     if home := next((folder for folder in own if names and (folder / f"{main}.yaml").is_file()), None):
-        root, places = str(home.absolute()), [*places, place]       # where compose looks for the primary config
+        root, searchpath = str(home.absolute()), [*searchpath, location]     # its primary config
     parser = OverridesParser.create()
-    single = [word for word in overrides if not parser.parse_override(word).is_sweep_override()]
+    single = [override for override in overrides if not parser.parse_override(override).is_sweep_override()]
     try:
-        composed = compose(main, root, [*places, *start], single)
+        composed = compose(main, root, [*searchpath, *ours], single)
         after = flatten(OmegaConf.to_container(composed.hydra, resolve=False))
         directory = Path(composed.hydra.run.dir)
     except (HydraException, OmegaConfBaseException):
-        return Path()                   # Hydra will explain it
-    before: dict[str, Any] = flatten(OmegaConf.to_container(compose(name, place, start, []).hydra, resolve=False))
+        return Path()                   # Hydra will raise it
+    before: dict[str, Any] = flatten(OmegaConf.to_container(compose(name, location, ours, []).hydra, resolve=False))
     for key, value in after.items():
-        noted = any(f"{key}.".startswith(f"{one}.") for one in NOTED)
-        if not noted and before.get(key) != value:
-            check_hydra(f"hydra.{key}", f", as a file of {', '.join(map(str, own)) or 'yours'} sets it,")
+        set_by_hydra = any(f"{key}.".startswith(f"{prefix}.") for prefix in SET_BY_HYDRA)
+        if not set_by_hydra and before.get(key) != value:
+            check_hydra_key(f"hydra.{key}", f", as a file of {', '.join(map(str, own)) or 'yours'} sets it,")
     return directory
 
 
-def compose(name: str, place: str, places: Sequence[str], overrides: Sequence[str]) -> DictConfig:
-    """A config with Hydra's settings, and clipx's directories among them."""
-    package = place.removeprefix("pkg://")
-    start = (hydra.initialize_config_module(package, version_base="1.3") if package != place
-             else hydra.initialize_config_dir(place, version_base="1.3"))
-    with start:
-        found = [f"hydra.searchpath=[{','.join(places)}]"] if places else []
-        return hydra.compose(name, [arguments.HYDRA[0], *found, *overrides], return_hydra_config=True)
+def compose(name: str, location: str, searchpath: Sequence[str], overrides: Sequence[str]) -> DictConfig:
+    """Compose a config with Hydra's settings, including clipx's directories."""
+    package = location.removeprefix("pkg://")
+    initialized = (hydra.initialize_config_module(package, version_base="1.3") if package != location
+                   else hydra.initialize_config_dir(location, version_base="1.3"))
+    with initialized:
+        own = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
+        return hydra.compose(name, [HYDRA_OVERRIDES[0], *own, *overrides], return_hydra_config=True)

@@ -1,4 +1,4 @@
-"""From a config node to the object it describes: the path in ``_target_`` is the registry."""
+"""Build the object that a config node describes; the path in ``_target_`` is the registry."""
 
 import functools
 import importlib
@@ -9,64 +9,64 @@ from clipx.errors import UserError
 
 
 def locate(target: str, where: str, trust: Sequence[str] = (), own: str = "clipx") -> Callable[..., Any]:
-    """The function or class that ``target`` names, imported.
+    """Import the function or class that ``target`` names.
 
-    It must be defined where it may be called, as a module holds much that it has merely imported; only a trusted
-    package may pass on what is not its own, by its ``__all__``.
+    It must be defined in an allowed package: names that a module merely imports are refused, except those in the
+    ``__all__`` of a trusted package.
 
     Args:
         target: dotted path, such as ``clipx.models.clip.CLIP``.
-        where: the config key that holds it, for the error.
+        where: its config key, for errors.
         trust: packages besides clipx whose code may be called.
-        own: the part of clipx that may be called.
+        own: the part of clipx whose code may be called.
 
     Raises:
-        UserError: the package is not trusted, or there is no such function.
+        UserError: the package is not trusted, or the function does not exist.
     """
-    if not within(target, own, *trust):
-        raise refusal(where, target, target, own)
-    place, _, name = target.rpartition(".")
+    if not is_within(target, own, *trust):
+        raise not_allowed(where, target, target, own)
+    parent, _, name = target.rpartition(".")
     try:
-        module = importlib.import_module(place)
+        module = importlib.import_module(parent)
         found = getattr(module, name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{where}._target_={target} cannot be imported: {error}") from error
     if not callable(found):
         raise UserError(f"{where}._target_={target} is a {type(found).__name__}, neither a function nor a class")
-    home = getattr(found, "__module__", None) or (place if within(target, *trust) else "builtins")
-    if not within(home, own, *trust) and not (within(target, *trust) and name in getattr(module, "__all__", ())):
-        raise refusal(where, target, home, own)
+    home = getattr(found, "__module__", None) or (parent if is_within(target, *trust) else "builtins")
+    if not is_within(home, own, *trust) and not (is_within(target, *trust) and name in getattr(module, "__all__", ())):
+        raise not_allowed(where, target, home, own)
     return found
 
 
-def within(path: str, *packages: str) -> bool:
+def is_within(path: str, *packages: str) -> bool:
     return any(f"{path}.".startswith(f"{package}.") for package in packages)
 
 
-def refusal(where: str, target: str, home: str, own: str) -> UserError:
-    """Why a target may not be called that is defined in ``home``."""
+def not_allowed(where: str, target: str, home: str, own: str) -> UserError:
+    """The error for a target that is defined in ``home``."""
     package = home.partition(".")[0]
     if package == "clipx":
-        return UserError(f"{where}._target_={target} is not of {own}, all of clipx that may be called here")
+        return UserError(f"{where}._target_={target} is outside {own}, the only part of clipx that may be called here")
     reason = "is not clipx's own code" if home == target else f"comes from {home}"
     return UserError(f"{where}._target_={target} {reason}; trust=[{package}] allows it to be called")
 
 
 def build(node: Any, where: str = "model", trust: Sequence[str] = (), own: str = "clipx") -> Any:
-    """Call the ``_target_`` of a node with the node's other entries, innermost nodes first.
+    """Call the ``_target_`` of a node with its other entries, which are built first.
 
     Args:
-        node: a mapping with ``_target_`` (and ``_partial_: true`` where code supplies the rest of the
-            arguments), or a plain value, which is returned as it is.
+        node: a mapping with ``_target_``, and ``_partial_: true`` if code supplies the other arguments.  A mapping
+            without it is built item by item, and any other value is returned unchanged.
         where: the config key of the node, for errors.
         trust: packages besides clipx whose code may be called.
-        own: the part of clipx that may be called.
+        own: the part of clipx whose code may be called.
 
     Returns:
         What the target returns, or a ``functools.partial`` of it.
 
     Raises:
-        UserError: the target may not or cannot be called, or refuses a value.
+        UserError: the target must not or cannot be called, or rejects a value.
     """
     if isinstance(node, Mapping) and "_target_" not in node:
         return {key: build(value, f"{where}.{key}", trust, own) for key, value in node.items()}
@@ -79,5 +79,5 @@ def build(node: Any, where: str = "model", trust: Sequence[str] = (), own: str =
         return functools.partial(target, **arguments)
     try:
         return target(**arguments)
-    except ValueError as error:      # our own targets raise it for a value that cannot be
+    except ValueError as error:      # raised by targets for an invalid value
         raise UserError(f"{where}.{error}") from error

@@ -1,4 +1,4 @@
-"""From Hydra's composed config to plain typed values."""
+"""Hydra's composed config -> plain typed values."""
 
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from clipx.config import arguments
+from clipx.config.arguments import GROUPS
 from clipx.config.meaning import CONF
 from clipx.config.schema import TrainConfig
 from clipx.config.validate import ConfigError, check_call, check_node
@@ -15,19 +15,19 @@ Schema = TypeVar("Schema")
 
 
 def resolve(composed: DictConfig, schema: type[Schema] = TrainConfig) -> Schema:
-    """Plain typed values; every node is held against the signature that it calls, and nothing is built.
+    """Convert a config to plain typed values and check every node against the signature of its target.
 
     Args:
-        composed: the config, as Hydra composes it.
-        schema: of the command, a dataclass; those of its fields that are groups hold nodes.
+        composed: the config that Hydra composed.
+        schema: the dataclass of the command; its fields named in GROUPS hold nodes.
 
     Raises:
         ConfigError: a key, a type or a value is wrong.
     """
     values = typed_values(composed, schema)
     trust = values.get("trust", [])
-    groups = values.keys() & set(arguments.GROUPS) - {"evals"}
-    for key in sorted(groups, key=lambda key: key not in ("data", "source", "sched")):     # whose code needs no torch
+    groups = values.keys() & set(GROUPS) - {"evals"}
+    for key in sorted(groups, key=lambda key: key not in ("data", "source", "sched")):     # these import no torch
         values[key] = check_node(values[key], key, trust)
     if "evals" in values:
         values["evals"] = {key: check_node(node, f"evals.{key}", trust) for key, node in values["evals"].items()}
@@ -35,7 +35,7 @@ def resolve(composed: DictConfig, schema: type[Schema] = TrainConfig) -> Schema:
 
 
 def typed_values(composed: DictConfig, schema: type = TrainConfig) -> dict[str, Any]:
-    """Plain values in the types of a schema, nodes as they are written: what can be known without importing torch.
+    """Convert to the types of a schema, without checking nodes, which may import torch.
 
     Raises:
         ConfigError: a key, a type or a value is wrong.
@@ -43,15 +43,16 @@ def typed_values(composed: DictConfig, schema: type = TrainConfig) -> dict[str, 
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} has no value; add {error.full_key}={options(error.full_key)}") from error
+        key = error.full_key
+        raise ConfigError(f"{key} has no value; add {key}={list_options(key)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
     return check_call(schema, plain)
 
 
-def options(key: str) -> str:
-    """What a group can be; "..." for any other key."""
-    if key not in arguments.GROUPS:
+def list_options(key: str) -> str:
+    """The options of a group; "..." for any other key."""
+    if key not in GROUPS:
         return "..."
     return "|".join(sorted(path.name[:-5] for path in files(CONF).joinpath(key).iterdir() if path.name[-5:] == ".yaml"))
 

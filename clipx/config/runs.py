@@ -1,4 +1,4 @@
-"""Runs by their names: those that are meant, and where there is no such run those that exist."""
+"""Find runs by name; if one does not exist, suggest those that do."""
 
 from collections.abc import Iterator
 from difflib import SequenceMatcher
@@ -8,23 +8,23 @@ from pathlib import Path
 from clipx.errors import UserError
 
 OUTPUTS = Path("outputs")
-MOST_NAMED = 5
+MAX_SUGGESTED = 5
 
 
-def expand_runs(given: str | list[str]) -> dict[str, str]:
-    """Runs, each with what heads its column: its name where that tells them apart.
+def expand_runs(runs: str | list[str]) -> dict[str, str]:
+    """The path of each run with its label: its name, or its path if names repeat.
 
-    ``A,B`` and ``[A,B]`` are lists where Hydra has not read them as such, and no file has that name.
+    ``A,B`` and ``[A,B]`` are lists, unless a file has that name.
     """
-    text = given if isinstance(given, str) else ",".join(given)
-    parts = [text] if Path(text).exists() else listed(text.removeprefix("[").removesuffix("]"))
-    runs = list(dict.fromkeys(path for run in parts for path in matching(run.strip())))
-    names = [Path(run).name for run in runs]
-    return dict(zip(runs, names if len(set(names)) == len(names) else runs, strict=True))
+    text = runs if isinstance(runs, str) else ",".join(runs)
+    parts = [text] if Path(text).exists() else split_runs(text.removeprefix("[").removesuffix("]"))
+    paths = list(dict.fromkeys(path for part in parts for path in glob_runs(part.strip())))
+    names = [Path(path).name for path in paths]
+    return dict(zip(paths, names if len(set(names)) == len(names) else paths, strict=True))
 
 
-def listed(text: str) -> list[str]:
-    """What stands between commas; a comma may belong to the name of a run, which are named by words of a command."""
+def split_runs(text: str) -> list[str]:
+    """Split at commas, except those in the name of a run, which is built from arguments."""
     parts, found = text.split(","), []
     while parts:
         ends = (end for end in range(len(parts), 0, -1) if Path(",".join(parts[:end]).strip()).exists())
@@ -34,21 +34,22 @@ def listed(text: str) -> list[str]:
     return found
 
 
-def matching(pattern: str) -> list[str]:
-    """The runs that a pattern such as outputs/* stands for; what is no pattern as it is."""
+def glob_runs(pattern: str) -> list[str]:
+    """The runs that match a pattern such as outputs/*; any other text unchanged."""
     if Path(pattern).exists():
         return [pattern]
     return sorted(str(Path(path).parent) for path in glob(f"{pattern}/config.yaml")) or [pattern]
 
 
 def check_exists(key: str, where: str) -> None:
-    """
+    """Check that a run or weights exist.
+
     Args:
-        key: that gives ``where``.
-        where: a run, weights in a file or a directory, or a name of open_clip's.
+        key: whose value is ``where``.
+        where: a run, a file or directory of weights, or open_clip:NAME.
 
     Raises:
-        UserError: nothing is there; the message names runs that are.
+        UserError: it does not exist; the message suggests runs.
     """
     path = Path(where).expanduser()
     if not where.startswith("open_clip:") and not path.exists():
@@ -56,19 +57,19 @@ def check_exists(key: str, where: str) -> None:
 
 
 def suggest_runs(path: Path) -> str:
-    """The end of a message about a run or a checkpoint that is not there: some that are, those of like names first."""
-    run = next((place.parent for place in (path, *path.parents) if place.name == "checkpoints"), path)
-    there = {str(one): one.name for one in (*sorted(path.parent.glob("*.pt")), *nearby_runs(run)) if one != path}
+    """The end of an error about a missing run or checkpoint: existing ones, similar names first."""
+    run = next((parent.parent for parent in (path, *path.parents) if parent.name == "checkpoints"), path)
+    names = {str(near): near.name for near in (*sorted(path.parent.glob("*.pt")), *nearby_runs(run)) if near != path}
     wanted = path.name if path.parent.is_dir() else run.name
-    like = sorted(there, key=lambda one: -SequenceMatcher(None, there[one], wanted).ratio())
-    if not like:
+    similar = sorted(names, key=lambda near: -SequenceMatcher(None, names[near], wanted).ratio())
+    if not similar:
         return ""
-    rest = f" and {len(like) - MOST_NAMED:,} more" if len(like) > MOST_NAMED else ""
-    return f"; there {'is' if len(like) == 1 else 'are'} {', '.join(like[:MOST_NAMED])}{rest}"
+    rest = f" and {len(similar) - MAX_SUGGESTED:,} more" if len(similar) > MAX_SUGGESTED else ""
+    return f"; there {'is' if len(similar) == 1 else 'are'} {', '.join(similar[:MAX_SUGGESTED])}{rest}"
 
 
 def nearby_runs(run: Path) -> Iterator[Path]:
-    """Those beside a path, those of outputs and those of its sweeps."""
+    """The runs next to a path, in outputs/ and in its sweeps."""
     for pattern in (run.parent / "*", OUTPUTS / "*", OUTPUTS / "sweeps" / "*" / "*"):
         for config in sorted(glob(str(pattern / "config.yaml"))):
             yield Path(config).parent

@@ -1,4 +1,4 @@
-"""The typed configs of the commands.  conf/COMMAND.yaml explains each key and holds its default."""
+"""Typed configs of the commands; conf/COMMAND.yaml explains each key and holds its default."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -11,16 +11,16 @@ Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
 
 
 @dataclass(frozen=True)
-class Composed:
-    """What the door adds to a config, for the record."""
+class ComposedConfig:
+    """What ``config.cli`` records in a config."""
 
-    choices: dict[str, Any] = field(default_factory=dict, kw_only=True)     # the options of the groups
-    varied: list[str] = field(default_factory=list, kw_only=True)           # keys of the sweep, else of the words
+    choices: dict[str, Any] = field(default_factory=dict, kw_only=True)     # option of each group
+    varied: list[str] = field(default_factory=list, kw_only=True)           # keys that the sweep or the arguments set
 
 
 @dataclass(frozen=True)
-class TrainConfig(Composed):
-    """The schema of a training run.  conf/train.yaml says what each key means and holds the defaults."""
+class TrainConfig(ComposedConfig):
+    """Keys of clipx.train."""
 
     model: dict[str, Any]
     data: dict[str, Any]
@@ -60,8 +60,8 @@ class TrainConfig(Composed):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Composed):
-    """The schema of an evaluation.  conf/evaluate.yaml says what each key means and holds the defaults."""
+class EvaluateConfig(ComposedConfig):
+    """Keys of clipx.evaluate."""
 
     run: str | list[str]
     evals: dict[str, dict[str, Any]]
@@ -79,8 +79,8 @@ class EvaluateConfig(Composed):
 
 
 @dataclass(frozen=True)
-class PrepareConfig(Composed):
-    """The schema of making shards.  conf/prepare.yaml says what each key means and holds the defaults."""
+class PrepareConfig(ComposedConfig):
+    """Keys of clipx.prepare."""
 
     source: dict[str, Any]
     src: str
@@ -99,11 +99,40 @@ class PrepareConfig(Composed):
 
 
 @dataclass(frozen=True)
-class ExportConfig(Composed):
-    """The schema of an export.  conf/export.yaml says what each key means and holds the defaults."""
+class ExportConfig(ComposedConfig):
+    """Keys of clipx.export."""
 
     run: str
     to: Literal["open_clip", "hf"]
     out: str
     act: Literal["quick_gelu", "gelu"] | None
     trust: list[str]
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Keys of clipx.predict."""
+
+    run: str
+    images: str
+    texts: str | None
+    search: str | None
+    top: PositiveInt
+    out: str
+    json: bool
+    device: str
+    workers: Literal["auto"] | NonNegativeInt
+    act: Literal["quick_gelu", "gelu"] | None
+    trust: list[str]
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Keys that clipx.bench adds to those of a training run."""
+
+    parts: list[Literal["loader", "step"]]
+    rounds: PositiveInt
+    steps: PositiveInt
+    seconds: PositiveFloat
+    trace: bool
+    json: str | None

@@ -1,7 +1,8 @@
-"""A sweep as a whole: whether there is one, what it varies, and how each of its jobs ends."""
+"""Sweeps: whether the arguments start one, what it varies, and a report of each job."""
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,77 +14,77 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from clipx.config import arguments
-from clipx.config.console import other_rank, tell
+from clipx.config.arguments import OUTPUTS, key_of
+from clipx.config.console import nonzero_rank, write_line
 from clipx.config.help import config_dirs
 from clipx.config.meaning import CONF, is_neutral
 from clipx.errors import Interrupted, UserError
 from clipx.training.summary import FILE, read_summary
 
-UNSET, SWEEP_UNSET = "./.", f"{arguments.OUTPUTS}/.sweep"       # in conf/hydra/output/clipx.yaml
+UNSET, SWEEP_UNSET = "./.", f"{OUTPUTS}/.sweep"       # defaults of conf/hydra/output/clipx.yaml
 
 
-def is_sweep(given: Sequence[str]) -> bool:
-    """Whether the words start several jobs: ``-m`` is among them, or a recipe whose ``hydra.mode`` is MULTIRUN."""
-    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(given):
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Whether the arguments start several jobs: with ``-m``, or an experiment whose ``hydra.mode`` is MULTIRUN."""
+    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         return True
-    folders = [files(CONF), *config_dirs(given)]
-    names = [word.partition("=")[2] for word in given if word.startswith("experiment=")]
-    recipes = [folder / "experiment" / f"{name}.yaml" for name in names for folder in folders]
-    found = [yaml.safe_load(recipe.read_text(encoding="utf-8")) for recipe in recipes if recipe.is_file()]
-    return any((recipe.get("hydra") or {}).get("mode") == "MULTIRUN" for recipe in found if isinstance(recipe, dict))
+    folders = [files(CONF), *config_dirs(arguments)]
+    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("experiment=")]
+    paths = [folder / "experiment" / f"{name}.yaml" for name in names for folder in folders]
+    recipes = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    return any((recipe.get("hydra") or {}).get("mode") == "MULTIRUN" for recipe in recipes if isinstance(recipe, dict))
 
 
-def varied(given: Sequence[str], params: Sequence[str], sweep: bool) -> list[str]:
-    """The keys that a sweep varies; of a single run those that its words set.
+def varied_keys(overrides: Sequence[str], params: Sequence[str], sweep: bool) -> list[str]:
+    """The keys that a sweep varies, or that the arguments of a single run set.
 
     Args:
-        given: the overrides, in Hydra's grammar.
-        params: keys that the sweeper's own config varies.
-        sweep: whether it is one.
+        overrides: in Hydra's grammar.
+        params: keys that the sweeper's config varies.
+        sweep: whether this is a sweep.
     """
-    overrides = OverridesParser.create().parse_overrides(list(given))
-    named = [over.key_or_group for over in overrides if over.is_sweep_override() or not sweep]
-    return [key for key in dict.fromkeys([*params, *named]) if not is_neutral(key)]
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    keys = [override.key_or_group for override in parsed if override.is_sweep_override() or not sweep]
+    return [key for key in dict.fromkeys([*params, *keys]) if not is_neutral(key)]
 
 
-def obeyed(hydra: DictConfig, directory: Path, sweep: bool) -> Path:
-    """The directory of a run: where Hydra's settings put it, else the one that clipx names.
+def apply_hydra_dirs(hydra: DictConfig, directory: Path, sweep: bool) -> Path:
+    """The directory of a run: as set by the user in Hydra's settings, else as named by clipx.
 
     Args:
-        hydra: the settings; those that nobody has changed are those of conf/hydra/output/clipx.yaml.
-        directory: as clipx names it.
-        sweep: whether it is one of several runs.
+        hydra: Hydra's settings.
+        directory: as named by clipx.
+        sweep: whether the run is a job of a sweep.
     """
     if not sweep:
         return directory if hydra.run.dir == UNSET else Path(hydra.run.dir)
-    place = directory.parent if hydra.sweep.dir == SWEEP_UNSET else Path(hydra.sweep.dir)
-    return place / (directory.name if hydra.sweep.subdir == UNSET else hydra.sweep.subdir)
+    parent = directory.parent if hydra.sweep.dir == SWEEP_UNSET else Path(hydra.sweep.dir)
+    return parent / (directory.name if hydra.sweep.subdir == UNSET else hydra.sweep.subdir)
 
 
-def settings(overrides: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
-    """What a job's words give some keys."""
-    parsed = OverridesParser.create().parse_overrides([word for word in overrides if arguments.key_of(word) in keys])
+def swept_values(overrides: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
+    """The values that a job's overrides give to some keys."""
+    parsed = OverridesParser.create().parse_overrides([text for text in overrides if key_of(text) in keys])
     return {override.key_or_group: override.value() for override in parsed}
 
 
-class Failures:
-    """The jobs that have failed, a line each, in a file: jobs may be in processes of their own.
-
-    Args:
-        file: is removed when they have been told.
-    """
+class FailureLog:
+    """The failed jobs of a sweep, a line each.  They are kept in a file, because jobs may run in other processes."""
 
     def __init__(self, file: Path):
         self.file = file
 
-    def note(self, line: str) -> None:
+    @classmethod
+    def of_this_process(cls) -> "FailureLog":
+        return cls(OUTPUTS / ".sweep" / f"failed-{os.getpid()}")
+
+    def add(self, line: str) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def told(self) -> list[str]:
-        """All of them."""
+    def pop_all(self) -> list[str]:
+        """Return the lines and delete the file."""
         if not self.file.exists():
             return []
         lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
@@ -92,54 +93,54 @@ class Failures:
 
 
 @dataclass(frozen=True)
-class JobEnd:
-    """Tells how a job of a sweep ends, for the length of a ``with``; one that fails does not end the sweep.
+class JobReport:
+    """Context manager of one job: reports how it ends, and swallows its error so that the sweep continues.
 
     Args:
         number: of the job.
-        config: what the sweep has varied, for this job.
-        directory: its run's.
-        failures: where it is noted.
-        trains: whether it is a training run; one that fails before it has begun leaves a summary.json all the same.
+        config: the values that the sweep varies.
+        directory: of the run.
+        failures: where a failure is recorded.
+        trains: whether it is a training run, which gets a summary.json even if it fails before it starts.
     """
 
     number: int
     config: Mapping[str, Any]
     directory: Path
-    failures: Failures
+    failures: FailureLog
     trains: bool
 
-    def __enter__(self) -> "JobEnd":
+    def __enter__(self) -> "JobReport":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if error and not isinstance(error, Exception):
-            if isinstance(error, Interrupted) and not other_rank():
-                self.tell(None)
-            return False                            # a signal, which ends the sweep
-        if not other_rank():
-            self.tell(error)
+            if isinstance(error, Interrupted) and not nonzero_rank():
+                self.report(None)
+            return False                            # a signal ends the sweep
+        if not nonzero_rank():
+            self.report(error)
         return True
 
-    def tell(self, error: Exception | None) -> None:
-        """A line now, and one at the sweep's end if the job has failed."""
+    def report(self, error: Exception | None) -> None:
+        """Write a line now and, if the job failed, one at the end of the sweep."""
         if error is None:
             if self.trains:
-                tell(f"[{self.number}] {self.directory.name}: {ending(self.directory)}")
+                write_line(f"[{self.number}] {self.directory.name}: {describe_run(self.directory)}")
             return
         reason = str(error).strip()
         if not isinstance(error, UserError):
             reason = f"{type(error).__name__}: {reason}"
             logging.getLogger("clipx").error("job %d", self.number, exc_info=error)
-        tell(f"[{self.number}] {self.directory.name}: failed: {reason}")
-        self.failures.note(f"{self.directory.name}: {reason}")
+        write_line(f"[{self.number}] {self.directory.name}: failed: {reason}")
+        self.failures.add(f"{self.directory.name}: {reason}")
         if self.trains:
-            self.leave_summary(reason)
+            self.write_failed_summary(reason)
 
-    def leave_summary(self, reason: str) -> None:
-        """Where no run has left one."""
+    def write_failed_summary(self, reason: str) -> None:
+        """Write summary.json, unless the run has written one."""
         if "step" in read_summary(self.directory) or (self.directory.exists() and not self.directory.is_dir()):
             return
         summary = {"state": "failed", "reason": reason, "final": {}, "best": {}, "config": self.config}
@@ -147,14 +148,13 @@ class JobEnd:
         (self.directory / FILE).write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def ending(directory: Path) -> str:
-    """A job in a line: its state, what it is worth, how long it took."""
+def describe_run(directory: Path) -> str:
+    """State, objective and duration of a run, in one line."""
     summary = read_summary(directory)
     tag = summary.get("objective")
-    worth = f", {tag} {summary['final'][tag]:.4g}" if tag in summary["final"] else ""
-    return f"{summary['state']} at step {summary['step']:,}{worth}, {summary['seconds'] / 60:.1f} min"
+    objective = f", {tag} {summary['final'][tag]:.4g}" if tag in summary["final"] else ""
+    return f"{summary['state']} at step {summary['step']:,}{objective}, {summary['seconds'] / 60:.1f} min"
 
 
 def has_failed(directory: Path) -> bool:
-    """Whether the run there has, and said so."""
     return read_summary(directory).get("state") == "failed"

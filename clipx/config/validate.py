@@ -1,4 +1,4 @@
-"""A config node is right when it fits the signature that it calls: names, types, nothing missing."""
+"""Check config nodes against the signatures that they call: names, types, nothing missing."""
 
 import difflib
 import inspect
@@ -14,31 +14,31 @@ from clipx.errors import UserError
 
 
 class ConfigError(UserError):
-    """A key, a type or a value of the configuration is wrong."""
+    """A wrong key, type or value in a config."""
 
 
 def check_node(node: Any, where: str, trust: Sequence[str]) -> dict[str, Any]:
-    """A node with ``_target_``, its values in the types of the signature that it calls; nested nodes likewise.
+    """Convert the values of a node, and of its nested nodes, to the types of the signature that it calls.
 
     Raises:
-        ConfigError: it does not fit; the message names the key and what is right.
+        ConfigError: a name or a value does not fit; the message names the key and what is right.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(f"{where}={node!r}: expected a config group's node, with a _target_")
+        raise ConfigError(f"{where}={node!r}: expected a config node with a _target_")
     target = locate(node["_target_"], where, trust)
     plain = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
     nested = {key: check_nested(value, f"{where}.{key}", trust) for key, value in plain.items() if has_nodes(value)}
-    fitting = check_call(target, plain, f"{where}.", as_they_are=nested, partial=bool(node.get("_partial_")))
-    return {**node, **fitting, **nested}
+    converted = check_call(target, plain, f"{where}.", skip=nested, partial=bool(node.get("_partial_")))
+    return {**node, **converted, **nested}
 
 
 def has_nodes(value: Any) -> bool:
-    """Whether a value is a node, or holds nodes by name."""
+    """Whether a value is a node, or a mapping of nodes."""
     return isinstance(value, Mapping) and ("_target_" in value or any(has_nodes(inner) for inner in value.values()))
 
 
 def check_nested(value: Mapping[str, Any], where: str, trust: Sequence[str]) -> dict[str, Any]:
-    """A node, or nodes by name."""
+    """Check a node, or each node of a mapping."""
     if "_target_" in value:
         return check_node(value, where, trust)
     return {name: check_node(node, f"{where}.{name}", trust) for name, node in value.items()}
@@ -48,23 +48,23 @@ def check_call(
     target: Callable[..., Any],
     values: Mapping[str, Any],
     prefix: str = "",
-    as_they_are: Collection[str] = (),
+    skip: Collection[str] = (),
     partial: bool = False,
 ) -> dict[str, Any]:
-    """Hold values against a signature.
+    """Check and convert keyword arguments.
 
     Args:
-        target: a function or class with hints.
+        target: a function or class with type hints.
         values: its keyword arguments.
-        prefix: what stands before their names in the config, ``model.image.`` for example.
-        as_they_are: names of values that are not converted.
-        partial: code will supply what is missing.
+        prefix: of their keys in the config, for example ``model.image.``.
+        skip: names of values that are not converted.
+        partial: arguments may be missing, because code supplies them.
 
     Returns:
-        The values in the types that are hinted.
+        The values, converted to their type hints.
 
     Raises:
-        ConfigError: a name is unknown or missing, or a value does not fit its hint.
+        ConfigError: a name is unknown or missing, or a value does not fit its type hint.
     """
     parameters = dict(inspect.signature(target).parameters)
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
@@ -81,13 +81,13 @@ def check_call(
         if required and key not in values and not partial:
             raise ConfigError(f"{prefix}{key} has no value; add {prefix}{key}=...")
     return {
-        key: value if key in as_they_are else convert(value, hints.get(key, Any), f"{prefix}{key}")
+        key: value if key in skip else convert(value, hints.get(key, Any), f"{prefix}{key}")
         for key, value in values.items()
     }
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:
-    """The value in the type that is hinted; tuples become lists, which files keep.
+    """Convert a value to its type hint; tuples become lists, as in YAML and JSON.
 
     Raises:
         ConfigError: it does not fit.
@@ -98,15 +98,15 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         found = error.errors()
         if found[-1]["type"] == "missing" and isinstance(found[-1]["loc"][-1], int):        # of a tuple
             raise ConfigError(f"{key}={value!r}: should have {found[-1]['loc'][-1] + 1} values") from error
-        reasons = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in found)
+        reasons = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in found)
         reason = " or ".join(reasons).replace("Input should", "should").replace("or should be", "or")
         raise ConfigError(f"{key}={value!r}: {reason}") from error
     return list(converted) if isinstance(converted, tuple) else converted
 
 
 def suggest(key: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of an error about an unknown name: what it may have been meant to be."""
-    known = [name for name in known if not name.rpartition(".")[2].startswith("_")]         # _target_ is no one's wish
+    """The end of an error about an unknown name: a near match, or all known names."""
+    known = [name for name in known if not name.rpartition(".")[2].startswith("_")]         # _target_ is never meant
     same = [name for name in known if name.rpartition(".")[2] == key]                       # lr for optim.lr
     swapped = [name for name in known if sorted(name) == sorted(key)]                       # modle: model, not mode
     near = same or swapped or difflib.get_close_matches(key, known, n=1, cutoff=0.5)

@@ -27,9 +27,9 @@ import torch
 from omegaconf import DictConfig
 from open_clip_side import OpenClipSteps
 
-from clipx.bench import Bench, split
+from clipx.bench import split_config
 from clipx.config.cli import command
-from clipx.config.schema import TrainConfig
+from clipx.config.schema import BenchConfig, TrainConfig
 from clipx.devices import select_workers
 from clipx.errors import UserError
 from clipx.tools.bench import spread
@@ -46,7 +46,7 @@ def compare(composed: DictConfig, _directory: Path, peer_path: str) -> None:
     Raises:
         UserError: the config, the data or open_clip's environment is wrong.
     """
-    keys, config = split(composed)
+    keys, config = split_config(composed)
     found: dict[str, Any] = {}
     if "loader" in keys.parts:
         sides = in_turns(keys.rounds, {
@@ -60,7 +60,7 @@ def compare(composed: DictConfig, _directory: Path, peer_path: str) -> None:
         Path(keys.json).write_text(json.dumps(found, indent=2) + "\n")
 
 
-def compare_steps(config: TrainConfig, keys: Bench) -> dict[str, Any]:
+def compare_steps(config: TrainConfig, keys: BenchConfig) -> dict[str, Any]:
     """Samples/s on the same batches in memory, and peak memory."""
     with ExitStack() as stack:
         runs = {side: stack.enter_context(in_own_process(kind, config))

@@ -1,4 +1,4 @@
-"""What a command does with each word: it is obeyed, or refused in one line."""
+"""Every argument of a command is obeyed, or refused in one line."""
 
 import json
 import os
@@ -34,10 +34,10 @@ SHORT = (*FEW, "max_steps=2")
         (["model=tiny,"], "model=tiny, ends in a comma; write model=tiny, or quote a comma that belongs to the value: "
                           "\"model='tiny,'\""),
         (["hydra.verbose=true"], "hydra.verbose has no effect in clipx: a run keeps its own log and config in its "
-                                 "directory, and paths are seen from where the command is typed; leave it out"),
+                                 "directory, and paths are relative to the current directory; leave it out"),
     ],
 )
-def test_a_word_in_another_form_is_refused_with_the_right_one(
+def test_a_mistyped_argument_is_refused_with_the_right_form(
     given: list[str], line: str, fails: Callable[..., str], tmp_path: Path
 ) -> None:
     assert fails(*given) == line

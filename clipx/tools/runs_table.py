@@ -1,0 +1,238 @@
+"""Runs on disk as one table: what differs between them, and what came out.  Imports neither Hydra nor torch."""
+
+import csv
+import json
+import math
+import socket
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from clipx.config.runs import suggest_runs
+from clipx.errors import UserError
+from clipx.training.direction import Mode, mode_of
+
+Row = dict[str, Any]
+
+IGNORED_KEYS = {"name", "varied", "stop_at", "device", "workers", "resume"}     # they do not change the result
+STYLES = {"failed": "red", "killed": "red", "running": "yellow", "stopped": "yellow"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory and its summary.json."""
+
+    path: Path
+    summary: Mapping[str, Any]
+
+    @property
+    def state(self) -> str:
+        """finished, stopped, failed or running; killed if it should be running and its process is gone."""
+        return "killed" if self.summary["state"] == "running" and is_gone(self.summary) else self.summary["state"]
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The flat config; the option of a group is listed under the group's name."""
+        config = self.summary.get("config", {})
+        return {key.removeprefix("choices."): value for key, value in config.items()
+                if key.split(".")[0] not in IGNORED_KEYS}
+
+
+def is_gone(summary: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote a summary has ended; False for processes of other machines."""
+    import psutil
+
+    process = summary.get("process", {})
+    if process.get("host") != socket.gethostname():
+        return False
+    try:
+        return psutil.Process(process["id"]).create_time() > process["since"]       # the id was reused
+    except psutil.NoSuchProcess:
+        return True
+
+
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """Find the runs at or below some paths; report on stderr each summary.json that cannot be used.
+
+    Raises:
+        UserError: a path is missing, or there is no run.
+    """
+    if missing := next((path for path in paths if not path.exists()), None):
+        raise UserError(f"{missing}: there is no such run or folder of runs{suggest_runs(missing)}")
+    runs = []
+    for file in dict.fromkeys(file for path in paths for file in sorted(path.rglob("summary.json"))):
+        try:
+            runs.append(Run(file.parent, read_summary(file)))
+        except (OSError, ValueError) as error:
+            print(f"{file} is left out: {error}", file=sys.stderr)
+    if not runs:
+        raise UserError(f"{' '.join(map(str, paths))}: no run is there; expected their folder, such as "
+                        "outputs/sweeps/NAME")
+    return runs
+
+
+def read_summary(file: Path) -> dict[str, Any]:
+    """Read summary.json.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a run's summary.
+    """
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"it cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError("it is empty or corrupt, not the JSON that a run writes") from error
+    types = {"state": str, "final": dict, "best": dict}
+    if not isinstance(summary, dict) or any(not isinstance(summary.get(key), kind) for key, kind in types.items()):
+        raise ValueError("it was not written by a run of clipx")
+    return summary
+
+
+def varied_keys(runs: Sequence[Run]) -> list[str]:
+    """The keys in which runs differ; if a group's option differs, only the keys that also differ within an option."""
+    configs = [run.keys for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if differs(key, configs)]
+
+
+def differs(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a key has several values; if its group has several options, within one of them."""
+    group = key.split(".")[0]
+    having = [config for config in configs if key in config]        # a job that failed early has only its arguments
+    options = [json.dumps(config.get(group)) for config in having] if key != group else []
+    several = len({*options, "null"}) > 2
+    values = {(option if several else "", json.dumps(config[key])) for config, option in zip_longest(having, options)}
+    return len(values) > len({option for option, _ in values})
+
+
+def group_seeds(runs: Sequence[Run], keys: Sequence[str]) -> list[list[Run]]:
+    """Group runs that differ only in their seed."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([run.keys.get(key) for key in keys if key != "seed"]), []).append(run)
+    return list(groups.values())
+
+
+def objective(runs: Sequence[Run]) -> str | None:
+    """The most frequent objective."""
+    tags = Counter(run.summary.get("objective") for run in runs)
+    return tags.most_common(1)[0][0]
+
+
+def objective_mode(runs: Sequence[Run], tag: str | None) -> Mode:
+    """Whether a high or a low objective is better; summaries of 0.1.0 and earlier do not say."""
+    modes = [run.summary["mode"] for run in runs if run.summary.get("objective") == tag and "mode" in run.summary]
+    return modes[0] if modes else mode_of(tag, None)
+
+
+def table(runs: Sequence[Run]) -> list[Row]:
+    """One row per setting, the best first."""
+    keys, tag = varied_keys(runs), objective(runs)
+    groups = group_seeds(runs, keys)
+    show_seed = len(groups) == len(runs)
+    rows = [make_row(group, keys, tag, show_seed) for group in groups]
+    sign = -1 if objective_mode(runs, tag) == "min" else 1
+    return sorted(rows, key=lambda row: sign * sort_key(row[tag or "objective"], -sign * math.inf), reverse=True)
+
+
+def make_row(group: Sequence[Run], keys: Sequence[str], tag: str | None, show_seed: bool) -> Row:
+    """A row of the table: one run, or the seeds of one setting."""
+    first = group[0]
+    states = Counter(run.state for run in group)
+    name = first.path.name if len(group) == 1 else f"{len(group)} seeds"
+    row: Row = {"run": name, "state": ", ".join(f"{n} {s}" if len(group) > 1 else s for s, n in states.items())}
+    row |= {key: first.keys.get(key) for key in keys if show_seed or key != "seed"}
+    final = [value for run in group if (value := run.summary.get("final", {}).get(tag)) is not None]
+    best = [run.summary["best"]["value"] for run in group if run.summary.get("best")]
+    losses = [loss for run in group if (loss := run.summary.get("final", {}).get("train/loss")) is not None]
+    rates = [rate for run in group if (rate := run.summary.get("final", {}).get("train/samples_per_s"))]
+    row |= {tag or "objective": spread(final), "best": spread(best), "loss": spread(losses)}
+    row |= {"step": max(run.summary.get("step", 0) for run in group), "samples/s": spread(rates)}
+    return row | {"minutes": sum(run.summary.get("seconds", 0) for run in group) / 60}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation."""
+
+    mean: float
+    deviation: float
+
+    def __str__(self) -> str:
+        deviation = self.deviation if self.deviation > 1e-9 * abs(self.mean) else 0      # smaller is rounding
+        return f"{self.mean:.4g} ± {deviation:.2g}"
+
+
+def spread(values: Sequence[float]) -> Any:
+    """None, the only value, or the ``Spread`` of several."""
+    if len(values) < 2:
+        return values[0] if values else None
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return Spread(statistics.fmean(values), statistics.stdev(values))
+
+
+def sort_key(value: Any, missing: float) -> float:
+    value = value.mean if isinstance(value, Spread) else value
+    return value if isinstance(value, (int, float)) and not math.isnan(value) else missing
+
+
+def to_text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def to_columns(rows: Sequence[Row]) -> str:
+    lines = [list(rows[0]), *([to_text(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+                     for line in lines)
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the table: with the width and colours of a terminal, else in plain columns."""
+    if not sys.stdout.isatty():
+        print(to_columns(rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, header_style="bold")
+    for key in rows[0]:
+        shown.add_column(key, overflow="fold")
+    for number, row in enumerate(rows):
+        style = next((style for state, style in STYLES.items() if state in row["state"]), None)
+        shown.add_row(*map(to_text, row.values()), style=style or (None if number else "bold green"))
+    Console(markup=False, highlight=False).print(shown)
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([to_text(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"
+
+
+def export_rows(runs: Sequence[Run]) -> list[Row]:
+    """One row per run with all of its last numbers, for other programs."""
+    keys = varied_keys(runs)
+    return [
+        {"run": str(run.path), "state": run.state, **{key: run.keys.get(key) for key in keys},
+         **{key: run.summary.get(key) for key in ("step", "samples", "seconds", "reason")}, **run.summary["final"]}
+        for run in runs
+    ]  # fmt: skip
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    file = StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
