@@ -23,6 +23,7 @@ from clipx import distributed
 from clipx.data.loader import train_ranges
 from clipx.training import lock, logs, run, step
 from clipx.training.loop import State
+from clipx.training.parts import RunParts
 from clipx.weights.checkpoint import read
 
 Train = Callable[..., None]
@@ -228,8 +229,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
     def spread(positions: set[int]) -> None:
         batches, normalise, bad = run.train_batches, step.Normalise.__call__, [False]
 
-        def noted(job: run.Job, state: State) -> Iterator:
-            for chunks in batches(job, state):
+        def noted(parts: RunParts, state: State) -> Iterator:
+            for chunks in batches(parts, state):
                 bad[0] = chunks[0].position in positions
                 yield chunks
 

@@ -21,6 +21,7 @@ from test_killed import until
 from clipx.config.sweep import is_sweep
 from clipx.tools.runs_table import Spread, find_runs, table
 from clipx.training import run
+from clipx.training.parts import RunParts
 from clipx.weights.checkpoint import read
 
 Train = Callable[..., None]
@@ -80,10 +81,10 @@ def test_a_defect_in_one_job_keeps_its_traceback_and_the_others_train(
 ) -> None:
     whole = run.train
 
-    def breaks(job: run.Job, *rest: Any) -> Any:
-        if job.config.seed == 0:
+    def breaks(parts: RunParts, *rest: Any) -> Any:
+        if parts.config.seed == 0:
             raise ZeroDivisionError("nobody expected this")
-        return whole(job, *rest)
+        return whole(parts, *rest)
 
     monkeypatch.setattr(run, "train", breaks)
     told, code = sweep("-m", *SHORT, "name=s", "seed=0,1")
