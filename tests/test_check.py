@@ -67,7 +67,8 @@ def test_a_sound_run_is_told_without_a_complaint_and_leaves_a_picture_alone(
     assert code == 0 and {line.split()[0] for line in told.splitlines()} == {"ok"}, told
     for expected in ("100 pictures to train in 2 shards", "parameters", "125 steps of 8", "12.5 batches an epoch",
                      "warm-up 12 (sched.warmup=2,000, capped by sched.warmup_cap)", "100 pictures to validate",
-                     "55 of 55 looked at (100%) have a picture and a caption", "0% are cut at model.text.context=77"):
+                     "55 of 55 samples checked (100%) have a picture and a caption",
+                     "0% are truncated at model.text.context=77"):
         assert expected in told, expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clipx-check.png", "shards"]
     with Image.open(tmp_path / "clipx-check.png") as image:
@@ -117,12 +118,12 @@ def test_what_is_odd_is_told_with_its_remedy_and_stops_nothing(check: Check) -> 
     assert code == 0
     for finding in (
         "odd   device    amp=fp16 is many times slower than amp=none on a CPU",
-        "odd   length    the learning rate rises for all 100 steps; sched.warmup_cap=0.1",
-        "odd   length    eval_every=30ep is 150 steps and never comes due; eval_every=25%",
-        "odd   length    save_every=101 is 101 steps and never comes due; save_every=25%",
-        "odd   samples   captions have 9 tokens in the median, 9 at most; 100% are cut at model.text.context=6; ",
-        "odd   evals     nothing gives val/retrieval/mean_recall, which the run is judged by; there are evals=[]",
-        "odd   workers   workers=999 wait for each other on ",
+        "odd   length    warm-up lasts for all 100 steps; sched.warmup_cap=0.1",
+        "odd   length    eval_every=30ep is 150 steps, more than the run has; try eval_every=25%",
+        "odd   length    save_every=101 is 101 steps, more than the run has; try save_every=25%",
+        "odd   samples   captions have a median of 9 tokens and at most 9; 100% are truncated at model.text.context=6",
+        "odd   evals     no evaluation computes val/retrieval/mean_recall, by which the run is judged; there are evals",
+        "odd   workers   workers=999 is more than the ",
     ):
         assert finding in told, finding
 
@@ -163,7 +164,7 @@ def test_a_cache_too_small_for_remote_shards_is_told(
     told, code = check(*remote, "data.cache_gb=1e-5")
     assert code == 1 and "WRONG samples   data.cache_gb=1e-05 is too small for two windows of shards" in told
     told, code = check(*remote)
-    assert code == 0 and "22 of 22 looked at" in told
+    assert code == 0 and "22 of 22 samples checked" in told
 
 
 def test_bad_samples_are_counted_by_their_reasons(check: Check, tmp_path: Path) -> None:
@@ -176,11 +177,11 @@ def test_bad_samples_are_counted_by_their_reasons(check: Check, tmp_path: Path) 
         return f"data.root={tmp_path / f'bad{bad}'}"
 
     told, code = check("data=shards", shard(2), "data.val=0", *FEW)
-    assert code == 0 and "36 of 40 looked at (90%) have a picture and a caption" in told
+    assert code == 0 and "36 of 40 samples checked (90%) have a picture and a caption" in told
     assert "odd   samples   5%: does not decode: it is no picture (a.tar/00" in told
     assert "odd   samples   5%: its caption is empty (a.tar/00" in told and "verify=true" in told
     told, code = check("data=shards", shard(15), "data.val=0", *FEW)
-    assert code == 1 and "WRONG samples   more are bad than data.max_skipped=0.01 lets pass; mend them" in told
+    assert code == 1 and "WRONG samples   more samples are bad than data.max_skipped=0.01 allows; fix them" in told
     told, code = check("data=shards", shard(20), "data.val=0", *FEW)
     assert code == 1 and "WRONG samples   64 samples in a row are bad" in told and "ok    disk" in told
 
@@ -201,9 +202,9 @@ def test_captions_that_are_all_the_same_are_told(check: Check, tmp_path: Path) -
     write_tar(tmp_path / "same" / "val" / "a.tar", [("0.png", b"x"), ("0.txt", b"x"), *members[2:]])
     given = ("data=shards", f"data.root={tmp_path / 'same'}", *FEW)
     told, code = check(*given)
-    assert code == 0 and ("odd   samples   8 of the first 8 captions of a batch are equal to another one, such as "
-                          "'导盲犬 $x', 8 times; with loss.same=mask pictures that have the same one") in told
-    assert "odd   evals     1 of the first 32 are left out, such as a.tar/0: does not decode: it is no picture" in told
+    assert code == 0 and ("odd   samples   8 of the first 8 captions of a batch are equal to another one, for example "
+                          "'导盲犬 $x', 8 times; with loss.same=mask, pictures with equal captions") in told
+    assert "odd   evals     1 of the first 32 are skipped, for example a.tar/0: does not decode: it is no" in told
     assert "ok    samples   8 of the first 8 captions of a batch are equal" in check(*given, "loss.same=mask")[0]
     write_tar(tmp_path / "same" / "val" / "a.tar", [])
     told, code = check(*given)
@@ -226,7 +227,7 @@ def test_equal_captions_are_counted_in_a_batch_not_among_all(check: Check, tmp_p
 
 def test_few_validation_pictures_are_told(check: Check, make_shards: Callable[..., Path]) -> None:
     told, code = check("data=shards", f"data.root={make_shards(200, 200)}", *FEW)
-    assert code == 0 and ("odd   evals     8 pictures to validate: recall at 10 of so few is 100% by chance; "
+    assert code == 0 and ("odd   evals     8 pictures to validate: recall at 10 is 100% by chance; "
                           "data.val=0.5 holds out 200") in told
     told, _ = check("data=shards", f"data.root={make_shards(200, 200)}", "data.val=0.5", *FEW)
     assert "ok    evals     200 pictures to validate" in told
@@ -238,7 +239,7 @@ def test_a_run_that_stands_there_is_told_and_left_as_it_is(
     given = (*MADE_UP, "name=x", "workers=0", "max_steps=6", "eval_every=null", "log_every=1")
     train(*given, "stop_at=3")
     before = files(tmp_path / "outputs")
-    assert "ok    run       outputs/x, goes on behind step 3" in check(*given)[0]
+    assert "ok    run       outputs/x, resuming after step 3" in check(*given)[0]
     told, code = check(*given, "optim.lr=1")
     assert code == 1 and "WRONG run       outputs/x/checkpoints/clip_last.pt belongs to another run (optim" in told
     told, code = check(*given, "resume=null")
@@ -246,7 +247,7 @@ def test_a_run_that_stands_there_is_told_and_left_as_it_is(
     assert files(tmp_path / "outputs") == before
     train(*given)
     told, code = check("config=outputs/x/config.yaml", "name=x")
-    assert code == 0 and "odd   run       outputs/x is finished, and the same words change nothing; name=..." in told
+    assert code == 0 and "odd   run       outputs/x is finished, so this command would change nothing; name=..." in told
 
 
 def test_a_place_that_cannot_be_written_or_is_full_is_told(
@@ -255,21 +256,21 @@ def test_a_place_that_cannot_be_written_or_is_full_is_told(
     (tmp_path / "outputs").write_text("a file")
     (tmp_path / "clipx-check.png").mkdir()
     told, code = check(*MADE_UP)
-    assert code == 1 and f"WRONG disk      {tmp_path / 'outputs'} cannot be written for outputs/" in told
+    assert code == 1 and f"WRONG disk      {tmp_path / 'outputs'} is not writable, so outputs/" in told
     assert "odd   samples   clipx-check.png cannot be written (Is a directory)" in told
     (tmp_path / "outputs").unlink()
     little = namedtuple("usage", "total used free")(10, 9, 1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
     told, code = check(*MADE_UP, "keep_every=10", "workers=2", "model=small", "batch_size=40")
-    assert code == 1 and ("WRONG disk      5 checkpoints of 199MB and the best of 66.4MB; 1.00MB are free; make room, "
-                          "or let fewer") in told
-    assert "WRONG workers   their pictures take 36.1MB of /dev/shm, where 1.00MB are free; give the container" in told
+    assert code == 1 and ("WRONG disk      5 checkpoints of 199MB and the best of 66.4MB; 1.00MB are free; free some "
+                          "space, or keep fewer") in told
+    assert "WRONG workers   their pictures need 36.1MB of /dev/shm, which has 1.00MB free; give the container" in told
 
 
 def test_a_read_only_place_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)         # the tests run as root, who may write anywhere
     told, code = check(*MADE_UP)
-    assert code == 1 and "cannot be written for outputs/" in told
+    assert code == 1 and "is not writable, so outputs/" in told
 
 
 @pytest.mark.parametrize("words", [[], ["amp=bf16"], ["grad_checkpoint=true"], ["loss.same=mask"]])
@@ -303,9 +304,9 @@ def test_a_step_takes_what_was_foretold() -> None:
 def test_the_optimisers_moments_are_counted_and_nothing_changes() -> None:
     state = initial_state(composed(*MADE_UP), torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    assert machine.moments(state.optimizer) == 2 and not state.optimizer.state
+    assert machine.num_moments(state.optimizer) == 2 and not state.optimizer.state
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
-    assert machine.moments(torch.optim.SGD(state.model.parameters(), lr=1.0)) == 0
+    assert machine.num_moments(torch.optim.SGD(state.model.parameters(), lr=1.0)) == 0
 
 
 def test_help_needs_no_torch_and_in_a_sweep_every_job_is_told(tmp_path: Path) -> None:

@@ -359,8 +359,8 @@ def test_names_match_in_any_unicode_normalisation(tmp_path: Path) -> None:
     source = open_folder(str(root), val=0).train
     assert source.read(0).captions == ["one"]
     assert source.matched[1] == ["b b.png", "c.png", "sub/ç.png"]
-    assert any("3 pictures are not in captions.txt and do not train, such as b b.png" in text
-               for _, text in check_data(open_folder(str(root), val=0.5)))
+    assert any("3 pictures are not in captions.txt and are not trained on, for example b b.png" in finding.message
+               for finding in check_data(open_folder(str(root), val=0.5)))
     with pytest.raises(BadSample, match="no such file"):
         source.read(1)
 

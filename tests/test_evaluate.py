@@ -141,9 +141,9 @@ def test_runs_are_headed_by_names_that_tell_them_apart(given: str | list[str], n
 
 
 def test_two_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
-    code = ("import sys; from pathlib import Path; from clipx.tools.score import merged\n"
+    code = ("import sys; from pathlib import Path; from clipx.tools.score import locked_json\n"
             "for number in range(40):\n"
-            "    with merged(Path('metrics.json')) as found: found[f'{sys.argv[1]}-{number}'] = number\n")
+            "    with locked_json(Path('metrics.json')) as found: found[f'{sys.argv[1]}-{number}'] = number\n")
     started = [subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path) for name in "ab"]
     assert [process.wait() for process in started] == [0, 0]
     assert len(metrics(tmp_path)) == 80
@@ -174,7 +174,7 @@ def test_features_are_kept_by_what_weights_and_data_hold(
     assert len(list((tmp_path / "kept").iterdir())) == 7
     for file in (tmp_path / "kept").iterdir():
         file.write_bytes(b"x")
-    assert "is damaged; delete it, and it is made again" in evaluate(*words)
+    assert "is damaged; delete it, and it will be encoded again" in evaluate(*words)
 
 
 def test_all_pictures_can_be_scored_and_each_set_of_a_mix_goes_by_its_name(
@@ -184,7 +184,7 @@ def test_all_pictures_can_be_scored_and_each_set_of_a_mix_goes_by_its_name(
     told = evaluate("run=outputs/x", "data=shards", f"data.root={root}", "split=train", "data.val=0", "workers=0")
     assert "retrieval@shards  i2t_r1" in told
     assert evaluate("run=outputs/x", "data=shards", f"data.root={root}", "data.val=0", "workers=0") == (
-        "split=val: shards has no validation pictures; split=train takes all, or give data.val=DIR"
+        "split=val: shards has no validation pictures; split=train scores all, or give data.val=DIR"
     )
 
 
@@ -230,9 +230,9 @@ def test_results_that_cannot_be_written_are_told_before_anything_is_scored(
         monkeypatch.setattr(os, "access", lambda *_: False)
     else:
         (run / "metrics.json").write_text({"text": "mine", "list": "[]"}[odd])
-    told = {"directory": "is not the JSON of evaluate (Is a directory); move it away, and it is made anew",
-            "text": "is not the JSON of evaluate (Expecting value", "read-only": "cannot be written: Permission denied",
-            "list": "is not the JSON of evaluate (it holds a list); move it away, and it is made anew"}
+    told = {"directory": "was not written by evaluate (Is a directory); move it away, and evaluate writes a new one",
+            "text": "was not written by evaluate (Expecting value", "read-only": "cannot be written: Permission denied",
+            "list": "was not written by evaluate (it holds a list); move it away, and evaluate writes a new one"}
     assert evaluate("run=outputs/x", *DUMMY).startswith(f"outputs/x/metrics.json {told[odd]}")
 
 
@@ -276,8 +276,8 @@ def test_check_looks_at_the_labelled_data(check: Callable[..., tuple[str, int]],
              "evals=[zero_shot]", "labelled={a:{folder:a}}", "objective=val/zero_shot@a/top1")
     told, code = check(*words)
     assert code == 0 and "12 pictures to validate of zero_shot@a" in told
-    assert "1 of the first 32 are left out, such as bee/0.png: does not decode" in told and "nothing gives" not in told
-    assert "nothing gives val/zero_shot@c/top1" in check(*words, "best=val/zero_shot@c/top1")[0]
+    assert "1 of the first 32 are skipped, for example bee/0.png: does not decode" in told and "computes" not in told
+    assert "no evaluation computes val/zero_shot@c/top1" in check(*words, "best=val/zero_shot@c/top1")[0]
 
 
 def scores(root: str) -> dict[str, float]:

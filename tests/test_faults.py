@@ -484,7 +484,7 @@ def test_validation_pictures_that_are_bad_by_the_chunk_are_counted_and_listed(
     tmp_path: Path, train: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     workers: int,
 ) -> None:
-    monkeypatch.setattr(encoder_room, "ON_CPU", 8)
+    monkeypatch.setattr(encoder_room, "CPU_BATCH", 8)
     write(tmp_path / "data/train/a.tar", members())
     held = members(17)
     for key in list(held)[8:]:
@@ -493,7 +493,7 @@ def test_validation_pictures_that_are_bad_by_the_chunk_are_counted_and_listed(
     train("data=shards", "data.root=data", "model=tiny", "batch_size=8", "max_steps=2", "eval_every=1", "name=x",
           f"workers={workers}", "device=cpu")
     run = tmp_path / "outputs/x"
-    assert "validation: 9 pictures are left out, such as a.tar/008: does not decode" in caplog.text
+    assert "validation: skipped 9 pictures, for example a.tar/008: does not decode" in caplog.text
     rows = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     assert [(row["set"], row["place"]) for row in rows] == [("validation", f"a.tar/{n:03d}") for n in range(8, 17)]
     scored = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "val/loss" in row]
@@ -506,7 +506,7 @@ def test_only_a_validation_set_without_any_usable_picture_is_an_error(
     write(tmp_path / "data/train/a.tar", members())
     write_tar(tmp_path / "data/val/a.tar", [(f"{number}.jpg", b"broken") for number in range(9)])
     assert fails("data=shards", "data.root=data", "model=tiny", "batch_size=8", "max_steps=1", "device=cpu",
-                 "workers=0").startswith("none of the 9 pictures to score can be used, such as a.tar/0: ")
+                 "workers=0").startswith("none of the 9 pictures to score can be used, for example a.tar/0: ")
 
 
 

@@ -21,7 +21,7 @@ from clipx.data.images import get_image_transform
 from clipx.data.labelled import LabelledSet, open_sets
 from clipx.errors import UserError
 from clipx.evals import linear_probe, templates, zero_shot
-from clipx.evals.encoder import Encoder
+from clipx.evals.encoder import EvalEncoder
 from clipx.evals.features import LabelledFeatures, encode_texts
 from clipx.evals.linear_probe import LinearProbe
 from clipx.evals.templates import classifier, read_templates
@@ -95,7 +95,7 @@ def test_the_same_model_gives_the_classifier_and_the_accuracies_of_clip_benchmar
     assert torch.allclose(classifier(texts, CLASSES, words), theirs.T, atol=1e-6)
 
     data = open_sets({"x": {"folder": str(root)}})["x"]
-    found = Encoder(model, tokenizer, 0, None).labelled(data.test)
+    found = EvalEncoder(model, tokenizer, 0, None).encode_labelled(data.test)
     transform = get_image_transform(32)
     batch = torch.stack([transform(Image.open(file)) for file in sorted(root.rglob("*.png"))]), found.labels
     their_texts = peer.zero_shot_classifier(model, tokenizer, NAMES, ["a {c}"], "cpu", amp=False)
@@ -138,7 +138,7 @@ def test_the_class_texts_are_encoded_in_tiles_and_once(monkeypatch: pytest.Monke
 
     whole = classifier(texts, NAMES, ["a {}", "the {}!"])
     assert len(asked) == len(set(asked)) == 12
-    monkeypatch.setattr(templates, "TEXTS", 4)
+    monkeypatch.setattr(templates, "MAX_PROMPTS", 4)
     assert torch.equal(classifier(texts, NAMES, ["a {}", "the {}!"]), whole)
     both = F.normalize(texts(["a ant", "the ant!"]).mean(dim=0), dim=-1)
     assert torch.allclose(whole[0], both)
@@ -153,7 +153,7 @@ def test_templates_come_by_name_from_a_list_or_from_a_file(tmp_path: Path) -> No
     (tmp_path / "words.txt").write_text("a {c}\n\nmy {}\n")
     assert read_templates(str(tmp_path / "words.txt")) == ["a {}", "my {}"]
     assert read_templates("a photo of a {}.") == ["a photo of a {}."]
-    with pytest.raises(ValueError, match=r"^templates=\['a photo'\]: \['a photo'\] has no {} where the name"):
+    with pytest.raises(ValueError, match=r"^templates=\['a photo'\]: \['a photo'\] has no {} for the class name"):
         read_templates(["a photo"])
     with pytest.raises(ValueError, match="^templates=opnai: there is no such file"):
         read_templates("opnai")
@@ -191,7 +191,8 @@ def test_shards_with_cls_are_read_by_workers_and_name_their_classes(model: CLIP,
     root = class_shards(tmp_path / "x", [b"0", b"3", b"1\n", b"2"])
     data = open_sets({"x": {"shards": str(root)}})["x"]
     assert data.classes == CLASSES and read_all(data) == [0, 3, 1, 2]
-    assert Encoder(model, SimpleTokenizer(), workers, None).labelled(data.test).labels.tolist() == [0, 3, 1, 2]
+    encoder = EvalEncoder(model, SimpleTokenizer(), workers, None)
+    assert encoder.encode_labelled(data.test).labels.tolist() == [0, 3, 1, 2]
 
 
 def test_class_names_of_clip_benchmark_are_found_one_level_up_and_the_test_split_below(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_broken_picture_is_counted_and_told(
     with caplog.at_level(logging.WARNING, "clipx"):
         found = scores(model, ZeroShot({"x": {which: str(root)}}, "simple"))
     assert (found["x/skipped"], found["x/pictures"]) == ((1, 11) if which == "folder" else (1, 2))
-    assert f"x: 1 pictures are left out, such as {place}" in caplog.text
+    assert f"x: skipped 1 pictures, for example {place}" in caplog.text
 
 
 def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None:
@@ -310,7 +311,7 @@ def test_the_mistakes_that_are_most_confident_come_first(model: CLIP, tmp_path: 
 
 def test_the_features_of_the_probe_are_those_before_the_projection(model: CLIP, tmp_path: Path) -> None:
     data = open_sets({"x": {"folder": str(class_folders(tmp_path / "x"))}})["x"]
-    found = Encoder(model, SimpleTokenizer(), 0, None).labelled(data.test)
+    found = EvalEncoder(model, SimpleTokenizer(), 0, None).encode_labelled(data.test)
     assert found.hidden.shape == (12, 64)
     assert torch.allclose(F.normalize(found.hidden @ model.visual.proj.detach(), dim=-1), found.images, atol=1e-6)
 

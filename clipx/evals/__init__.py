@@ -1,1 +1,1 @@
-"""What a model is worth: each evaluation takes the encoded validation set and gives numbers by name."""
+"""Evaluations: each scores encoded pictures and captions and returns metrics by name."""

@@ -1,4 +1,4 @@
-"""A model with what feeds it: encodes sources, once each, and keeps on disk what it is asked to keep."""
+"""Encode data sets with a model, with an optional feature cache on disk."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -20,21 +20,21 @@ from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 from clipx.weights import checkpoint
 
-FORMAT = 2          # of the files with features
-ON_CPU = 64         # pictures that go forward at once there: more take memory and save little time
+FORMAT = 2              # of the feature files
+CPU_BATCH = 64          # pictures; larger batches take memory on a CPU and save little time
 
-Kind = TypeVar("Kind", Features, LabelledFeatures)
+FeaturesT = TypeVar("FeaturesT", Features, LabelledFeatures)
 
 
-class Encoder:
-    """Encodes for one model; all ranks do some of the work, and get all of it.
+class EvalEncoder:
+    """Encode pictures and texts with one model.  Ranks share the work; each gets the whole result.
 
     Args:
         model: the model, on its device.
         tokenizer: the model's.
-        workers: processes that read.
-        amp: autocast's type, or None for float32.
-        cache: directory where features are kept by what the weights and the data hold, or None.
+        workers: number of loader processes.
+        amp: autocast dtype, or None for float32.
+        cache: directory of cached features, keyed by weights and data, or None.
     """
 
     def __init__(
@@ -42,27 +42,27 @@ class Encoder:
     ):
         self.model, self.tokenizer, self.workers, self.amp, self.cache = model, tokenizer, workers, amp, cache
         self.device = model.logit_scale.device
-        self.seen: dict[str, LabelledFeatures] = {}
+        self.labelled: dict[str, LabelledFeatures] = {}      # by id of the source
 
-    def texts(self, texts: list[str]) -> Tensor:
-        """Any texts -> (M, E) unit vectors."""
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Texts -> (M, E) unit vectors."""
         return encode_texts(self.model, self.tokenizer, self.device, texts)
 
-    def pairs(self, source: Source) -> Features:
-        """All pictures and captions of a validation set."""
-        return self.kept(Features, source, encode)
+    def encode_pairs(self, source: Source) -> Features:
+        """Encode all pictures and captions of a validation set."""
+        return self.load_or_encode(Features, source, encode)
 
-    def labelled(self, source: Source) -> LabelledFeatures:
-        """All pictures of a labelled set; several evaluations of one set share them."""
-        if source.id not in self.seen:
-            self.seen[source.id] = self.kept(LabelledFeatures, source, encode_labelled)
-        return self.seen[source.id]
+    def encode_labelled(self, source: Source) -> LabelledFeatures:
+        """Encode all pictures of a labelled set, once for all evaluations that use it."""
+        if source.id not in self.labelled:
+            self.labelled[source.id] = self.load_or_encode(LabelledFeatures, source, encode_labelled)
+        return self.labelled[source.id]
 
-    def kept(self, kind: type[Kind], source: Source, encode: Callable[..., Kind]) -> Kind:
-        """From the cache where it is there, else encoded."""
+    def load_or_encode(self, kind: type[FeaturesT], source: Source, encode: Callable[..., FeaturesT]) -> FeaturesT:
+        """Read features from the cache, or encode them and fill it."""
         if self.cache is None:
             return encode(self.model, self.chunks(source), self.device, self.amp)
-        file = self.cache / f"{kind.__name__.lower()}-{self.key(source)}.pt"
+        file = self.cache / f"{kind.__name__.lower()}-{self.cache_key(source)}.pt"
         if all(gather_lists([file.exists()])):
             return read_features(kind, file)
         features = encode(self.model, self.chunks(source), self.device, self.amp)
@@ -71,49 +71,52 @@ class Encoder:
         return features
 
     def chunks(self, source: Source) -> Iterator[Chunk]:
-        """This rank's share."""
+        """Yield the chunks of this rank's share."""
         reader = EvalReader(source, self.model.visual.size, self.tokenizer)
-        size = ON_CPU if self.device.type == "cpu" else MAX_CHUNK
-        own = local_slice([*split_range(range(int(sum(source.sizes))), size)])
-        return load_chunks(reader, own, self.workers, pin=self.device.type == "cuda")
+        size = CPU_BATCH if self.device.type == "cpu" else MAX_CHUNK
+        share = local_slice([*split_range(range(int(sum(source.sizes))), size)])
+        return load_chunks(reader, share, self.workers, pin=self.device.type == "cuda")
 
-    def key(self, source: Source) -> str:
-        """A hash of all that features depend on: weights, and what the model makes of one picture and one text (which
-        tells its architecture), precision, and the bytes of the pictures and captions."""
+    def cache_key(self, source: Source) -> str:
+        """Hash everything that the features depend on: weights, precision, and the bytes of pictures and captions.
+
+        The features of one fixed picture and text stand for the architecture.
+        """
         model, size = self.model, self.model.visual.size
         tokens = self.tokenizer(["a photo of a cat"])
         ramp = torch.linspace(-1, 1, 3 * size * size, device=self.device).view(1, 3, size, size)
         with torch.no_grad():
             probe = torch.cat([model.encode_image(ramp, True), model.encode_text(tokens.to(self.device), True)])
-        told = [FORMAT, checkpoint.checksum(model.state_dict()), tokens.tolist(),
-                probe.cpu().numpy().round(3).tolist(), size, self.amp,
-                *gather_lists([digest(source, sample) for sample in local_slice(range(int(sum(source.sizes))))])]
-        return gather_lists([blake2b(str(told).encode(), digest_size=16).hexdigest()])[0]
+        parts = [FORMAT, checkpoint.checksum(model.state_dict()), tokens.tolist(),
+                 probe.cpu().numpy().round(3).tolist(), size, self.amp,
+                 *gather_lists([sample_digest(source, one) for one in local_slice(range(int(sum(source.sizes))))])]
+        return gather_lists([blake2b(str(parts).encode(), digest_size=16).hexdigest()])[0]
 
 
-def digest(source: Source, sample: int) -> str:
-    """Of the bytes of a sample."""
+def sample_digest(source: Source, sample: int) -> str:
+    """Hash the bytes of a sample."""
     try:
         found = source.read(sample)
     except BadSample as error:
         return f"{sample} {error}"
-    words = "\n".join(found.captions).encode()
-    return blake2b(found.picture + b"\n" + words, digest_size=16).hexdigest()
+    captions = "\n".join(found.captions).encode()
+    return blake2b(found.picture + b"\n" + captions, digest_size=16).hexdigest()
 
 
-def read_features(kind: type[Kind], file: Path) -> Kind:
+def read_features(kind: type[FeaturesT], file: Path) -> FeaturesT:
     try:
         return kind(**torch.load(file, weights_only=True))
     except (UnpicklingError, RuntimeError, EOFError, TypeError) as error:
-        raise UserError(f"{file} is damaged; delete it, and it is made again") from error
+        raise UserError(f"{file} is damaged; delete it, and it will be encoded again") from error
 
 
-def write_features(features: Kind, file: Path) -> None:
-    """Whole or not at all."""
+def write_features(features: FeaturesT, file: Path) -> None:
+    """Write a feature file atomically."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(vars(features), temporary)
         os.replace(temporary, file)
     except OSError as error:
-        raise UserError(f"cache={file.parent} cannot be written: {error.strerror}; cache=null keeps nothing") from error
+        raise UserError(f"cache={file.parent} cannot be written: {error.strerror}; cache=null turns the cache "
+                        "off") from error

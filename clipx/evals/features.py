@@ -1,4 +1,4 @@
-"""What evaluations see: pictures, captions and labels in the joint space, encoded once for all of them."""
+"""Features of pictures, captions and labelled sets: encoded once, shared by all evaluations."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from clipx.distributed import gather, gather_lists, gather_rows, local_slice, ra
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
-KEPT = 64           # pictures kept for showing
+NUM_SHOWN = 64      # pictures kept for figures
 TILE = 1024         # queries of the loss at once
 
 EncodeTexts = Callable[[list[str]], Tensor]
-Skip = tuple[str, str]      # file and key of a picture, and why it could not be read
-Scores = dict[str, Any]     # numbers by name; a figure (of matplotlib) where a name's value is none
+Skip = tuple[str, str]      # place (file and key) and reason; a plain tuple, which torch.load(weights_only=True) allows
+Scores = dict[str, Any]     # metrics by name, and matplotlib figures
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,23 @@ class Features:
 
     images: Tensor          # (N, E) unit vectors
     texts: Tensor           # (M, E) unit vectors
-    owners: Tensor          # (M,) the picture of each caption
+    owners: Tensor          # (M,) index of each caption's picture
     captions: list[str]     # M
     shown: Tensor           # (min(N, 64), 3, S, S) uint8, the first pictures
     skipped: list[Skip]     # pictures that could not be read
 
     @property
     def first(self) -> Tensor:
-        """(N,) the first caption of each picture."""
+        """(N,) index of each picture's first caption."""
         return torch.searchsorted(self.owners, torch.arange(len(self.images)))
 
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """N pictures with a class each."""
+    """N pictures, each with the number of its class."""
 
     images: Tensor          # (N, E) unit vectors
-    hidden: Tensor          # (N, D) what the projection into the joint space is given
+    hidden: Tensor          # (N, D) input of the projection into the joint space
     labels: Tensor          # (N,) int64
     samples: Tensor         # (N,) int64, ids in the source
     skipped: list[Skip]     # pictures that could not be read
@@ -56,7 +56,7 @@ EncodeImages = Callable[[Source], LabelledFeatures]
 
 
 def pair_loss(val: Features, scale: float) -> float:
-    """Symmetric cross-entropy, nats, of all N pictures and their first captions as one batch; ln(N) is chance."""
+    """Symmetric cross-entropy, in nats, of N pictures and their first captions as one batch; ln(N) is chance."""
     texts, total = val.texts[val.first], 0.0
     for queries, items in ((val.images, texts), (texts, val.images)):
         for start in range(0, len(queries), TILE):
@@ -68,13 +68,13 @@ def pair_loss(val: Features, scale: float) -> float:
 
 @torch.no_grad()
 def encode(model: CLIP, chunks: Iterator[Chunk], device: torch.device, amp: torch.dtype | None) -> Features:
-    """Encode every picture and every caption of a validation set; each rank some chunks of it, and all get all.
+    """Encode all pictures and captions of a validation set.  Ranks share the chunks; each gets all features.
 
     Args:
-        model: is left in the mode it was in.
-        chunks: of an EvalReader, this rank's share.
-        device: the model's.
-        amp: autocast's type, or None for float32.
+        model: its training mode is restored.
+        chunks: this rank's share, from an EvalReader.
+        device: of the model.
+        amp: autocast dtype, or None for float32.
 
     Raises:
         DataError: no picture can be read.
@@ -85,7 +85,7 @@ def encode(model: CLIP, chunks: Iterator[Chunk], device: torch.device, amp: torc
     owners, shown = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3, size, size, dtype=torch.uint8)]
     captions, skipped, count = [], [], 0
     for chunk in chunks:
-        skipped += reasons(chunk)
+        skipped += skips_of(chunk)
         if not len(chunk):
             continue
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -93,51 +93,50 @@ def encode(model: CLIP, chunks: Iterator[Chunk], device: torch.device, amp: torc
             texts.append(model.encode_text(chunk.tokens.to(device), True).cpu())
         owners.append(chunk.owners + count)
         captions += chunk.captions
-        shown.append(chunk.images[: max(0, KEPT - count)])
+        shown.append(chunk.images[: max(0, NUM_SHOWN - count)])
         count += len(chunk)
     model.train(training)
     counts, skipped = gather(torch.tensor([count])), gather_lists(skipped)
-    check_any(int(counts.sum()), skipped)
+    check_not_empty(int(counts.sum()), skipped)
     return Features(
         images=gather_rows(torch.cat(images)),
         texts=gather_rows(torch.cat(texts)),
         owners=gather_rows(torch.cat(owners) + counts[: rank()].sum()),
         captions=gather_lists(captions),
-        shown=gather_rows(torch.cat(shown))[:KEPT],
+        shown=gather_rows(torch.cat(shown))[:NUM_SHOWN],
         skipped=skipped,
     )
 
 
-def reasons(chunk: Chunk) -> list[Skip]:
+def skips_of(chunk: Chunk) -> list[Skip]:
     return [(record.place, record.reason) for record in chunk.skipped]
 
 
-def check_any(count: int, skipped: list[Skip]) -> None:
-    """Raise where there is no picture, and some were skipped.
-
+def check_not_empty(count: int, skipped: list[Skip]) -> None:
+    """
     Raises:
-        DataError: there is none; the first is named.
+        DataError: every picture was skipped; the message names the first.
     """
     if skipped and not count:
         place, reason = skipped[0]
-        raise DataError(f"none of the {len(skipped):,} pictures to score can be used, such as {place}: {reason}")
+        raise DataError(f"none of the {len(skipped):,} pictures to score can be used, for example {place}: {reason}")
 
 
 @torch.no_grad()
 def encode_labelled(
     model: CLIP, chunks: Iterator[Chunk], device: torch.device, amp: torch.dtype | None
 ) -> LabelledFeatures:
-    """Encode the pictures of a labelled set, whose captions are the numbers of their classes; ranks as in ``encode``.
+    """Encode the pictures of a labelled set, whose captions are class numbers.  Arguments as in ``encode``.
 
-    One pass gives the feature and what stands before its projection: the class token behind ``ln_post``.
+    One pass yields both the feature and the input of its projection, the class token after ``ln_post``.
     """
     training, normalise = model.training, Normalise(device)
     model.eval()
     images, hidden = [torch.empty(0, model.visual.embed)], [torch.empty(0, model.visual.ln_post.normalized_shape[0])]
     labels, samples, skipped = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)], []
-    hook = model.visual.ln_post.register_forward_hook(lambda _layer, _given, x: hidden.append(x.float().cpu()))
+    hook = model.visual.ln_post.register_forward_hook(lambda _layer, _inputs, x: hidden.append(x.float().cpu()))
     for chunk in chunks:
-        skipped += reasons(chunk)
+        skipped += skips_of(chunk)
         if not len(chunk):
             continue
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -148,7 +147,7 @@ def encode_labelled(
     model.train(training)
     found = LabelledFeatures(*(gather_rows(torch.cat(rows)) for rows in (images, hidden, labels, samples)),
                              gather_lists(skipped))
-    check_any(len(found.images), found.skipped)
+    check_not_empty(len(found.images), found.skipped)
     return found
 
 
@@ -156,7 +155,7 @@ def encode_labelled(
 def encode_texts(
     model: CLIP, tokenizer: SimpleTokenizer, device: torch.device, texts: list[str], batch: int = 256
 ) -> Tensor:
-    """Texts -> (M, E) unit vectors on the CPU, a batch at a time; each rank encodes some, and all get all."""
+    """Texts -> (M, E) unit vectors on the CPU.  Ranks share the batches; each gets all features."""
     training = model.training
     model.eval()
     features = [torch.empty(0, model.visual.embed)]

@@ -11,43 +11,48 @@ from torch import Tensor
 
 from clipx.evals.features import Features
 
-SHOWN = 8           # pictures in the retrieval figure
-NEAREST = 5         # captions beside each
-MATRIX = 24         # pictures in the similarity matrix
-CELL = 44           # characters of a caption that a figure has room for
+NUM_SHOWN = 8       # pictures in the retrieval figure
+NUM_NEAREST = 5     # captions next to each
+MATRIX_SIZE = 24    # pictures in the similarity matrix
+MAX_CAPTION = 44    # characters of a caption in a figure
 
 
-def save_figure(directory: Path, tag: str, figure: Any, name: str = "") -> None:
-    """Write a figure as a PNG that is called after its tag (without ``val/``)."""
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure without warnings about glyphs missing from the font."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # of letters that the font has not
-        figure.savefig(directory / f"{name}{tag.removeprefix('val/').replace('/', '-')}.png")
+        warnings.simplefilter("ignore")
+        figure.savefig(path)
 
 
-def page(pictures: Sequence[Image.Image], titles: Sequence[str], columns: int = 4) -> Any:
-    """A figure: pictures in rows, each below its title."""
+def figure_name(tag: str) -> str:
+    """The file name of an evaluation's figure: ``val/zero_shot@x/mistakes`` -> ``zero_shot@x-mistakes.png``."""
+    return f"{tag.removeprefix('val/').replace('/', '-')}.png"
+
+
+def picture_grid(pictures: Sequence[Image.Image], titles: Sequence[str], columns: int = 4) -> Any:
+    """A figure of pictures in rows, each with a title."""
     from matplotlib.figure import Figure
 
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(3 * columns, 3.4 * rows + 0.4), layout="constrained")
-    for place, (picture, title) in enumerate(zip(pictures, titles, strict=True), 1):
-        axes = figure.add_subplot(rows, columns, place)
+    for index, (picture, title) in enumerate(zip(pictures, titles, strict=True), 1):
+        axes = figure.add_subplot(rows, columns, index)
         axes.imshow(picture)
         axes.set_title(title, fontsize=8)
         axes.axis("off")
     return figure
 
 
-def spread(count: int, wanted: int) -> Tensor:
-    """At most ``wanted`` of ``range(count)``, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """At most ``most`` of ``range(count)``, evenly spaced."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
 def nearest_captions(val: Features) -> Any:
-    """A figure: some held-out pictures, each with the captions nearest to it, its own in green."""
+    """A figure of held-out pictures, each with its nearest captions; its own are green."""
     from matplotlib.figure import Figure
 
-    chosen = spread(len(val.shown), SHOWN).tolist()
+    chosen = evenly_spaced(len(val.shown), NUM_SHOWN).tolist()
     figure = Figure(figsize=(12, 1.35 * len(chosen)), layout="tight")
     similarity = val.images[chosen] @ val.texts.T                       # (8, M)
     for row, picture in enumerate(chosen):
@@ -55,23 +60,23 @@ def nearest_captions(val: Features) -> Any:
         left.imshow(val.shown[picture].permute(1, 2, 0).numpy())
         left.axis("off")
         own = val.owners == picture
-        left.set_title(short(val.captions[int(val.first[picture])]), fontsize=8)
+        left.set_title(shorten(val.captions[int(val.first[picture])]), fontsize=8)
         right.axis("off")
-        for line, caption in enumerate(similarity[row].topk(min(NEAREST, len(val.texts))).indices.tolist()):
+        for line, caption in enumerate(similarity[row].topk(min(NUM_NEAREST, len(val.texts))).indices.tolist()):
             mark, colour = ("✓", "green") if own[caption] else ("  ", "black")
-            right.text(0, 0.9 - 0.2 * line, f"{similarity[row, caption]:.2f} {mark} {short(val.captions[caption])}",
+            right.text(0, 0.9 - 0.2 * line, f"{similarity[row, caption]:.2f} {mark} {shorten(val.captions[caption])}",
                        color=colour, fontsize=9, family="monospace", va="center")
     return figure
 
 
 def similarity_matrix(val: Features) -> Any:
-    """A figure: cosine of some held-out pictures (rows) with the first caption of each (columns)."""
+    """A figure of the cosines between held-out pictures (rows) and their first captions (columns)."""
     from matplotlib.figure import Figure
 
-    chosen = spread(len(val.images), MATRIX)
+    chosen = evenly_spaced(len(val.images), MATRIX_SIZE)
     first = val.first[chosen]
     cosine = (val.images[chosen] @ val.texts[first].T).numpy()          # (24, 24)
-    names = [short(val.captions[place]) for place in first.tolist()]
+    names = [shorten(val.captions[index]) for index in first.tolist()]
     figure = Figure(figsize=(9, 8), layout="tight")
     axes = figure.add_subplot()
     figure.colorbar(axes.imshow(cosine, cmap="viridis"), label="cosine")
@@ -82,6 +87,6 @@ def similarity_matrix(val: Features) -> Any:
     return figure
 
 
-def short(caption: str) -> str:
-    """A caption in the room that a figure has, its characters free of meaning to the plotter."""
-    return (caption if len(caption) <= CELL else caption[: CELL - 1] + "…").replace("$", r"\$")
+def shorten(caption: str) -> str:
+    """Cut a caption to fit a figure, and escape ``$``, which starts a formula in matplotlib."""
+    return (caption if len(caption) <= MAX_CAPTION else caption[: MAX_CAPTION - 1] + "…").replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Linear probe: how well does a linear classifier do on the frozen features of the image tower?"""
+"""Linear probe: train a linear classifier on frozen image features and report its accuracy."""
 
 import warnings
 from collections.abc import Callable
@@ -14,23 +14,22 @@ from clipx.data.tar.headers import DataError
 from clipx.distributed import gather_lists, local_slice
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores
 
-STRENGTHS = np.logspace(-6, 6, 97)      # of the penalty: 96 steps, eight a decade
-FIRST_STEP = 16                         # between the first ones that are tried: two decades
-HELD_OUT = 0.2                          # share of what is learnt from that decides on the strength
+STRENGTHS = np.logspace(-6, 6, 97)      # of the L2 penalty, eight per decade
+FIRST_STEP = 16                         # indices between the first candidates: two decades
+HELD_OUT = 0.2                          # share of the training part used to choose the strength
 SEED = 0
 
 
 class LinearProbe:
     """scikit-learn's logistic regression (L-BFGS) on labelled sets that have a training part.
 
-    The features are those before the projection into the joint space, the class token behind ``ln_post``, as they are:
-    the paper takes them for its ViTs (I_f of its figure 3), since the projection is made for the contrast with texts.
-    The strength of the penalty is searched as in the paper, on a fifth of the training part, drawn with a seed; then
-    all of the training part is learnt.  The ranks share the search.
+    As in the paper, the features are the class token after ``ln_post``, before the projection into the joint space
+    (I_f in its figure 3), without normalisation.  The strength of the penalty is chosen as in the paper, on a random
+    fifth of the training part; the final classifier is fitted to all of it.  Ranks share the search.
 
     Args:
-        sets: labelled data by name, each with ``train``, or a dataset that has a split of that name.
-        iterations: of L-BFGS at most; where it has not converged by then, that is what counts.
+        sets: labelled data by name, each with ``train`` or a dataset with a split of that name.
+        iterations: maximum number of L-BFGS iterations; an unconverged fit is used as it is.
 
     Source: Radford et al. 2021, appendix A.3.
     """
@@ -39,27 +38,29 @@ class LinearProbe:
         self.sets, self.iterations = open_sets(sets, train=True), iterations
 
     def __call__(self, data: LabelledSet, encode_images: EncodeImages, encode_texts: EncodeTexts) -> Scores:
-        """top1, mean_per_class; ``strength`` of the penalty, and ``held_out_top1`` that it was chosen by."""
-        learnt, tested = encode_images(data.train), encode_images(data.test)
-        x, y = learnt.hidden.numpy(), learnt.labels.numpy()
+        """Return top1, mean_per_class, the chosen ``strength``, its ``held_out_top1``, and the number of pictures."""
+        train, test = encode_images(data.train), encode_images(data.test)
+        x, y = train.hidden.numpy(), train.labels.numpy()
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SEED)).numpy()
-        held, rest = np.split(order, [max(1, round(HELD_OUT * len(y)))])
+        held_out, rest = np.split(order, [max(1, round(HELD_OUT * len(y)))])
         if len(np.unique(y[rest])) < 2:
-            raise DataError(f"{data.train.locate(0)} and its like are all of one class; a probe learns to tell several")
-        strength, held_out = search(partial(self.worth, x[rest], y[rest], x[held], y[held]))
-        right = self.fit(x, y, strength).predict(tested.hidden.numpy()) == tested.labels.numpy()
-        each = [right[tested.labels.numpy() == label].mean() for label in tested.labels.unique().tolist()]
+            raise DataError(f"{data.train.locate(0)} and all other training pictures have one class; expected several")
+        accuracy = partial(self.held_out_accuracy, x[rest], y[rest], x[held_out], y[held_out])
+        strength, best = search(accuracy)
+        correct = self.fit(x, y, strength).predict(test.hidden.numpy()) == test.labels.numpy()
+        per_class = [correct[test.labels.numpy() == label].mean() for label in test.labels.unique().tolist()]
         return {
-            "top1": float(right.mean()), "mean_per_class": float(np.mean(each)), "strength": strength,
-            "held_out_top1": held_out, "pictures": len(right), "skipped": len(tested.skipped) + len(learnt.skipped),
+            "top1": float(correct.mean()), "mean_per_class": float(np.mean(per_class)), "strength": strength,
+            "held_out_top1": best, "pictures": len(correct), "skipped": len(test.skipped) + len(train.skipped),
         }  # fmt: skip
 
-    def worth(self, x: np.ndarray, y: np.ndarray, x_held: np.ndarray, y_held: np.ndarray, strength: float) -> float:
-        """Accuracy on what is held out."""
-        return float((self.fit(x, y, strength).predict(x_held) == y_held).mean())
+    def held_out_accuracy(
+        self, x: np.ndarray, y: np.ndarray, x_held_out: np.ndarray, y_held_out: np.ndarray, strength: float
+    ) -> float:
+        return float((self.fit(x, y, strength).predict(x_held_out) == y_held_out).mean())
 
     def fit(self, x: np.ndarray, y: np.ndarray, strength: float) -> Any:
-        """(N, D), (N,) -> scikit-learn's classifier."""
+        """Fit scikit-learn's classifier to (N, D) features and (N,) labels."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
@@ -68,17 +69,17 @@ class LinearProbe:
             return LogisticRegression(C=1 / strength, max_iter=self.iterations).fit(x, y)
 
 
-def search(worth: Callable[[float], float]) -> tuple[float, float]:
-    """The strength of the greatest worth, and that; of equals the strongest.
+def search(accuracy: Callable[[float], float]) -> tuple[float, float]:
+    """Return the strength with the best accuracy, and that accuracy; the strongest wins a tie.
 
-    Seven strengths, two decades apart, are tried first; then, with half the step each time, those beside the best.
+    Tries seven strengths two decades apart, then the neighbours of the best with half the step, again and again.
     """
     known: dict[int, float] = {}
-    step, places = FIRST_STEP, [*range(0, len(STRENGTHS), FIRST_STEP)]
+    step, indices = FIRST_STEP, [*range(0, len(STRENGTHS), FIRST_STEP)]
     while step:
-        fresh = [place for place in places if place not in known]
-        known.update(gather_lists([(place, worth(STRENGTHS[place])) for place in local_slice(fresh)]))
-        best = max(known, key=lambda place: (known[place], place))
+        fresh = [index for index in indices if index not in known]
+        known.update(gather_lists([(index, accuracy(STRENGTHS[index])) for index in local_slice(fresh)]))
+        best = max(known, key=lambda index: (known[index], index))
         step //= 2
-        places = [place for place in (best - step, best + step) if 0 <= place < len(STRENGTHS)]
+        indices = [index for index in (best - step, best + step) if 0 <= index < len(STRENGTHS)]
     return float(STRENGTHS[best]), known[best]

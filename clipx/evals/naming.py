@@ -1,4 +1,4 @@
-"""Naming: does a held-out picture find its thing among all things, and a name one of its pictures?"""
+"""Naming: rank all names for each held-out picture, and all pictures for each name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,37 +17,37 @@ SHUFFLE_SEED = 0
 def naming(
     val: Features, encode_texts: EncodeTexts, names: str | None = None, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Each picture among all names, and each name that has pictures among all pictures.
+    """Recall of each picture's name among all names, and of each name's pictures among all pictures.
 
     Args:
         val: the encoded validation set; the first caption of a picture is its name.
-        encode_texts: captions -> (M, E) unit vectors.
-        names: file of all candidates, one a line, those of the validation set among them; None: the embedded things.
-        ks: recall at each of these.
+        encode_texts: texts -> (M, E) unit vectors.
+        names: file of all candidate names, one a line, including the validation set's; None: the embedded names.
+        ks: cut-offs of the recall.
 
     Returns:
-        i2t_r1, ..., t2i_r10 and medians; and as ``shuffled_...`` what the same features give when the pictures
-        are dealt out to the names at random: chance.
+        i2t_r1, ..., t2i_r10 and median ranks; ``shuffled_...`` are the same with pictures assigned to names at
+        random: chance.
     """
     file = Path(names).expanduser() if names else THINGS
     if not file.is_file():
-        raise UserError(f"evals.naming.names={names}: there is no such file; it holds all names, one a line")
+        raise UserError(f"evals.naming.names={names}: there is no such file; expected one with all names, one a line")
     candidates = read_lines(file, "evals.naming.names")
-    number = {name: place for place, name in enumerate(candidates)}
-    own = [val.captions[place] for place in val.first.tolist()]
-    unknown = set(own) - number.keys()
+    index = {name: i for i, name in enumerate(candidates)}
+    own = [val.captions[i] for i in val.first.tolist()]
+    unknown = set(own) - index.keys()
     if unknown:
         raise UserError(f"evals.naming.names: {file} lacks {min(unknown)!r}, the first caption of a validation picture")
-    thing = torch.tensor([number[name] for name in own])        # (N,) name of each picture
+    labels = torch.tensor([index[name] for name in own])        # (N,) name of each picture
     texts = encode_texts(candidates)
-    numbers = score(val.images, texts, thing, ks)
-    deal = torch.randperm(len(thing), generator=torch.Generator().manual_seed(SHUFFLE_SEED))
-    shuffled = score(val.images, texts, thing[deal], ks)
-    return {**numbers, **{f"shuffled_{key}": value for key, value in shuffled.items()}}
+    metrics = score(val.images, texts, labels, ks)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SHUFFLE_SEED))
+    shuffled = score(val.images, texts, labels[order], ks)
+    return {**metrics, **{f"shuffled_{key}": value for key, value in shuffled.items()}}
 
 
-def score(images: torch.Tensor, texts: torch.Tensor, thing: torch.Tensor, ks: Sequence[int]) -> dict[str, float]:
-    """Both directions; ``thing`` (N,) is the right text of each picture."""
+def score(images: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]) -> dict[str, float]:
+    """Recalls in both directions; ``labels`` (N,) is the index of each picture's text."""
     pictures = torch.arange(len(images))
-    shown, query = thing.unique(return_inverse=True)        # the things that have pictures
-    return recalls(ranks(images, texts, pictures, thing), ranks(texts[shown], images, query, pictures), ks)
+    present, query = labels.unique(return_inverse=True)     # names that have pictures
+    return recalls(ranks(images, texts, pictures, labels), ranks(texts[present], images, query, pictures), ks)

@@ -1,4 +1,4 @@
-"""Prompt templates by name, and the text classifier that they make."""
+"""Prompt templates, and the zero-shot classifier built from them."""
 
 import torch
 import torch.nn.functional as F
@@ -8,18 +8,18 @@ from clipx.data.class_names import open_clip_metadata, read_names
 from clipx.evals.features import EncodeTexts
 
 NAMED = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
-TEXTS = 8192        # prompts encoded at once
+MAX_PROMPTS = 8192      # encoded at once
 
 
 def read_templates(given: str | list[str]) -> list[str]:
-    """Templates with ``{}`` (or ``{c}``) for the name of a class.
+    """Return templates with ``{}`` where the class name goes.
 
     Args:
-        given: ``openai``, the 80 of the paper's ensemble; ``simple``, 7 of them that OpenAI picked one by one; a file,
-            one a line; or templates.
+        given: ``openai``, the 80 of the paper's ensemble; ``simple``, the 7 that OpenAI found sufficient; a file with
+            one a line; or the templates themselves, with ``{}`` or ``{c}``.
 
     Raises:
-        ValueError: there are none such, or one has no place for the name.
+        ValueError: there are no templates, or one has no ``{}``.
     """
     if isinstance(given, str) and given in NAMED:
         return [template("{}") for template in getattr(open_clip_metadata(), NAMED[given])]
@@ -30,17 +30,17 @@ def read_templates(given: str | list[str]) -> list[str]:
     found = [template.replace("{c}", "{}") for template in found]
     wrong = [template for template in found if "{}" not in template]
     if wrong or not found:
-        raise ValueError(f"templates={given}: {wrong[:1]} has no {{}} where the name of the class goes; there are also "
+        raise ValueError(f"templates={given}: {wrong[:1]} has no {{}} for the class name; named templates are "
                          f"{' and '.join(NAMED)}")
     return found
 
 
 def classifier(encode_texts: EncodeTexts, classes: list[str], templates: list[str]) -> Tensor:
-    """(C, E) unit vectors: of each class the mean of its prompts' unit features, normalised again.
+    """(C, E) unit vectors: the normalised mean of each class's prompt features.
 
     Source: Radford et al. 2021, section 3.1.4 (ensembling over the embedding space).
     """
-    rows, tile = [], max(1, TEXTS // len(templates))
+    rows, tile = [], max(1, MAX_PROMPTS // len(templates))
     for start in range(0, len(classes), tile):
         names = classes[start : start + tile]
         prompts = [template.replace("{}", name) for name in names for template in templates]

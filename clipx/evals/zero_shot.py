@@ -1,4 +1,4 @@
-"""Zero-shot classification: is the nearest class name, in prompts, the picture's own?"""
+"""Zero-shot classification: assign each picture the class with the nearest prompts."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -10,25 +10,25 @@ from torch import Tensor
 from clipx.data.images import decode, eval_crop
 from clipx.data.labelled import LabelledConfig, LabelledSet, check_label, open_sets
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores, encode_texts
-from clipx.evals.figures import page
+from clipx.evals.figures import picture_grid
 from clipx.evals.templates import classifier, read_templates
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer
 
 TILE = 4096         # pictures scored at once
-SCALE = 100         # inverse temperature that confidence is told with: CLIP's at the end of its training
+SCALE = 100         # inverse temperature of the reported confidence: CLIP's after training
 TOP = 5
-SHOWN = 224         # pixels of a mistake
+MISTAKE_SIZE = 224  # pixels
 
 
 class ZeroShot:
-    """Accuracy on labelled sets, for a classifier made of their class names.
+    """Accuracy on labelled sets of a classifier built from their class names.
 
     Args:
         sets: labelled data by name.
         templates: as in ``read_templates``.
-        per_class: whether each class's own accuracy is told, too.
-        mistakes: most confident ones that are shown; 0: none.
+        per_class: whether to report each class's accuracy, too.
+        mistakes: number of the most confident mistakes to show.
     """
 
     def __init__(
@@ -42,27 +42,29 @@ class ZeroShot:
         self.per_class, self.mistakes = per_class, mistakes
 
     def __call__(self, data: LabelledSet, encode_images: EncodeImages, encode_texts: EncodeTexts) -> Scores:
-        """top1, top5 (of five classes or more), mean_per_class over those that have pictures, per_class/..., mistakes.
+        """Return top1, top5 (for at least five classes), mean_per_class, per_class/..., and a figure of mistakes.
 
-        ``skipped`` are the pictures that could not be read, which count nowhere else.
+        ``skipped`` counts the pictures that cannot be read; the other metrics exclude them.
         """
-        found = encode_images(data.test)
-        best, confidence = nearest(found.images, classifier(encode_texts, data.classes, self.templates))
-        right = best == found.labels[:, None]
-        scores: Scores = {**accuracies(right), **per_class(right[:, 0], found.labels, data.classes, self.per_class)}
-        scores["pictures"], scores["skipped"] = len(found.labels), len(found.skipped)
-        wrong = (~right[:, 0]).nonzero()[:, 0]
+        features = encode_images(data.test)
+        best, confidence = top_classes(features.images, classifier(encode_texts, data.classes, self.templates))
+        correct = best == features.labels[:, None]
+        scores: Scores = topk_accuracy(correct)
+        scores |= per_class(correct[:, 0], features.labels, data.classes, self.per_class)
+        scores["pictures"], scores["skipped"] = len(features.labels), len(features.skipped)
+        wrong = (~correct[:, 0]).nonzero()[:, 0]
         shown = wrong[confidence[wrong].argsort(descending=True)][: self.mistakes].tolist()
         if shown:
-            pictures = [eval_crop(decode(data.test.read(int(found.samples[row])).picture), SHOWN) for row in shown]
-            titles = [f"{confidence[row]:.0%} {data.classes[best[row, 0]]}\nis {data.classes[found.labels[row]]}"
+            samples = [data.test.read(sample) for sample in features.samples[shown].tolist()]
+            pictures = [eval_crop(decode(sample.picture), MISTAKE_SIZE) for sample in samples]
+            titles = [f"{confidence[row]:.0%} {data.classes[best[row, 0]]}\nis {data.classes[features.labels[row]]}"
                       for row in shown]
-            scores["mistakes"] = page(pictures, [title.replace("$", r"\$") for title in titles])
+            scores["mistakes"] = picture_grid(pictures, [title.replace("$", r"\$") for title in titles])
         return scores
 
 
-def nearest(images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each picture the nearest classes, (N, up to 5), and the probability of the first, (N,)."""
+def top_classes(images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest classes of each picture, (N, up to 5), and the probability of the first, (N,)."""
     best, confidence = [], []
     for tile in images.split(TILE):
         logits = SCALE * tile @ classes.T                               # (T, C)
@@ -72,19 +74,19 @@ def nearest(images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(best), torch.cat(confidence)
 
 
-def accuracies(right: Tensor) -> dict[str, float]:
-    """From which of the nearest classes are right, (N, up to 5)."""
-    top1 = {"top1": right[:, 0].double().mean().item()}
-    return {**top1, "top5": right.any(dim=1).double().mean().item()} if right.shape[1] == TOP else top1
+def topk_accuracy(correct: Tensor) -> dict[str, float]:
+    """top1 and top5 from (N, up to 5), which of the nearest classes are correct."""
+    top1 = {"top1": correct[:, 0].double().mean().item()}
+    return {**top1, "top5": correct.any(dim=1).double().mean().item()} if correct.shape[1] == TOP else top1
 
 
-def per_class(right: Tensor, labels: Tensor, classes: list[str], each: bool) -> dict[str, float]:
-    """The mean over the classes of their accuracies, and with ``each`` all of these."""
+def per_class(correct: Tensor, labels: Tensor, classes: list[str], each: bool) -> dict[str, float]:
+    """The mean accuracy over classes that have pictures; with ``each``, that of every class, too."""
     counts = labels.bincount(minlength=len(classes)).double()
-    share = torch.bincount(labels, right.double(), len(classes)) / counts
-    there = counts.nonzero()[:, 0].tolist()
-    own = {f"per_class/{classes[number]}": share[number].item() for number in there} if each else {}
-    return {"mean_per_class": share[there].mean().item(), **own}
+    accuracy = torch.bincount(labels, correct.double(), len(classes)) / counts
+    present = counts.nonzero()[:, 0].tolist()
+    own = {f"per_class/{classes[number]}": accuracy[number].item() for number in present} if each else {}
+    return {"mean_per_class": accuracy[present].mean().item(), **own}
 
 
 @torch.no_grad()
@@ -96,14 +98,14 @@ def zero_shot_eval(
     device: str | torch.device = "cpu",
     templates: str | list[str] = "openai",
 ) -> float:
-    """Top-1 accuracy on pictures of one's own loader.
+    """Top-1 accuracy on the pictures of a DataLoader.
 
     Args:
-        model: on ``device``; is left in the mode it was in.
-        tokenizer: the model's.
-        loader: gives (B, 3, S, S) pictures, as the model's transform makes them, and (B,) labels.
-        class_names: of the labels, in their order.
-        device: the model's.
+        model: on ``device``; its training mode is restored.
+        tokenizer: of the model.
+        loader: yields (B, 3, S, S) pictures, made by the model's transform, and (B,) labels.
+        class_names: names of labels 0, 1, ...
+        device: of the model.
         templates: as in ``read_templates``.
 
     Raises:
@@ -112,11 +114,11 @@ def zero_shot_eval(
     device, training = torch.device(device), model.training
     texts = classifier(partial(encode_texts, model, tokenizer, device), list(class_names), read_templates(templates))
     model.eval()
-    right = pictures = 0
+    correct = pictures = 0
     for images, labels in loader:
         check_label(int(labels.max()), class_names, "a picture of the loader")
-        best, _ = nearest(model.encode_image(images.to(device), True).cpu(), texts)
-        right += int((best[:, 0] == labels.cpu()).sum())
+        best, _ = top_classes(model.encode_image(images.to(device), True).cpu(), texts)
+        correct += int((best[:, 0] == labels.cpu()).sum())
         pictures += len(labels)
     model.train(training)
-    return right / pictures
+    return correct / pictures

@@ -1,1 +1,1 @@
-"""What the commands besides train do."""
+"""Implementation of the commands other than train."""

@@ -1,4 +1,4 @@
-"""Runs and weights scored one after the other: numbers beside each, and one table of all."""
+"""Score runs and weights one after the other: metrics next to each, and one table of all."""
 
 import errno
 import fcntl
@@ -23,66 +23,70 @@ from clipx.cores import limit_threads
 from clipx.data.sample import Data, Source
 from clipx.devices import PRECISIONS, select_device, select_workers
 from clipx.errors import UserError
-from clipx.evals.figures import save_figure
-from clipx.evals.validation import LabelledEvaluation, Validation
+from clipx.evals.features import Features
+from clipx.evals.figures import figure_name, save_figure
+from clipx.evals.validation import FigureLog, LabelledEvaluation, Validation
 from clipx.training.logs import SilentLog
 from clipx.weights.load import load
 from clipx.weights.peek import read_plain
 
 logger = logging.getLogger("clipx")
 
-RESULTS, LEFT_OUT = "metrics.json", "evaluate-skipped.jsonl"
+RESULTS, SKIPPED = "metrics.json", "evaluate-skipped.jsonl"
 
-Numbers = dict[str, float]      # by tag
+Metrics = dict[str, float]      # by tag
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the results of a run, or of weights, go."""
+class ResultsWriter(FigureLog):
+    """Writer of the results of a run, or of weights."""
 
     directory: Path
-    weights: str        # the file, as metrics.json names it
-    run: bool           # whether it is a run's directory, which has TensorBoard's events
+    weights: str        # name of the file in metrics.json
+    is_run: bool        # whether the directory is a run's, with TensorBoard's events
     step: int           # of the checkpoint
 
+    def pictures(self, val: Features, step: int) -> None:
+        """Not called: every set that evaluate scores has a name."""
+
     def figure(self, tag: str, figure: Any, step: int) -> None:
-        """Keep a figure of an evaluation."""
-        save_figure(self.directory, tag, figure, "" if self.run else f"{Path(self.weights).stem}-")
-        if self.run:
+        """Save a figure as a PNG, and to a run's TensorBoard."""
+        prefix = "" if self.is_run else f"{Path(self.weights).stem}-"
+        save_figure(figure, self.directory / f"{prefix}{figure_name(tag)}")
+        if self.is_run:
             with SummaryWriter(str(self.directory)) as tensorboard:
                 tensorboard.add_figure(tag, figure, step)
 
-    def write(self, numbers: Numbers, ids: Mapping[str, str], skipped: Sequence[Mapping[str, str]]) -> None:
-        """Into metrics.json, by weights, data and evaluation, and to TensorBoard.
+    def write(self, metrics: Metrics, ids: Mapping[str, str], skipped: Sequence[Mapping[str, str]]) -> None:
+        """Write to metrics.json, by weights, data and evaluation, and to a run's TensorBoard.
 
         Args:
-            numbers: by tag.
-            ids: what tells data from others of the same name, by ``<eval>@<data>``.
-            skipped: pictures that are left out, which are listed beside.
+            metrics: by tag.
+            ids: by ``<eval>@<data>``; they distinguish data sets of the same name.
+            skipped: records of skipped pictures, for evaluate-skipped.jsonl.
         """
-        fresh: dict[str, Numbers] = {}
-        for tag, value in numbers.items():
-            group, metric = parsed(tag)
-            fresh.setdefault(group, {})[metric] = value
-        with merged(self.directory / RESULTS) as results:
+        groups: dict[str, Metrics] = {}
+        for tag, value in metrics.items():
+            group, metric = parse_tag(tag)
+            groups.setdefault(group, {})[metric] = value
+        with locked_json(self.directory / RESULTS) as results:
             if skipped:
-                self.list_skipped(skipped)
+                self.write_skipped(skipped)
             own = results.setdefault(self.weights, {})
-            for group, found in fresh.items():
+            for group, found in groups.items():
                 (evaluation, _, data), source = group.partition("@"), ids[group]
                 if own.get(data, {}).get(evaluation, {}).get("data", source) != source:
-                    data += f"#{source[:8]}"        # other data of that name have been scored before
+                    data += f"#{source[:8]}"        # other data with this name were scored before
                 own.setdefault(data, {})[evaluation] = {"step": self.step, "data": source, **found}
-        if self.run:
+        if self.is_run:
             with SummaryWriter(str(self.directory)) as tensorboard:
-                for tag, value in numbers.items():
+                for tag, value in metrics.items():
                     if "/per_class/" not in tag:
                         tensorboard.add_scalar(tag, value, self.step)
 
-
-    def list_skipped(self, skipped: Sequence[Mapping[str, str]]) -> None:
-        """A line each, and once, however often these data are scored."""
-        path = self.directory / LEFT_OUT
+    def write_skipped(self, skipped: Sequence[Mapping[str, str]]) -> None:
+        """Append a line for each skipped picture, unless it is listed already."""
+        path = self.directory / SKIPPED
         before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         fresh = [json.dumps({"weights": self.weights, **record}, ensure_ascii=False) for record in skipped]
         path.write_text("".join(f"{line}\n" for line in dict.fromkeys([*before, *fresh])), encoding="utf-8")
@@ -92,7 +96,7 @@ def score(config: EvaluateConfig, directory: Path) -> None:
     """Evaluate all runs on all data, alone or as one of several ranks.
 
     Raises:
-        UserError: a run, the data or an evaluation is not what it should be.
+        UserError: a run, the data or an evaluation is wrong.
     """
     limit_threads()
     device, workers = select_device(config.device), select_workers(config.workers)
@@ -101,28 +105,28 @@ def score(config: EvaluateConfig, directory: Path) -> None:
         with distributed.rank0_first(watchdog):
             evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
             on_pairs = any(not isinstance(one, LabelledEvaluation) for one in evals.values())
-            sources = sources_of(config) if on_pairs else {}
-        places = {run: place_of(run, directory) for run in runs}
-        for place in places.values() if distributed.rank() == 0 else ():
-            check_results(place.directory / RESULTS)
-        ids = ids_of(sources, evals)
-        table: dict[str, Numbers] = {}
+            sources = open_sources(config) if on_pairs else {}
+        writers = {run: writer_for(run, directory) for run in runs}
+        for writer in writers.values() if distributed.rank() == 0 else ():
+            check_writable(writer.directory / RESULTS)
+        ids = data_ids(sources, evals)
+        table: dict[str, Metrics] = {}
         for run, label in runs.items():
             model, _, tokenizer = load(run, device, config.trust, config.act)
-            place = places[run]
+            writer = writers[run]
             cache = Path(config.cache).expanduser() if config.cache else None
             validation = Validation(sources, evals, tokenizer, workers, PRECISIONS[config.amp], cache)
-            table[label] = validation(model, place.step, SilentLog() if distributed.rank() else place)
+            table[label] = validation(model, writer.step, SilentLog() if distributed.rank() else writer)
             if distributed.rank() == 0:
-                place.write(table[label], ids, validation.skipped)
-                logger.info("%s: %s", label, place.directory / RESULTS)
+                writer.write(table[label], ids, validation.skipped)
+                logger.info("%s: %s", label, writer.directory / RESULTS)
     if distributed.rank() == 0:
-        for line in lines(table):
+        for line in table_lines(table):
             logger.info(line)
 
 
-def sources_of(config: EvaluateConfig) -> dict[str, Source]:
-    """The pictures and captions that are searched, by name."""
+def open_sources(config: EvaluateConfig) -> dict[str, Source]:
+    """Open the data sets of pictures and captions, by name."""
     if config.data is None:
         raise UserError(f"data has no value, and evals={list(config.evals)} score pictures with captions; add "
                         "data=coco|folder|shards|... data.root=DIR, or choose others: evals=[zero_shot]")
@@ -130,22 +134,22 @@ def sources_of(config: EvaluateConfig) -> dict[str, Source]:
     for note in data.notes:
         logger.info(note)
     option, root = config.choices.get("data", "data"), config.data.get("root") or config.data.get("val_shards")
-    name = plain(Path(os.path.abspath(str(root))).name) if option in ("shards", "folder") and root else ""
+    name = sanitise(Path(os.path.abspath(str(root))).name) if option in ("shards", "folder") and root else ""
     name = name or option
     if config.split == "train":
         return {name: data.train}
     if not data.vals:
-        raise UserError(f"split=val: {name} has no validation pictures; split=train takes all, or give data.val=DIR")
-    return {plain(own) or name: source for own, source in data.vals.items()}
+        raise UserError(f"split=val: {name} has no validation pictures; split=train scores all, or give data.val=DIR")
+    return {sanitise(own) or name: source for own, source in data.vals.items()}
 
 
-def plain(name: str) -> str:
-    """A name that fits into a tag."""
+def sanitise(name: str) -> str:
+    """Replace the characters that a tag cannot have."""
     return re.sub(r"[^\w.,=+-]", "-", name)
 
 
-def ids_of(sources: Mapping[str, Source], evals: Mapping[str, Any]) -> dict[str, str]:
-    """What tells data from others of the same name, by ``<eval>@<data>``."""
+def data_ids(sources: Mapping[str, Source], evals: Mapping[str, Any]) -> dict[str, str]:
+    """Hash of each data set's id, by ``<eval>@<data>``."""
     found = {}
     for key, one in evals.items():
         used = {name: data.test for name, data in one.sets.items()} if isinstance(one, LabelledEvaluation) else sources
@@ -154,55 +158,56 @@ def ids_of(sources: Mapping[str, Source], evals: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def parsed(tag: str) -> tuple[str, str]:
+def parse_tag(tag: str) -> tuple[str, str]:
     """``val/zero_shot@cifar10/top1`` -> ``zero_shot@cifar10`` and ``top1``."""
     _, group, metric = tag.split("/", 2)
     return group, metric
 
 
-def lines(table: Mapping[str, Numbers]) -> Iterator[str]:
-    """One column a run, one line a number, with its interval where it has one."""
-    tags = list(dict.fromkeys(tag for numbers in table.values() for tag in numbers))
+def table_lines(table: Mapping[str, Metrics]) -> Iterator[str]:
+    """Format a table: a column for each run, a line for each metric, with its interval if it has one."""
+    tags = list(dict.fromkeys(tag for metrics in table.values() for tag in metrics))
     shown = [tag for tag in tags if "/per_class/" not in tag and not tag.endswith(("_low", "_high"))]
-    cells = [["", "", *table], *([*parsed(tag), *(cell(numbers, tag) for numbers in table.values())] for tag in shown)]
+    rows = ([*parse_tag(tag), *(format_cell(metrics, tag) for metrics in table.values())] for tag in shown)
+    cells = [["", "", *table], *rows]
     cells = [["" if row and line[0] == cells[row - 1][0] else line[0], *line[1:]] for row, line in enumerate(cells)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         yield "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
 
 
-def cell(numbers: Numbers, tag: str) -> str:
-    if tag not in numbers:
+def format_cell(metrics: Metrics, tag: str) -> str:
+    if tag not in metrics:
         return "-"
-    ends = [f"{numbers[f'{tag}_{end}']:.4g}" for end in ("low", "high") if f"{tag}_{end}" in numbers]
-    return f"{numbers[tag]:.4g}" + (f" ({' to '.join(ends)})" if ends else "")
+    ends = [f"{metrics[f'{tag}_{end}']:.4g}" for end in ("low", "high") if f"{tag}_{end}" in metrics]
+    return f"{metrics[tag]:.4g}" + (f" ({' to '.join(ends)})" if ends else "")
 
 
-def place_of(run: str, directory: Path) -> Place:
-    """Beside the weights, or in the run that they belong to."""
+def writer_for(run: str, directory: Path) -> ResultsWriter:
+    """Write next to the weights, or into the run that they belong to."""
     path = Path(run)
     if (path / "checkpoints").is_dir():
         best, last = (path / "checkpoints" / f"clip_{which}.pt" for which in ("best", "last"))
         path = best if best.exists() else last
     if path.is_dir():
-        return Place(path, path.name, False, 0)         # of another project
+        return ResultsWriter(path, path.name, False, 0)         # of another project
     if not path.is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        return Place(directory, run, False, 0)
+        return ResultsWriter(directory, run, False, 0)
     folder = path.parent if path.parent.name else path.absolute().parent
     if folder.name != "checkpoints" or not (folder.parent / "config.yaml").is_file():
-        return Place(path.parent, path.name, False, 0)
-    return Place(folder.parent, f"checkpoints/{path.name}", True, read_plain(path).get("step", 0))
+        return ResultsWriter(path.parent, path.name, False, 0)
+    return ResultsWriter(folder.parent, f"checkpoints/{path.name}", True, read_plain(path).get("step", 0))
 
 
 @contextmanager
-def merged(path: Path) -> Iterator[dict[str, Any]]:
-    """A file of JSON, to be changed: no other process changes it meanwhile, and it is written whole or not at all."""
+def locked_json(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the content of a JSON file under a lock, and write it back atomically."""
     try:
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            content = results_in(path)
+            content = read_results(path)
             yield content
             temporary = path.with_name(f"{path.name}.writing")
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -213,11 +218,11 @@ def merged(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def results_in(path: Path) -> dict[str, Any]:
-    """The numbers that a file holds; none where there is no file.
+def read_results(path: Path) -> dict[str, Any]:
+    """Read metrics.json; empty if there is no file.
 
     Raises:
-        UserError: it is something else.
+        UserError: the file is something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -226,16 +231,15 @@ def results_in(path: Path) -> dict[str, Any]:
         reason = f"it holds a {type(content).__name__}"
     except (ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-    raise UserError(f"{path} is not the JSON of evaluate ({reason}); move it away, and it is made anew")
+    raise UserError(f"{path} was not written by evaluate ({reason}); move it away, and evaluate writes a new one")
 
 
-def check_results(path: Path) -> None:
-    """Before anything is scored.
-
-    Raises:
-        UserError: numbers could not be written there.
+def check_writable(path: Path) -> None:
     """
-    results_in(path)
+    Raises:
+        UserError: metrics cannot be written to ``path``.
+    """
+    read_results(path)
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path} cannot be written: {os.strerror(errno.EACCES)}; copy the run to where you can write, "
-                        "or give run=FILE of a copy of its checkpoint")
+        raise UserError(f"{path} cannot be written: {os.strerror(errno.EACCES)}; copy the run to a "
+                        "writable place, or give run=FILE of a copy of its checkpoint")

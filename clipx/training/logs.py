@@ -19,7 +19,7 @@ from tqdm import tqdm
 from clipx.cores import one_of_several_jobs
 from clipx.errors import UserError
 from clipx.evals.features import Features
-from clipx.evals.figures import nearest_captions, save_figure, similarity_matrix
+from clipx.evals.figures import figure_name, nearest_captions, save_figure, similarity_matrix
 from clipx.training import tensorboard
 from clipx.training.final_report import Bests, final_report, note_bests
 
@@ -135,7 +135,7 @@ class RunLog:
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """Log a figure of an evaluation, and keep the latest as a PNG in the run's directory."""
         self.check_directory()
-        save_figure(self.directory, tag, figure)
+        save_figure(figure, self.directory / figure_name(tag))
         self.tensorboard.add_figure(tag, figure, step)
 
     def finish(self, state: str) -> None:
