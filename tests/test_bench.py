@@ -65,10 +65,10 @@ def test_a_step_is_measured_beside_open_clips(tmp_path: Path) -> None:
 
 def test_each_part_of_each_step_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [word for word in FEW if not word.startswith(("rounds", "steps"))]
-    steps = measure.Steps(config_of(*few, "workers=0"))
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # a second a look
+    steps = measure.StepBenchmark(config_of(*few, "workers=0"))
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # 1 s a call
     shares = steps.shares(3)
-    assert shares.pop("backward") == pytest.approx(2 / 8)           # before the loss and behind it
+    assert shares.pop("backward") == pytest.approx(2 / 8)           # before and after the loss
     assert list(shares.values()) == pytest.approx([1 / 8] * 6)
 
 
@@ -92,7 +92,7 @@ def test_the_loader_is_measured_alone(bench: Callable[..., None], tmp_path: Path
     ("shares", "loader", "told"),
     [
         ({"wait": 0.38, "optimiser": 0.1}, 50.0, "loader-bound: the device waits 38% of the time; use workers=5"),
-        ({"wait": 0.38, "optimiser": 0.1}, 10.0, "it would take workers=21, and there are 8 cores: make the pictures"),
+        ({"wait": 0.38, "optimiser": 0.1}, 10.0, "it would take workers=21, more than the 8 cores: make the pictures"),
         ({"wait": 0.01, "optimiser": 0.4}, 50.0, "optimiser-bound: it takes 40 % of the time; a larger batch_size"),
         ({"wait": 0.01, "optimiser": 0.1}, 50.0, "compute-bound; try compile=true"),
     ],

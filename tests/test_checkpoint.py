@@ -78,7 +78,7 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
     data[place + 5] ^= 4
     path.write_bytes(data)
     torch.load(path, weights_only=True)         # does not notice
-    with pytest.raises(CheckpointError, match=r"clip_last\.pt is damaged: its checksum"):
+    with pytest.raises(CheckpointError, match=r"clip_last\.pt is corrupt: its checksum"):
         read(path)
 
 

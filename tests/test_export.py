@@ -146,7 +146,7 @@ def test_what_a_format_cannot_say_is_refused(
     model.text.act = "quick_gelu"
     monkeypatch.setattr("clipx.weights.load.load", lambda *_, **__: (model, *rest))
     message = refuses("run=w.pt", "to=open_clip", "out=new")
-    assert message == ("open_clip has one activation for both towers, and here model.image.act=gelu and "
+    assert message == ("open_clip has one activation for both towers; this model has model.image.act=gelu and "
                        "model.text.act=quick_gelu")
     model.text.token_embedding.weight = torch.nn.Parameter(torch.zeros(100, 128))
     message = refuses("run=w.pt", "to=hf", "out=new")

@@ -179,7 +179,7 @@ def test_of_a_checkpoints_config_nothing_is_called_but_its_model(
     ("node", "made"), [(TOWERS["image"], "ImageEncoder"), ({**MODEL, "_partial_": True}, "partial"), ("clipx", "str")]
 )
 def test_what_a_checkpoints_config_makes_is_a_clip(tmp_path: Path, node: object, made: str) -> None:
-    with pytest.raises(CheckpointError, match=f"evil.pt: its config's model makes a {made}, not a CLIP"):
+    with pytest.raises(CheckpointError, match=f"evil.pt: its config's model is a {made}, not a CLIP"):
         load(checkpoint_of(tmp_path / "evil.pt", node))
 
 
@@ -188,7 +188,7 @@ def test_a_model_that_cannot_be_made_from_a_checkpoints_config_is_one_line(
     tmp_path: Path, odd: dict[str, object]
 ) -> None:
     path = checkpoint_of(tmp_path / "odd.pt", {**MODEL, "image": {**TOWERS["image"], **odd}})
-    with pytest.raises(CheckpointError, match="odd.pt: its config's model cannot be made: [^\n]*$"):
+    with pytest.raises(CheckpointError, match="odd.pt: its config's model cannot be built: [^\n]*$"):
         load(path)
 
 

@@ -151,7 +151,7 @@ def test_an_average_is_used_and_named_where_there_is_nothing_else(
     with caplog.at_level("INFO", "clipx"):
         found = load(tmp_path / "w.pt", act="quick_gelu")[0].state_dict()
     assert torch.equal(found["visual.proj"], state["visual.proj"])
-    assert "w.pt has no weights but their moving average, ema_state_dict, which is used" in caplog.text
+    assert "w.pt has only a moving average of the weights, ema_state_dict, which is used" in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -234,7 +234,7 @@ def test_what_open_clip_has_cached_is_found_by_its_name(tmp_path: Path, monkeypa
         ({"drop": "visual.proj"}, "w.pt holds another kind of model than CLIP with a Vision Transformer: 'visual.p"),
         ({"drop": "ln_final.bias"}, "w.pt does not fit: ln_final.bias is missing there and 128 in the model"),
         ({"add": {"logit_bias": torch.ones(())}}, "logit_bias is one number there and missing in the model"),
-        ({"add": {"epoch": 3}}, "w.pt holds no state dict: names and tensors, or these under state_dict"),
+        ({"add": {"epoch": 3}}, "w.pt holds no state dict: expected names and tensors, or these under state_dict"),
         ({"add": {"x": argparse.Namespace()}}, "w.pt is not a checkpoint of tensors alone: it holds objects (arg"),
         ({"file": b"PK\3\4"}, "w.pt is not a checkpoint: it is cut short, or another kind of file"),
         ({"path": "no.pt"}, "no.pt: there is no such checkpoint"),
@@ -276,7 +276,7 @@ def test_another_architecture_of_open_clip_is_refused(tmp_path: Path, given: dic
     [
         ({"vision_config": {"hidden_act": "silu"}}, "vision_config has hidden_act='silu' and layer_norm_eps=1e-05"),
         ({"text_config": {"layer_norm_eps": 1e-6}}, "text_config has hidden_act='quick_gelu' and layer_norm_eps=1e-06"),
-        ({"text_config": {"eos_token_id": 7}}, "text_config.eos_token_id=7; clipx reads the feature of a caption at"),
+        ({"text_config": {"eos_token_id": 7}}, "text_config.eos_token_id=7; clipx reads a caption's feature"),
         ({"pixels": {"image_mean": [0.5, 0.5, 0.5]}}, "was trained on pictures prepared with mean=[0.5, 0.5, 0.5]"),
         ({"drop": "text_model.encoder.layers.0.self_attn.k_proj.bias"}, "there is no k_proj or v_proj"),
         ({"add": "vision_model.head.attention.in_proj_bias"}, "vision_model.head.attention.in_proj_bias has no place"),
@@ -334,7 +334,7 @@ def test_a_config_of_another_project_that_is_odd_is_one_line(
 
 def test_an_activation_that_contradicts_the_weights_is_an_error(tmp_path: Path) -> None:
     path = open_clip_directory(tmp_path / "oc", peer())
-    with pytest.raises(CheckpointError, match="^act=gelu, but .*oc says that it was trained with act=quick_gelu"):
+    with pytest.raises(CheckpointError, match="^act=gelu, but .*oc was trained with act=quick_gelu"):
         load(path, act="gelu")
 
 
@@ -416,7 +416,7 @@ def test_position_embeddings_are_resized_as_open_clip_does(
     assert torch.equal(found["positional_embedding"], expected["positional_embedding"][:40])
     told = (tmp_path / "outputs/x/train.log").read_text()
     assert f"from w.pt; position embeddings of pictures resized from 4 x 4 to {size // 8} x {size // 8} patches" in told
-    assert "those of captions cut from 77 to 40 tokens" in told
+    assert "those of captions truncated from 77 to 40 tokens" in told
 
 
 @pytest.mark.parametrize(

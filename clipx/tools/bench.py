@@ -1,4 +1,4 @@
-"""The report of bench: the loader stage by stage, the training step part by part, and what bounds the run."""
+"""Benchmark the loader by stage and the training step by part, and report what bounds the run."""
 
 import logging
 import statistics
@@ -9,33 +9,33 @@ from typing import Any
 from clipx.config.schema import TrainConfig
 from clipx.cores import available_cores
 from clipx.devices import select_device, select_workers
-from clipx.tools.measure import Steps, measure_loader, stages
+from clipx.tools.measure import StepBenchmark, measure_loader, time_stages
 
 logger = logging.getLogger("clipx")
 
-WAITS = 0.05            # share of the time spent waiting for data that is worth a warning
-SLOW = 0.25             # share of the time that the optimiser may take
+MAX_WAIT = 0.05         # share of the time waiting for data; above it, the run is loader-bound
+MAX_OPTIMISER = 0.25    # share of the time in the optimiser; above it, the run is optimiser-bound
 
-Rounds = Sequence[Mapping[str, float]]      # the figures of each round
+Rounds = Sequence[Mapping[str, float]]      # figures of each round
 
 
 def bench_loader(config: TrainConfig, rounds: int, seconds: float) -> dict[str, Any]:
     """Measure the loader: each stage in one process, then the whole of it with its workers."""
-    per_stage = stages(config)
-    logger.info("data      %s, %.1f kB a picture", config.choices["data"], per_stage["bytes"] / 1e3)
+    per_stage = time_stages(config)
+    logger.info("data      %s, %.1f kB per picture", config.choices["data"], per_stage["bytes"] / 1e3)
     for stage, cost in per_stage.items():
         if stage != "bytes":
-            logger.info("%-9s %7.0f us a picture", stage, 1e6 * cost)
+            logger.info("%-9s %7.0f us per picture", stage, 1e6 * cost)
     found = [measure_loader(config, seconds) for _ in range(rounds)]
-    logger.info("loader    %s pictures/s, %.1f MB private memory a worker", spread(found, "pictures_per_s"),
+    logger.info("loader    %s pictures/s, %.1f MB private memory per worker", spread(found, "pictures_per_s"),
                 median(found, "worker_mb"))
     return {"stages": per_stage, "rounds": found}
 
 
 def bench_step(config: TrainConfig, rounds: int, steps: int, trace: Path | None) -> dict[str, Any]:
-    """Measure the step: samples/s on batches in memory and from the loader, time by part, FLOPs, memory."""
-    run = Steps(config)
-    first = run.from_memory(1)          # compiles, and allocates memory
+    """Measure the step: samples/s from memory and from the loader, time by part, FLOPs, memory."""
+    run = StepBenchmark(config)
+    first = run.from_memory(1)          # compiles and allocates memory
     if config.compile:
         logger.info("compile   the first step took %.0f s", config.batch_size / first)
     found = [{"samples_per_s": run.from_memory(steps)} for _ in range(rounds)]
@@ -47,8 +47,8 @@ def bench_step(config: TrainConfig, rounds: int, steps: int, trace: Path | None)
     logger.info("shares    %s", "  ".join(f"{part} {share:.0%}" for part, share in figures["shares"].items()))
     achieved = figures["flops_per_sample"] * median(found, "samples_per_s")
     peak = figures.get("peak_flops")
-    logger.info("FLOPs     %.2f GFLOP a sample, %.3g TFLOP/s%s", figures["flops_per_sample"] / 1e9, achieved / 1e12,
-                f", model FLOPs utilisation {achieved / peak:.0%}" if peak else "; the device's peak is not known")
+    logger.info("FLOPs     %.2f GFLOP per sample, %.3g TFLOP/s%s", figures["flops_per_sample"] / 1e9, achieved / 1e12,
+                f", model FLOPs utilisation {achieved / peak:.0%}" if peak else "; the device's peak is unknown")
     if trace:
         run.trace(trace)
         logger.info("trace     tensorboard --logdir %s (with pip install torch-tb-profiler)", trace)
@@ -59,19 +59,19 @@ def report_bound(config: TrainConfig, found: Mapping[str, Any]) -> None:
     """Log what bounds the run, and what to change."""
     step, workers = found["step"], select_workers(config.workers)
     shares = step["shares"]
-    if shares["wait"] > WAITS:
+    if shares["wait"] > MAX_WAIT:
         needed = median(step["rounds"], "samples_per_s")
         bound = f"loader-bound: the device waits {shares['wait']:.0%} of the time"
         if "loader" in found:
-            one = median(found["loader"]["rounds"], "pictures_per_s") / max(1, workers)
-            enough, cores = int(needed / one) + 1, available_cores()
+            per_worker = median(found["loader"]["rounds"], "pictures_per_s") / max(1, workers)
+            enough, cores = int(needed / per_worker) + 1, available_cores()
             bound += f"; use workers={enough}" if enough <= cores else (
-                f"; it would take workers={enough}, and there are {cores} cores: make the pictures smaller "
-                "(clipx.prepare resize=256)")
+                f"; it would take workers={enough}, more than the {cores} cores: make the pictures "
+                "smaller (clipx.prepare resize=256)")
         logger.info("bound     %s", bound)
-    elif shares["optimiser"] > SLOW:
-        logger.info("bound     optimiser-bound: it takes %.0f %% of the time; a larger batch_size shares it among more "
-                    "samples", 100 * shares["optimiser"])
+    elif shares["optimiser"] > MAX_OPTIMISER:
+        logger.info("bound     optimiser-bound: it takes %.0f %% of the time; a larger batch_size runs it less often",
+                    100 * shares["optimiser"])
     else:
         slow = config.amp == "none" and select_device(config.device).type == "cuda"
         remedy = ", ".join(["amp=bf16"] * slow + ["compile=true"] * (not config.compile))
@@ -83,6 +83,6 @@ def median(rounds: Rounds, name: str) -> float:
 
 
 def spread(rounds: Rounds, name: str) -> str:
-    """Median, least and most, for the log."""
+    """Format the median, minimum and maximum."""
     values = [figures[name] for figures in rounds]
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"

@@ -1,1 +1,1 @@
-"""Checkpoints, and other projects' weights, in and out."""
+"""Checkpoints, and conversion to and from other projects' weights."""

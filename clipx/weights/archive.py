@@ -1,4 +1,4 @@
-"""Files of tensors, read without running anything that is in them."""
+"""Read files of tensors without running any code in them."""
 
 from collections.abc import Iterator
 from io import BytesIO
@@ -16,24 +16,24 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from clipx.config.runs import suggest_runs
 from clipx.errors import UserError
 
-STORAGES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
+STORAGE_DTYPES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
             "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32}
 BROKEN = (UnpicklingError, SafetensorError, BadZipFile, RuntimeError, EOFError, ValueError, KeyError, AttributeError,
-          TypeError, IndexError, StopIteration)       # what readers raise for the bytes of a file
+          TypeError, IndexError, StopIteration)       # what readers raise for damaged bytes
 
 
 class CheckpointError(UserError):
-    """A checkpoint, or weights of another project, cannot be used."""
+    """A checkpoint, or other weights, cannot be used."""
 
 
-def opened(path: Path) -> dict[str, Any]:
-    """What a file of ``torch.save``, of safetensors or of TorchScript holds, on the CPU.
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a file of ``torch.save``, safetensors or TorchScript, on the CPU.
 
     Raises:
-        CheckpointError: there is none, or it is another kind of file.
+        CheckpointError: there is no file, or it is another kind of file.
     """
     try:
-        content = content_of(path)
+        content = parse_file(path)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         reason = f"there is no such checkpoint{suggest_runs(path)}" if missing else error.strerror
@@ -45,72 +45,71 @@ def opened(path: Path) -> dict[str, Any]:
     return content
 
 
-def content_of(path: Path) -> Any:
+def parse_file(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_file(path)
     if is_zipfile(path):
         with ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return dict(tensors_of(Script(archive).load()))
-            if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):      # no bombs
-                raise UnpicklingError(f"{path} is packed")
+                return dict(named_tensors(TorchScriptUnpickler(archive).load()))
+            if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):      # no zip bombs
+                raise UnpicklingError(f"{path} is compressed")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         if is_zipfile(path) and (objects := get_unsafe_globals_in_checkpoint(path)):
             raise CheckpointError(f"{path} is not a checkpoint of tensors alone: it holds objects ({objects[0]}), and "
-                                  "code in a file is never run; save its state dict by itself where it was made: "
+                                  "code in a file is never run; save the state dict alone, where the file was made: "
                                   "torch.save(model.state_dict(), FILE)") from error
         raise
 
 
-class Script(Unpickler):
-    """The objects of a TorchScript archive, such as OpenAI's, without their code.
+class TorchScriptUnpickler(Unpickler):
+    """Read the objects of a TorchScript archive, such as OpenAI's, without their code.
 
-    It knows how a tensor is put together, and nothing else: every class that the archive names becomes a record of
-    attributes, and what is no class of the archive's own is refused.
+    Only tensors are rebuilt.  Classes defined in the archive become plain records; anything else is refused.
     """
 
     def __init__(self, archive: ZipFile):
         self.archive = archive
         self.root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
-        self.record = type("Record", (), {})            # a new one each time: a file can write on it
-        super().__init__(BytesIO(archive.read(self.stored("data.pkl"))))
+        self.record = type("Record", (), {})            # a new class each time: a file can set its attributes
+        super().__init__(BytesIO(archive.read(self.entry_name("data.pkl"))))
 
-    def stored(self, name: str) -> str:
-        """The name of an entry, which is not packed."""
+    def entry_name(self, name: str) -> str:
+        """The full name of an entry; compressed ones are refused."""
         entry = self.archive.getinfo(self.root + name)
         if entry.compress_type != ZIP_STORED:
-            raise UnpicklingError(f"{entry.filename} is packed")
+            raise UnpicklingError(f"{entry.filename} is compressed")
         return entry.filename
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self.tensor
+            return self.rebuild_tensor
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if module == "torch.jit._pickle" and name.startswith("build_"):     # a list of a type
+        if module == "torch" and name in STORAGE_DTYPES:
+            return STORAGE_DTYPES[name]
+        if module == "torch.jit._pickle" and name.startswith("build_"):     # a typed list
             return list
         if module.partition(".")[0] == "__torch__":
             return self.record
-        raise UnpicklingError(f"{module}.{name} is not called")
+        raise UnpicklingError(f"{module}.{name} is not allowed")
 
     def persistent_load(self, key: tuple[str, torch.dtype, str, str, int]) -> Tensor:
-        """(n,) the storage of that name."""
-        return torch.frombuffer(bytearray(self.archive.read(self.stored(f"data/{key[2]}"))), dtype=key[1])
+        """Read a storage -> (n,)."""
+        return torch.frombuffer(bytearray(self.archive.read(self.entry_name(f"data/{key[2]}"))), dtype=key[1])
 
-    def tensor(
+    def rebuild_tensor(
         self, storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
     ) -> Tensor:
         return storage.as_strided(size, stride, offset).clone()
 
 
-def tensors_of(record: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors below an object, named as a state dict names them."""
+def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors below an object, named as in a state dict."""
     for name, value in vars(record).items():
         if isinstance(value, Tensor):
             yield prefix + name, value
         elif type(value) is type(record):
-            yield from tensors_of(value, f"{prefix}{name}.")
+            yield from named_tensors(value, f"{prefix}{name}.")

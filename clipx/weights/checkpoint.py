@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running anything that is in them."""
+"""Checkpoints: written atomically, and read without running any code in them."""
 
 import io
 import os
@@ -16,43 +16,43 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from clipx.distributed import rank
-from clipx.weights.archive import CheckpointError, opened
+from clipx.weights.archive import CheckpointError, read_file
 
-FORMAT = 2          # of what a run needs to go on
+FORMAT = 2          # of what a run needs to resume
 
 
 def versions() -> dict[str, str]:
-    """What a run was made with."""
+    """Versions of clipx, torch and Python."""
     import clipx
 
     return {"clipx": clipx.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
-def save(path: Path, content: Mapping[str, Any], before: Path | None = None) -> None:
-    """Write a checkpoint in place of the one at ``path``; whatever happens, one of the two stands there whole.
+def save(path: Path, content: Mapping[str, Any], backup: Path | None = None) -> None:
+    """Replace the checkpoint at ``path`` atomically: a failure leaves the old one intact.
 
     Args:
         path: the file.
         content: plain dicts, lists, tensors, strings and numbers; format, versions and checksum are added.
-        before: where the one goes that stands at ``path``.
+        backup: where to move the old checkpoint, or None to overwrite it.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    whole = {**content, "format": FORMAT, "versions": versions(), "checksum": checksum(content)}
+    complete = {**content, "format": FORMAT, "versions": versions(), "checksum": checksum(content)}
     temporary = path.with_suffix(".writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            written = Written(file)
+            recorder = ErrorRecorder(file)
             try:
-                torch.save(whole, written)
-            except RuntimeError as error:       # torch hides what the file has raised
-                raise written.error or error from error
+                torch.save(complete, recorder)
+            except RuntimeError as error:       # torch hides the OSError of the file
+                raise recorder.error or error from error
             file.flush()
             os.fsync(file.fileno())
-        if before and path.exists():
-            os.replace(path, before)
+        if backup and path.exists():
+            os.replace(path, backup)
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
@@ -62,13 +62,13 @@ def save(path: Path, content: Mapping[str, Any], before: Path | None = None) -> 
             temporary.unlink()
         need = sum(tensor.nbytes for _, tensor in tensors(content))
         raise CheckpointError(
-            f"{path} cannot be written: {error.strerror}. It needs {need / 1e9:.3g} GB; the checkpoint before stands, "
-            "and when there is room the same command goes on from it"
+            f"{path} cannot be written: {error.strerror}. It needs {need / 1e9:.3g} GB. The previous checkpoint is "
+            "intact; free some space and rerun the same command to resume"
         ) from error
 
 
-class Written(io.RawIOBase):
-    """A file that remembers why it could not be written."""
+class ErrorRecorder(io.RawIOBase):
+    """A file that keeps the error of a failed write."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.error = file, None
@@ -82,15 +82,15 @@ class Written(io.RawIOBase):
 
 
 class AsyncSaver:
-    """Writes a run's checkpoints in the background, for the length of a ``with``; its end waits for what is written.
+    """Write a run's checkpoints in the background; a context manager, whose exit waits for the last write.
 
-    The run stops for the copy to the memory of the host alone, and for a save that is not done when the next is due.
-    Rank 0 alone writes.
+    The run waits only for the copy to host memory, and for a save that is unfinished when the next is due.
+    Only rank 0 writes.
 
     Args:
         directory: of the checkpoints.
-        identity: what the run is; goes into each.
-        previous: whether the ``last`` that stands there is worth keeping as ``previous``.
+        identity: what identifies the run; part of each checkpoint.
+        previous: whether to keep the existing ``last`` as ``previous``.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], previous: bool):
@@ -110,67 +110,67 @@ class AsyncSaver:
             self.wait()
 
     def __call__(self, content: Mapping[str, Any], kinds: Sequence[str]) -> None:
-        """Save as each of some names, clip_NAME.pt."""
+        """Save as clip_KIND.pt, once for each kind."""
         if rank() == 0:
             self.wait()
-            self.job = self.pool.submit(self.write, on_host({**content, **self.identity}), kinds)
+            self.job = self.pool.submit(self.write, copy_to_host({**content, **self.identity}), kinds)
 
     def write(self, content: Mapping[str, Any], kinds: Sequence[str]) -> None:
         for kind in kinds:
-            before = self.directory / "clip_previous.pt" if kind == "last" and self.previous else None
-            save(self.directory / f"clip_{kind}.pt", to_use(content) if kind == "best" else content, before)
+            backup = self.directory / "clip_previous.pt" if kind == "last" and self.previous else None
+            save(self.directory / f"clip_{kind}.pt", without_optimizer(content) if kind == "best" else content, backup)
             self.previous |= kind == "last"
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait for the save in progress.
 
         Raises:
-            CheckpointError: it could not be.
+            CheckpointError: it failed.
         """
         job, self.job = self.job, None
         if job:
             job.result()
 
     def check(self) -> None:
-        """Raise what has failed, without waiting."""
+        """Raise the error of a failed save, without waiting."""
         if self.job and self.job.done():
             self.wait()
 
 
-def to_use(content: Mapping[str, Any]) -> dict[str, Any]:
-    """All but the optimiser's state: enough to use the weights, in a third of the bytes."""
+def without_optimizer(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the optimiser's state: a third of the bytes, enough to use the weights."""
     return {key: value for key, value in content.items() if key != "optimizer"}
 
 
-def on_host(content: Any) -> Any:
-    """A copy in the memory of the host, which nobody changes."""
+def copy_to_host(content: Any) -> Any:
+    """Copy all tensors to host memory, so that training does not change them."""
     return tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="cpu").copy_(tensor), content)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU, its checksum held.
+    """Read a checkpoint to the CPU and verify its checksum.
 
     Raises:
-        CheckpointError: there is none, it is not one of ours, or its bytes have changed.
+        CheckpointError: it does not exist, was not written by clipx, or is corrupt.
     """
-    return verified(opened(path), path)
+    return verify(read_file(path), path)
 
 
-def verified(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The same, where it is a checkpoint of ours.
+def verify(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a checkpoint's content after checking it.
 
     Raises:
-        CheckpointError: it is not, or its bytes have changed.
+        CheckpointError: it was not written by clipx, or is corrupt.
     """
     if "model_state_dict" not in content:
         raise CheckpointError(f"{path} is not a checkpoint of clipx: it has no model_state_dict")
     if content.get("checksum", expected := checksum(content)) != expected:
-        raise CheckpointError(f"{path} is damaged: its checksum does not fit")
+        raise CheckpointError(f"{path} is corrupt: its checksum does not match")
     return content
 
 
 def checksum(content: Mapping[str, Any]) -> str:
-    """sha256 over the names, shapes and bytes of all tensors, in order of their names."""
+    """sha256 of the names, shapes and bytes of all tensors, sorted by name."""
     total = sha256()
     for name, tensor in sorted(tensors(content)):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""State dicts of other projects, in and out.  Ours has OpenAI's keys, which are open_clip's, too."""
+"""Convert state dicts from and to other projects.  clipx has OpenAI's keys, as open_clip has."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,23 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipx.weights.archive import CheckpointError, opened
-from clipx.weights.foreign import HuggingFaceConfig, OpenClipConfig, Pixels, read_json
-from clipx.weights.unwrap import unwrapped
+from clipx.weights.archive import CheckpointError, read_file
+from clipx.weights.foreign import HuggingFaceConfig, OpenClipConfig, Preprocessing, read_json
+from clipx.weights.unwrap import unwrap
 
-Node = dict[str, Any]       # of the config: what a model is made of
+Node = dict[str, Any]       # config of a model
 
-OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"       # by which a directory is known
+OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"       # each marks its project's directories
 FILES = {
     OPEN_CLIP: ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
     HUGGING_FACE: ("model.safetensors", "pytorch_model.bin"),
 }
-OPENAIS = {"input_resolution", "context_length", "vocab_size"}         # beside the weights, in its files alone
-SHOWN_BY_SHAPES = {"layers", "width", "patch_size", "image_size", "mlp_ratio", "context_length", "vocab_size"}
-TOLD = SHOWN_BY_SHAPES | {"head_width", "heads", "patch_dropout", "output_tokens"}
-OURS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}    # as clipx has it
+OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}         # only in OpenAI's files
+INFERRED = {"layers", "width", "patch_size", "image_size", "mlp_ratio", "context_length", "vocab_size"}
+READ = INFERRED | {"head_width", "heads", "patch_dropout", "output_tokens"}
+SUPPORTED = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
 
-# Hugging Face's name of ours
+# OpenAI's prefix -> Hugging Face's
 NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.": "vision_model.embeddings.patch_embedding.",
@@ -46,130 +46,132 @@ IN_BLOCK = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".attn.": ".se
 
 
 class Weights(NamedTuple):
-    """What a file or a directory of another project holds."""
+    """Weights, and the model that they belong to."""
 
     state: dict[str, Tensor]        # OpenAI's keys, float32
-    node: Node                      # the model that it fits; without ``heads`` and ``act`` where nothing says them
-    pixels: Mapping[str, Any]       # how pictures are prepared, as far as it says: mean, std, resize_mode ...
+    node: Node                      # config of the model; ``heads`` and ``act`` are missing if unknown
+    preprocessing: Mapping[str, Any]    # mean, std, resize_mode ..., as far as known
 
 
-def of_state_dict(content: Mapping[str, Any], source: object) -> Weights:
-    """A state dict, bare or wrapped by what trained it, or OpenAI's archive."""
-    state = plain(content, source)
-    node = node_of(state, source)
-    if content.keys() >= OPENAIS:
+def weights_from_state_dict(content: Mapping[str, Any], source: object) -> Weights:
+    """From a state dict, bare or as a trainer wraps it, or OpenAI's archive."""
+    state = normalise_keys(content, source)
+    node = infer_node(state, source)
+    if content.keys() >= OPENAI_KEYS:
         node["image"]["act"] = node["text"]["act"] = "quick_gelu"
     return Weights(state, node, {})
 
 
-def of_open_clip(content: Mapping[str, Any], config: Mapping[str, Any], source: object) -> Weights:
-    """A state dict, and what open_clip's config says of it."""
+def weights_from_open_clip(content: Mapping[str, Any], config: Mapping[str, Any], source: object) -> Weights:
+    """From a state dict and open_clip's config."""
     model = config["model_cfg"]
     for part in ("vision_cfg", "text_cfg"):
         for key, value in model[part].items():
-            if key not in TOLD and value not in (None, False, *OURS.get(key, ())):
-                raise CheckpointError(f"{source}: {part}.{key}={value!r} is another architecture than clipx has")
-    state = plain(content, source)
-    node, act = node_of(state, source), "quick_gelu" if model.get("quick_gelu") else "gelu"
+            if key not in READ and value not in (None, False, *SUPPORTED.get(key, ())):
+                raise CheckpointError(f"{source}: {part}.{key}={value!r} is an architecture that clipx does not have")
+    state = normalise_keys(content, source)
+    node, act = infer_node(state, source), "quick_gelu" if model.get("quick_gelu") else "gelu"
     node["image"] |= {"heads": node["image"]["width"] // model["vision_cfg"].get("head_width", 64), "act": act}
     node["text"] |= {"heads": model["text_cfg"].get("heads", 8), "act": act}
     return Weights(state, node, config.get("preprocess_cfg", {}))
 
 
-def of_hugging_face(content: Mapping[str, Any], config: Mapping[str, Any], source: object) -> Weights:
-    """A state dict of CLIPModel, and its config."""
-    state = plain(content, source)
-    node = node_of(state, source)
+def weights_from_hugging_face(content: Mapping[str, Any], config: Mapping[str, Any], source: object) -> Weights:
+    """From a state dict of CLIPModel and its config."""
+    state = normalise_keys(content, source)
+    node = infer_node(state, source)
     for tower, part, heads in (("image", "vision_config", 12), ("text", "text_config", 8)):     # CLIPConfig's defaults
-        said = config.get(part) or {}
-        act, eps, end = said.get("hidden_act", "quick_gelu"), said.get("layer_norm_eps", 1e-5), said.get("eos_token_id")
+        keys = config.get(part) or {}
+        act, eps, end = keys.get("hidden_act", "quick_gelu"), keys.get("layer_norm_eps", 1e-5), keys.get("eos_token_id")
         if act not in ("quick_gelu", "gelu") or eps != 1e-5:
             raise CheckpointError(f"{source}: {part} has hidden_act={act!r} and layer_norm_eps={eps}; clipx has "
                                   "quick_gelu or gelu, and 1e-05")
-        if end not in (None, 2, node["text"]["vocab"] - 1):     # 2 is an old way to say: the highest
-            raise CheckpointError(f"{source}: {part}.eos_token_id={end}; clipx reads the feature of a caption at its "
+        if end not in (None, 2, node["text"]["vocab"] - 1):     # 2 once stood for the highest token
+            raise CheckpointError(f"{source}: {part}.eos_token_id={end}; clipx reads a caption's feature at its "
                                   f"highest token, {node['text']['vocab'] - 1}")
-        node[tower] |= {"heads": said.get("num_attention_heads", heads), "act": act}
+        node[tower] |= {"heads": keys.get("num_attention_heads", heads), "act": act}
     return Weights(state, node, {})
 
 
-def directory(path: Path) -> Weights:
-    """open_clip's local directory, or Hugging Face's.
+def read_directory(path: Path) -> Weights:
+    """Read a local directory of open_clip or Hugging Face.
 
     Raises:
-        CheckpointError: it is neither, or not whole, or of another architecture.
+        CheckpointError: it is neither, or incomplete, or of another architecture.
     """
     kind = OPEN_CLIP if (path / OPEN_CLIP).is_file() else HUGGING_FACE
     config = read_json(path / kind, OpenClipConfig if kind == OPEN_CLIP else HuggingFaceConfig)
     file = next((path / name for name in FILES[kind] if (path / name).is_file()), path / FILES[kind][0])
     if kind == OPEN_CLIP:
-        return of_open_clip(opened(file), config, path)
-    found = of_hugging_face(opened(file), config, path)
-    pixels = path / "preprocessor_config.json"
-    said = read_json(pixels, Pixels) if pixels.is_file() else {}
-    return found._replace(pixels={key.removeprefix("image_"): value for key, value in said.items()})
+        return weights_from_open_clip(read_file(file), config, path)
+    found = weights_from_hugging_face(read_file(file), config, path)
+    file = path / "preprocessor_config.json"
+    keys = read_json(file, Preprocessing) if file.is_file() else {}
+    return found._replace(preprocessing={key.removeprefix("image_"): value for key, value in keys.items()})
 
 
-def cached(name: str) -> Weights:
-    """What open_clip has downloaded before; nothing is downloaded here.
+def read_open_clip_cache(name: str) -> Weights:
+    """Read weights that open_clip has downloaded before; nothing is downloaded here.
 
     Args:
         name: MODEL/PRETRAINED, as in ``open_clip.list_pretrained()``.
 
     Raises:
-        CheckpointError: there is no such thing, it is not here, or name and weights differ in their activation.
+        CheckpointError: open_clip has no such weights, they are not on this machine, or the model has another
+            activation than the weights.
     """
     import open_clip  # takes seconds
 
     model, _, tag = name.partition("/")
-    config, said = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
-    if not config or not said:
-        there = open_clip.list_pretrained_tags_by_model(model) or ["open_clip.list_pretrained() names them"]
-        raise CheckpointError(f"open_clip:{name}: open_clip has no such weights; {model}: {', '.join(there)}")
-    file = next(filter(Path.is_file, places(said)), None)
+    config, pretrained = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
+    if not config or not pretrained:
+        tags = open_clip.list_pretrained_tags_by_model(model) or ["open_clip.list_pretrained() names them"]
+        raise CheckpointError(f"open_clip:{name}: open_clip has no such weights; {model}: {', '.join(tags)}")
+    file = next(filter(Path.is_file, cached_files(pretrained)), None)
     if file is None:
         raise CheckpointError(f"open_clip:{name} is not on this machine; python -c \"import open_clip; "
                               f"open_clip.create_model('{model}', pretrained='{tag}')\" downloads it")
-    if bool(said.get("quick_gelu")) != bool(config.get("quick_gelu")):
-        right = model.removesuffix("-quickgelu") + "-quickgelu" * bool(said.get("quick_gelu"))
+    if bool(pretrained.get("quick_gelu")) != bool(config.get("quick_gelu")):
+        right = model.removesuffix("-quickgelu") + "-quickgelu" * bool(pretrained.get("quick_gelu"))
         raise CheckpointError(f"open_clip:{name}: these weights have another activation than {model}; "
                               f"open_clip:{right}/{tag} is right")
-    return of_open_clip(opened(file), {"model_cfg": config, "preprocess_cfg": said}, f"open_clip:{name}")
+    config = {"model_cfg": config, "preprocess_cfg": pretrained}
+    return weights_from_open_clip(read_file(file), config, f"open_clip:{name}")
 
 
-def places(said: Mapping[str, Any]) -> Iterator[Path]:
-    """Where open_clip's downloads lie."""
+def cached_files(pretrained: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield where open_clip may have downloaded the weights to."""
     from huggingface_hub import try_to_load_from_cache
 
-    repository, _, file = said.get("hf_hub", "").rpartition("/")
+    repository, _, file = pretrained.get("hf_hub", "").rpartition("/")
     for name in [file] if file else FILES[OPEN_CLIP]:
         if repository and isinstance(found := try_to_load_from_cache(repository, name), str):
             yield Path(found)
-    if said.get("url"):
-        yield Path("~/.cache/clip").expanduser() / said["url"].rpartition("/")[2]
+    if pretrained.get("url"):
+        yield Path("~/.cache/clip").expanduser() / pretrained["url"].rpartition("/")[2]
 
 
-def plain(content: Mapping[str, Any], source: object) -> dict[str, Tensor]:
-    """OpenAI's keys and float32, of any layout; without wrappers, prefixes and what is no weight."""
-    state = {name.removeprefix("text."): value.float() for name, value in unwrapped(content, source).items()}
+def normalise_keys(content: Mapping[str, Any], source: object) -> dict[str, Tensor]:
+    """Convert any layout to OpenAI's keys and float32, without wrappers, prefixes and buffers."""
+    state = {name.removeprefix("text."): value.float() for name, value in unwrap(content, source).items()}
     if state.get("logit_scale", torch.empty(0)).shape == (1,):         # FSDP has no tensor without a dimension
         state["logit_scale"] = state["logit_scale"][0]
     return from_hugging_face(state, source) if "text_model.final_layer_norm.weight" in state else state
 
 
-def node_of(state: Mapping[str, Tensor], source: object) -> Node:
-    """The model that a state dict fits, as far as shapes show it.
+def infer_node(state: Mapping[str, Tensor], source: object) -> Node:
+    """Infer the config of a state dict's model from its shapes.
 
     Raises:
-        CheckpointError: it is not of this architecture.
+        CheckpointError: it is another architecture.
     """
     try:
         width, _, _, patch = state["visual.conv1.weight"].shape
         side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
         vocab, text_width = state["token_embedding.weight"].shape
-        image = {"size": side * patch, "patch": patch, **tower_of(state, "visual.", width, state["visual.proj"])}
+        image = {"size": side * patch, "patch": patch, **infer_tower(state, "visual.", width, state["visual.proj"])}
         text = {"vocab": vocab, "context": len(state["positional_embedding"]),
-                **tower_of(state, "", text_width, state["text_projection"])}
+                **infer_tower(state, "", text_width, state["text_projection"])}
     except (KeyError, ValueError) as error:
         names = ", ".join(list(state)[:3])
         raise CheckpointError(f"{source} holds another kind of model than CLIP with a Vision Transformer: {error} is "
@@ -178,13 +180,13 @@ def node_of(state: Mapping[str, Tensor], source: object) -> Node:
             "text": {"_target_": "clipx.models.text.TextEncoder", **text}}
 
 
-def tower_of(state: Mapping[str, Tensor], prefix: str, width: int, projection: Tensor) -> dict[str, int]:
+def infer_tower(state: Mapping[str, Tensor], prefix: str, width: int, projection: Tensor) -> dict[str, int]:
     depth = sum(name.startswith(f"{prefix}transformer.resblocks.") and name.endswith(".ln_1.weight") for name in state)
     return {"width": width, "depth": depth, "embed": projection.shape[1]}
 
 
-def resized(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict with position embeddings as many as in ``own``: pictures' by interpolation, captions' cut."""
+def resize_positions(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fit the position embeddings to ``own``: interpolate those of pictures, truncate those of captions."""
     state = dict(state)
     image, text = "visual.positional_embedding", "positional_embedding"
     if len(state[image]) != len(own[image]):
@@ -198,15 +200,15 @@ def resized(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
 
 
 def open_clip_config(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What open_clip makes its CLIP from.
+    """Return open_clip's model config.
 
     Raises:
-        CheckpointError: it has no such model.
+        CheckpointError: open_clip has no such model.
     """
     image, text = node["image"], node["text"]
     if image["act"] != text["act"]:
-        raise CheckpointError(f"open_clip has one activation for both towers, and here model.image.act={image['act']} "
-                              f"and model.text.act={text['act']}")
+        raise CheckpointError(f"open_clip has one activation for both towers; this model has "
+                              f"model.image.act={image['act']} and model.text.act={text['act']}")
     return {
         "embed_dim": image["embed"],
         "quick_gelu": image["act"] == "quick_gelu",
@@ -218,7 +220,7 @@ def open_clip_config(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hugging_face_config(node: Mapping[str, Any]) -> dict[str, Any]:
-    """CLIPConfig as JSON."""
+    """Return CLIPConfig as JSON."""
     image, text = node["image"], node["text"]
     start, end = text["vocab"] - 2, text["vocab"] - 1
     towers = [{
@@ -240,7 +242,7 @@ def hugging_face_config(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names and shapes of CLIPModel."""
+    """Convert to the names and shapes of CLIPModel."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         own = next(start for start in NAMES if name.startswith(start))
@@ -256,19 +258,19 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_hugging_face(state: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
-    """OpenAI's names and shapes."""
+    """Convert to OpenAI's names and shapes."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         own, other = next(((own, other) for own, other in NAMES.items() if name.startswith(other)), (None, None))
         if own is None:
-            raise CheckpointError(f"{source} holds another kind of model than CLIP: {name} has no place in it")
+            raise CheckpointError(f"{source} holds another kind of model than CLIP: {name} is not part of it")
         ours = own + name[len(other):]
         for one, two in IN_BLOCK.items():
             ours = ours.replace(two, one)
         if query := re.fullmatch(r"(.*)q_proj\.(\w+)", name):
             parts = [state.get(f"{query[1]}{part}_proj.{query[2]}") for part in "qkv"]
             if any(part is None for part in parts):
-                raise CheckpointError(f"{source} is not whole: beside {name} there is no k_proj or v_proj")
+                raise CheckpointError(f"{source} is incomplete: for {name} there is no k_proj or v_proj")
             found[ours.replace("q_proj.", "in_proj_")] = torch.cat(parts)
         elif not re.search(r"\.[kv]_proj\.", name):
             found[ours] = value.T.contiguous() if other.endswith("_projection.weight") else value

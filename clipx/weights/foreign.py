@@ -1,4 +1,4 @@
-"""The JSON configs of other projects: what clipx uses of them, and in which types."""
+"""JSON configs of other projects: the keys that clipx uses, and their types."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,13 @@ Channels = Annotated[list[float], Field(min_length=3, max_length=3)] | float | N
 
 
 class VisionConfig(TypedDict, total=False):
-    """What of open_clip's vision_cfg shapes do not show."""
+    """Keys of open_clip's vision_cfg that cannot be inferred from shapes."""
 
     head_width: PositiveInt
 
 
 class TextConfig(TypedDict, total=False):
-    """What of open_clip's text_cfg shapes do not show."""
+    """Keys of open_clip's text_cfg that cannot be inferred from shapes."""
 
     heads: PositiveInt
 
@@ -32,8 +32,8 @@ class ModelConfig(TypedDict):
     quick_gelu: NotRequired[bool]
 
 
-class Pixels(TypedDict, total=False):
-    """How pictures are prepared, in open_clip's words and in Hugging Face's."""
+class Preprocessing(TypedDict, total=False):
+    """How pictures are prepared: the keys of open_clip and of Hugging Face."""
 
     mean: Channels
     std: Channels
@@ -47,11 +47,11 @@ class OpenClipConfig(TypedDict):
     """open_clip_config.json."""
 
     model_cfg: ModelConfig
-    preprocess_cfg: NotRequired[Pixels]
+    preprocess_cfg: NotRequired[Preprocessing]
 
 
 class TowerConfig(TypedDict, total=False):
-    """What of Hugging Face's vision_config and text_config shapes do not show."""
+    """Keys of Hugging Face's vision_config and text_config that cannot be inferred from shapes."""
 
     hidden_act: str
     layer_norm_eps: float
@@ -67,10 +67,10 @@ class HuggingFaceConfig(TypedDict, total=False):
 
 
 def read_json(path: Path, kind: type) -> dict[str, Any]:
-    """A config of another project, as it is, once what is used of it has the types of ``kind``.
+    """Read a config and check it against ``kind``; unknown keys are kept.
 
     Raises:
-        CheckpointError: it cannot be read, or a key is missing or of another type.
+        CheckpointError: it cannot be read, or a key is missing or has the wrong type.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A run or weights, whoever has made them: as a model to use, and as the start of a run."""
+"""Load a run or weights, of clipx or others: as a model to use, or to initialise a run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,15 +17,15 @@ from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
 from clipx.weights import convert
-from clipx.weights.archive import CheckpointError, opened
-from clipx.weights.checkpoint import verified
+from clipx.weights.archive import CheckpointError, read_file
+from clipx.weights.checkpoint import verify
 from clipx.weights.convert import HUGGING_FACE, OPEN_CLIP, Node, Weights
 from clipx.weights.unwrap import check_finite
 
 TOWERS = {"image": "clipx.models.vision.ImageEncoder", "text": "clipx.models.text.TextEncoder"}
-HEADS = {1280: 16}          # of a tower, by its width, where nothing says them; else they are 64 wide
+HEADS = {1280: 16}          # by width, for weights that do not say; other heads are 64 wide
 IMAGE_POSITIONS, TEXT_POSITIONS = "visual.positional_embedding", "positional_embedding"
-PIXELS = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+PREPROCESSING = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 def load(
@@ -34,127 +34,127 @@ def load(
     trust: Sequence[str] = (),
     act: Act | None = None,
 ) -> tuple[CLIP, Callable[[Image.Image], Tensor], SimpleTokenizer]:
-    """A trained model and what feeds it.
+    """Load a trained model with its transform and tokenizer.
 
     Args:
         run_or_weights: a run's directory (its best checkpoint, else its last); a checkpoint; OpenAI's or open_clip's
             weights in a file (.pt or .safetensors); a directory of open_clip's or Hugging Face's; or
-            ``open_clip:MODEL/PRETRAINED``, where open_clip has downloaded it before.
-        device: where the model goes.
+            ``open_clip:MODEL/PRETRAINED``, if open_clip has downloaded it before.
+        device: device of the model.
         trust: packages besides clipx whose code the checkpoint's model may call.
-        act: the activation of weights that do not say it themselves, ``quick_gelu`` or ``gelu``.
+        act: activation of weights that do not say theirs, ``quick_gelu`` or ``gelu``.
 
     Returns:
         The model in evaluation mode, its image transform and its tokenizer.
 
     Raises:
-        CheckpointError: there are no weights, or they cannot be used, or their model is not one of ``clipx.models``.
+        CheckpointError: there are no weights, they cannot be used, or their model is not one of ``clipx.models``.
     """
     found = find(run_or_weights)
     for tower in own_towers(found.node):
-        complete(tower, act, str(run_or_weights))
+        fill_in(tower, act, str(run_or_weights))
     try:
         model = build(found.node, trust=trust, own="clipx.models")
     except UserError as error:
         raise CheckpointError(f"{run_or_weights}: {error}") from error
-    except TypeError as error:          # an argument that the target does not have, or of another type
-        raise CheckpointError(f"{run_or_weights}: its config's model cannot be made: {error}") from error
+    except TypeError as error:          # an unknown argument, or a wrong type
+        raise CheckpointError(f"{run_or_weights}: its config's model cannot be built: {error}") from error
     if not isinstance(model, CLIP):
-        raise CheckpointError(f"{run_or_weights}: its config's model makes a {type(model).__name__}, not a CLIP")
+        raise CheckpointError(f"{run_or_weights}: its config's model is a {type(model).__name__}, not a CLIP")
     check_shapes(found.state, model, str(run_or_weights))
     model.load_state_dict(found.state)
     return model.to(device).eval(), get_image_transform(model.visual.size), SimpleTokenizer(model.text.context)
 
 
 def initialise(model: CLIP, init_from: str) -> str:
-    """Fill a model with weights.
+    """Initialise a model from weights.
 
     Args:
-        model: says what is wanted: its picture size may be another than that of the weights, its context shorter.
-        init_from: what ``load`` takes.
+        model: may have another picture size than the weights, or a shorter context.
+        init_from: as in ``load``.
 
     Returns:
-        Where they come from, and what was resized, in words.
+        A description for the log: where the weights come from, and what was resized.
 
     Raises:
         CheckpointError: there are no weights, or they do not fit.
     """
     found, own = find(init_from), model.state_dict()
-    fits = differing(found.node, model)
-    remedy = f"; {' '.join(fits)} fits" if fits else ""
-    state, told = resized(found.state, own)
+    mismatched = mismatched_keys(found.node, model)
+    remedy = f"; {' '.join(mismatched)} fits" if mismatched else ""
+    state, resized = fit_positions(found.state, own)
     check_shapes(state, model, f"init_from={init_from}", remedy)
-    if fits:
+    if mismatched:
         raise CheckpointError(f"init_from={init_from} was trained as another model than this one, with the same "
                               f"shapes{remedy}")
     model.load_state_dict(state)
-    return f"from {init_from}{told}"
+    return f"from {init_from}{resized}"
 
 
 def find(where: str | Path) -> Weights:
-    """Weights, wherever they are.
+    """Read weights of any supported kind.
 
     Raises:
         CheckpointError: there are none, or they are damaged or of another kind.
     """
     path = Path(where).expanduser()
     if str(where).startswith("open_clip:"):
-        found = convert.cached(str(where).partition(":")[2])
+        found = convert.read_open_clip_cache(str(where).partition(":")[2])
     elif path.is_dir() and any((path / name).is_file() for name in (OPEN_CLIP, HUGGING_FACE)):
-        found = convert.directory(path)
+        found = convert.read_directory(path)
     elif path.is_dir():
         best, last = (path / "checkpoints" / f"clip_{which}.pt" for which in ("best", "last"))
-        found = of_run(best if best.exists() else last)
-    elif is_ours(content := opened(path)):
-        found = of_run(path, content)
+        found = weights_from_run(best if best.exists() else last)
+    elif is_clipx_checkpoint(content := read_file(path)):
+        found = weights_from_run(path, content)
     else:
-        found = convert.of_state_dict(content, path)
+        found = convert.weights_from_state_dict(content, path)
     check_finite(found.state, where)
-    for key, value in PIXELS.items():
-        said = found.pixels.get(key)
-        if said is not None and not close(said, value):
-            raise CheckpointError(f"{where} was trained on pictures prepared with {key}={said}; clipx has {value}")
+    for key, value in PREPROCESSING.items():
+        theirs = found.preprocessing.get(key)
+        if theirs is not None and not is_close(theirs, value):
+            raise CheckpointError(f"{where} was trained on pictures prepared with {key}={theirs}; clipx has {value}")
     return found
 
 
-def close(one: Any, other: Any) -> bool:
-    """Whether two settings are the same; numbers but for rounding."""
+def is_close(one: Any, other: Any) -> bool:
+    """Whether two settings are equal, numbers up to rounding."""
     return one == other if isinstance(other, str) else torch.allclose(torch.tensor(one), torch.tensor(other), atol=1e-3)
 
 
-def is_ours(content: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is clipx's; others have a model_state_dict, too, but no config of a model."""
+def is_clipx_checkpoint(content: Mapping[str, Any]) -> bool:
+    """Whether clipx wrote a checkpoint; others have a model_state_dict, too, but no model config."""
     state = content.get("model_state_dict")
     tensors = isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
     return tensors and isinstance(content.get("config"), Mapping)
 
 
-def of_run(path: Path, content: dict[str, Any] | None = None) -> Weights:
-    """The weights in a checkpoint of ours."""
-    content = verified(opened(path) if content is None else content, path)
-    if not is_ours(content):
+def weights_from_run(path: Path, content: dict[str, Any] | None = None) -> Weights:
+    """Read the weights in a checkpoint of clipx."""
+    content = verify(read_file(path) if content is None else content, path)
+    if not is_clipx_checkpoint(content):
         raise CheckpointError(f"{path} is not a checkpoint of clipx: it has no config, or no tensors")
     node = content["config"].get("model")
     for tower in own_towers(node):
-        tower.setdefault("act", "quick_gelu")       # a checkpoint from before there was another
-        tower.setdefault("heads", 12 if tower["_target_"] == TOWERS["image"] else 8)       # the towers' own defaults
+        tower.setdefault("act", "quick_gelu")       # old checkpoints do not say it
+        tower.setdefault("heads", 12 if tower["_target_"] == TOWERS["image"] else 8)       # defaults of the towers
     return Weights(content["model_state_dict"], node, {})
 
 
 def own_towers(node: Any) -> list[Node]:
-    """The nodes of the towers, where these are clipx's own."""
+    """The nodes of clipx's own towers."""
     parts = [node.get(tower) for tower in TOWERS] if isinstance(node, Mapping) else []
     return [part for part in parts if isinstance(part, dict) and part.get("_target_") in TOWERS.values()]
 
 
-def complete(tower: Node, act: Act | None, where: str) -> None:
-    """Fill in what shapes do not show.
+def fill_in(tower: Node, act: Act | None, where: str) -> None:
+    """Fill in a tower's activation and heads, which shapes do not show.
 
     Raises:
-        CheckpointError: nobody says the activation, or somebody says another.
+        CheckpointError: the activation is unknown, or ``act`` contradicts it.
     """
     if act not in (None, tower.setdefault("act", act)):
-        raise CheckpointError(f"act={act}, but {where} says that it was trained with act={tower['act']}; leave act out")
+        raise CheckpointError(f"act={act}, but {where} was trained with act={tower['act']}; leave act out")
     if tower["act"] is None:
         raise CheckpointError(f"{where} does not say its activation; add act=quick_gelu for OpenAI's weights and "
                               "open_clip's -quickgelu models, act=gelu for open_clip's others")
@@ -163,15 +163,15 @@ def complete(tower: Node, act: Act | None, where: str) -> None:
 
 
 def model_node(model: CLIP) -> Node:
-    """The node that makes a model of clipx's own towers."""
-    node = convert.node_of(model.state_dict(), "the model")
+    """Return the config node of a model with clipx's own towers."""
+    node = convert.infer_node(model.state_dict(), "the model")
     for tower, part in zip(TOWERS, (model.visual, model.text), strict=True):
         node[tower] |= {"heads": part.heads, "act": part.act}
     return node
 
 
-def differing(theirs: Any, model: CLIP) -> list[str]:
-    """The keys, with their values, by which a model would be that of a node; as far as the node says them."""
+def mismatched_keys(theirs: Any, model: CLIP) -> list[str]:
+    """Return the KEY=VALUE overrides that would turn a model into that of a node, as far as the node says them."""
     if not isinstance(model.visual, ImageEncoder) or not isinstance(model.text, TextEncoder):
         return []
     ours, found = model_node(model), []
@@ -184,33 +184,33 @@ def differing(theirs: Any, model: CLIP) -> list[str]:
     return found
 
 
-def resized(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The state dict with position embeddings as many as in ``own``; and what was done, in words."""
+def fit_positions(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Fit the position embeddings to ``own``; also return a description of what was resized."""
     if not state.keys() >= {IMAGE_POSITIONS, TEXT_POSITIONS} <= own.keys():
         return dict(state), ""
-    told = ""
+    description = ""
     before, after = (len(one[IMAGE_POSITIONS]) for one in (state, own))
     long, short = (len(one[TEXT_POSITIONS]) for one in (state, own))
     if before != after:
-        told += "; position embeddings of pictures resized from {0} x {0} to {1} x {1} patches".format(
+        description += "; position embeddings of pictures resized from {0} x {0} to {1} x {1} patches".format(
             *(round((count - 1) ** 0.5) for count in (before, after)))
     if long > short:
-        told += f"; those of captions cut from {long} to {short} tokens"
-    return convert.resized(state, own), told
+        description += f"; those of captions truncated from {long} to {short} tokens"
+    return convert.resize_positions(state, own), description
 
 
 def check_shapes(state: Mapping[str, Tensor], model: CLIP, where: str, remedy: str = "") -> None:
-    """Raise where a state dict has other names or shapes than a model.
+    """Check that a state dict has the names and shapes of a model.
 
     Raises:
-        CheckpointError: it has; the first of them is named.
+        CheckpointError: one differs; the message names the first.
     """
     own = model.state_dict()
     for key in dict.fromkeys([*own, *state]):
-        theirs, ours = (told_shape(one.get(key)) for one in (state, own))
+        theirs, ours = (describe_shape(one.get(key)) for one in (state, own))
         if theirs != ours:
             raise CheckpointError(f"{where} does not fit: {key} is {theirs} there and {ours} in the model{remedy}")
 
 
-def told_shape(tensor: Tensor | None) -> str:
+def describe_shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else " x ".join(map(str, tensor.shape)) or "one number"

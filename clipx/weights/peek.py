@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, read in milliseconds: without torch, and without its tensors."""
+"""Read a checkpoint's plain values in milliseconds, without torch and without its tensors."""
 
 from io import BytesIO
 from pathlib import Path
@@ -6,46 +6,46 @@ from pickle import Unpickler, UnpicklingError
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
-# what the bytes of a damaged or foreign file can raise here
+# what unpickling a damaged or foreign file can raise
 BROKEN = (UnpicklingError, BadZipFile, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError,
           StopIteration)
 
 
-class Nothing:
-    """What stands in for tensors and their types."""
+class Placeholder:
+    """Stand-in for tensors and their types."""
 
     def __init__(self, *_: Any):
         pass
 
 
-class Peek(Unpickler):
-    """Plain values and containers; nothing that a file names is imported or called."""
+class PlainUnpickler(Unpickler):
+    """Read plain values and containers; nothing that a file names is imported or called."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if module.partition(".")[0] == "torch":
-            return Nothing
-        raise UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+            return Placeholder
+        raise UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
 
     def persistent_load(self, _key: Any) -> None:
-        """The bytes of a tensor stay where they are."""
+        """Skip the bytes of a tensor."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config of the run that has saved a checkpoint; empty where it cannot be read."""
+    """Read the run's config from a checkpoint; empty if it cannot be read."""
     config = read_plain(path).get("config")
     return config if isinstance(config, dict) else {}
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """A checkpoint without its tensors; empty where it cannot be read, which loading it will explain."""
+    """Read a checkpoint without its tensors; empty if it cannot be read, which loading it will explain."""
     try:
         with ZipFile(path) as archive:
             entry = next(one for one in archive.infolist() if one.filename.endswith("/data.pkl"))
             if entry.compress_type != ZIP_STORED:
                 return {}
-            content = Peek(BytesIO(archive.read(entry))).load()
+            content = PlainUnpickler(BytesIO(archive.read(entry))).load()
     except BROKEN:
         return {}
     return content if isinstance(content, dict) else {}

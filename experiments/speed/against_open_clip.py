@@ -33,7 +33,7 @@ from clipx.config.schema import BenchConfig, TrainConfig
 from clipx.devices import select_workers
 from clipx.errors import UserError
 from clipx.tools.bench import spread
-from clipx.tools.measure import Steps, measure_loader, reader_of
+from clipx.tools.measure import StepBenchmark, make_reader, measure_loader
 
 logger = logging.getLogger("clipx")
 
@@ -64,7 +64,7 @@ def compare_steps(config: TrainConfig, keys: BenchConfig) -> dict[str, Any]:
     """Samples/s on the same batches in memory, and peak memory."""
     with ExitStack() as stack:
         runs = {side: stack.enter_context(in_own_process(kind, config))
-                for side, kind in {"clipx": Steps, "open_clip": OpenClipSteps}.items()}
+                for side, kind in {"clipx": StepBenchmark, "open_clip": OpenClipSteps}.items()}
         for call in runs.values():
             call("from_memory", 1)          # compiles, and allocates memory
         sides = in_turns(keys.rounds, {
@@ -113,7 +113,7 @@ def open_clip_loader(config: TrainConfig, seconds: float, peer_path: str) -> dic
     Raises:
         UserError: the data is not shards, or its environment lacks something.
     """
-    reader = reader_of(config)
+    reader = make_reader(config)
     if not hasattr(reader.source, "catalogue"):
         raise UserError("open_clip reads shards; give data=shards data.root=DIR data.val=0, or parts=[step]")
     arguments = {

@@ -17,7 +17,7 @@ from clipx.config.resolve import resolve
 from clipx.config.schema import TrainConfig
 from clipx.loss import clip_loss
 from clipx.sched import warmup_cosine
-from clipx.tools.measure import loaded
+from clipx.tools.measure import load_batches
 from clipx.training.loop import State, StepOutput, fit
 from clipx.training.parts import initial_state
 
@@ -29,7 +29,7 @@ def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
     peer = open_clip_model(config.model)
     peer.load_state_dict(state.model.state_dict(), strict=True)
     optimizer, loss_fn = open_clip_optimizer(peer, config.optim), open_clip.ClipLoss()
-    batches = [*itertools.islice(loaded(config), steps)]
+    batches = [*itertools.islice(load_batches(config), steps)]
     ours: list[float] = []
 
     def note(_state: State, numbers: StepOutput) -> None:

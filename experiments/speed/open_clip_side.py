@@ -18,7 +18,7 @@ from clipx.config.schema import TrainConfig
 from clipx.data.images import Normalise
 from clipx.data.readers import Chunk
 from clipx.devices import select_device
-from clipx.tools.measure import HELD, loaded, measure, settle
+from clipx.tools.measure import NUM_BATCHES, load_batches, measure, synchronize
 from clipx.training.batch import concat, padded_tokens
 from clipx.training.memory import peak_memory
 from clipx.weights.convert import open_clip_config
@@ -77,7 +77,7 @@ class Batches:
 
 
 class OpenClipSteps:
-    """Its training loop on the batches of ``measure.Steps``; for a process of its own."""
+    """Its training loop on the batches of ``measure.StepBenchmark``; for a process of its own."""
 
     def __init__(self, config: TrainConfig):
         import open_clip
@@ -90,7 +90,7 @@ class OpenClipSteps:
         self.loss = open_clip.ClipLoss()
         micro = config.micro_batch_size or config.batch_size
         context = config.model["text"]["context"]
-        held = [padded(chunks, context) for chunks in itertools.islice(loaded(config), HELD)]
+        held = [padded(chunks, context) for chunks in itertools.islice(load_batches(config), NUM_BATCHES)]
         if self.device.type == "cuda":          # as its loader does
             held = [(images.pin_memory(), tokens.pin_memory()) for images, tokens in held]
         self.batches = Batches([
@@ -114,7 +114,7 @@ class OpenClipSteps:
         train_one_epoch(
             self.forward, {"train": self.batches}, self.loss, 0, self.optimizer, self.scaler, None, None, self.args
         )
-        settle(self.device)
+        synchronize(self.device)
         return count * self.batch_size / (time.perf_counter() - began)
 
     def memory(self) -> float:

@@ -30,7 +30,7 @@ from clipx.config.resolve import resolve
 from clipx.config.schema import TrainConfig
 from clipx.loss import clip_loss
 from clipx.models.packed import pack
-from clipx.tools.measure import Steps, reader_of
+from clipx.tools.measure import StepBenchmark, make_reader
 from clipx.training.batch import split_micro_batches
 from clipx.training.memory import keep_freed_memory
 from clipx.training.parts import initial_state
@@ -53,8 +53,8 @@ def in_batches(batch: int, micro: int | None, count: int) -> dict[str, float]:
     """Steps of ``batch`` in micro-batches, on one batch in memory."""
     words = [f"batch_size={batch}", f"micro_batch_size={micro or 'null'}"]
     before = peak_mb()
-    steps = Steps(config_of(*words))
-    steps.held = steps.held[:1]
+    steps = StepBenchmark(config_of(*words))
+    steps.batches = steps.batches[:1]
     steps.from_memory(1)
     return {"samples_per_s": steps.from_memory(count), "peak_mb": peak_mb(), "imports_mb": before}
 
@@ -101,7 +101,7 @@ def rank_step(rank: int, world: int, batch: int, store: str) -> None:
     keep_freed_memory()
     config = config_of()
     state, share, seconds = initial_state(config, CPU), batch // world, []
-    chunk = reader_of(config).chunk(range(rank * share, (rank + 1) * share))
+    chunk = make_reader(config).chunk(range(rank * share, (rank + 1) * share))
     encoder = MicroBatchEncoder(DistributedDataParallel(state.model) if world > 1 else state.model, CPU, None)
     for _ in range(5):
         dist.barrier()
