@@ -1,8 +1,8 @@
-"""A sweep of six jobs, cut in its third with SIGKILL, started again; then compare's table and TensorBoard's HPARAMS.
+"""Kill a sweep of six jobs during its third, run it again, and save compare's table and TensorBoard's HPARAMS.
 
     python experiments/cut_sweep/cut.py
 
-Writes table.md and hparams.png beside this file.  The picture needs Chromium, its driver and selenium.
+Writes table.md and hparams.png next to this file.  The screenshot needs Chromium, its driver and selenium.
 """
 
 import os
@@ -24,8 +24,8 @@ JOBS = Path("outputs/sweeps/cut")
 COMPARE = [sys.executable, "-m", "clipx.compare", str(JOBS)]
 
 
-def cut() -> None:
-    """Kill the sweep, with all of its processes, in the middle of its third job."""
+def kill_sweep() -> None:
+    """Kill the sweep and its processes in the middle of the third job."""
     sweep = subprocess.Popen(SWEEP, start_new_session=True)
     metrics = JOBS / "optim.lr=0.0003,seed=2/metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:        # step 30 or so
@@ -34,18 +34,18 @@ def cut() -> None:
     sweep.wait()
 
 
-def picture(out: Path) -> None:
-    """HPARAMS as a browser shows it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def screenshot(out: Path) -> None:
+    """Save HPARAMS as a browser shows it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--window-size=1500,700"):
         options.add_argument(argument)
     board = subprocess.Popen([sys.executable, "-m", "tensorboard.main", f"--logdir={JOBS}", f"--port={port}"])
     browser = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
     try:
-        time.sleep(15)                      # until it has read the events
+        time.sleep(15)                      # TensorBoard reads the events
         browser.get(f"http://127.0.0.1:{port}/#hparams")
         time.sleep(10)
         browser.save_screenshot(str(out))
@@ -56,9 +56,9 @@ def picture(out: Path) -> None:
 
 if __name__ == "__main__":
     if JOBS.exists():
-        sys.exit(f"{JOBS} stands there already; remove it first")
-    cut()
+        sys.exit(f"{JOBS} exists already; remove it first")
+    kill_sweep()
     subprocess.run(COMPARE, check=True)
     subprocess.run(SWEEP, check=True)
     subprocess.run([*COMPARE, f"--out={HERE / 'table.md'}"], check=True)
-    picture(HERE / "hparams.png")
+    screenshot(HERE / "hparams.png")

@@ -28,7 +28,7 @@ from webdataset import TarWriter
 
 @dataclass(frozen=True)
 class House:
-    """Where a package keeps its drawings, and how much of their canvas is margin to cut."""
+    """Where a package keeps its drawings, and how much of their canvas is margin."""
 
     archive: str
     folder: str
@@ -44,11 +44,11 @@ HOUSES = {
 NAMES = "emojibase-data-17.0.0.tgz"
 GROUPS = (3, 4, 5, 6, 7)   # emojibase: animals & nature, food & drink, travel & places, activities, objects
 SIZE = 64                  # pixels
-FAINT = 24                 # alpha, of 255: what is fainter is the soft edge of a shadow
+FAINT = 24                 # alpha, of 255; fainter pixels are the soft edge of a shadow
 TRAIN_SHARDS = 4
 
-# Lossless throughout would be 11 MB.  A tar counts in blocks of 512 bytes, so each picture gets the
-# best step of this ladder that fits two blocks, and the last step where none does: 6.7 MB.
+# All lossless would be 11 MB.  Tar blocks have 512 bytes, so each picture gets the best step of this
+# ladder that fits two blocks, or the last step if none does: 6.7 MB.
 LADDER = (
     {"lossless": True, "quality": 90},   # effort here: 100 is ten times slower and 2 % smaller
     {"quality": 95},
@@ -79,7 +79,7 @@ class Thing:
 
 
 def read_members(archive: Path, folder: str) -> dict[str, bytes]:
-    """The files of ``archive`` directly inside ``folder``, by file name."""
+    """Read the files of ``archive`` directly inside ``folder``, by file name."""
     members = {}
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -89,22 +89,22 @@ def read_members(archive: Path, folder: str) -> dict[str, bytes]:
 
 
 def plain_hexcode(hexcode: str) -> str:
-    """Lower case and without the variation selector, which the houses write or leave out at will."""
+    """Lower case, without the variation selector, which not all houses write."""
     return hexcode.lower().replace("-fe0f", "")
 
 
 def read_drawings(packages: Path, house: House) -> dict[str, bytes]:
-    """Every drawing of a house as it was packed, by hexcode."""
+    """Read every drawing of a house, by hexcode."""
     members = read_members(packages / house.archive, house.folder)
     return {plain_hexcode(name.partition(".")[0]): data for name, data in members.items()}
 
 
 def read_things(packages: Path) -> list[Thing]:
-    """The rows of our groups in emojibase's order; skin tones hang below a row, so none is among them."""
+    """Read the rows of GROUPS in emojibase's order; skin tones are nested in a row, so none is included."""
     files = read_members(packages / NAMES, "package/en/")
     messages = json.loads(files["messages.json"])
     groups = {group["order"]: group["message"] for group in messages["groups"]}
-    # Two subgroups carry number 46, seafood and then sweets; seafood is empty, and the later one stays.
+    # Two subgroups carry number 46, seafood and then sweets; seafood is empty, and the later one wins.
     subgroups = {subgroup["order"]: subgroup["message"] for subgroup in messages["subgroups"]}
     wording = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
     rows = [row for row in json.loads(files["data.json"]) if row.get("group") in GROUPS]
@@ -116,21 +116,21 @@ def read_things(packages: Path) -> list[Thing]:
             group=groups[row["group"]],
             phrase=noun_phrase(row["label"], wording),
             theme=theme(subgroups[row["subgroup"]], wording),
-            tags=tuple(telling_tags(row["label"], row["tags"], wording["unsaid"])),
+            tags=tuple(informative_tags(row["label"], row["tags"], wording["unsaid"])),
         )
         for row in sorted(rows, key=lambda row: row["order"])
     ]
 
 
 def check_wording(wording: dict, names: set[str], subgroups: set[str]) -> None:
-    """Stop at an entry of phrases.json that speaks of nothing."""
-    strangers = {*wording["bare"], *wording["phrases"]} - names | wording["themes"].keys() - subgroups
-    if strangers:
-        raise ValueError(f"phrases.json: not in {NAMES}: {', '.join(sorted(strangers))}")
+    """Check that every entry of phrases.json belongs to a name or subgroup."""
+    unknown = {*wording["bare"], *wording["phrases"]} - names | wording["themes"].keys() - subgroups
+    if unknown:
+        raise ValueError(f"phrases.json: not in {NAMES}: {', '.join(sorted(unknown))}")
 
 
 def noun_phrase(name: str, wording: dict) -> str:
-    """The name as it stands in a sentence: with a/an, unless phrases.json knows better."""
+    """The name as in a sentence: with a/an, unless phrases.json says otherwise."""
     if name in wording["phrases"]:
         return wording["phrases"][name]
     if name in wording["bare"]:
@@ -142,8 +142,8 @@ def theme(subgroup: str, wording: dict) -> str:
     return wording["themes"].get(subgroup, subgroup.replace("&", "and"))
 
 
-def telling_tags(name: str, tags: list[str], unsaid: list[str]) -> Iterator[str]:
-    """Tags that tell more of the picture: not the name's own words, not slang, no single letters or signs."""
+def informative_tags(name: str, tags: list[str], unsaid: list[str]) -> Iterator[str]:
+    """Informative tags: without the name's own words, slang, single letters and signs."""
     skipped = {name.lower(), *re.split(r"[^\w’]+", name.lower()), *unsaid}
     return (tag for tag in tags if tag.lower() not in skipped and re.fullmatch(r"[\w’: -]{2,}", tag))
 
@@ -161,12 +161,12 @@ def plain_text(text: str) -> str:
 
 
 def rank(key: str) -> bytes:
-    """A fixed random place for a key: what orders, splits and varies the data set."""
+    """A hash of a key, which orders, splits and varies the data set."""
     return hashlib.blake2b(key.encode(), digest_size=8).digest()
 
 
 def square(image: Image.Image) -> Image.Image:
-    """The image in the middle of a clear canvas as wide as it is high."""
+    """Centre the image on a transparent square canvas."""
     side = max(image.size)
     canvas = Image.new("RGBA", (side, side))
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -174,7 +174,7 @@ def square(image: Image.Image) -> Image.Image:
 
 
 def cut_margin(image: Image.Image, margin: float) -> Image.Image:
-    """Cut ``margin`` of the width from all four sides, or less where it would cut into the drawing."""
+    """Cut ``margin`` of the width from all four sides, or less if it would cut into the drawing."""
     left, top, right, bottom = image.getchannel("A").point(lambda alpha: 255 * (alpha > FAINT)).getbbox()
     room = min(left, top, image.width - right, image.height - bottom)
     edge = min(room, round(margin * image.width))
@@ -182,7 +182,7 @@ def cut_margin(image: Image.Image, margin: float) -> Image.Image:
 
 
 def flatten(drawing: bytes, margin: float) -> Image.Image:
-    """A drawing on white, SIZE pixels a side."""
+    """Put a drawing on white, SIZE pixels a side."""
     image = cut_margin(square(Image.open(io.BytesIO(drawing)).convert("RGBA")), margin)
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
@@ -217,7 +217,7 @@ def write_shard(path: Path, samples: list[dict[str, str | bytes]]) -> None:
 
 
 def write_shards(out: Path, samples: list[dict[str, str | bytes]]) -> dict[str, int]:
-    """Hold out the lowest tenth by rank, write both splits in order of rank; samples by shard."""
+    """Hold out the lowest tenth by rank and write both splits in that order; return samples by shard."""
     ranked = sorted(samples, key=lambda sample: rank(sample["__key__"]))
     held_out = round(len(ranked) / 10)
     shards = {"val/emoji-val-000000.tar": ranked[:held_out]}
@@ -229,7 +229,7 @@ def write_shards(out: Path, samples: list[dict[str, str | bytes]]) -> dict[str, 
 
 
 def write_versions(out: Path, shards: list[str]) -> None:
-    """What the bytes depend on, and what they are."""
+    """Write the versions that the bytes depend on, and their checksums."""
     archives = [*(house.archive for house in HOUSES.values()), NAMES]
     versions = {
         "packages": dict(archive.removesuffix(".tgz").rsplit("-", 1) for archive in archives),
@@ -241,10 +241,10 @@ def write_versions(out: Path, shards: list[str]) -> None:
 
 
 def shared_things(things: list[Thing], drawings: dict[str, dict[str, bytes]]) -> list[Thing]:
-    """The things that every house has drawn.
+    """Return the things that every house has drawn.
 
     Raises:
-        ValueError: two of them have one name.
+        ValueError: two of them have the same name.
     """
     shared = [thing for thing in things if all(thing.hexcode in house for house in drawings.values())]
     twice = [name for name, count in Counter(thing.name for thing in shared).items() if count > 1]
@@ -254,7 +254,7 @@ def shared_things(things: list[Thing], drawings: dict[str, dict[str, bytes]]) ->
 
 
 def build(packages: Path, out: Path) -> dict[str, int]:
-    """Write shards, things.txt and versions.json below ``out``; samples by shard."""
+    """Write shards, things.txt and versions.json below ``out``; return samples by shard."""
     drawings = {name: read_drawings(packages, house) for name, house in HOUSES.items()}
     things = shared_things(read_things(packages), drawings)
     samples = [

@@ -1,10 +1,10 @@
-"""clipx.evaluate beside CLIP_benchmark's own command: the same shards, the same weights, in turns.
+"""Compare clipx.evaluate with CLIP_benchmark's command on the same shards and weights, alternating.
 
     python experiments/evaluation/compare.py DIR PEER [PICTURES] [ROUNDS]
 
-DIR is made: made-up photographs with five captions and a class each, laid out as both read them, and weights of
-ViT-B/32.  PEER is the Python of CLIP_benchmark's environment; README.md says how to make it.  Of each side and task a
-process of its own is timed from its start to its end; memory is that of all its processes, shared pages counted once.
+Creates DIR: synthetic photographs with five captions and a class each, in a layout that both read, and weights
+of ViT-B/32.  PEER is the Python of CLIP_benchmark's environment; README.md says how to make it.  Each side and task
+is a new process, timed from start to end; memory is that of all its processes, shared pages counted once.
 """
 
 import json
@@ -35,7 +35,7 @@ SHARDS = 4
 
 
 def make(root: Path, pictures: int) -> None:
-    """Shards, names and weights."""
+    """Write shards, names and weights."""
     (root / "test").mkdir(parents=True)
     draw = np.random.default_rng(0)
     for shard in range(SHARDS):
@@ -49,7 +49,7 @@ def make(root: Path, pictures: int) -> None:
     (root / "test/nshards.txt").write_text(f"{SHARDS}\n")
     (root / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
     (root / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
-    (root / "retrieval").mkdir()        # CLIP_benchmark tells the two kinds of data apart by a file beside them
+    (root / "retrieval").mkdir()        # CLIP_benchmark distinguishes the two kinds of data by a file next to them
     (root / "retrieval/test").symlink_to(root / "test")
     (root / "retrieval/dataset_type.txt").write_text("retrieval")
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def make(root: Path, pictures: int) -> None:
 
 
 def commands(root: Path, peer: str) -> dict[str, dict[str, list[str]]]:
-    """By task and side."""
+    """Commands by task and side."""
     ours = [sys.executable, "-m", "clipx.evaluate", f"run={root}/clipx.pt", "device=cpu", "workers=1"]
     theirs = [peer, "-m", "clip_benchmark.cli", "eval", "--dataset", "wds/photos", "--model", "ViT-B-32-quickgelu",
               "--pretrained", f"{root}/open_clip.pt", "--num_workers", "1", "--no_amp",
@@ -82,17 +82,17 @@ def commands(root: Path, peer: str) -> dict[str, dict[str, list[str]]]:
 
 
 def measure(command: list[str], root: Path) -> tuple[float, float, str]:
-    """Seconds, peak in GB, and what was told."""
-    began, peak = time.perf_counter(), 0
-    with (root / "told.txt").open("w") as told:
-        process = subprocess.Popen(command, stdout=told, stderr=told, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    """Run a command and return its seconds, its peak memory in GB, and its output."""
+    start, peak = time.perf_counter(), 0
+    with (root / "output.txt").open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         while process.poll() is None:
             peak = max(peak, memory(process.pid))
             time.sleep(0.2)
-    text = (root / "told.txt").read_text()
+    text = (root / "output.txt").read_text()
     if process.returncode:
         sys.exit(f"{command}\n{text}")
-    return time.perf_counter() - began, peak / 1e9, text
+    return time.perf_counter() - start, peak / 1e9, text
 
 
 def memory(pid: int) -> int:
@@ -105,8 +105,8 @@ def memory(pid: int) -> int:
     return total
 
 
-def answers(root: Path, side: str, task: str) -> dict[str, float]:
-    """What a side has found, to see that both do the same."""
+def metrics(root: Path, side: str, task: str) -> dict[str, float]:
+    """Read a side's metrics, to check that both agree."""
     if side == "CLIP_benchmark":
         found = json.loads((root / "theirs.json").read_text())["metrics"]
         return {key: round(value, 5) for key, value in found.items()}
@@ -127,7 +127,7 @@ def main(root: str, peer: str, pictures: int = 400, rounds: int = 3) -> None:
                 found[side].append((seconds, peak))
                 print(task, side, f"{seconds:.1f} s, {pictures / seconds:.2f} pictures/s, {peak:.2f} GB", flush=True)
         for side in sides:
-            print(task, side, answers(place, side, task))
+            print(task, side, metrics(place, side, task))
         speed = {side: pictures / statistics.median(seconds for seconds, _ in rows) for side, rows in found.items()}
         peak = {side: statistics.median(peak for _, peak in rows) for side, rows in found.items()}
         print(task, "clipx / CLIP_benchmark:", f"speed {speed['clipx'] / speed['CLIP_benchmark']:.2f},",

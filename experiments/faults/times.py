@@ -1,4 +1,4 @@
-"""What a save takes from the loop at ViT-B/32's size, and what resuming takes at far positions.
+"""Measure how long a save of ViT-B/32 stops the loop, and how long resuming takes at distant positions.
 
     python experiments/faults/times.py
 """
@@ -28,8 +28,8 @@ from clipx.weights.checkpoint import AsyncSaver, read
 SHARDS, WINDOW, BATCH, WORKERS = 41_455, 131_072, 256, 2
 
 
-class MadeUp(Dummy):
-    """LAION-400M's number of shards and samples, every sample the same."""
+class LargeDummy(Dummy):
+    """As many shards and samples as LAION-400M, all samples the same."""
 
     def __init__(self) -> None:
         super().__init__(1, 64, 0)
@@ -40,7 +40,7 @@ class MadeUp(Dummy):
         return self.sample
 
 
-def saves(directory: Path) -> None:
+def time_saves(directory: Path) -> None:
     keep_freed_memory()
     model = clip_vit_b32()
     optimizer = adamw(model)
@@ -48,32 +48,32 @@ def saves(directory: Path) -> None:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     state = State(model, optimizer, torch.amp.GradScaler("cpu"))
-    taken, written = [], []
+    blocked, written = [], []
     with AsyncSaver(directory, {}, previous=True) as saver:
         for _ in range(5):
-            began = time.perf_counter()
+            start = time.perf_counter()
             saver(state.state_dict(), ["last"])
-            taken.append(time.perf_counter() - began)
+            blocked.append(time.perf_counter() - start)
             saver.wait()
-            written.append(time.perf_counter() - began)
+            written.append(time.perf_counter() - start)
     size = (directory / "clip_last.pt").stat().st_size
-    began = time.perf_counter()
+    start = time.perf_counter()
     read(directory / "clip_last.pt")
-    loaded = time.perf_counter() - began
-    print(f"save of {size / 1e9:.2f} GB: {statistics.median(taken):.2f} s from the loop (the first {taken[0]:.2f} s), "
-          f"{statistics.median(written):.2f} s until it is on disk; read and checked in {loaded:.2f} s")
+    loaded = time.perf_counter() - start
+    print(f"save of {size / 1e9:.2f} GB: {statistics.median(blocked):.2f} s of the loop (first {blocked[0]:.2f} s), "
+          f"{statistics.median(written):.2f} s until it is on disk; read and verified in {loaded:.2f} s")
 
 
-def resumes() -> None:
-    source = MadeUp()
+def time_resumes() -> None:
+    source = LargeDummy()
     print(f"{SHARDS:,} shards of {source.sizes.sum():,} samples, {WORKERS} workers")
     for position in (0, 1_000_000, 400_000_000):
-        began = time.perf_counter()
+        start = time.perf_counter()
         plan = Plan(source.sizes, 0, WINDOW)
         reader = TrainReader(source, plan, TrainCrop(32, (0.9, 1.0), "fast"), SimpleTokenizer(), "random")
         batches = load_chunks(reader, train_ranges(position, BATCH), WORKERS, pin=False)
         (chunk,) = itertools.islice(batches, 1)
-        print(f"position {position:>11,}: first batch after {time.perf_counter() - began:.2f} s")
+        print(f"position {position:>11,}: first batch after {time.perf_counter() - start:.2f} s")
         assert chunk.position == position
         batches.close()
 
@@ -81,5 +81,5 @@ def resumes() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
-        saves(Path(folder))
-    resumes()
+        time_saves(Path(folder))
+    time_resumes()

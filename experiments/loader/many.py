@@ -1,8 +1,8 @@
-"""How fast 41,455 shards with 414 million samples open, and how fast a position is found; and headers a second.
+"""Time opening 41,455 shards with 414 million samples, looking up positions, and indexing headers.
 
     python experiments/loader/many.py DIR
 
-The shards are sparse files with made-up sizes, their catalogue is written as an opening writes it.
+The shards are sparse files with synthetic sizes; their catalogue is the one that opening writes.
 """
 
 import os
@@ -25,7 +25,7 @@ SHARDS = 41_455
 
 
 def make(root: Path) -> None:
-    """Sparse shards, and their catalogue."""
+    """Write sparse shards and their catalogue."""
     root.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     shards, rows = [], np.zeros(SHARDS, ROW)
@@ -39,24 +39,24 @@ def make(root: Path) -> None:
     write_table(catalogue_paths(shards, root), {"format": FORMAT}, rows)
 
 
-def opening(root: Path) -> None:
-    """Open, then look up positions whose windows have not been seen."""
+def time_opening(root: Path) -> None:
+    """Open the set, then look up positions in windows that are not cached."""
     process = psutil.Process()
-    before, began = process.memory_full_info().uss, time.perf_counter()
+    before, start = process.memory_full_info().uss, time.perf_counter()
     data = open_shards(str(root), val=0)
     plan = data.plan(seed=0)
-    seconds, memory = time.perf_counter() - began, process.memory_full_info().uss - before
+    seconds, memory = time.perf_counter() - start, process.memory_full_info().uss - before
     print(f"{len(data.train.sizes):,} shards, {plan.samples:,} samples: open in {seconds:.2f} s, {memory / 1e6:.0f} MB")
     found = []
     for _ in range(40):
         position = random.Random(len(found)).randrange(100 * plan.samples)
-        began = time.perf_counter()
+        start = time.perf_counter()
         plan[position]
-        found.append(1e3 * (time.perf_counter() - began))
+        found.append(1e3 * (time.perf_counter() - start))
     print(f"a position of any epoch: {statistics.median(found):.1f} ms, at most {max(found):.1f} ms")
 
 
-def headers(shard: Path) -> None:
+def time_headers(shard: Path) -> None:
     """Index a tar of 50,000 samples with two members each, twenty times."""
     with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(50_000):
@@ -66,9 +66,9 @@ def headers(shard: Path) -> None:
                 tar.addfile(info, BytesIO(bytes(size)))
     rates = []
     for _ in range(20):
-        began = time.perf_counter()
+        start = time.perf_counter()
         scan(shard)
-        rates.append(50_000 / (time.perf_counter() - began))
+        rates.append(50_000 / (time.perf_counter() - start))
     print(f"headers: {statistics.median(rates):,.0f} samples a second on one core, at least {min(rates):,.0f}")
 
 
@@ -76,5 +76,5 @@ if __name__ == "__main__":
     root = Path(sys.argv[1])
     if not any(root.glob("*.tar")):
         make(root)
-    opening(root)
-    headers(root.with_name(f"{root.name}-headers.tar"))
+    time_opening(root)
+    time_headers(root.with_name(f"{root.name}-headers.tar"))

@@ -1,9 +1,9 @@
-"""Shards of made-up photographs to measure loaders with: 640 x 480, about 85 kB of JPEG, one caption
-of COCO's lengths (12 tokens in the mean, one in fifty of 23 to 50).
+"""Write shards of synthetic photographs for measuring loaders: 640 x 480, about 85 kB of JPEG, one caption
+with COCO's lengths (12 tokens on average, one in fifty of 23 to 50).
 
     python experiments/loader/photos.py DIR [SHARDS] [SAMPLES]
 
-Clouds of noise at seven scales, a little grain, quality 92: a decoder and a resizer have the work of a real picture.
+Clouds of noise at seven scales, a little grain, quality 92: as much work for a decoder and a resizer as a real picture.
 """
 
 import io
@@ -20,7 +20,7 @@ WORDS = ["a", "the", "old", "red", "small", "man", "woman", "dog", "street", "ta
 
 
 def photo(seed: int) -> bytes:
-    """One JPEG."""
+    """Return a JPEG."""
     draw = np.random.default_rng(seed)
     clouds = np.zeros((HEIGHT, WIDTH, 3), np.float32)
     for scale in (4, 8, 16, 32, 64, 128, 240):

@@ -1,4 +1,4 @@
-"""The loader and the step of a run beside open_clip's, in turns, each side in a process of its own.
+"""Compare the loader and the step of a run with open_clip's, alternating, each side in its own process.
 
     python experiments/speed/against_open_clip.py model=small data=coco 'parts=[step]'
     python experiments/speed/against_open_clip.py data=shards data.root=DIR data.val=0 workers=1 'parts=[loader]' \
@@ -37,7 +37,7 @@ from clipx.tools.measure import StepBenchmark, make_reader, measure_loader
 
 logger = logging.getLogger("clipx")
 
-Sides = dict[str, list[dict[str, float]]]       # the figures of each round, by side
+Sides = dict[str, list[dict[str, float]]]       # figures of each round, by side
 
 
 def compare(composed: DictConfig, _directory: Path, peer_path: str) -> None:
@@ -50,7 +50,7 @@ def compare(composed: DictConfig, _directory: Path, peer_path: str) -> None:
     found: dict[str, Any] = {}
     if "loader" in keys.parts:
         sides = in_turns(keys.rounds, {
-            "clipx": partial(in_process, own_loader, config, keys.seconds),
+            "clipx": partial(in_process, clipx_loader, config, keys.seconds),
             "open_clip": partial(open_clip_loader, config, keys.seconds, peer_path),
         })
         found["loader"] = {"rounds": sides, **report(sides, "pictures_per_s", "worker_mb")}
@@ -66,7 +66,7 @@ def compare_steps(config: TrainConfig, keys: BenchConfig) -> dict[str, Any]:
         runs = {side: stack.enter_context(in_own_process(kind, config))
                 for side, kind in {"clipx": StepBenchmark, "open_clip": OpenClipSteps}.items()}
         for call in runs.values():
-            call("from_memory", 1)          # compiles, and allocates memory
+            call("from_memory", 1)          # compiles and allocates memory
         sides = in_turns(keys.rounds, {
             side: lambda call=call: {"samples_per_s": call("from_memory", keys.steps)} for side, call in runs.items()
         })
@@ -88,7 +88,7 @@ def in_turns(rounds: int, sides: Mapping[str, Callable[[], dict[str, float]]]) -
 
 
 def report(sides: Sides, *names: str) -> dict[str, float]:
-    """Log each side's figures and their ratios, round by round; returns the median ratios."""
+    """Log each side's figures and their ratios; return the median ratios."""
     ratios = {}
     for name in names:
         for side, rounds in sides.items():
@@ -100,18 +100,18 @@ def report(sides: Sides, *names: str) -> dict[str, float]:
     return ratios
 
 
-def own_loader(config: TrainConfig, seconds: float) -> dict[str, float]:
-    """The figures of clipx's loader, in a spawned process."""
-    set_start_method(None, force=True)          # else its workers would be spawned, too, unlike in a run
+def clipx_loader(config: TrainConfig, seconds: float) -> dict[str, float]:
+    """Measure clipx's loader, in a spawned process."""
+    set_start_method(None, force=True)          # otherwise its workers would be spawned, too, unlike in a run
     torch.set_num_threads(1)
     return measure_loader(config, seconds)
 
 
 def open_clip_loader(config: TrainConfig, seconds: float, peer_path: str) -> dict[str, float]:
-    """The figures of open_clip's loader on the same shards, in a process of its own.
+    """Measure open_clip's loader on the same shards, in its own process.
 
     Raises:
-        UserError: the data is not shards, or its environment lacks something.
+        UserError: the data is not shards, or a package is missing.
     """
     reader = make_reader(config)
     if not hasattr(reader.source, "catalogue"):
@@ -133,14 +133,14 @@ def open_clip_loader(config: TrainConfig, seconds: float, peer_path: str) -> dic
 
 
 def in_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process of its own."""
+    """Call a function in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 @contextmanager
 def in_own_process(kind: type, *arguments: Any) -> Iterator[Callable[..., Any]]:
-    """Make an object in a process of its own; yields a function that calls its methods by name."""
+    """Make an object in a new process; yield a function that calls its methods by name."""
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, kind, arguments))
@@ -152,8 +152,8 @@ def in_own_process(kind: type, *arguments: Any) -> Iterator[Callable[..., Any]]:
         try:
             answer = here.recv()
         except EOFError as error:
-            raise UserError(f"the process of {kind.__name__} has ended; if memory ran out, try a smaller batch_size or "
-                            "micro_batch_size") from error
+            raise UserError(f"the process of {kind.__name__} has ended; if it ran out of memory, try a smaller "
+                            "batch_size or micro_batch_size") from error
         if isinstance(answer, UserError):
             raise answer
         return answer
@@ -167,7 +167,7 @@ def in_own_process(kind: type, *arguments: Any) -> Iterator[Callable[..., Any]]:
 
 def serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
     """The other end of ``in_own_process``."""
-    set_start_method(None, force=True)          # else its workers would be spawned, too, unlike in a run
+    set_start_method(None, force=True)          # otherwise its workers would be spawned, too, unlike in a run
     made = None
     while True:
         try:
@@ -182,9 +182,9 @@ def serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> Non
 
 def main() -> None:
     """The entry point."""
-    given = [word for word in sys.argv[1:] if word.startswith("peer_path=")]
-    sys.argv[1:] = [word for word in sys.argv[1:] if word not in given]
-    peer_path = given[-1].partition("=")[2] if given else ""
+    own = [argument for argument in sys.argv[1:] if argument.startswith("peer_path=")]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in own]
+    peer_path = own[-1].partition("=")[2] if own else ""
     command("bench", partial(compare, peer_path=peer_path))
 
 

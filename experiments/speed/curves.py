@@ -1,6 +1,6 @@
-"""The same weights, the same batches: the losses of clipx and of open_clip, step by step.
+"""Compare the losses of clipx and open_clip step by step, from the same weights and on the same batches.
 
-    python experiments/speed/curves.py STEPS [the words of a train command]
+    python experiments/speed/curves.py STEPS [arguments of a train command]
 
 Prints the largest difference over the first ten steps and over all, and both curves.
 """
@@ -23,7 +23,7 @@ from clipx.training.parts import initial_state
 
 
 def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
-    """Ours and theirs, float32 on the CPU; ten steps of warm-up, then the cosine."""
+    """Return both losses, float32 on the CPU; ten steps of warm-up, then cosine."""
     multiplier = warmup_cosine(steps, warmup=10, warmup_cap=1.0)
     state = initial_state(config, torch.device("cpu"))
     peer = open_clip_model(config.model)
@@ -32,11 +32,11 @@ def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
     batches = [*itertools.islice(load_batches(config), steps)]
     ours: list[float] = []
 
-    def note(_state: State, numbers: StepOutput) -> None:
-        ours.append(numbers.loss.item())
+    def record(_state: State, output: StepOutput) -> None:
+        ours.append(output.loss.item())
 
     fit(state, state.model, clip_loss, iter(batches), None, lambda step: step >= steps, multiplier, None,
-        None, note)
+        None, record)
     theirs = []
     for step, chunks in enumerate(batches):
         for group in optimizer.param_groups:
@@ -52,9 +52,9 @@ def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
     return ours, theirs
 
 
-def main(steps: str, *words: str) -> None:
+def main(steps: str, *arguments: str) -> None:
     with initialize_config_module("clipx.conf", version_base="1.3"):
-        config = resolve(compose("train", list(words)))
+        config = resolve(compose("train", list(arguments)))
     ours, theirs = losses(config, int(steps))
     apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     print(f"first ten: {max(apart[:10]):.2e}   all {len(apart)}: {max(apart):.2e}")

@@ -1,6 +1,6 @@
 """open_clip's side of the comparison: its own data pipeline, model, loss, optimiser and loop.
 
-Run as a program it measures open_clip's loader; against_open_clip.py does that.
+Run as a program, as against_open_clip.py does, it measures open_clip's loader.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from clipx.training.batch import concat, padded_tokens
 from clipx.training.memory import peak_memory
 from clipx.weights.convert import open_clip_config
 
-ENOUGH = 10**9          # samples; the pipeline cycles through the shards for as long as it is read
+ENOUGH = 10**9          # samples; the pipeline cycles through the shards
 PRECISION = {"none": "fp32", "bf16": "amp_bf16", "fp16": "amp"}     # its names
 
 
@@ -41,14 +41,14 @@ def open_clip_batches(shards: str, batch_size: int, workers: int, size: int) -> 
 
 
 def open_clip_model(node: Mapping[str, Any]) -> nn.Module:
-    """open_clip's model with the sizes of one of ours, whose weights it loads strictly."""
+    """Build open_clip's model with the sizes of a clipx model, whose weights it loads strictly."""
     import open_clip
 
     return open_clip.CLIP(**open_clip_config(node), output_dict=True)
 
 
 def open_clip_optimizer(model: nn.Module, optim: Mapping[str, Any]) -> torch.optim.AdamW:
-    """AdamW as its training command makes it."""
+    """AdamW as in its training command."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": optim["weight_decay"]},
@@ -57,12 +57,12 @@ def open_clip_optimizer(model: nn.Module, optim: Mapping[str, Any]) -> torch.opt
 
 
 def padded(chunks: list[Chunk], context: int) -> tuple[Tensor, Tensor]:
-    """A step as its loader would give it: normalised (B, 3, S, S) float32, and (B, context) tokens."""
+    """A batch as from its loader: normalised (B, 3, S, S) float32, and (B, context) tokens."""
     return Normalise()(concat([chunk.images for chunk in chunks])).contiguous(), padded_tokens(chunks, context)
 
 
 class Batches:
-    """What its loop takes for a data set: batches in memory, over and over."""
+    """Data set for its loop: batches in memory, cycled."""
 
     num_samples = ENOUGH
 
@@ -77,7 +77,7 @@ class Batches:
 
 
 class OpenClipSteps:
-    """Its training loop on the batches of ``measure.StepBenchmark``; for a process of its own."""
+    """Its training loop on the batches of ``measure.StepBenchmark``, in its own process."""
 
     def __init__(self, config: TrainConfig):
         import open_clip
@@ -106,28 +106,28 @@ class OpenClipSteps:
         self.batch_size = config.batch_size
 
     def from_memory(self, count: int) -> float:
-        """Samples a second."""
+        """Samples/s on batches in memory."""
         from open_clip_train.train import train_one_epoch
 
         self.batches.num_batches = count * self.args.accum_freq
-        began = time.perf_counter()
+        start = time.perf_counter()
         train_one_epoch(
             self.forward, {"train": self.batches}, self.loss, 0, self.optimizer, self.scaler, None, None, self.args
         )
         synchronize(self.device)
-        return count * self.batch_size / (time.perf_counter() - began)
+        return count * self.batch_size / (time.perf_counter() - start)
 
     def memory(self) -> float:
-        """The most memory so far, 1e9 bytes."""
+        """Peak memory so far, in GB."""
         return peak_memory(self.device)
 
 
 def main() -> None:
     """Measure open_clip's loader and write the figures to standard output, as JSON."""
-    given = json.loads(sys.argv[1])
+    arguments = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    seconds = given.pop("seconds")
-    sys.stdout.write(json.dumps(measure(open_clip_batches(**given), given["batch_size"], seconds)) + "\n")
+    seconds = arguments.pop("seconds")
+    sys.stdout.write(json.dumps(measure(open_clip_batches(**arguments), arguments["batch_size"], seconds)) + "\n")
 
 
 if __name__ == "__main__":
