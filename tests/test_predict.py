@@ -103,7 +103,7 @@ def test_what_is_wrong_ends_in_one_line(ask: Ask, asked: Path) -> None:
     given = ("run=outputs/x", "images=pictures")
     assert refused(ask, *given).startswith('give either texts="a cat,a dog", to score each picture')
     assert refused(ask, *given, "texts=a", "search=b").startswith("give either")
-    assert refused(ask, *given, "texts=' , '") == 'texts= ,  holds none; expected some, such as "a cat,a dog"'
+    assert refused(ask, *given, "texts=' , '") == 'texts= ,  is empty; expected, for example, "a cat,a dog"'
     for name in ("nosuch.txt", "lists/nosuch", "pictures", "my texts.TXT"):
         assert refused(ask, *given, f"texts={name}").startswith(f"texts={name}: there is no such file; expected one")
     for encoding in ("utf-16", "latin-1"):
