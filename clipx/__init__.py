@@ -1,6 +1,6 @@
 """Train CLIP on your own image-text pairs.
 
-The names below are imported when they are first used, so that ``import clipx`` costs nothing.
+The names below are imported on first use, so that ``import clipx`` is fast.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""How many cores this process may use: of those of the machine, what affinity, a CPU quota and joblib leave to it."""
+"""Cores that this process may use, given CPU affinity, CPU quotas and joblib."""
 
 import math
 import os
@@ -10,22 +10,21 @@ OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def one_of_several_jobs() -> bool:
-    """Whether joblib runs this process beside others, each a job of a sweep."""
+    """Whether joblib runs this process as one of several parallel jobs of a sweep."""
     return get_start_method(allow_none=True) == "loky"
 
 
 def available_cores() -> int:
-    """How many cores this process may use; of jobs at once each has the share that joblib gives its threads."""
+    """Number of cores that this process may use; parallel jobs get the threads that joblib assigns."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min([cores, *(max(1, math.ceil(quota)) for quota in quotas())])
     return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores))) if one_of_several_jobs() else cores
 
 
 def quotas() -> Iterator[float]:
-    """The CPU quotas, in cores, of this process's control groups and those above them; cgroup v1 and v2.
+    """CPU quotas, in cores, of this process's control groups and their parents; cgroup v1 and v2.
 
-    In a container the group's path may be the host's, of which only the upper end is there: what is missing is passed
-    over.
+    In a container the path may be the host's and exist only in part: missing directories are skipped.
     """
     try:
         lines = OWN_GROUPS.read_text().splitlines()
@@ -42,7 +41,7 @@ def quotas() -> Iterator[float]:
 
 
 def quota_of(group: Path) -> Iterator[float]:
-    """The quota of one control group, if it has one: ``cpu.max`` of v2, the two files of v1."""
+    """The quota of one control group, if it has one: ``cpu.max`` (v2) or the two files of v1."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()
@@ -55,7 +54,7 @@ def quota_of(group: Path) -> Iterator[float]:
 
 
 def limit_threads() -> None:
-    """Keep torch to the cores that this process may use: it knows of no quota.  OMP_NUM_THREADS is obeyed."""
+    """Limit torch to the available cores, as it ignores quotas; OMP_NUM_THREADS takes precedence."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:

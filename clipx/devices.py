@@ -1,4 +1,4 @@
-"""The device and precision of this rank, and how many workers read for it."""
+"""Device, precision and number of data workers of this rank."""
 
 import torch
 
@@ -6,7 +6,7 @@ from clipx import distributed
 from clipx.cores import available_cores
 from clipx.errors import UserError
 
-MAX_WORKERS = 8                 # that ``workers=auto`` starts
+MAX_WORKERS = 8                 # for ``workers=auto``
 PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}      # autocast's dtype for each ``amp``
 
 
@@ -14,7 +14,7 @@ def select_device(name: str) -> torch.device:
     """The device called ``name``; ``auto`` is the first accelerator (one for each local rank), else the CPU.
 
     Raises:
-        UserError: there is no such device, or there are fewer GPUs than local ranks.
+        UserError: the device does not exist, or there are fewer GPUs than local ranks.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -26,7 +26,7 @@ def select_device(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device={name} cannot be used ({reason}); device=auto takes what there is") from error
+        raise UserError(f"device={name} cannot be used ({reason}); device=auto uses what is available") from error
 
 
 def select_workers(workers: str | int) -> int:

@@ -1,4 +1,4 @@
-"""Lengths of time in a run: steps, epochs, shares of the run, or minutes."""
+"""Durations: steps, epochs, a share of the run, or minutes."""
 
 import re
 import time
@@ -11,7 +11,7 @@ def parse(duration: Duration) -> tuple[float, str]:
     """Number and unit (``steps``, ``ep``, ``%`` or ``min``) of a duration.
 
     Raises:
-        ValueError: it is none, or not above 0.
+        ValueError: not a duration, or not above 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ep|%|min|)", str(duration))
     if not match or float(match[1]) <= 0 or (not match[2] and "." in match[1]):
@@ -20,25 +20,25 @@ def parse(duration: Duration) -> tuple[float, str]:
 
 
 def checked(duration: Duration) -> Duration:
-    """The duration itself, where it is one."""
+    """Return a duration unchanged after checking that it parses."""
     parse(duration)
     return duration
 
 
 @dataclass
 class Every:
-    """Tells when a duration has gone by, again and again.
+    """Timer for something that happens once every ``duration``.
 
     Args:
-        duration: how long; None is never.
-        steps: of the run.
-        epoch: steps of an epoch.
+        duration: None for never.
+        steps: length of the run.
+        epoch: steps per epoch.
     """
 
     duration: Duration | None
     steps: int
     epoch: float
-    began: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         number, unit = parse(self.duration) if self.duration is not None else (0, "min")
@@ -47,16 +47,16 @@ class Every:
         self.seconds = number * 60 if unit == "min" and number else None
 
     def due(self, step: int) -> bool:
-        """Whether it has gone by at the end of ``step`` (from 1), counted in steps."""
+        """Whether it is due at the end of ``step`` (from 1); for durations in steps."""
         return self.in_steps is not None and step % self.in_steps == 0
 
     def passed(self) -> bool:
-        """Whether it has gone by since it last had, counted in minutes."""
-        if self.seconds is None or time.monotonic() - self.began < self.seconds:
+        """Whether it is due since the last time; for durations in minutes."""
+        if self.seconds is None or time.monotonic() - self.start < self.seconds:
             return False
-        self.began = time.monotonic()
+        self.start = time.monotonic()
         return True
 
     def over(self, step: int) -> bool:
-        """Whether it has gone by at least once since step 0, counted in steps."""
+        """Whether it was due at or before ``step``; for durations in steps."""
         return self.in_steps is not None and step >= self.in_steps

@@ -1,4 +1,4 @@
-"""The contrastive loss, in tiles: the matrix of logits never exists as a whole."""
+"""The contrastive loss, computed in tiles: the whole matrix of logits is never in memory."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -18,22 +18,22 @@ def clip_loss(
 ) -> Tensor:
     """Symmetric cross-entropy of each image against all texts, and back (InfoNCE).
 
-    Row i of ``image`` and row i of ``text`` are a pair; every other row is a negative, on every rank.  All ranks get
-    the loss of the whole batch, and each the gradient of its own rows times the number of ranks, so that the mean over
-    the ranks, as DistributedDataParallel takes it, is the gradient of the whole batch.
+    Row i of ``image`` and row i of ``text`` are a pair; every other row is a negative, on every rank.  All ranks return
+    the loss of the whole batch.  Each rank's gradient is that of its own rows times the number of ranks, so that
+    DistributedDataParallel's mean over ranks is the gradient of the whole batch.
 
-    Memory beside the features is that of a tile, forward and backward; the logits are computed twice.
+    Besides the features, only one tile is in memory, forward and backward; the logits are computed twice.
 
     Args:
         image: (B, E) unit vectors, float32 or wider.
         text: (B, E) unit vectors, float32 or wider.
         scale: () inverse temperature, exp of the learnt parameter.
-        ids: (B, 2) int64, which picture and which caption a row has; ``mask`` needs them.
-        same: what rows with the same picture or the same caption are to each other: ``keep``, negatives as in the
-            paper, or ``mask``, neither negatives nor pairs.
+        ids: (B, 2) int64, picture id and caption id of each row; required for ``mask``.
+        same: how rows with the same picture or caption are treated: ``keep`` as negatives, as in the paper; ``mask`` as
+            neither negatives nor pairs.
 
     Returns:
-        () mean loss in nats.  log(B world) is chance; 0 is perfect.
+        () mean loss in nats.  log(B * world_size) is chance; 0 is perfect.
 
     Raises:
         ValueError: the two sides differ in shape.
@@ -46,9 +46,9 @@ def clip_loss(
 
 
 class TiledLoss(torch.autograd.Function):
-    """The loss and its gradient from the logits of all texts with some images at a time.
+    """Loss and gradient from one tile of logits at a time: all texts, some images.
 
-    B is the batch of all ranks here, b the share of one, t a tile's.
+    Here B is the global batch, b the share of one rank, t the images of a tile.
     """
 
     @staticmethod
@@ -65,7 +65,7 @@ class TiledLoss(torch.autograd.Function):
             total = total * (before - peak).exp_() + logits.sub_(peak[:, None]).exp_().sum(dim=1)
         highest = distributed.all_max(peak.clone())
         over_images = distributed.all_sum(total * (peak - highest).exp_()).log_() + highest     # (B,) logsumexp
-        own = distributed.all_sum(over_texts.sum() - 2 * scale * (image * text).sum())      # of each rank's rows, pairs
+        own = distributed.all_sum(over_texts.sum() - 2 * scale * (image * text).sum())      # rows and pairs of a rank
         ctx.save_for_backward(image, texts, scale, ids, all_ids, over_texts, over_images)
         return (own + over_images.sum()) / (2 * len(texts))
 
@@ -82,7 +82,7 @@ class TiledLoss(torch.autograd.Function):
             logits = masked(products.detach(), part, ids, all_ids)
             surplus = (logits - over_texts[part]).exp_()                            # softmax over texts
             surplus += logits.sub_(over_images[:, None]).exp_()                     # and over images
-            surplus.diagonal(-first - part.start).sub_(2)                           # less what a pair should have
+            surplus.diagonal(-first - part.start).sub_(2)                           # minus the targets
             more, d_image[part] = torch.autograd.grad(products, (texts, scaled), surplus)
             d_texts += more
         grad = grad * (distributed.world_size() / (2 * len(texts)))
@@ -92,7 +92,7 @@ class TiledLoss(torch.autograd.Function):
 
 
 def tiles(image: Tensor, scale: Tensor, batch: int) -> Iterator[tuple[slice, Tensor]]:
-    """Some images at a time: which, and their features (t, E) times the scale."""
+    """Yield slices of the images and their scaled features (t, E)."""
     size = max(1, TILE // batch)
     for start in range(0, len(image), size):
         part = slice(start, min(start + size, len(image)))
@@ -100,7 +100,7 @@ def tiles(image: Tensor, scale: Tensor, batch: int) -> Iterator[tuple[slice, Ten
 
 
 def masked(logits: Tensor, part: slice, ids: Tensor | None, all_ids: Tensor | None) -> Tensor:
-    """(B, t) of all texts with a part of the images; those that are alike and no pair become -inf."""
+    """Set the logits (B, t) of rows with the same picture or caption, except pairs, to -inf."""
     if ids is None:
         return logits
     alike = (all_ids[:, None, 0] == ids[part, 0]) | (all_ids[:, None, 1] == ids[part, 1])

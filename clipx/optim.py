@@ -1,4 +1,4 @@
-"""The optimiser, and who decays."""
+"""Optimisers, and which parameters decay."""
 
 import torch
 from torch import nn
@@ -13,10 +13,10 @@ def adamw(
     image_lr_scale: float = 1.0,
     text_lr_scale: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters that train, fused; gains, biases and scalars (one dimension or none) do not decay.
+    """Fused AdamW over the trainable parameters; gains, biases and scalars (one dimension or none) do not decay.
 
-    Each group keeps ``peak_lr``, which the schedule multiplies: ``lr``, in a tower times the scale of that tower; the
-    first group's is ``lr``.  The defaults are the paper's.
+    Each group stores ``peak_lr``, which the schedule multiplies: ``lr`` times the scale of its tower; the first group's
+    is ``lr``.  The defaults are the paper's.
 
     Source: Radford et al. 2021, table 18 and section 2.5 (arXiv 2103.00020).
     """

@@ -1,24 +1,24 @@
-"""The learning rate as a function of the step alone."""
+"""Learning rate schedules: functions of the step alone."""
 
 import math
 from collections.abc import Callable
 
 
 def warmup_steps(steps: int, warmup: int, warmup_cap: float) -> int:
-    """Length of the warm-up: ``warmup`` steps, but no more than a share ``warmup_cap`` of the run."""
+    """Length of the warm-up: ``warmup`` steps, at most a fraction ``warmup_cap`` of the run."""
     return min(warmup, int(steps * warmup_cap))
 
 
 def warmup_cosine(steps: int, warmup: int = 2000, warmup_cap: float = 0.1) -> Callable[[int], float]:
-    """Linear warm-up, then half a cosine down to 0.
+    """Linear warm-up, then cosine decay to 0.
 
     Args:
         steps: length of the run.
         warmup: steps of warm-up; the paper's 2,000.
-        warmup_cap: the largest share of the run that the warm-up takes.
+        warmup_cap: maximum fraction of the run.
 
     Returns:
-        A function of the step (from 0) that gives the multiplier of the peak learning rate, in (0, 1].
+        Step (from 0) -> multiplier of the peak learning rate, in (0, 1].
 
     Source: Radford et al. 2021, section 2.5 and table 18 (arXiv 2103.00020).
     """

@@ -1,4 +1,4 @@
-"""open_clip's byte-pair tokenizer behind our name."""
+"""open_clip's byte-pair tokenizer."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 START, END = 49_406, 49_407
-KEPT = 16_384       # captions whose ids are remembered
+CACHE_SIZE = 16_384     # captions
 
 
 class SimpleTokenizer:
@@ -21,7 +21,7 @@ class SimpleTokenizer:
     49406 starts a caption, 49407 ends it; a caption longer than the context is cut and still ends with 49407.
 
     Args:
-        context: the most tokens a caption has, start and end included.
+        context: maximum number of tokens, including start and end.
     """
 
     def __init__(self, context: int = 77):
@@ -29,8 +29,8 @@ class SimpleTokenizer:
 
     @cached_property
     def ids(self) -> Callable[[str], tuple[int, ...]]:
-        """The ids of a caption between start and end."""
-        return lru_cache(KEPT)(lambda caption: tuple(byte_pairs().encode(caption)))
+        """Caption -> its ids, without start and end."""
+        return lru_cache(CACHE_SIZE)(lambda caption: tuple(byte_pairs().encode(caption)))
 
     def __call__(self, captions: str | Sequence[str]) -> Tensor:
         captions = [captions] if isinstance(captions, str) else captions
@@ -41,7 +41,7 @@ class SimpleTokenizer:
         return torch.from_numpy(tokens)
 
     def trimmed(self, captions: Sequence[str]) -> Tensor:
-        """As a call, but cut to the longest caption: (B, L)."""
+        """Like ``__call__``, but trimmed to the longest caption: (B, L)."""
         tokens = self(captions)
         return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
@@ -58,13 +58,13 @@ def byte_pairs() -> Any:
 
 
 def clean(caption: str, thorough: Callable[[str], str]) -> str:
-    """Mended and lower-case text with single spaces; plain ASCII, which needs no mending, takes a short way."""
+    """Fix encoding errors, lower-case, collapse spaces; fast path for plain ASCII."""
     plain = caption.isascii() and caption.isprintable() and "&" not in caption
     return " ".join(caption.split()).lower() if plain else thorough(caption)
 
 
 def open_clip_tokenizer() -> ModuleType:
-    """The one file of open_clip that holds its tokenizer; importing the whole package takes six seconds."""
+    """Import open_clip's tokenizer.py alone: importing the whole package takes six seconds."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise ImportError("the tokenizer comes with open_clip; install it with: pip install open_clip_torch")

@@ -38,7 +38,7 @@ def test_parts_from_outside_are_used_as_the_page_says(reader: Path, monkeypatch:
     ended = in_process("-m", "clipx.train", *MINE[:2], "model=conv", cwd=reader)
     assert ended.stderr.startswith("model.image._target_=mine.conv.ConvTower is not clipx's own code; trust=[mine]")
     for words, line in ((("model=conv", "model.image.widht=1"), "did you mean model.image.width?"),
-                        (("model=conv", "grad_checkpoint=true"), "ConvTower has no blocks to compute again")):
+                        (("model=conv", "grad_checkpoint=true"), "ConvTower has no blocks to recompute")):
         ended = in_process("-m", "clipx.train", *MINE, *words, cwd=reader)
         assert ended.returncode == 1 and ended.stderr.strip().endswith(line), ended.stderr
     checked = in_process("-m", "clipx.check", *MINE, "experiment=smoke", "model=conv", cwd=reader)

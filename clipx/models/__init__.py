@@ -1,1 +1,1 @@
-"""The encoders, by hand: layers, the image tower, the text tower, and CLIP."""
+"""The encoders: layers, image tower, text tower, and CLIP."""

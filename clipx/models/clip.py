@@ -1,4 +1,4 @@
-"""CLIP: two towers into one space, and the learnt temperature between them."""
+"""CLIP: an image and a text tower that share an embedding space, and a learnt temperature."""
 
 import math
 from typing import Any, Literal
@@ -26,8 +26,8 @@ class CLIP(nn.Module):
 
     Args:
         image: the image tower, or any module with ``size`` and ``embed``, (B, 3, S, S) -> (B, E).
-        text: the text tower; its ``embed`` is the image tower's.
-        temperature: at the start, above 0; it is learnt, between 1 and 0.01.
+        text: the text tower, with the same ``embed``.
+        temperature: initial value; learnt, clamped to [0.01, 1].
 
     Source: Radford et al. 2021 (arXiv 2103.00020).
     """
@@ -47,7 +47,7 @@ class CLIP(nn.Module):
         return finish(self.visual(image), normalize)
 
     def encode_text(self, tokens: Tensor | Packed, normalize: bool = False) -> Tensor:
-        """(B, L) token ids, L up to the context, or packed ones -> (B, E) likewise."""
+        """(B, L) token ids, L up to the context, or packed -> (B, E), as ``encode_image``."""
         return finish(self.text(tokens), normalize)
 
     def forward(self, image: Tensor, tokens: Tensor | Packed) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,16 +56,16 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Keep the inverse temperature between 1 and 100; to be called after each optimiser step."""
+        """Clamp the inverse temperature to [1, 100]; called after each optimiser step."""
         self.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
     def set_grad_checkpoint(self, on: bool | Literal["image", "text"]) -> None:
-        """Trade a second forward pass through the blocks, or those of one tower, for the memory of what is in them."""
+        """Recompute activations in the backward pass to save memory, in both towers or in one."""
         for name, tower in (("image", self.visual), ("text", self.text)):
             if hasattr(tower, "transformer"):
                 tower.transformer.grad_checkpoint = on in (True, name)
             elif on in (True, name):
-                raise UserError(f"grad_checkpoint={on}: {type(tower).__name__} has no blocks to compute again")
+                raise UserError(f"grad_checkpoint={on}: {type(tower).__name__} has no blocks to recompute")
 
 
 def finish(features: Tensor, normalize: bool) -> Tensor:
@@ -74,7 +74,7 @@ def finish(features: Tensor, normalize: bool) -> Tensor:
 
 
 def text_to_root(model: CLIP, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
-    """Drop ``text.`` from the keys of a state dict, in place and in order."""
+    """Drop ``text.`` from the keys of a state dict, in place, keeping the order."""
     for key in list(state):
         state[key.replace(f"{prefix}text.", prefix, 1) if key.startswith(f"{prefix}text.") else key] = state.pop(key)
 
@@ -92,7 +92,7 @@ def clip_vit_b32() -> CLIP:
 
 
 def clip_small() -> CLIP:
-    """A quarter of the width of ViT-B/32's towers, half the depth: 29,418,625 parameters, 224 px, embedding 256."""
+    """ViT-B/32 at half the width and depth, with fresh weights: 29,418,625 parameters, 224 px, embedding 256."""
     return CLIP(
         ImageEncoder(width=384, depth=6, heads=6, embed=256), TextEncoder(width=256, depth=6, heads=4, embed=256)
     )

@@ -1,6 +1,6 @@
-"""The parts that both towers are made of.  Names and shapes are OpenAI's, so weights need no conversion.
+"""Layers of both towers.  Names and shapes are OpenAI's, so weights need no conversion.
 
-Shape letters, here and everywhere: B batch, L tokens, T tokens of a whole batch, D width, H heads, E embedding,
+Shape letters, used throughout: B batch, L tokens, T tokens of a whole batch, D width, H heads, E embedding,
 N images, M texts, S pixels.
 """
 
@@ -16,14 +16,14 @@ from clipx.models.packed import Packed
 
 
 class Linear(nn.Linear):
-    """A linear layer on ``linear``. (..., D) -> (..., O)."""
+    """``nn.Linear`` computed by ``clipx.linear``. (..., D) -> (..., O)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the GELU that CLIP was trained with; by way of torch's one kernel for y * sigmoid(y)."""
+    """x * sigmoid(1.702 x), the GELU that CLIP was trained with, in torch's fused kernel for y * sigmoid(y)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(1.702 * x) / 1.702
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return x.transpose(1, 2).flatten(2)
 
     def read_out(self, x: Tensor, packed: Packed | None = None) -> Tensor:
-        """What ``forward`` gives at the read-out tokens alone: (B, L, D) or (T, D) -> (B, D)."""
+        """``forward`` at the read-out tokens only: (B, L, D) or (T, D) -> (B, D)."""
         D = x.shape[-1]
         q = linear(read_out(x, packed), self.in_proj_weight[:D], self.in_proj_bias[:D])       # (B, D)
         kv = linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:])                        # (B, L, 2D)
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         return self.out_proj(torch.cat([self.attend_once(q, grid.spread(kv), grid.seen) for q, kv, grid in parts]))
 
     def attend_once(self, q: Tensor, kv: Tensor, seen: Tensor | None = None) -> Tensor:
-        """One query for each row: (B, D), (B, L, 2D) -> (B, D)."""
+        """One query per row: (B, D), (B, L, 2D) -> (B, D)."""
         (q,), (k, v) = self.by_head(q[:, None], 1), self.by_head(kv, 2)                 # (B, H, 1, D/H), (B, H, L, D/H)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).flatten(1)
 
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide between them. (..., D) -> (..., D)."""
+    """Two layers with a hidden width of 4 D. (..., D) -> (..., D)."""
 
     def __init__(self, width: int, act: Act):
         super().__init__()
@@ -95,9 +95,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each behind a LayerNorm and beside a skip. (B, L, D) -> (B, L, D), packed (T, D) -> (T, D).
+    """Attention, then MLP, each with pre-norm and residual. (B, L, D) -> (B, L, D), packed (T, D) -> (T, D).
 
-    With ``read`` only what the read-out tokens need is computed: -> (B, D).
+    With ``read``, compute the read-out tokens only: -> (B, D).
     """
 
     def __init__(self, width: int, heads: int, causal: bool, act: Act):
@@ -116,14 +116,14 @@ class Block(nn.Module):
 
 
 def read_out(x: Tensor, packed: Packed | None) -> Tensor:
-    """The tokens where features are read: the first of each row, of packed captions the end tokens. -> (B, D)."""
+    """The read-out tokens: the first of each row, or the end tokens of packed captions. -> (B, D)."""
     return x[:, 0] if packed is None else x.index_select(0, packed.ends)
 
 
 class Transformer(nn.Module):
-    """A stack of blocks that ends at the read-out tokens. (B, L, D) or packed (T, D) -> (B, D).
+    """A stack of blocks, read out at one token per row. (B, L, D) or packed (T, D) -> (B, D).
 
-    ``grad_checkpoint`` forgets what is inside each block on the way forward and computes it again on the way back.
+    ``grad_checkpoint`` drops the activations inside each block and recomputes them in the backward pass.
     """
 
     def __init__(self, width: int, depth: int, heads: int, causal: bool, act: Act):

@@ -1,4 +1,4 @@
-"""Captions without their padding: all tokens of a batch in one row; attention sees those of like length in a grid."""
+"""Captions without padding: all tokens of a batch in one row; attention groups similar lengths into grids."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EDGES = (16, 32, 48, 64)        # tokens; captions between two edges share a grid
+EDGES = (16, 32, 48, 64)        # tokens; captions with lengths between two edges share a grid
 
 
 class Grid(NamedTuple):
-    """Captions of like length side by side, (G, L): where attention sees them.  T of its places hold a token."""
+    """G captions of similar length as a (G, L) grid for attention.  T of its cells contain a token."""
 
     shape: tuple[int, int]
-    places: Tensor              # (T,) of the tokens, row by row
-    seen: Tensor                # (G, 1, 1, L) bool: what the end token sees, itself and all before it
+    places: Tensor              # (T,) flat indices of the tokens, row by row
+    seen: Tensor                # (G, 1, 1, L) bool: tokens up to the end token
 
     def spread(self, x: Tensor) -> Tensor:
         """(T, D) -> (G, L, D); zeros where there is no token."""
@@ -27,7 +27,7 @@ class Grid(NamedTuple):
 
 
 class Spread(torch.autograd.Function):
-    """Rows to places of their own in a grid.  The way back is a gather: no sums, so no order of them."""
+    """Scatter rows into the cells of a grid.  The backward pass is a gather: no sums, so it is deterministic."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -42,7 +42,7 @@ class Spread(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """The rows at some places of a grid, each place once; the opposite of ``Spread``."""
+    """Gather the rows of distinct cells of a grid; the inverse of ``Spread``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ class Packed(NamedTuple):
 
     ids: Tensor                 # (T,)
     positions: Tensor           # (T,) of each token in its caption
-    ends: Tensor                # (B,) the row of each end token, captions in the order of the grids
-    order: Tensor               # (B,) where each caption of the batch stands in that order
+    ends: Tensor                # (B,) row of each end token, captions in grid order
+    order: Tensor               # (B,) index of each caption in grid order
     grids: list[Grid]
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
@@ -72,18 +72,18 @@ class Packed(NamedTuple):
 
 
 def pack(tokens: Tensor, lengths: Tensor | None = None, edges: Sequence[int] = EDGES) -> Packed:
-    """Drop what stands behind the end tokens.
+    """Drop the padding after the end tokens.
 
-    A few grids waste no memory on one long caption.  Without edges there is one grid, as wide as ``tokens``: what a
-    compiler sees then differs from batch to batch by nothing but the number of tokens.
+    Several grids keep one long caption from widening all rows.  Without edges there is one grid as wide as ``tokens``,
+    so that shapes differ between batches only in the number of tokens, which suits a compiler.
 
     Args:
         tokens: (B, L) token ids; the highest id of a row is its end token.
-        lengths: (B,) tokens of each caption, end token included, where they are known.
-        edges: lengths at which another grid begins.
+        lengths: (B,) tokens of each caption, including the end token; computed if None.
+        edges: lengths at which a new grid begins.
 
     Returns:
-        What the text tower takes, on the device of ``tokens``.
+        Packed captions, on the device of ``tokens``.
     """
     if lengths is None:
         lengths = tokens.argmax(dim=-1) + 1

@@ -12,18 +12,18 @@ VOCABULARY = 49_408         # token ids of the tokenizer, 0 to END
 
 
 class TextEncoder(nn.Module):
-    """Captions to features. (B, L) token ids, or packed ones -> (B, E), for any L up to ``context``.
+    """Captions to features. (B, L) token ids, or packed -> (B, E), for any L up to ``context``.
 
-    No token sees a later one and the feature is read at the end token, so what stands behind it is dropped.
+    Attention is causal and the feature is read at the end token, so the padding after it is dropped.
 
     Args:
-        vocab: token ids, at least the tokenizer's; the highest that it gives is the end token.
-        context: the most tokens a caption has, start and end included.
+        vocab: number of token ids, at least the tokenizer's; its highest id is the end token.
+        context: maximum tokens of a caption, including start and end.
         width: D, channels of a token.
         depth: blocks.
         heads: attention heads; divides ``width``.
         embed: E, size of the feature.
-        act: between the layers of an MLP: ``quick_gelu``, which CLIP was trained with, or the exact ``gelu``.
+        act: activation of the MLPs: ``quick_gelu``, which CLIP was trained with, or the exact ``gelu``.
 
     The defaults are ViT-B/32's.  Source: Radford et al. 2021, section 2.4 and table 20 (arXiv 2103.00020).
     """

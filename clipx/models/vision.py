@@ -17,7 +17,7 @@ class ImageEncoder(nn.Module):
         depth: blocks.
         heads: attention heads; divides ``width``.
         embed: E, size of the feature.
-        act: between the layers of an MLP: ``quick_gelu``, which CLIP was trained with, or the exact ``gelu``.
+        act: activation of the MLPs: ``quick_gelu``, which CLIP was trained with, or the exact ``gelu``.
 
     The defaults are ViT-B/32.  Source: Radford et al. 2021, section 2.4 and table 20 (arXiv 2103.00020).
     """
