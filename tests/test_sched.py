@@ -33,7 +33,7 @@ def test_durations_in_steps_epochs_and_shares(duration: str | int, steps: int) -
 def test_minutes_go_by_the_clock() -> None:
     every = Every("15min", steps=10, epoch=1)
     assert not every.passed() and not every.due(1)
-    every.began -= 15 * 60
+    every.start -= 15 * 60
     assert every.passed() and not every.passed() and not every.over(1)
 
 
