@@ -178,7 +178,7 @@ def test_bad_samples_are_counted_by_their_reasons(check: Check, tmp_path: Path) 
 
     told, code = check("data=shards", shard(2), "data.val=0", *FEW)
     assert code == 0 and "36 of 40 samples checked (90%) have a picture and a caption" in told
-    assert "odd   samples   5%: does not decode: it is no picture (a.tar/00" in told
+    assert "odd   samples   5%: does not decode: it is not a picture (a.tar/00" in told
     assert "odd   samples   5%: its caption is empty (a.tar/00" in told and "verify=true" in told
     told, code = check("data=shards", shard(15), "data.val=0", *FEW)
     assert code == 1 and "WRONG samples   more samples are bad than data.max_skipped=0.01 allows; fix them" in told
@@ -204,7 +204,7 @@ def test_captions_that_are_all_the_same_are_told(check: Check, tmp_path: Path) -
     told, code = check(*given)
     assert code == 0 and ("odd   samples   8 of the first 8 captions of a batch are equal to another one, for example "
                           "'导盲犬 $x', 8 times; with loss.same=mask, pictures with equal captions") in told
-    assert "odd   evals     1 of the first 32 are skipped, for example a.tar/0: does not decode: it is no" in told
+    assert "odd   evals     1 of the first 32 are skipped, for example a.tar/0: does not decode: it is not" in told
     assert "ok    samples   8 of the first 8 captions of a batch are equal" in check(*given, "loss.same=mask")[0]
     write_tar(tmp_path / "same" / "val" / "a.tar", [])
     told, code = check(*given)

@@ -43,7 +43,7 @@ def test_captions_come_from_txt_or_json(members: dict[str, bytes], key: str | No
         ({"txt": b"\xff\xfe"}, None, "not UTF-8"),
         ({"json": b'{"caption": "\xff"}'}, None, "not UTF-8"),
         ({"json": b"{"}, None, "json cannot be read"),
-        ({"json": b"[1]"}, "alt", "json holds no keys, so no 'alt'"),
+        ({"json": b"[1]"}, "alt", "json is not an object with 'alt'"),
         ({"json": b'{"alt": "x", "url": "y"}'}, None, "no 'caption'; its keys: alt, url; .*: data.caption_key=KEY"),
         ({"json": b"{}"}, None, "no 'caption'; its keys: none"),
         ({"json": b'{"alt": 5}'}, "alt", "neither text"),
@@ -73,7 +73,7 @@ def test_validation_shards_are_found_under_their_other_names_and_the_log_says_wh
     make_shards(3, folder=f"set/{name}")
     data = open_shards(str(root))
     assert list(data.train.sizes) == [4] and list(data.val.sizes) == [3]
-    assert data.notes == [f"validation pictures are those of {root / name}"]
+    assert data.notes == [f"validating on {root / name}"]
     other = make_shards(2, folder="set/val")
     assert list(open_shards(str(root)).val.sizes) == [2]
     named = open_shards(str(root), val=str(other))
@@ -151,7 +151,7 @@ def test_no_more_than_5000_are_held_out() -> None:
 
 @pytest.mark.parametrize("words", [{}, {"root": "a", "shards": "b"}])
 def test_root_or_shards_is_given(words: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="give one"):
+    with pytest.raises(ValueError, match="set exactly one"):
         open_shards(**words)
 
 
@@ -175,10 +175,10 @@ def test_each_named_set_says_what_makes_it_where_it_is_not_there(fails: Callable
     assert fails("data=coco", "data.root=published") == (
         "data.root=published holds no shards (*.tar, train/*.tar); make them with: "
         f"{prepare}coco src=published out=published-shards, then data.root=published-shards")
-    assert fails("data=laion400m", "data.root=no").endswith("img2dataset makes them; give the directory that it wrote, "
-                                                            "data.root=DIR")
+    assert fails("data=laion400m", "data.root=no").endswith("set data.root=DIR to the output directory of "
+                                                            "img2dataset")
     assert fails("data=shards", "data.root=published").endswith("for pictures with captions.txt use data=folder")
-    assert fails("data=folder", "data.root=no").startswith("data.root=no is not a directory (seen from ")
+    assert fails("data=folder", "data.root=no").startswith("data.root=no is not a directory (relative to ")
     assert fails("data=mix", "data.sources.coco.root=no").startswith("data.sources.coco.root=no is not a directory; ")
 
 
@@ -188,9 +188,9 @@ def test_each_named_set_says_what_makes_it_where_it_is_not_there(fails: Callable
         ("shuffle_window=0", "should be greater than 0"),
         ("max_skipped=-0.1", "should be greater than or equal to 0"),
         ("max_skipped=2", "should be less than or equal to 1"),
-        ("crop=[0,1]", "expected the least and the most of the area that is kept, above 0 and up to 1"),
-        ("crop=[0.9,0.2]", "expected the least and the most"),
-        ("crop=[1,2]", "expected the least and the most"),
+        ("crop=[0,1]", "expected the smallest and the largest share of the area to keep, above 0 and up to 1"),
+        ("crop=[0.9,0.2]", "expected the smallest and the largest"),
+        ("crop=[1,2]", "expected the smallest and the largest"),
         ("caption=second", "should be 'random' or 'first'"),
         ("decode=slow", "should be 'fast' or 'exact'"),
         ("cache_gb=0", "should be greater than 0"),
@@ -272,8 +272,8 @@ def test_each_line_is_a_caption_in_remote_retrieval_sets_too(
 def test_shards_of_which_some_have_one_caption_a_line_are_two_sources(tmp_path: Path) -> None:
     for name in ("retrieval", "pairs"):
         benchmark_set(tmp_path / name, name)
-    with pytest.raises(ValueError, match=r"shards: those in .*retrieval/test have one caption a line, as .* says, and "
-                                         r"those in .*pairs/test have not; give each as a source of its own"):
+    with pytest.raises(ValueError, match=r"shards: .*retrieval/test has one caption per line .* and "
+                                         r".*pairs/test does not; make each a source of its own"):
         open_shards(shards=str(tmp_path / "*/test/0.tar"), val=0.0)
 
 
@@ -281,7 +281,7 @@ def test_a_shard_that_changed_since_it_was_indexed_ends_the_run(make_shards: Cal
     root = make_shards(4)
     source = open_shards(str(root), val=0).train
     write_tar(root / "part-000.tar", [("new.jpg", b"1" * 100_000)])
-    with pytest.raises(DataError, match=r"part-000\.tar has changed"):
+    with pytest.raises(DataError, match=r"part-000\.tar changed"):
         source.read(0)
 
 
@@ -380,8 +380,8 @@ def test_a_folder_may_have_train_and_validation_folders(tmp_path: Path) -> None:
     make_folder(tmp_path / "set/dev", "a.png\tone\n")
     data = open_folder(str(tmp_path / "set"))
     assert list(data.train.sizes) == [2] and list(data.val.sizes) == [1]
-    assert data.notes == [f"validation pictures are those of {tmp_path / 'set/dev'}"]
-    with pytest.raises(ValueError, match="^val=.* is what trains; give another directory"):
+    assert data.notes == [f"validating on {tmp_path / 'set/dev'}"]
+    with pytest.raises(ValueError, match="^val=.* is the training directory; set another one"):
         open_folder(str(tmp_path / "set/train"), val=str(tmp_path / "set/dev/../train"))
 
 

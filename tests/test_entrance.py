@@ -37,7 +37,7 @@ def without_torch(tmp_path: Path) -> Path:
         ("export", ["run=outputs/erly", "to=hf", "out=o"], f"run=outputs/erly: {NONE}"),
         ("predict", ["run=outputs/erly", "images=x", "texts=a"], f"run=outputs/erly: {NONE}"),
         ("compare", ["outputs/erly"], "outputs/erly: there is no such run or folder of runs; there is outputs/early"),
-        ("train", ["data=folder", "data.root=no"], "data.root=no is not a directory (seen from "),
+        ("train", ["data=folder", "data.root=no"], "data.root=no is not a directory (relative to "),
         ("train", ["data=coco", "data.root=no"], "data.root=no is not a directory; "),
         ("train", ["data=folder", "data.root=no", "data.crop=[0.5]"], "data.crop=[0.5]: should have 2 values"),
         ("train", ["sched.warmup=x"], "sched.warmup='x': should be a valid integer"),

@@ -116,7 +116,7 @@ def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[1024 + 10] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(DataError, match=r"x\.tar is damaged behind its first 1 members"):
+    with pytest.raises(DataError, match=r"x\.tar is corrupt after member 1"):
         scan(shard)
 
 

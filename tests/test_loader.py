@@ -145,7 +145,7 @@ def test_a_bad_sample_is_replaced_and_told(spoilt: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_bad_samples_ends_with_one_line(tmp_path: Path, workers: int) -> None:
     write_tar(tmp_path / "x.tar", [(f"{number}.png", b"broken") for number in range(8)])
-    with pytest.raises(DataError, match="^64 samples in a row are bad, the last of them x.tar/.: ") as raised:
+    with pytest.raises(DataError, match="^64 samples in a row are bad, the last one is x.tar/.: ") as raised:
         batches(reader_of(tmp_path), 1, 4, workers)
     assert "\n" not in str(raised.value)
 

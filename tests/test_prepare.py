@@ -123,8 +123,8 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(refused: Callable[..., st
         "annotations/captions_train2017.json, captions_val2017.json")
     assert refused(*given, "out=o", "source.karpathy=no.json") == "no.json: there is no such file"
     assert refused(*given, "out=o", f"source.karpathy={coco}/annotations/captions_val2017.json").endswith(
-        "captions_val2017.json is not the json that was published: KeyError 'filename'")
-    assert refused("source=flickr30k", f"src={coco}", "out=o").startswith(f"src={coco} has not Flickr30k's layout: ")
+        "captions_val2017.json is not the published json: KeyError 'filename'")
+    assert refused("source=flickr30k", f"src={coco}", "out=o").startswith(f"src={coco} is not Flickr30k's layout: ")
     assert refused("source=folder", f"src={coco}", "out=o").startswith(f"{coco} has neither images/ and captions.txt ")
     assert refused("source=cc3m", f"src={coco}", "out=o").startswith(f"src={coco} has neither Train_GCC-training.tsv ")
     assert refused("source=cc3m", "src=x", "source.timeout=0") == "source.timeout=0: should be greater than 0"
@@ -311,8 +311,8 @@ def test_a_network_that_is_gone_ends_the_run_and_the_same_words_go_on(
 ) -> None:
     save(tmp_path / "x.tsv", "one\thttp://127.0.0.1:9/a\ntwo\thttp://127.0.0.1:9/b\n")
     message = refused("source=cc3m", "src=x.tsv", "out=o")
-    assert message == ("not one of the 2 pictures for o/train/cc3m-train-000000.tar can be used (2 unreachable; such "
-                       "as http://127.0.0.1:9/b); when that is mended, the same words go on")
+    assert message == ("none of the 2 pictures for o/train/cc3m-train-000000.tar can be used (2 unreachable; such "
+                       "as http://127.0.0.1:9/b); fix that and rerun the same command to resume")
     assert not list((tmp_path / "o").iterdir())
     assert refused("source=cc3m", "src=x.tsv", "out=o2", "drop_duplicates=true").startswith("drop_duplicates=true comp")
 
@@ -416,8 +416,8 @@ def test_nothing_left_is_an_error(
     save(tmp_path / "m/images/x", "")
     save(tmp_path / "m/captions.txt", "a.jpg\tone\nx\ttwo\n")
     assert refused("source=folder", "src=m", "out=o", "shuffle=false") == (
-        "not one of the 2 pictures for o/train/folder-train-000000.tar can be used (1 there is no such file, 1 is not "
-        "a picture; such as images/a.jpg); when that is mended, the same words go on"
+        "none of the 2 pictures for o/train/folder-train-000000.tar can be used (1 there is no such file, 1 is not "
+        "a picture; such as images/a.jpg); fix that and rerun the same command to resume"
     )
     assert list((tmp_path / "o").iterdir()) == []               # free for words that are better
     save(tmp_path / "m/images/a.jpg", picture(1, "jpeg"))
@@ -484,9 +484,9 @@ def test_a_finished_directory_is_left_as_it_is_and_any_other_is_refused(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
     given = ["source=coco", "src=moved"]
     assert refused(*given, "out=o", "resize=20", "shuffle=false").startswith(
-        "out=o holds shards that mean something else (shuffle=true there, false now; resize=null there, 20 now); ")
+        "out=o holds shards with other settings (shuffle=true there, false now; resize=null there, 20 now); ")
     save(tmp_path / "p/thesis.txt", "dear")
-    assert refused(*given, "out=p").startswith("out=p holds something else (thesis.txt); shards go into a new or empty")
+    assert refused(*given, "out=p").startswith("out=p holds something else (thesis.txt); shards need a new or empty")
     assert refused(*given, "out=p/thesis.txt").startswith("out=p/thesis.txt is a file")
     assert refused(*given, "out=moved").startswith("out=moved holds something else (annotations, train2017, val2017)")
     assert everything(tmp_path / "p") == {"thesis.txt": b"dear"}
@@ -520,7 +520,7 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
             ("train/d.tar", None), ("train/e.tar", None), ("val/b.tar", "text"),
         ]
         starts = ["does not decode", "its caption is empty", "has no picture", "s/train/d.tar is not a tar",
-                  "s/train/e.tar is not a tar, nor a file", "does not decode: it is no picture"]
+                  "s/train/e.tar is not a file", "does not decode: it is not a picture"]
         assert all(row["reason"].startswith(start) for row, start in zip(bad, starts, strict=True))
         data = {row["key"]: (tmp_path / "s" / row["shard"]).read_bytes()[row["offset"] :] for row in bad if row["key"]}
         assert data["cut"].startswith(whole[:600]) and data["mute"].startswith(whole)

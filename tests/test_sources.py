@@ -163,7 +163,7 @@ def test_a_folder_may_have_another_encoding(
         given = ("source=folder", f"src={root}", f"out=o{root}")
         message = refused(*given)
         assert message.startswith(f"{root}/{listing} cannot be read as source.encoding=utf-8")
-        assert message.endswith("give the encoding that it has, such as source.encoding=cp1252")
+        assert message.endswith("set its encoding, such as source.encoding=cp1252")
         assert refused(*given, "source.encoding=x").startswith(f"{root}/{listing} cannot be read as source.encoding=x")
         prepare(*given, f"source.encoding={encoding}")
         assert words_of(tmp_path / f"o{root}")[0]["caption"] == ["b\u00e9b\u00e9"]
@@ -267,11 +267,11 @@ def test_a_table_that_is_otherwise_is_refused_in_one_line(
     assert refused(*given, "src=t.csv", "source.encoding=x").startswith("t.csv cannot be read as source.encoding=x")
     assert refused(*given, "src=t.csv", "source.sep=ab").startswith("t.csv cannot be read with source.sep='ab' and ")
     save(tmp_path / "t.csv", 'a,b\nx.png,"one\ny.png,two\n')
-    assert refused(*given, "src=t.csv").startswith("t.csv, line 2: a quotation mark opens there and is never closed")
+    assert refused(*given, "src=t.csv").startswith("t.csv, line 2: a quotation mark is never closed")
     save(tmp_path / "t.parquet", b"PAR1 and no more")
-    assert refused(*given, "src=t.parquet").startswith("t.parquet is not a whole parquet file")
+    assert refused(*given, "src=t.parquet").startswith("t.parquet is not a complete parquet file")
     pyarrow.parquet.write_table(pyarrow.table({"a": [b"bytes"], "b": ["x"]}), tmp_path / "t.parquet")
-    assert refused(*given, "src=t.parquet").startswith("not one of the 1 pictures for ")
+    assert refused(*given, "src=t.parquet").startswith("none of the 1 pictures for ")
     pyarrow.parquet.write_table(pyarrow.table({"a": [7], "b": ["x"]}), tmp_path / "t.parquet")
     assert refused(*given, "src=t.parquet") == "source.image=a holds int in t.parquet, not paths, URLs or pictures"
     pyarrow.parquet.write_table(pyarrow.table({"a": ["x.png"], "b": [{"raw": "x"}]}), tmp_path / "t.parquet")
@@ -403,7 +403,7 @@ def test_a_damaged_group_of_rows_costs_its_pictures_alone(prepare: Callable[...,
     prepare(*PARQUET, "src=t.parquet", "out=o", "shuffle=false")
     assert [one.captions[0] for one in samples(tmp_path / "o")] == [f"thing {n}" for n in (0, 1, 2, 6, 7, 8)]
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {
-        "its part of the parquet file is damaged": 3}
+        "its part of the parquet file is corrupt": 3}
 
 
 def test_captions_that_are_structs_are_refused_and_nan_counts_as_missing(
@@ -417,7 +417,7 @@ def test_captions_that_are_structs_are_refused_and_nan_counts_as_missing(
     for column, kind in (("caption", "dict"), ("sentences", "dict"), ("number", "float")):
         given = ("source=csv", "src=t.parquet", "source.image=image", f"source.caption={column}", "out=o")
         assert refused(*given) == (f"source.caption={column} holds {kind} in t.parquet, not text or lists of text; "
-                                   "name a column of text")
+                                   "choose a text column")
     given = ("source=csv", "src=t.parquet", "source.image=image", "source.caption=nan", "out=o")
     assert refused(*given).endswith("has no picture with a caption")
     save(tmp_path / "t.jsonl", '{"image": "1.png", "caption": "a"}\n{"image": "2.png", "caption": NaN}\n')
@@ -463,11 +463,11 @@ def test_a_shard_that_would_be_empty_is_left_out_told_and_bounded(
     assert len(dropped(tmp_path / "o")) == 4
     report = json.loads((tmp_path / "o/report.json").read_text())
     assert report["empty"] == ["train/folder-train-000001.tar"] and report["dropped"] == {"there is no such file": 4}
-    assert ("o/train/folder-train-000001.tar is not written: not one of its 4 pictures can be used (4 there is no such "
+    assert ("o/train/folder-train-000001.tar is not written: none of its 4 pictures can be used (4 there is no such "
             "file; such as images/4.png)") in caplog.text
     message = refused(*given, "samples_per_shard=2", "out=p")
-    assert message.endswith("; when that is mended, the same words go on, or with max_empty=1 without the 2 shards "
-                            "that are empty")
+    assert message.endswith("; fix that and rerun the same command to resume, or set max_empty=1 to leave out the 2 "
+                            "empty shards")
     prepare(*given, "samples_per_shard=2", "out=p", "max_empty=1", "workers=2")
     assert sizes(tmp_path / "p") == [2, 2, 2, 2]
     report = json.loads((tmp_path / "p/report.json").read_text())
@@ -491,5 +491,5 @@ def test_only_where_nothing_at_all_can_be_used_no_max_empty_helps(
 ) -> None:
     make_holes(tmp_path / "a", set())
     given = ("source=folder", "src=a", "samples_per_shard=3", "max_empty=1", "out=o")
-    assert refused(*given).startswith("not one of the 3 pictures for o/train/folder-train-000003.tar can be used (3 ")
+    assert refused(*given).startswith("none of the 3 pictures for o/train/folder-train-000003.tar can be used (3 ")
     assert list((tmp_path / "o").iterdir()) == []

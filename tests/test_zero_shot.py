@@ -210,7 +210,7 @@ def test_class_names_of_clip_benchmark_are_found_one_level_up_and_the_test_split
 def test_shards_that_have_not_one_class_a_picture_say_so(tmp_path: Path, kind: str) -> None:
     root = class_shards(tmp_path / "x", [b"0"])
     (root / "dataset_type.txt").write_text(f"{kind}\n")
-    with pytest.raises(ValueError, match=f"x: dataset_type.txt says {kind}; expected one class a picture"):
+    with pytest.raises(ValueError, match=f"x: dataset_type.txt says {kind}; expected classification"):
         open_sets({"x": {"shards": str(root)}})
 
 
@@ -248,7 +248,7 @@ def test_a_broken_picture_is_counted_and_told(
         place = "bee/1.png: does not decode"
     else:
         root = class_shards(tmp_path / "x", [b"0", b"one", b"2"])
-        place = "part-0.tar/001: its class (.cls) is no number"
+        place = "part-0.tar/001: its class (.cls) is not a number"
     with caplog.at_level(logging.WARNING, "clipx"):
         found = scores(model, ZeroShot({"x": {which: str(root)}}, "simple"))
     assert (found["x/skipped"], found["x/pictures"]) == ((1, 11) if which == "folder" else (1, 2))
@@ -258,7 +258,7 @@ def test_a_broken_picture_is_counted_and_told(
 def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None:
     root = class_shards(tmp_path / "x", [b"0", b"4"])
     with pytest.raises(UserError, match=r"^part-0.tar/001 has the label 4, but there are 4 class names, for 0 to 3; "
-                                        r"give the list that belongs to the data, classes=FILE, one name a line$"):
+                                        r"set the names of this data set: classes=FILE, one name per line$"):
         scores(model, ZeroShot({"x": {"shards": str(root)}}, "simple"))
     with pytest.raises(UserError, match="^a picture of the loader has the label 9, but there are 4 class names"):
         zero_shot_eval(model, SimpleTokenizer(), [(torch.zeros(1, 3, 32, 32), torch.tensor([9]))], CLASSES)
@@ -269,20 +269,20 @@ def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None
     [
         ({}, "sets.x={}: give one of dataset=CIFAR10 (with root=DIR), folder=DIR and shards=DIR"),
         ({"dataset": "CIFAR11", "root": "."}, "sets.x.dataset=CIFAR11: torchvision has no such data set; did you "),
-        ({"dataset": "CIFAR10"}, "sets.x.root has no value; it is where CIFAR10 stands"),
-        ({"dataset": "CIFAR10", "root": "no"}, "sets.x.root=no: CIFAR10 is not there, or not whole (Dataset not found "
+        ({"dataset": "CIFAR10"}, "sets.x.root has no value; set it to the directory of CIFAR10"),
+        ({"dataset": "CIFAR10", "root": "no"}, "sets.x.root=no: CIFAR10 is missing or incomplete (Dataset not found "
          "or corrupted. You can use download=True to download it); nothing is downloaded here, "
          "torchvision.datasets.CIFAR10('no', download=True) does it"),
         ({"dataset": "CIFAR10", "root": "no", "split": "val"}, "sets.x.split=val: CIFAR10 has train and test"),
         ({"dataset": "DTD", "root": "no", "split": "dev"}, "sets.x.split=dev: Unknown value 'dev' for argument split."),
         ({"dataset": "FakeData"}, "sets.x.classes has no value; FakeData does not name its classes: classes=FILE"),
         ({"folder": "no"}, "sets.x.folder=no has no directories of pictures, one a class, such as no/cat/1.jpg"),
-        ({"folder": "x", "classes": "few"}, "sets.x.classes=few has 2 names, and x 4 classes; give one name a line"),
-        ({"folder": "x", "classes": "no"}, "sets.x.classes=no: there is no such file; it holds the class names"),
-        ({"folder": "x", "root": "no"}, "sets.x.root belongs to a dataset of torchvision's; folder=x has none"),
+        ({"folder": "x", "classes": "few"}, "sets.x.classes=few has 2 names, but x has 4 classes"),
+        ({"folder": "x", "classes": "no"}, "sets.x.classes=no: there is no such file; expected class names"),
+        ({"folder": "x", "root": "no"}, "sets.x.root is only for torchvision's data sets (dataset=...)"),
         ({"shards": "no*.tar"}, "sets.x.shards=no*.tar: there is no file no*.tar"),
-        ({"shards": "x"}, "sets.x.shards=x: expected tars of this machine; copy remote ones first"),
-        ({"shards": "http://h/a.tar"}, "sets.x.shards=http://h/a.tar: expected tars of this machine"),
+        ({"shards": "x"}, "sets.x.shards=x: expected local tars; copy remote ones first"),
+        ({"shards": "http://h/a.tar"}, "sets.x.shards=http://h/a.tar: expected local tars"),
     ],
 )
 def test_a_set_that_is_wrong_is_told_in_one_line(
@@ -346,7 +346,7 @@ def test_the_probe_is_scikit_learns_at_the_strength_that_was_found(tmp_path: Pat
 
 def test_a_probe_asks_for_pictures_to_learn_from(tmp_path: Path) -> None:
     root = str(class_folders(tmp_path / "x"))
-    with pytest.raises(ValueError, match=r"^sets.x.train has no value; a probe learns from pictures that it is not"):
+    with pytest.raises(ValueError, match=r"^sets.x.train has no value; a probe needs training pictures"):
         LinearProbe({"x": {"folder": root}})
-    with pytest.raises(ValueError, match=r"expected the same classes, and other pictures than those of the test$"):
+    with pytest.raises(ValueError, match=r"expected the classes of the test set, with other pictures$"):
         LinearProbe({"x": {"folder": root, "train": root}})

@@ -1,1 +1,1 @@
-"""From files to chunks of uint8 pictures and trimmed tokens, in one repeatable order."""
+"""Data: from files to chunks of uint8 images and trimmed tokens, in a reproducible order."""

@@ -1,4 +1,4 @@
-"""Captions out of the members of a sample."""
+"""Read the captions of a sample."""
 
 import json
 from collections.abc import Mapping
@@ -9,23 +9,22 @@ from clipx.data.sample import BadSample, check_bytes
 
 DATASET_TYPE = "dataset_type.txt"    # of CLIP_benchmark
 JSON_KEY = "caption"        # what prepare writes
-MAX_KEYS = 8           # of a json that has not the one that holds the captions, named in the error,
-MAX_SHOWN = 200        # in so many letters
+MAX_KEYS = 8           # keys of a json listed in an error,
+MAX_SHOWN = 200        # characters of them
 MAX_CAPTION_FILE = 1 << 20        # bytes of a .txt or .json
-MAX_CAPTION = 1 << 14      # bytes; a word of so many letters takes the tokenizer 4 s, and twice as many 4 times that
+MAX_CAPTION = 1 << 14      # bytes; the tokenizer takes 4 s for one word of this size, and quadratic time
 
 
 def read_captions(members: Mapping[str, bytes], key: str | None, caption_per_line: bool = False) -> list[str]:
-    """The captions of a sample, one or many.
+    """Return the captions of a sample, one or many.
 
     Args:
-        members: the sample's ``txt`` or ``json``, undecoded.
-        key: the key of ``json`` that holds one caption or a list of them; without one, ``txt`` counts, and where
-            there is none, the ``caption`` of ``json``.
-        caption_per_line: whether each line of ``txt`` is a caption; else the whole is one.
+        members: bytes of the sample's ``txt`` or ``json``.
+        key: the key of ``json`` with one caption or a list; None for ``txt``, else ``caption`` of ``json``.
+        caption_per_line: whether each line of ``txt`` is a caption; otherwise all of it is one.
 
     Raises:
-        BadSample: there is no caption, or it is not UTF-8 text, or too large.
+        BadSample: there is no caption, it is not UTF-8, or it is too large.
     """
     try:
         if key is None and "txt" in members:
@@ -49,9 +48,9 @@ def read_captions(members: Mapping[str, bytes], key: str | None, caption_per_lin
 
 
 def json_captions(content: Any, key: str) -> Any:
-    """What stands under a key of a json; BadSample where there is no such key."""
+    """Return the value of a key in a json; raises BadSample without that key."""
     if not isinstance(content, dict):
-        raise BadSample(f"its json holds no keys, so no {key!r}")
+        raise BadSample(f"its json is not an object with {key!r}")
     if key not in content:
         keys = ", ".join(list(content)[:MAX_KEYS])[:MAX_SHOWN] or "none"
         raise BadSample(f"its json has no {key!r}; its keys: {keys}; name one of them: data.caption_key=KEY")
@@ -59,30 +58,30 @@ def json_captions(content: Any, key: str) -> Any:
 
 
 def check_captions(captions: list[str]) -> list[str]:
-    """The captions; BadSample where one is too large."""
+    """Return the captions; raises BadSample if one is too large."""
     check_bytes("its caption", max(len(caption.encode("utf-8", "replace")) for caption in captions), MAX_CAPTION)
     return captions
 
 
 def caption_per_line(places: Mapping[Path, str]) -> bool:
-    """Whether each line of a ``.txt`` is a caption of its own: CLIP_benchmark's retrieval sets are so.
+    """Whether each line of a ``.txt`` is a caption, as in CLIP_benchmark's retrieval sets.
 
     Args:
-        places: where dataset_type.txt may stand for some shards, and what their directory is called.
+        places: directories of the shards, in which dataset_type.txt may be, and their names in messages.
 
     Raises:
-        ValueError: of some shards, and not of others.
+        ValueError: only some of the shards have one caption per line.
     """
     of_retrieval = {name: dataset_type(place) == "retrieval" for place, name in sorted(places.items())}
     if len(set(of_retrieval.values())) > 1:
         one, other = (next(name for name, is_so in of_retrieval.items() if is_so is which) for which in (True, False))
-        raise ValueError(f"shards: those in {one} have one caption a line, as dataset_type.txt says, and those in "
-                         f"{other} have not; give each as a source of its own, data=mix")
+        raise ValueError(f"shards: {one} has one caption per line (dataset_type.txt) and {other} does not; "
+                         "make each a source of its own with data=mix")
     return True in of_retrieval.values()
 
 
 def dataset_type(directory: Path) -> str:
-    """What CLIP_benchmark's dataset_type.txt says, beside the shards or one level up; empty where there is none."""
+    """Read CLIP_benchmark's dataset_type.txt next to the shards or one level up; empty if missing."""
     files = (place / DATASET_TYPE for place in (directory, directory.absolute().parent))
     file = next(filter(Path.is_file, files), None)
     return file.read_text(encoding="utf-8", errors="replace").strip().lower() if file else ""

@@ -1,4 +1,4 @@
-"""What a run knows of its shards before it opens one: how large each is, and how many samples it has."""
+"""The catalogue of a run's shards: size and number of samples of each."""
 
 import json
 import logging
@@ -37,34 +37,34 @@ from clipx.data.tar.index import successes as counted
 
 logger = logging.getLogger("clipx")
 
-MANY = 1000                 # shards; for so many, what their indexes say is kept in one file
-ASKED = 64                  # remote shards that are asked about at once
-MAX_SIDECAR = 64 << 20      # bytes of an index or of counts on a server
-KNOWN = f"remote-{FORMAT}.json"      # the file that keeps the answers of one remote directory
+MANY = 1000                 # shards from which the catalogue is cached in a file
+ASKED = 64                  # parallel requests about remote shards
+MAX_SIDECAR = 64 << 20      # bytes of an index or stats file on a server
+KNOWN = f"remote-{FORMAT}.json"      # cache file of one remote directory
 ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), *((name, "<i8") for name in COUNTS)])
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Some shards, in their order."""
+    """Shards in order, with their sizes and counts."""
 
-    shards: list[Path]      # of a remote one, its place in the cache
-    rows: np.ndarray        # (shards,) bytes, time of the last change (ns; 0 of a remote one), and COUNTS
-    urls: Mapping[int, str] = field(default_factory=dict)       # of the remote ones, by number
+    shards: list[Path]      # a remote shard's path in the cache
+    rows: np.ndarray        # (shards,) bytes, mtime (ns; 0 if remote), COUNTS
+    urls: Mapping[int, str] = field(default_factory=dict)       # of remote shards, by number
 
     @property
     def id(self) -> str:
-        """Names, sizes and counts; not places, and not times."""
+        """A hash of names, sizes and counts, not of directories and times."""
         lines = zip(self.shards, self.rows["bytes"].tolist(), self.rows["samples"].tolist(), strict=True)
         text = "\n".join(f"{shard.name} {size} {samples}" for shard, size, samples in lines)
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def open_catalogue(shards: Sequence[Path], index_dir: Path) -> Catalogue:
-    """Size and samples of each shard; indexes that are missing or stale are made first, on all cores, with progress.
+    """Return the catalogue of local shards; missing or stale indexes are made first, on all cores.
 
     Raises:
-        DataError: a shard is not there, cannot be read, is not a tar, or is damaged.
+        DataError: a shard is missing, unreadable, not a tar, or corrupt.
     """
     rows = np.zeros(len(shards), ROW)
     for number, shard in enumerate(shards):
@@ -88,18 +88,18 @@ def open_catalogue(shards: Sequence[Path], index_dir: Path) -> Catalogue:
 
 
 def size_and_time(shard: Path) -> tuple[int, int]:
-    """Bytes and time of the last change (ns) of a shard."""
+    """Return bytes and mtime (ns) of a shard."""
     try:
         found = os.stat(shard)
     except OSError as error:
         raise DataError(f"{shard} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{shard} is not a tar, nor a file; leave it out")
+        raise DataError(f"{shard} is not a file; leave it out")
     return found.st_size, found.st_mtime_ns
 
 
 def read_catalogue(shards: Sequence[Path], index_dir: Path) -> np.ndarray | None:
-    """What was kept of just these shards, if anything was."""
+    """Read the cached rows of exactly these shards, if there are any."""
     if len(shards) < MANY:
         return None
     for path in catalogue_paths(shards, index_dir):
@@ -110,13 +110,13 @@ def read_catalogue(shards: Sequence[Path], index_dir: Path) -> np.ndarray | None
 
 
 def catalogue_paths(shards: Sequence[Path], index_dir: Path) -> list[Path]:
-    """Where the catalogue of some shards may stand, best first."""
+    """Return the paths at which the catalogue may be cached, best first."""
     names = blake2b("\n".join(shard.name for shard in shards).encode(), digest_size=4).hexdigest()
     return index_paths(shards[0].with_name(f"shards-{names}"), index_dir)
 
 
 def open_indexes(shards: Sequence[Path], index_dir: Path) -> list[Path]:
-    """The index files of some shards, made where they are missing or stale."""
+    """Return the index files of some shards, after making missing or stale ones."""
     found = {shard: find_index(shard, index_dir) for shard in shards}
     stale = [shard for shard, index in found.items() if index is None]
     if stale:
@@ -126,14 +126,14 @@ def open_indexes(shards: Sequence[Path], index_dir: Path) -> list[Path]:
                 found[shard] = index
                 bar.update(shard.stat().st_size)
         if temporary := [index for index in map(found.get, stale) if temporary_dir() in index.parents]:
-            logger.warning("%d indexes are in %s, which does not last, for %s cannot be written; give "
-                           "data.index_dir=DIR that can, to keep them", len(temporary), temporary_dir(),
+            logger.warning("%d indexes are in the temporary directory %s, as %s is not writable; set "
+                           "data.index_dir=DIR to keep them", len(temporary), temporary_dir(),
                            stale[0].parent)
     return [found[shard] for shard in shards]
 
 
 def make_indexes(shards: Sequence[Path], index_dir: Path) -> Iterator[Path]:
-    """Index each of the shards; gives each index when it is made."""
+    """Index shards; yield the path of each index once it is made."""
     if len(shards) == 1:
         yield make_index(shards[0], index_dir)
         return
@@ -142,7 +142,7 @@ def make_indexes(shards: Sequence[Path], index_dir: Path) -> Iterator[Path]:
 
 
 def open_all(shards: Sequence[Path | str], cache: Cache) -> Catalogue:
-    """The catalogue of shards of which some are URLs."""
+    """Return the catalogue of local and remote shards."""
     urls = {number: shard for number, shard in enumerate(shards) if isinstance(shard, str)}
     local = open_catalogue([shard for shard in shards if isinstance(shard, Path)], cache.index_dir)
     if not urls:
@@ -155,13 +155,13 @@ def open_all(shards: Sequence[Path | str], cache: Cache) -> Catalogue:
 
 
 def remote_rows(urls: Sequence[str], cache: Cache) -> np.ndarray:
-    """What is known of remote shards: kept from another time, else asked of their servers, with progress.
+    """Return the rows of remote shards, from the cache or from their servers.
 
     Raises:
-        DataError: a server does not answer, or a shard without an index or counts beside it cannot be copied.
+        DataError: a server does not answer, or a shard without an index or stats file cannot be copied.
     """
     remotes = [cache.remote(url) for url in urls]
-    known = {place: read_known(place) for place in {remote.index.parent for remote in remotes}}
+    known = {place: read_known_rows(place) for place in {remote.index.parent for remote in remotes}}
     missing = [remote for remote in remotes if remote.path.name not in known[remote.index.parent]]
     places = {remote.index.parent: remote for remote in remotes if not remote.url.startswith(PIPE)}
     untyped = {remote: remote.url for place, remote in places.items() if not (place / DATASET_TYPE).exists()}
@@ -175,52 +175,53 @@ def remote_rows(urls: Sequence[str], cache: Cache) -> np.ndarray:
                 row = index_row(remote.index) if isinstance(answer, RemoteShard) else answer
                 known[remote.index.parent][remote.path.name] = row
             for place in {remote.index.parent for remote in some}:
-                write_whole(place / KNOWN, json.dumps(known[place]).encode())
+                write_atomic(place / KNOWN, json.dumps(known[place]).encode())
             bar.update(len(some))
     rows = np.zeros(len(urls), ROW)
     for number, remote in enumerate(remotes):
-        size, *told = known[remote.index.parent][remote.path.name]
-        rows[number] = (size, 0, *told)
+        size, *counts = known[remote.index.parent][remote.path.name]
+        rows[number] = (size, 0, *counts)
     return rows
 
 
-def read_known(place: Path) -> dict[str, list[int]]:
-    """Bytes and COUNTS of the shards of one remote directory, by name, as far as they are known."""
+def read_known_rows(place: Path) -> dict[str, list[int]]:
+    """Read the cached bytes and COUNTS of the shards of a remote directory, by name."""
     return json.loads((place / KNOWN).read_bytes()) if (place / KNOWN).exists() else {}
 
 
 def ask(remote: RemoteShard) -> list[int] | RemoteShard:
-    """Bytes and COUNTS of a remote shard; where nothing beside it says, the shard, its size filled in if that is known.
+    """Return bytes and COUNTS of a remote shard; or, without an index or stats file, the shard with its size if known.
 
     Raises:
         DataError: obstore is not installed.
         OSError: the server fails.
     """
     if not remote.url.startswith(PIPE) and not remote.index.exists():
-        found = fetch_small(beside(remote.url, remote.index.name))
+        found = fetch_small(sibling_url(remote.url, remote.index.name))
         if found is not None:
-            write_whole(remote.index, found)
+            write_atomic(remote.index, found)
     if remote.index.exists() and read_head(remote.index).get("format") == FORMAT:
         return index_row(remote.index)
     if remote.url.startswith(PIPE):
         return remote
-    size, count = size_of(remote.url), counted(fetch_small(beside(remote.url, f"{remote.path.stem}_stats.json")) or b"")
+    stats = fetch_small(sibling_url(remote.url, f"{remote.path.stem}_stats.json"))
+    size, count = size_of(remote.url), counted(stats or b"")
     return remote._replace(size=size) if count is None else [size, count, count, count, 0, 0]
 
 
 def fetch_dataset_type(remote: RemoteShard) -> None:
-    """Keep what CLIP_benchmark's dataset_type.txt says of a remote directory, beside its shards or one level up.
+    """Cache CLIP_benchmark's dataset_type.txt of a remote directory, next to its shards or one level up.
 
     Raises:
         OSError: the server fails.
     """
-    urls = [beside(remote.url, DATASET_TYPE)]
+    urls = [sibling_url(remote.url, DATASET_TYPE)]
     directory, mark, query = remote.url.partition("?")
     directory = directory.rpartition("/")[0]
-    if "/" in directory.partition("://")[2]:            # not the server's or the bucket's own
-        urls.append(beside(f"{directory}{mark}{query}", DATASET_TYPE))
+    if "/" in directory.partition("://")[2]:            # not the root of a server or bucket
+        urls.append(sibling_url(f"{directory}{mark}{query}", DATASET_TYPE))
     answers = filter(None, map(fetch_small, urls))
-    write_whole(remote.index.parent / DATASET_TYPE, next(answers, b""))
+    write_atomic(remote.index.parent / DATASET_TYPE, next(answers, b""))
 
 
 def index_row(index: Path) -> list[int]:
@@ -228,14 +229,14 @@ def index_row(index: Path) -> list[int]:
     return [int(head[name]) for name in ("bytes", *COUNTS)]
 
 
-def beside(url: str, name: str) -> str:
-    """The URL of another file in the same directory."""
+def sibling_url(url: str, name: str) -> str:
+    """Return the URL of another file in the same directory."""
     path, mark, query = url.partition("?")
     return f"{path.rpartition('/')[0]}/{name}{mark}{query}"
 
 
 def fetch_small(url: str) -> bytes | None:
-    """What a URL gives; None where there is nothing, or nothing for us."""
+    """Download a small file; None if it is missing or forbidden."""
     with NamedTemporaryFile() as part:
         try:
             download(url, Path(part.name), Event(), MAX_SIDECAR)
@@ -246,7 +247,7 @@ def fetch_small(url: str) -> bytes | None:
         return part.read()
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_bytes(data)

@@ -8,17 +8,17 @@ from clipx.data.files import read_lines
 
 
 def read_names(place: str, key: str) -> list[str]:
-    """Class names out of a file, one a line; ``imagenet``: those of OpenAI for ImageNet's 1,000, from open_clip."""
+    """Read class names, one per line; ``imagenet`` is OpenAI's list of 1,000, from open_clip."""
     if place == "imagenet":
         return list(open_clip_metadata().IMAGENET_CLASSNAMES)
     path = Path(place).expanduser()
     if not path.is_file():
-        raise ValueError(f"{key}={place}: there is no such file; it holds the class names, one a line, or is imagenet")
+        raise ValueError(f"{key}={place}: there is no such file; expected class names, one per line, or imagenet")
     return read_lines(path, key)
 
 
 def plain(name: str) -> str:
-    """The name of a directory or of torchvision's as words."""
+    """Turn an identifier into words."""
     return name.replace("_", " ")
 
 
@@ -27,7 +27,7 @@ def first_line(error: Exception) -> str:
 
 
 def open_clip_metadata() -> ModuleType:
-    """The one file of open_clip that holds class names and templates; importing the whole takes six seconds."""
+    """Import open_clip's class names and templates alone; the whole package takes six seconds."""
     package = importlib.util.find_spec("open_clip")
     file = Path(package.origin).with_name("zero_shot_metadata.py")
     spec = importlib.util.spec_from_file_location("clipx.open_clip_metadata", file)
@@ -37,10 +37,10 @@ def open_clip_metadata() -> ModuleType:
 
 
 def read_classnames_file(directory: Path, key: str) -> list[str]:
-    """The class names in classnames.txt beside the tars or, as CLIP_benchmark writes it, one level up."""
+    """Read classnames.txt next to the tars or, as in CLIP_benchmark, one level up."""
     listings = [place / "classnames.txt" for place in (directory, directory.absolute().parent)]
     listing = next(filter(Path.is_file, listings), None)
     if listing is None:
-        raise ValueError(f"{key} has no value, and there is no {listings[0]}, nor one above; give classes=FILE, one "
-                         "name a line")
+        raise ValueError(f"{key} has no value, and there is no {listings[0]} nor one in its parent; set "
+                         "classes=FILE, one name per line")
     return read_lines(listing, key)

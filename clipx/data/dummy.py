@@ -1,4 +1,4 @@
-"""Made-up pictures that can be learnt: coloured shapes in places, and sentences that tell them. Needs no files."""
+"""Generated pictures of coloured shapes with captions; needs no files."""
 
 from io import BytesIO
 
@@ -16,12 +16,12 @@ PLACES = {"upper left": (0, 0), "upper right": (1, 0), "lower left": (0, 1), "lo
 
 
 class Dummy:
-    """Deterministic pictures of coloured shapes on a grey ground.
+    """Deterministic pictures of coloured shapes on a grey background.
 
     Args:
-        samples: how many.
+        samples: number of pictures.
         size: side of a picture, pixels.
-        seed: another seed draws other pictures.
+        seed: of the pictures.
     """
 
     def __init__(self, samples: int, size: int, seed: int):
@@ -47,7 +47,7 @@ class Dummy:
 
 
 def paint(draw: ImageDraw.ImageDraw, shape: str, colour: str, place: tuple[int, int], half: float) -> None:
-    """Draw a shape into one quarter of the picture; ``half`` is the quarter's side in pixels."""
+    """Draw a shape into one quadrant of the picture; ``half`` is the quadrant's side in pixels."""
     left, top = (half * (corner + 0.15) for corner in place)
     right, bottom = left + 0.7 * half, top + 0.7 * half
     if shape == "circle":
@@ -64,11 +64,11 @@ def open_dummy(
     size: PositiveInt = 64,
     **options: Unpack[DataOptions],
 ) -> Data:
-    """Made-up training and validation pictures.
+    """Generate training and validation pictures.
 
     Args:
-        samples: for training.
-        val_samples: for validation; other pictures.  0: none.
+        samples: number of training pictures.
+        val_samples: number of validation pictures, different ones; 0 for none.
         size: side of a picture, pixels.
         options: as in ``Data``.
     """

@@ -1,4 +1,4 @@
-"""Faults of shards that their indexes show: cut short, empty, out of order."""
+"""Faults that the indexes of shards reveal: cut short, empty, out of order."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ logger = logging.getLogger("clipx")
 
 
 def totals(catalogue: Catalogue) -> np.ndarray:
-    """(shards,) how many samples each had when it was whole; of an empty file, if nothing tells, the others' mean."""
+    """Return the number of samples of each shard when it was complete, (shards,); the mean for an empty file."""
     rows = catalogue.rows
     known = rows["total"] > 0
     mean = round(rows["total"][known].mean()) if known.any() else 0
@@ -23,13 +23,13 @@ def totals(catalogue: Catalogue) -> np.ndarray:
 
 
 def lost_samples(catalogue: Catalogue) -> dict[str, int]:
-    """How many samples each shard that is cut short had after the cut."""
+    """Return the number of lost samples of each shard that is cut short."""
     after = totals(catalogue) - catalogue.rows["samples"]
     return {catalogue.shards[number].name: int(after[number]) for number in np.flatnonzero(after)}
 
 
 def faults(catalogue: Catalogue) -> Iterator[tuple[int, str]]:
-    """How many samples of a shard cannot be used, and why, for each shard with something wrong that its index shows."""
+    """Yield the number of unusable samples of each faulty shard, and a message."""
     for shard, row, total in zip(catalogue.shards, catalogue.rows, totals(catalogue).tolist(), strict=True):
         readable = int(row["readable"])
         if row["bytes"] == 0:
@@ -39,21 +39,21 @@ def faults(catalogue: Catalogue) -> Iterator[tuple[int, str]]:
                 f"{shard} is cut short: {readable:,} of its {total:,} samples can be read; pack it again"
             )
         elif row["cut"]:
-            yield 0, f"{shard} has no end mark and may be cut short; {total:,} samples in it are used"
+            yield 0, f"{shard} has no end mark and may be cut short; its {total:,} samples are used"
         if row["parts"]:
             yield int(row["parts"]), (
                 f"{shard}: the members of a sample are not adjacent, so {row['parts']:,} of its {row['samples']:,} "
-                f"samples lack some; write it in the order of the names (mkdir x && tar -xf {shlex.quote(str(shard))} "
+                f"samples lack some; pack it again sorted by name (mkdir x && tar -xf {shlex.quote(str(shard))} "
                 "-C x && tar --sort=name -cf NEW.tar -C x .)"
             )
 
 
 def check_faults(catalogue: Catalogue, data: Data) -> None:
-    """Warn of each shard that is cut short, empty or out of order.
+    """Warn about each faulty shard.
 
     Raises:
-        ValueError: more samples cannot be used than ``max_skipped`` allows.
-        DataError: there is nothing at all.
+        ValueError: more samples are unusable than ``max_skipped`` allows.
+        DataError: there are no samples.
     """
     if not catalogue.rows["readable"].any():
         raise DataError(f"{catalogue.shards[0]} and the {len(catalogue.shards) - 1} shards after it hold no samples")
@@ -62,7 +62,7 @@ def check_faults(catalogue: Catalogue, data: Data) -> None:
     if bad > data.bad_limit:
         _, worst = max(found)
         share = math.ceil(1000 * bad / total) / 1000
-        without = f", or set {share} to go on without them" if share < 1 else ""
+        without = f", or set {share} to train without them" if share < 1 else ""
         raise ValueError(f"max_skipped={data.max_skipped}: {worst}{without}")
     for _, fault in found:
         logger.warning(fault)

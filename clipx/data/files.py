@@ -1,4 +1,4 @@
-"""Files by path: pictures without captions, and lists of lines."""
+"""Files by path: pictures without captions, and text files."""
 
 import glob
 import time
@@ -16,7 +16,7 @@ CLUTTER = {"@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "los
 
 
 class Files:
-    """Files as a source of one shard; what cannot be decoded is a bad sample."""
+    """Picture files as a source of one shard."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths, self.sizes, self.id = list(paths), [len(paths)], "files"
@@ -31,10 +31,10 @@ class Files:
 
 
 def find_pictures(where: str) -> list[Path]:
-    """A picture, all pictures below a directory, or what a pattern fits; in the order of their names.
+    """Find a picture, all pictures under a directory, or those that match a glob; sorted by name.
 
     Raises:
-        DataError: there is none.
+        DataError: there are none.
     """
     Image.init()
     known = set(Image.registered_extensions())
@@ -44,52 +44,52 @@ def find_pictures(where: str) -> list[Path]:
     found = below(root) if root.is_dir() else map(Path, glob.glob(str(root), recursive=True))
     pictures = sorted(path for path in found if path.is_file() and path.suffix.lower() in known)
     if not pictures:
-        raise DataError(f"images={where}: no picture is there; expected a file, a directory, or a pattern: 'DIR/*.jpg'")
+        raise DataError(f"images={where}: no pictures found; expected a file, a directory, or a pattern: 'DIR/*.jpg'")
     return pictures
 
 
 def below(root: Path) -> Iterator[Path]:
-    """All paths below a directory but those that a file manager, a NAS or a notebook has left there."""
+    """Yield all paths under a directory except clutter of file managers, NAS systems and notebooks."""
     for path in root.rglob("*"):
         if not any(map(is_clutter, path.relative_to(root).parts)):
             yield path
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or directory of that name is hidden, or a system's own."""
+    """Whether a name is hidden or belongs to the system."""
     return name.startswith(".") or name.lower() in CLUTTER
 
 
 def read_text(path: Path, encoding: str = "utf-8", key: str | None = None) -> str:
-    """The text of a file.
+    """Read a text file.
 
     Args:
         path: the file.
         encoding: its encoding.
-        key: the config's that names the encoding, for the error.
+        key: config key of the encoding, for the error.
 
     Raises:
-        DataError: it has another encoding.
+        DataError: the encoding does not fit.
     """
     try:
         return path.read_bytes().decode(codec(encoding))
     except (UnicodeError, LookupError) as error:
         what = f"cannot be read as {key}={encoding}" if key else "is not UTF-8 text"
-        fix = f"give the encoding that it has, such as {key}=cp1252" if key else "save it as UTF-8"
+        fix = f"set its encoding, such as {key}=cp1252" if key else "save it as UTF-8"
         raise DataError(f"{path} {what} ({error}); {fix}") from error
 
 
 def codec(name: str) -> str:
-    """The codec of an encoding; a mark at the start of UTF-8 is no text."""
+    """Return the codec of an encoding; for UTF-8, one that skips a byte order mark."""
     return "utf-8-sig" if name.lower() in ("utf-8", "utf8") else name
 
 
 def read_lines(path: Path, key: str) -> list[str]:
-    """The lines of a file that are not blank.
+    """Return the non-blank lines of a file.
 
     Args:
         path: the file.
-        key: the config's, for the error.
+        key: config key, for the error.
 
     Raises:
         DataError: it is not UTF-8 text.
@@ -102,15 +102,15 @@ def read_lines(path: Path, key: str) -> list[str]:
     except UnicodeDecodeError:
         pass
     encoding = "UTF-16" if b"\0" in content else "CP1252"
-    raise DataError(f"{key}={path} is not UTF-8 text, but perhaps {encoding}; save it as UTF-8: "
+    raise DataError(f"{key}={path} is not UTF-8 text, perhaps {encoding}; convert it: "
                     f"iconv -f {encoding} -t UTF-8 {path} > NEW")
 
 
 def retry_read(read: Callable[[], Any], path: Path) -> Any:
-    """Read; what fails is tried again after growing waits, and ends the run if it still fails.
+    """Call ``read``; retry I/O errors after growing waits.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it still fails.
     """
     for wait in (*WAITS, None):
         try:
@@ -118,7 +118,7 @@ def retry_read(read: Callable[[], Any], path: Path) -> Any:
         except OSError as error:
             if wait is None:
                 raise DataError(
-                    f"{path} cannot be read ({error.strerror}), after {len(WAITS) + 1} tries; when it can be, the same "
-                    "command goes on from the last checkpoint"
+                    f"{path} cannot be read ({error.strerror}), after {len(WAITS) + 1} tries; rerun the same command "
+                    "to resume from the last checkpoint"
                 ) from error
             time.sleep(wait)

@@ -1,4 +1,4 @@
-"""A folder of pictures as a source: images/ and captions.txt, as they are."""
+"""A folder of pictures as a source: images/ and captions.txt."""
 
 import shlex
 from collections.abc import Iterable
@@ -26,25 +26,25 @@ from clipx.data.sample import (
 from clipx.data.tar.headers import DataError
 
 LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
-IMAGE_KINDS = IMAGE_SUFFIXES | {".avif", ".heic", ".heif", ".jxl"}      # also those that Pillow may not read
+IMAGE_KINDS = IMAGE_SUFFIXES | {".avif", ".heic", ".heif", ".jxl"}      # including some that Pillow may not read
 
 
 class Folder:
-    """Pictures and what captions.txt says of them; one shard.
+    """Pictures with their captions in captions.txt; one shard.
 
     Args:
         root: has images/ and captions.txt; several lines for one picture are several captions.
-        key: the config's, for the error.
+        key: config key, for the error.
 
     Raises:
-        ValueError: one of the two is not there.
+        ValueError: one of the two is missing.
         DataError: a line is not FILENAME<TAB>CAPTION.
     """
 
     def __init__(self, root: Path, key: str = "root"):
         listing = root / "captions.txt"
         if not root.is_dir():
-            raise ValueError(f"{key}={root} is not a directory (seen from {Path.cwd()}); it needs {LAYOUT}")
+            raise ValueError(f"{key}={root} is not a directory (relative to {Path.cwd()}); it needs {LAYOUT}")
         if not listing.is_file() or not (root / "images").is_dir():
             if any(root.glob("*.tar")) or any(root.glob("train/*.tar")):
                 raise ValueError(f"{key}={root} holds shards (*.tar), not {LAYOUT}; use data=shards")
@@ -66,7 +66,7 @@ class Folder:
 
     @cached_property
     def matched(self) -> tuple[dict[str, str], list[str]]:
-        """As in ``match_names``; read when it is first needed."""
+        """Result of ``match_names``, computed when first needed."""
         return match_names(self.images, self.captions)
 
     def read(self, sample: int) -> Sample:
@@ -75,15 +75,15 @@ class Folder:
         if not path.is_file():
             path = self.images / self.matched[0][name]
         if not path.is_file():
-            raise BadSample("is named in captions.txt, but there is no such file")
+            raise BadSample("is listed in captions.txt, but there is no such file")
         check_bytes("its picture", retry_read(path.stat, path).st_size, MAX_IMAGE_BYTES)
         return Sample(name, retry_read(path.read_bytes, path), check_captions(self.captions[name]))
 
 
 def read_listing(path: Path, encoding: str = "utf-8", key: str | None = None) -> dict[str, list[str]]:
-    """Captions by file name, in the order of captions.txt; ``encoding`` and ``key`` as in ``read_text``."""
+    """Return captions by file name, in the order of captions.txt; ``encoding`` and ``key`` as in ``read_text``."""
     captions: dict[str, list[str]] = {}
-    lines = read_text(path, encoding, key).split("\n")       # not at U+2028 and its like, which captions hold
+    lines = read_text(path, encoding, key).split("\n")       # not at U+2028 and the like, which captions contain
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -97,14 +97,14 @@ def read_listing(path: Path, encoding: str = "utf-8", key: str | None = None) ->
 
 
 def match_names(images: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Find the files that captions.txt names, in whatever Unicode normalisation.
+    """Find the files that captions.txt lists, in any Unicode normalisation.
 
     Args:
-        images: the directory of the pictures.
-        names: as captions.txt has them.
+        images: directory of the pictures.
+        names: as in captions.txt.
 
     Returns:
-        The name on disk of each, or the same name where there is no such file; and the pictures that are not named.
+        The name on disk of each (unchanged if there is no such file), and the pictures that are not listed.
     """
     there = [path.relative_to(images).as_posix() for path in below(images) if path.is_file()]
     spelt = {normalize("NFC", name): name for name in there} | {name: name for name in there}
@@ -121,27 +121,27 @@ def open_folder(
     val: float | str = 0.02,
     **options: Unpack[DataOptions],
 ) -> Data:
-    """A folder of pictures, and its validation set.
+    """Open a folder of pictures and its validation set.
 
     Args:
-        root: has images/ and captions.txt; or train/ with these, and maybe val/ (or another name in ``VALIDATION``).
-        val: another directory of the same layout for validation; or, where none is beside train/, the share of the
-            pictures held out.
+        root: has images/ and captions.txt; or train/ with these, and optionally val/ (or a name in ``VALIDATION``).
+        val: directory of the same layout for validation; or, without one next to train/, the share of the pictures
+            to hold out.
         options: as in ``Data``.
 
     Raises:
-        ValueError: a directory has not that layout, or training and validation are the same.
-        DataError: a line of captions.txt is no caption.
+        ValueError: a directory has another layout, or training and validation are the same.
+        DataError: a line of captions.txt is not FILENAME<TAB>CAPTION.
     """
     place = Path(root).expanduser()
     source = Folder(place / "train" if has_listing(place / "train") and not has_listing(place) else place)
     beside = next((place / name for name in VALIDATION if has_listing(place / name)), None)
     if isinstance(val, str):
         if Path(val).expanduser().resolve() == source.images.parent.resolve():
-            raise ValueError(f"val={val} is what trains; give another directory, or a share of the pictures: val=0.02")
+            raise ValueError(f"val={val} is the training directory; set another one, or a share of pictures: val=0.02")
         return Data(source, Folder(Path(val).expanduser(), "val"), **options)
     if beside:
-        return Data(source, Folder(beside), **options, notes=[f"validation pictures are those of {beside}"])
+        return Data(source, Folder(beside), **options, notes=[f"validating on {beside}"])
     return Data(*hold_out(source, val), **options)
 
 

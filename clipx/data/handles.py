@@ -14,21 +14,21 @@ from clipx.data.remote.cache import Cache, RemoteShard
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import find_index, read_table
 
-OPEN_SHARDS = 256           # that a source keeps open at most, with two file descriptors each
-OPEN_FILES = 4096           # of a process, where the system lets it raise its limit so far
+OPEN_SHARDS = 256           # most open shards per source, with two file descriptors each
+OPEN_FILES = 4096           # limit of a process, if the system allows it
 
 
 class OpenShard:
-    """A tar that stays open for positioned reads, for as long as anybody holds it.
+    """A tar that stays open for positioned reads while it is referenced.
 
     Args:
         path: the tar.
-        size: its bytes when the run began, and
-        mtime: the time of its last change (ns).
-        index_dir: where its index stands if not beside it.
+        size: its bytes when the run started.
+        mtime: the time of its last change then, ns.
+        index_dir: directory of its index if that is not next to it.
 
     Raises:
-        DataError: it cannot be read, or is not what it was when the run began.
+        DataError: it cannot be read, or has changed since.
     """
 
     def __init__(self, path: Path, size: int, mtime: int, index_dir: Path):
@@ -37,19 +37,19 @@ class OpenShard:
         self.stat = os.fstat(self.descriptor)
         if self.stat.st_size != size:
             raise self.changed()
-        index = retry_read(partial(find_index, path, index_dir), path)   # holds the tar's ends against it
+        index = retry_read(partial(find_index, path, index_dir), path)   # compares the tar's ends
         if index is None:
             raise self.changed()
-        self.samples = np.asarray(read_table(index))      # rows of a memmap are slow to take
+        self.samples = np.asarray(read_table(index))      # indexing a memmap is slow
 
     def changed(self) -> DataError:
         return DataError(
-            f"{self.path} has changed while the run used it; put it back and the same command goes on, or start "
-            "another run (name=...) on what is there now"
+            f"{self.path} changed during the run; restore it and rerun the same command to resume, or start a new run "
+            "(name=...) on the changed data"
         )
 
     def read(self, offset: int, size: int) -> bytes:
-        """Some bytes of it."""
+        """Read bytes from the tar."""
         now = os.fstat(self.descriptor)
         if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
             raise self.changed()
@@ -61,21 +61,21 @@ class OpenShard:
 
 
 class CachedShard:
-    """The copy of a remote tar.  It is opened for each read, so that its space is free as soon as it is evicted.
+    """The copy of a remote tar, opened for each read so that eviction frees its space at once.
 
     Args:
         remote: the tar.
-        cache: where its copy will stand.
+        cache: of its copy.
 
     Raises:
-        DataError: it cannot be read, or will not come.
+        DataError: it cannot be read or copied.
     """
 
     def __init__(self, remote: RemoteShard, cache: Cache):
         self.remote, self.cache, self.path, self.size = remote, cache, remote.path, remote.size
-        self.samples = self.when_there(partial(read_table, remote.index))
+        self.samples = self.wait_and_read(partial(read_table, remote.index))
 
-    def when_there(self, read: Callable[[], Any]) -> Any:
+    def wait_and_read(self, read: Callable[[], Any]) -> Any:
         while True:
             try:
                 return read()
@@ -83,8 +83,8 @@ class CachedShard:
                 self.cache.wait_for(self.remote)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Some bytes of it."""
-        return retry_read(partial(self.when_there, partial(self.read_once, offset, size)), self.path)
+        """Read bytes from the tar."""
+        return retry_read(partial(self.wait_and_read, partial(self.read_once, offset, size)), self.path)
 
     def read_once(self, offset: int, size: int) -> bytes:
         with self.path.open("rb", buffering=0) as file:
@@ -92,9 +92,9 @@ class CachedShard:
 
 
 def max_open_shards() -> int:
-    """How many shards a source may keep open: an eighth of the files that this process may open, for there are others.
+    """Return how many shards a source may keep open: an eighth of this process's limit of open files.
 
-    The soft limit is raised first, as far as the hard one lets it: macOS has 256, Linux mostly 1,024.
+    The soft limit (256 on macOS, mostly 1,024 on Linux) is first raised as far as the hard one allows.
     """
     soft, hard = (OPEN_FILES if limit == resource.RLIM_INFINITY else limit for limit in
                   resource.getrlimit(resource.RLIMIT_NOFILE))

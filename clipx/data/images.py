@@ -1,4 +1,4 @@
-"""From the bytes of a file to the pixels that the image tower sees."""
+"""From the bytes of a file to the pixels of the image tower."""
 
 import math
 import random
@@ -18,7 +18,7 @@ from clipx.data.sample import DECODED, BadSample, describe_unreadable
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # RGB, of OpenAI's training pictures
 STD = (0.26862954, 0.26130258, 0.27577711)
 RATIO = (3 / 4, 4 / 3)                          # width to height of a training crop
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS            # 89 million; Pillow warns of a decompression bomb above it
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS            # 89 million; Pillow warns about decompression bombs above it
 JPEG = b"\xff\xd8"
 ORIENTATION = 0x0112                            # EXIF's tag
 SEGMENTS = [bytes([mark]) for mark in (*range(0xE0, 0xF0), 0xFE)]      # APP0 to APP15, and comments
@@ -28,7 +28,7 @@ DECODE_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning, O
 
 
 def decode(file: bytes) -> Image.Image:
-    """The picture in a file, RGB, as a viewer shows it: rotated as EXIF says, alpha on white.
+    """Decode a file to RGB as a viewer shows it: EXIF rotation applied, alpha on white.
 
     Raises:
         BadSample: it does not decode, or is too large.
@@ -39,7 +39,7 @@ def decode(file: bytes) -> Image.Image:
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise BadSample(f"does not decode: it {describe_unreadable(file) or 'is no picture'}") from error
+        raise BadSample(f"does not decode: it {describe_unreadable(file) or 'is not a picture'}") from error
     except DECODE_ERRORS as error:
         raise BadSample(f"does not decode: {error}") from error
 
@@ -50,7 +50,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; what is transparent becomes white."""
+    """Convert any mode to RGB; transparency becomes white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":        # 16 bits of grey
@@ -63,23 +63,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class TrainCrop:
-    """A random part of a picture (RandomResizedCrop, bicubic), straight from its file to the pixels that train.
+    """Random crop of a picture (RandomResizedCrop, bicubic), from file bytes to resized pixels.
 
-    A JPEG is decoded at a half, a quarter or an eighth of its size where the crop then still has the pixels that it
-    needs, unless ``decode`` is ``exact``.  Between Pillow's bicubic filter and this one lies at most one grey level.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop still has enough pixels, unless ``decode`` is
+    ``exact``.  The filter differs from Pillow's bicubic by at most one grey level.
 
     Args:
-        size: side of what comes out, pixels.
-        scale: least and largest share of the area that is kept.
+        size: side of the output, pixels.
+        scale: smallest and largest share of the area to keep.
         decode: ``fast`` or ``exact``.
     """
 
     def __init__(self, size: int, scale: tuple[float, float], decode: str):
         self.size, self.scale, self.exact = size, scale, decode == "exact"
-        self.memory = [np.empty(0, np.uint8), np.empty(0, np.uint8)]     # of the decoded picture, and of its part
+        self.buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]     # of the decoded picture, and of the crop
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "memory": [np.empty(0, np.uint8), np.empty(0, np.uint8)]}
+        return {**self.__dict__, "buffers": [np.empty(0, np.uint8), np.empty(0, np.uint8)]}
 
     def __call__(self, file: bytes, rng: random.Random, out: Tensor) -> None:
         """Fill ``out``, (S, S, 3) uint8.
@@ -88,18 +88,18 @@ class TrainCrop:
             BadSample: it does not decode, or is too large.
         """
         part = self.cut(file, rng)
-        whole = self.room(1, part.size).reshape(part.shape)         # the filter wants its rows side by side
-        np.copyto(whole, part)
-        resize(whole, out)
+        contiguous = self.buffer(1, part.size).reshape(part.shape)      # as the filter needs
+        np.copyto(contiguous, part)
+        resize(contiguous, out)
 
-    def room(self, number: int, size: int) -> np.ndarray:
-        """(size,) bytes that are used again and again; new ones for each picture take a third of the time."""
-        if self.memory[number].size < size:
-            self.memory[number] = np.empty(size, np.uint8)
-        return self.memory[number][:size]
+    def buffer(self, number: int, size: int) -> np.ndarray:
+        """Return a reused buffer of (size,) bytes; allocating one per picture takes a third of the time."""
+        if self.buffers[number].size < size:
+            self.buffers[number] = np.empty(size, np.uint8)
+        return self.buffers[number][:size]
 
     def cut(self, file: bytes, rng: random.Random) -> np.ndarray:
-        """The part that is kept, decoded: (H, W, 3), a view of memory that the next call uses again."""
+        """Return the decoded crop, (H, W, 3), a view of memory that the next call overwrites."""
         size = jpeg_size(file)
         if size is None:
             pixels, shrink = np.array(decode(file)), 1
@@ -115,24 +115,24 @@ class TrainCrop:
         return pixels[rows, columns]
 
     def shrink(self, width: int, height: int) -> int:
-        """How many times smaller a crop may be decoded."""
+        """Return the factor by which a crop may be decoded smaller."""
         return next(shrink for shrink in (8, 4, 2, 1) if shrink == 1 or min(width, height) // shrink >= self.size)
 
     def decode_jpeg(self, file: bytes, size: tuple[int, int], turn: int, shrink: int) -> tuple[np.ndarray, int]:
-        """The picture as a viewer shows it, (H, W, 3), and how many times smaller it is than the file says."""
+        """Return the upright picture, (H, W, 3), and the factor by which it was decoded smaller."""
         width, height = (-(-side // shrink) for side in size)
-        room = self.room(0, 3 * width * height)
+        buffer = self.buffer(0, 3 * width * height)
         try:
             pixels = simplejpeg.decode_jpeg(
-                file, "RGB", min_width=width, min_height=height, min_factor=shrink, buffer=room
+                file, "RGB", min_width=width, min_height=height, min_factor=shrink, buffer=buffer
             )
-        except ValueError:              # odd in some way: Pillow judges whether it can be shown
+        except ValueError:              # unusual: let Pillow decide whether it decodes
             return np.array(decode(file)), 1
         return apply_orientation(pixels, turn), shrink
 
 
 def jpeg_size(file: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG before it is rotated; None of any other file, and of CMYK, which is Pillow's.
+    """Return width and height of a JPEG before rotation; None for other files, and for CMYK.
 
     Raises:
         BadSample: it is too large.
@@ -159,7 +159,7 @@ def orientation(file: bytes) -> int:
 
 
 def has_exif(file: bytes) -> bool:
-    """Whether one of the segments in front of a JPEG's tables is EXIF's."""
+    """Whether a JPEG has an EXIF segment before its tables."""
     place = 2
     while file[place : place + 1] == b"\xff" and file[place + 1 : place + 2] in SEGMENTS:
         if file[place + 4 : place + 10] == b"Exif\0\0":
@@ -169,7 +169,7 @@ def has_exif(file: bytes) -> bool:
 
 
 def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, 3) as EXIF's orientation wants it shown; a view."""
+    """Return (H, W, 3) rotated upright, as a view."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
@@ -177,15 +177,15 @@ def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, out: Tensor) -> None:
-    """(H, W, 3) into (S, S, 3) uint8, bicubic with antialias; ``out`` is filled without a copy in between."""
+    """Resize (H, W, 3) into ``out``, (S, S, 3) uint8; bicubic with antialias, without a copy."""
     planes, filled = torch.from_numpy(pixels).permute(2, 0, 1)[None], out.permute(2, 0, 1)[None]    # channels last
     torch.ops.aten._upsample_bicubic2d_aa.out(planes, out.shape[:2], False, None, None, out=filled)
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random crop, as torchvision's RandomResizedCrop chooses it.
+    """Return left, top, width and height of a random crop, as torchvision's RandomResizedCrop does.
 
-    Where ten tries do not fit into the picture, it is the middle, as large as ``RATIO`` allows.
+    If ten tries do not fit into the picture, it is the largest center crop that ``RATIO`` allows.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -198,10 +198,10 @@ def crop_box(width: int, height: int, scale: tuple[float, float], rng: random.Ra
 
 
 def eval_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture whose shorter side is resized to ``size`` pixels (bicubic), as torchvision cuts it.
+    """Resize the shorter side to ``size`` pixels (bicubic) and crop the center, as torchvision does.
 
     Raises:
-        BadSample: it is so narrow that it would grow too large.
+        BadSample: it is too narrow to be resized.
     """
     width, height = (int(size * side / min(image.size)) for side in image.size)
     if width * height > MAX_PIXELS:
@@ -216,7 +216,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 class Normalise:
-    """(..., 3, S, S) uint8 -> float32 of about zero mean and unit variance, on the device where it is made."""
+    """(..., 3, S, S) uint8 -> float32 of about zero mean and unit variance."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
@@ -227,11 +227,11 @@ class Normalise:
 
 
 class ImageTransform:
-    """PIL image -> (3, size, size) normalised float32; can be pickled, for workers that are spawned.
+    """PIL image -> (3, size, size) normalised float32; picklable, for spawned workers.
 
     Args:
         size: side, pixels.
-        is_train: a random crop in place of the middle.
+        is_train: random crop instead of center crop.
     """
 
     def __init__(self, size: int, is_train: bool):
@@ -249,10 +249,10 @@ class ImageTransform:
 
 
 def get_image_transform(size: int = 224, is_train: bool = False) -> ImageTransform:
-    """The transform of one picture, for use outside the loader: PIL image -> (3, size, size) normalised float32.
+    """Return the transform of a PIL image to (3, size, size) normalised float32, for use outside the loader.
 
     Args:
         size: side, pixels; the model's ``visual.size``.
-        is_train: a random crop of 90 to 100 % of the area in place of the middle; drawn from Python's ``random``.
+        is_train: random crop of 90 to 100% of the area, from Python's ``random``, instead of center crop.
     """
     return ImageTransform(size, is_train)

@@ -1,6 +1,6 @@
-"""Labelled pictures as sources: a data set of torchvision's, a folder of class folders, or shards with .cls members.
+"""Labelled pictures as sources: torchvision, a folder of class folders, or shards with .cls members.
 
-The caption of a sample is the number of its class; so workers, ranks, bounds and bad samples are those of any source.
+The caption of a sample is its class number, so workers, ranks and bad samples work as for any source.
 """
 
 import difflib
@@ -36,46 +36,46 @@ INDEX_DIR = "~/.cache/clipx"
 
 
 class LabelledConfig(TypedDict, total=False):
-    """A labelled data set in a config: one of dataset, folder and shards, and what belongs to it."""
+    """Config of a labelled data set: one of dataset, folder and shards, with its options."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")      # open_set tells what is wrong with them
+    __pydantic_config__ = ConfigDict(extra="allow")      # open_set reports unknown keys
 
-    dataset: str    # torchvision's name of it: CIFAR10, Food101, ImageNet
-    root: str       # where that stands; nothing is downloaded
-    split: str      # of that; "test"
-    folder: str     # a directory that has one directory of pictures a class
-    shards: str     # a directory of tars, or names of tars, with .jpg and .cls; beside them classnames.txt
-    train: str      # what a probe learns from: another split ("train"), folder or shards
-    classes: str    # a file of class names, one a line, or imagenet; else what the data say of themselves
+    dataset: str    # name in torchvision: CIFAR10, Food101, ImageNet
+    root: str       # its directory; nothing is downloaded
+    split: str      # its split; "test"
+    folder: str     # a directory with one directory of pictures per class
+    shards: str     # tars with .jpg and .cls, or their directory; next to them classnames.txt
+    train: str      # training data of a probe: another split ("train"), folder or shards
+    classes: str    # a file of class names, one per line, or imagenet; else those of the data
 
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Labelled pictures, and the names of their classes."""
+    """Labelled pictures and their class names."""
 
     test: Source
-    train: Source | None    # where it was asked for
+    train: Source | None    # if requested
     classes: list[str]
 
 
 def open_sets(sets: Mapping[str, LabelledConfig] | None, train: bool = False) -> dict[str, LabelledSet]:
-    """The labelled data sets of an evaluation, by name.
+    """Open the labelled data sets of an evaluation, by name.
 
     Args:
-        sets: by name.
-        train: whether they are to have something to learn from.
+        sets: configs by name.
+        train: also open training data.
 
     Raises:
-        ValueError: there are none, or one has a key that does not fit.
+        ValueError: there are none, or a key is wrong.
     """
     if not sets:
-        raise ValueError("sets has no value; name labelled data: labelled={NAME:{dataset:CIFAR10,root:DIR}}, or "
+        raise ValueError("sets has no value; set labelled data: labelled={NAME:{dataset:CIFAR10,root:DIR}}, or "
                          "{folder:DIR}, or {shards:DIR}")
     return {name: open_set(f"sets.{name}", which, train) for name, which in sets.items()}
 
 
 def open_set(key: str, which: LabelledConfig, train: bool) -> LabelledSet:
-    """One labelled data set; ``key`` is the config's."""
+    """Open one labelled data set; ``key`` is its config key."""
     known = LabelledConfig.__annotations__
     for odd in which.keys() - known.keys():
         near = difflib.get_close_matches(odd, known, n=1) or [", ".join(known)]
@@ -88,30 +88,31 @@ def open_set(key: str, which: LabelledConfig, train: bool) -> LabelledSet:
         raise ValueError(f"{key}={dict(which)}: give one of dataset=CIFAR10 (with root=DIR), folder=DIR and shards=DIR")
     kind = chosen[0]
     if kind != "dataset" and (odd := which.keys() & {"root", "split"}):
-        raise ValueError(f"{key}.{min(odd)} belongs to a dataset of torchvision's; {kind}={which[kind]} has none")
+        raise ValueError(f"{key}.{min(odd)} is only for torchvision's data sets (dataset=...), not "
+                         f"for {kind}={which[kind]}")
     names = read_names(which["classes"], f"{key}.classes") if "classes" in which else None
     test, classes = kinds[kind](key, which, kind, names)
     if not train:
         return LabelledSet(test, None, classes)
     if kind != "dataset" and "train" not in which:
-        raise ValueError(f"{key}.train has no value; a probe learns from pictures that it is not tested on: train=DIR")
+        raise ValueError(f"{key}.train has no value; a probe needs training pictures other than the test's: train=DIR")
     learnt = {**which, "split": which.get("train", "train"), kind: which[kind] if kind == "dataset" else which["train"]}
     source, others = kinds[kind](key, learnt, "train", names)
     if source.id == test.id or others != classes:
-        raise ValueError(f"{key}.train={learnt['split']}: expected the same classes, and other pictures than those of "
-                         "the test")
+        raise ValueError(f"{key}.train={learnt['split']}: expected the classes of the test set, with other "
+                         "pictures")
     return LabelledSet(test, source, classes)
 
 
 def check_label(label: int, classes: list[str], place: str) -> list[str]:
-    """The label as a caption.
+    """Return the label as a caption.
 
     Raises:
-        DataError: no class has that number.
+        DataError: the label is out of range.
     """
     if not 0 <= label < len(classes):
         raise DataError(f"{place} has the label {label}, but there are {len(classes)} class names, for 0 to "
-                        f"{len(classes) - 1}; give the list that belongs to the data, classes=FILE, one name a line")
+                        f"{len(classes) - 1}; set the names of this data set: classes=FILE, one name per line")
     return [str(label)]
 
 
@@ -119,7 +120,7 @@ def check_label(label: int, classes: list[str], place: str) -> list[str]:
 
 
 class TorchvisionSource:
-    """A data set of torchvision's that gives pictures and numbers of classes."""
+    """A torchvision data set of (picture, class number)."""
 
     def __init__(self, dataset: Any, name: str, root: str | None, classes: list[str]):
         self.dataset, self.name, self.classes = dataset, name, classes
@@ -137,39 +138,40 @@ class TorchvisionSource:
                 raise DataError(f"{self.locate(sample)} cannot be read: {error}") from error
             raise BadSample(f"does not decode: {error}") from error
         if not (isinstance(image, Image.Image) and isinstance(label, Integral)):
-            raise DataError(f"{self.name} does not give a picture and the number of its class; it is not for this")
+            raise DataError(f"{self.name} does not yield (picture, class number) and cannot be used here")
         check_size(image.width, image.height)
         file = BytesIO()
-        to_rgb(image).save(file, "ppm")         # as it is, so nothing is lost, and little time
+        to_rgb(image).save(file, "ppm")         # uncompressed: lossless and fast
         return Sample(str(sample), file.getvalue(), check_label(int(label), self.classes, self.locate(sample)))
 
 
 def open_torchvision(key: str, which: LabelledConfig, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
-    """A split of one of torchvision's data sets; never downloaded."""
+    """Open a split of a torchvision data set, without downloading."""
     from torchvision import datasets
 
     name, split = which["dataset"], which.get("split", "test")
     if name not in datasets.__all__:
         near = difflib.get_close_matches(name, datasets.__all__, n=1, cutoff=0.3)
         raise ValueError(f"{key}.dataset={name}: torchvision has no such data set; did you mean {near[0]}?" if near else
-                         f"{key}.dataset={name}: torchvision has no such data set; for your own give folder=DIR")
+                         f"{key}.dataset={name}: torchvision has no such data set; for your own use folder=DIR")
     make, root = getattr(datasets, name), which.get("root")
     known = inspect.signature(make).parameters
     if "root" in known and root is None:
-        raise ValueError(f"{key}.root has no value; it is where {name} stands")
+        raise ValueError(f"{key}.root has no value; set it to the directory of {name}")
     given = {"root": root, "split": split, "train": split == "train", "download": False}
     if "split" not in known and "train" in known and split not in ("train", "test"):
-        raise ValueError(f"{key}.split={split}: {name} has train and test")
+        raise ValueError(f"{key}.split={split}: expected train or test for {name}")
     try:
         dataset = make(**{key: value for key, value in given.items() if key in known})
     except ValueError as error:
         raise ValueError(f"{key}.split={split}: {first_line(error)}") from error
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{key}.root={root}: {name} is not there, or not whole ({first_line(error)}); nothing is "
-                         f"downloaded here, torchvision.datasets.{name}({root!r}, download=True) does it") from error
+        raise ValueError(f"{key}.root={root}: {name} is missing or incomplete ({first_line(error)}); download "
+                         f"it with torchvision.datasets.{name}({root!r}, download=True)") from error
     own = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
     if not (names or own):
-        raise ValueError(f"{key}.classes has no value; {name} does not name its classes: classes=FILE, one name a line")
+        raise ValueError(f"{key}.classes has no value, and {name} has no class names; set classes=FILE, one "
+                         "name per line")
     classes = names or [plain(one if isinstance(one, str) else one[0]) for one in own]
     where = split if known.keys() & {"split", "train"} else "all"
     return TorchvisionSource(dataset, f"{name}-{where}", root, classes), classes
@@ -179,13 +181,13 @@ def open_torchvision(key: str, which: LabelledConfig, kind: str, names: list[str
 
 
 class ClassFolders:
-    """Pictures in one directory a class; the classes count in the order of their directories' names."""
+    """Pictures in one directory per class; classes are numbered in the order of the directory names."""
 
     def __init__(self, root: Path, files: list[tuple[Path, int]], classes: list[str]):
         self.root, self.files, self.classes = root, files, classes
         self.sizes = [len(files)]
-        told = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path, _ in files)
-        self.id = f"folders {blake2b(told.encode(), digest_size=16).hexdigest()}"
+        listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path, _ in files)
+        self.id = f"folders {blake2b(listing.encode(), digest_size=16).hexdigest()}"
 
     def locate(self, sample: int) -> str:
         return str(self.files[sample][0].relative_to(self.root))
@@ -198,20 +200,20 @@ class ClassFolders:
 
 
 def open_folders(key: str, which: LabelledConfig, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
-    """A directory of class directories."""
+    """Open a directory of class directories."""
     root = Path(which["folder"]).expanduser()
     there = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     folders = sorted(path for path in there if not is_clutter(path.name))
     files = [(path, number) for number, folder in enumerate(folders) for path in sorted(below(folder))
              if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if not files:
-        raise ValueError(f"{key}.{kind}={root} has no directories of pictures, one a class, such as {root}/cat/1.jpg")
+        raise ValueError(f"{key}.{kind}={root} has no class directories with pictures, such as {root}/cat/1.jpg")
     if names and len(names) != len(folders):
-        raise ValueError(f"{key}.classes={which['classes']} has {len(names)} names, and {root} {len(folders)} classes; "
-                         "give one name a line, in the order of the directories' names")
+        raise ValueError(f"{key}.classes={which['classes']} has {len(names)} names, but {root} has {len(folders)} "
+                         "classes; give one name per line, in the order of the directory names")
     classes = names or [plain(folder.name) for folder in folders]
     if empty := [folder.name for number, folder in enumerate(folders) if number not in {label for _, label in files}]:
-        logger.warning("%s.%s=%s: %d of %d classes have no pictures, but are among those to choose from: %s", key, kind,
+        logger.warning("%s.%s=%s: %d of %d classes have no pictures but can be predicted: %s", key, kind,
                        root, len(empty), len(folders), ", ".join(empty))
     return ClassFolders(root, files, classes), classes
 
@@ -220,7 +222,7 @@ def open_folders(key: str, which: LabelledConfig, kind: str, names: list[str] | 
 
 
 class ClassShards(Shards):
-    """Tars whose samples have the number of their class in ``.cls``; other members than it and the picture are left."""
+    """Tars whose samples have their class number in ``.cls``."""
 
     kinds = ("cls",)
 
@@ -237,7 +239,7 @@ class ClassShards(Shards):
         try:
             return [str(int(members["cls"]))]
         except ValueError as error:
-            raise BadSample("its class (.cls) is no number") from error
+            raise BadSample("its class (.cls) is not a number") from error
 
     def read(self, sample: int) -> Sample:
         found = super().read(sample)
@@ -246,17 +248,17 @@ class ClassShards(Shards):
 
 
 def open_class_shards(key: str, which: LabelledConfig, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
-    """A directory of tars, or tars by name, on this machine."""
+    """Open local tars, by name or by directory."""
     place = which["shards"]
     root = Path(place).expanduser()
-    split = root / ("train" if kind == "train" else "test")         # of CLIP_benchmark's
+    split = root / ("train" if kind == "train" else "test")         # CLIP_benchmark's layout
     tars = (list_shards(root) or list_shards(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
     if not tars or any(SCHEME.match(str(tar)) for tar in tars):
-        raise ValueError(f"{key}.{kind}={place}: expected tars of this machine; copy remote ones first")
+        raise ValueError(f"{key}.{kind}={place}: expected local tars; copy remote ones first")
     kind_of_set = dataset_type(tars[0].parent)
     if kind_of_set not in ("", "classification"):
-        raise ValueError(f"{key}.{kind}={place}: dataset_type.txt says {kind_of_set}; expected one class a picture"
-                         + "; evals=[retrieval] data=shards scores these" * (kind_of_set == "retrieval"))
+        raise ValueError(f"{key}.{kind}={place}: dataset_type.txt says {kind_of_set}; expected classification"
+                         + "; evaluate it with evals=[retrieval] data=shards" * (kind_of_set == "retrieval"))
     classes = names or read_classnames_file(tars[0].parent, f"{key}.classes")
     index_dir = expand_home(INDEX_DIR)
     cache = Cache(index_dir / "shards", 0, index_dir)           # stays empty

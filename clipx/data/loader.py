@@ -1,4 +1,4 @@
-"""From the plan to chunks: workers read, decode and tokenise; their number changes nothing in what they deliver."""
+"""The loader: workers turn ranges of the plan into chunks, the same for any number of workers."""
 
 import gc
 import itertools
@@ -18,22 +18,20 @@ from clipx.data.shards import remote_parts
 from clipx.data.tar.headers import DataError
 from clipx.errors import UserError
 
-MAX_CHUNK = 256         # samples that pass from a worker at once
-CHUNKS = 3                  # of each worker at once: two wait, as DataLoader prefetches them, and one is used
-TRIES = 64                  # bad samples in a row for one position before the run ends
+MAX_CHUNK = 256         # samples per chunk
 
 
 def load_chunks(
     reader: Reader, ranges: Iterable[range], workers: int, pin: bool, fill: bool = True
 ) -> Iterator[Chunk]:
-    """The chunks of some ranges, in their order; of training, remote shards are copied ahead of them.
+    """Yield the chunks of ``ranges`` in order; for training, remote shards are prefetched.
 
     Args:
-        reader: makes a chunk of a range.
-        ranges: may be endless.
-        workers: processes that read ahead; 0 reads in this one.
-        pin: put the chunks into page-locked memory, for copies that overlap.
-        fill: whether this process copies remote shards; of those that share a cache, one does.
+        reader: maps a range to a chunk.
+        ranges: positions of each chunk; may be endless.
+        workers: processes that read ahead; 0 reads in this process.
+        pin: copy chunks to page-locked memory, so that transfers overlap.
+        fill: whether this process copies remote shards; one per cache does.
 
     Raises:
         UserError: the data cannot be read, or a worker was killed.
@@ -42,8 +40,8 @@ def load_chunks(
     first = next(ranges, range(0))
     loader = DataLoader(
         reader, batch_size=None, sampler=itertools.chain([first] if first else [], ranges), num_workers=workers,
-        collate_fn=identity, pin_memory=pin, worker_init_fn=settle,
-        multiprocessing_context=get_all_start_methods()[0] if workers else None,    # the system's, not joblib's
+        collate_fn=identity, pin_memory=pin, worker_init_fn=init_worker,
+        multiprocessing_context=get_all_start_methods()[0] if workers else None,    # the system's default, not joblib's
         generator=torch.Generator(),        # the default one would advance torch's global random state
     )
     watched: list[int] = []
@@ -53,7 +51,7 @@ def load_chunks(
             others = active_children()
             chunks = iter(loader)
             watched = [child.sentinel for child in active_children() if child not in others]
-            if current_thread() is main_thread():   # torch's handler would tell of a killed worker inside a step
+            if current_thread() is main_thread():   # torch's handler would raise in the middle of a step
                 signal.signal(signal.SIGCHLD, before)
             ahead.start()
             for chunk in chunks:
@@ -61,19 +59,19 @@ def load_chunks(
                     raise chunk
                 ahead.position = chunk.position
                 yield chunk
-    except (RuntimeError, OSError, EOFError) as error:      # a dead worker's pipes and sockets break as they like
+    except (RuntimeError, OSError, EOFError) as error:      # a dead worker shows in many ways
         if not watched or not wait(watched, timeout=1):
             raise
         raise DataError(
-            f"one of the workers={workers} processes that read data was killed, most likely for want of memory; fewer "
-            "workers need less, and the same command goes on from the last checkpoint"
+            f"one of the workers={workers} processes that read data was killed, most likely because memory ran out; "
+            "set fewer workers and rerun the command to resume from the last checkpoint"
         ) from error
     finally:
-        chunk = chunks = None       # an error holds this frame: without this the workers wait for the garbage collector
+        chunk = chunks = None       # a traceback keeps this frame alive, and with it the workers
 
 
-def settle(_worker: int) -> None:
-    """Make at once what a worker keeps for ever, and hide it from the garbage collector: a twentieth of its time."""
+def init_worker(_worker: int) -> None:
+    """Block signals that are meant for the run, and freeze long-lived objects, which saves 5% of a worker's time."""
     if hasattr(signal, "sigwaitinfo"):          # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
         Thread(target=exit_with_run, daemon=True).start()
@@ -82,14 +80,14 @@ def settle(_worker: int) -> None:
 
 
 def exit_with_run() -> None:
-    """End at the run's word alone: schedulers and terminals signal all processes, and the run has a last step to do."""
+    """Exit when the run sends SIGTERM; schedulers signal all processes while the run still needs its workers."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def make_prefetcher(reader: Reader, first: range, fill: bool) -> Prefetcher:
-    """What copies the remote shards of training, from the first range on."""
+    """Return the prefetcher of the remote training shards, starting at the range ``first``."""
     parts = list(remote_parts(reader.source)) if isinstance(reader, TrainReader) else []
     remotes = {
         start + number: part.remote(number) for start, part in parts for number in part.catalogue.urls
@@ -108,15 +106,15 @@ def train_ranges(
     position: int, batch_size: int, micro_batch_size: int | None = None, rank: int = 0, world: int = 1,
     left_out: Sequence[Sequence[int]] = (),
 ) -> Iterator[range]:
-    """The positions that one rank reads, chunk by chunk, without end.
+    """Yield the positions that one rank reads, chunk by chunk, endlessly.
 
     Args:
-        position: of the first sample of the next global batch.
-        batch_size: samples of a global batch; ``world`` divides it.
-        micro_batch_size: samples that go forward at once; no chunk reaches across the end of so many.
+        position: start of the next global batch.
+        batch_size: global batch size; divisible by ``world``.
+        micro_batch_size: samples per forward pass; chunks do not cross its boundaries.
         rank: of this process.
-        world: how many processes share a batch.
-        left_out: positions, from and to, that no batch begins at.
+        world: number of processes.
+        left_out: ranges (start, end) of positions at which no batch starts.
     """
     share = batch_size // world
     while True:
@@ -127,7 +125,7 @@ def train_ranges(
 
 
 def skip_left_out(position: int, left_out: Sequence[Sequence[int]]) -> int:
-    """Where a batch begins that would begin at a position, but for what is left out."""
+    """Move a batch's start past the ranges that are left out."""
     for start, end in sorted(left_out):
         if start <= position < end:
             position = end
@@ -135,13 +133,13 @@ def skip_left_out(position: int, left_out: Sequence[Sequence[int]]) -> int:
 
 
 def split_range(positions: range, size: int = MAX_CHUNK) -> Iterator[range]:
-    """A range in pieces, of a chunk's size."""
+    """Split a range into ranges of at most ``size``."""
     for start in range(positions.start, positions.stop, size):
         yield range(start, min(start + size, positions.stop))
 
 
 def group_steps(chunks: Iterator[Chunk], share: int) -> Iterator[list[Chunk]]:
-    """Chunks gathered into steps of ``share`` samples."""
+    """Group chunks into steps of ``share`` samples."""
     while True:
         step = [next(chunks)]
         while sum(map(len, step)) < share:

@@ -13,7 +13,7 @@ from clipx.data.tar.headers import DataError
 
 
 class Chain:
-    """Sources laid end to end, as one."""
+    """Concatenation of sources."""
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = list(sources)
@@ -21,17 +21,17 @@ class Chain:
         self.ends = np.cumsum([sum(source.sizes) for source in sources])
         self.id = blake2b("\n".join(source.id for source in sources).encode(), digest_size=16).hexdigest()
 
-    def whose(self, sample: int) -> tuple[Source, int]:
+    def find(self, sample: int) -> tuple[Source, int]:
         number = int(np.searchsorted(self.ends, sample, side="right"))
         before = int(self.ends[number - 1]) if number else 0
         return self.sources[number], sample - before
 
     def locate(self, sample: int) -> str:
-        source, own = self.whose(sample)
+        source, own = self.find(sample)
         return source.locate(own)
 
     def read(self, sample: int) -> Sample:
-        source, own = self.whose(sample)
+        source, own = self.find(sample)
         return source.read(own)
 
 
@@ -47,16 +47,16 @@ class Mix(Data):
 
 
 def open_mix(sources: dict[str, Data], weights: dict[str, float], **options: Unpack[DataOptions]) -> Mix:
-    """Training data of several sources; each is validated on its own, the first as ``val/...``.
+    """Open training data from several sources; each has its own validation set, the first as ``val/...``.
 
     Args:
-        sources: by name, in an order that matters: another order is another run.
-        weights: by name; of every thousand samples each source gives its share, exactly.
-        options: as in ``Data``, for all of them; a source's own ``max_skipped`` bounds what its shards have lost.
+        sources: by name; another order is another run.
+        weights: by name; each 1,000 samples have the exact proportions.
+        options: as in ``Data``, for all sources; a source's own ``max_skipped`` bounds its lost samples.
 
     Raises:
         ValueError: the names differ, or a weight is too small.
-        DataError: a source has a key of its own that holds for the whole mix.
+        DataError: a source sets a key that only the mix can set.
     """
     if sources.keys() != weights.keys() or min(weights.values(), default=0) <= 0:
         raise ValueError(f"weights={weights}: expected a number above 0 for each of {', '.join(sources)}")
@@ -78,5 +78,5 @@ def open_mix(sources: dict[str, Data], weights: dict[str, float], **options: Unp
         sizes=[data.train.sizes for data in sources.values()],
         weights=[weights[name] for name in sources],
     )
-    mix.plan(seed=0)        # a weight that is too small is told now
+    mix.plan(seed=0)        # fail now if a weight is too small
     return mix

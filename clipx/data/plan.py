@@ -1,7 +1,7 @@
-"""The one order of training: which sample stands at which position, as arithmetic alone.
+"""The order of training: a pure function from position to sample.
 
-A position counts samples from the start of training and never ends.  The plan maps it to an epoch and a sample, a
-pure function of the seed and the index: workers, ranks and batches cut the sequence, none of them changes it.
+A position counts samples from the start of training.  The plan maps it to a source, an epoch and a sample, from the
+seed alone; workers, ranks and batch sizes slice the sequence and do not change it.
 """
 
 import heapq
@@ -13,31 +13,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 1000            # positions in which the proportions of a mix are exact
+BLOCK = 1000            # positions; each block has the exact proportions of a mix
 
 
 class Place(NamedTuple):
-    """What stands at a position."""
+    """The sample at a position."""
 
     source: int     # which of the data sources
     epoch: int      # of that source
-    sample: int     # id, from 0, in the order of the shards; those of a second source follow those of the first
+    sample: int     # id, from 0, in shard order; the ids of the second source follow those of the first
 
 
 class Window(NamedTuple):
-    """A stretch of the plan and the shards that it reads."""
+    """A shuffle window and the shards that it reads."""
 
-    start: int          # the first position that reads one of them
+    start: int          # first position
     shards: list[int]   # in the order of the sources' shards
 
 
 def digest(*words: int | str) -> int:
-    """A 64-bit hash of some words, the same on every machine and with every library."""
+    """Return a 64-bit hash, the same on every machine and Python version."""
     return int.from_bytes(blake2b(repr(words).encode(), digest_size=8).digest(), "little")
 
 
 def permutation(size: int, *words: int | str) -> np.ndarray:
-    """The permutation of ``range(size)`` that belongs to some words.
+    """Return a permutation of ``range(size)`` seeded by ``words``.
 
     Philox's raw stream is fixed by NumPy's compatibility policy; ``Generator.permutation`` is not.
     """
@@ -47,13 +47,13 @@ def permutation(size: int, *words: int | str) -> np.ndarray:
 class Plan:
     """Position to sample, for one source.
 
-    In each epoch the shards are permuted and laid end to end, the line is cut into windows, and each window is
-    permuted.  Every sample stands exactly once in an epoch, and neighbours in the plan are near in few shards.
+    In each epoch the shards are permuted and concatenated, the sequence is cut into windows, and each window is
+    permuted.  Every sample comes exactly once an epoch, and a window reads few shards.
 
     Args:
         sizes: samples of each shard.
-        seed: of the run.
-        window: samples of a window (``data.shuffle_window``).
+        seed: of the order.
+        window: samples per window (``data.shuffle_window``).
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, window: int):
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def largest_batch(self) -> int:
-        """Samples of the largest batch that repeats no picture."""
+        """Size of the largest batch without a repeated picture."""
         return self.samples
 
     def __getstate__(self) -> dict:
@@ -84,7 +84,7 @@ class Plan:
         return self.at(epoch, index)
 
     def substitute(self, position: int, attempt: int) -> Place:
-        """What stands in for a bad sample: one of the same window, chosen by a hash, so no neighbour comes twice."""
+        """Return the replacement of a bad sample: one of the same window, chosen by a hash."""
         epoch, index = divmod(position, self.samples)
         start = index - index % self.window
         width = min(self.window, self.samples - start)
@@ -92,13 +92,13 @@ class Plan:
 
     def at(self, epoch: int, index: int) -> Place:
         window, offset = divmod(index, self.window)
-        line = window * self.window + int(self.window_order(epoch, window)[offset])     # place in the line of shards
+        line = window * self.window + int(self.window_order(epoch, window)[offset])     # index in the permuted shards
         shards, ends = self.shard_order(epoch)
         shard = int(np.searchsorted(ends, line, side="right"))
         return Place(0, epoch, int(self.first[shards[shard]] + line - (ends[shard] - self.sizes[shards[shard]])))
 
     def windows(self, position: int) -> Iterator[Window]:
-        """The windows from the one of a position on, without end."""
+        """Yield windows endlessly, starting with the one of ``position``."""
         begun, index = divmod(position, self.samples)
         first = index // self.window
         for epoch in count(begun):
@@ -109,7 +109,7 @@ class Plan:
             first = 0
 
     def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in the order of an epoch, and where each of them ends in the line."""
+        """Return the permuted shards of an epoch and their cumulative sizes."""
         order = permutation(len(self.sizes), self.seed, "shards", epoch)
         return order, np.cumsum(self.sizes[order])
 
@@ -119,12 +119,12 @@ class Plan:
 
 
 class MixPlan:
-    """Position to sample, for several sources: in each block of a thousand positions each has its exact share.
+    """Position to sample, for several sources with exact shares in each block of 1,000 positions.
 
     Args:
         sizes: samples of each shard, for each source.
         weights: of the sources; their proportions count.
-        seed: of the run.
+        seed: of the order.
         window: samples of a window, in each source.
 
     Raises:
@@ -134,21 +134,21 @@ class MixPlan:
     def __init__(self, sizes: Sequence[Sequence[int]], weights: Sequence[float], seed: int, window: int):
         self.sizes, self.weights, self.seed, self.window = sizes, weights, seed, window
         seeds = [seed, *(digest(seed, "source", source) for source in range(1, len(sizes)))]
-        self.parts = [Plan(part, own, window) for part, own in zip(sizes, seeds, strict=True)]
+        self.plans = [Plan(part, own, window) for part, own in zip(sizes, seeds, strict=True)]
         self.shares = shares(weights)
-        self.samples = sum(part.samples for part in self.parts)         # what counts as an epoch
-        self.first_sample = np.cumsum([0, *(part.samples for part in self.parts)]).tolist()
+        self.samples = sum(part.samples for part in self.plans)         # of an epoch
+        self.first_sample = np.cumsum([0, *(part.samples for part in self.plans)]).tolist()
         self.first_shard = np.cumsum([0, *map(len, sizes)]).tolist()
         self.block = lru_cache(maxsize=4)(self.block)
 
     @property
     def largest_batch(self) -> int:
-        """Samples of the largest batch to which no source gives more pictures than it has."""
-        return min(part.samples * BLOCK // share for part, share in zip(self.parts, self.shares, strict=True))
+        """Size of the largest batch without a repeated picture of any source."""
+        return min(part.samples * BLOCK // share for part, share in zip(self.plans, self.shares, strict=True))
 
     @property
     def id(self) -> str:
-        return " ".join([str(self.shares), *(part.id for part in self.parts)])
+        return " ".join([str(self.shares), *(part.id for part in self.plans)])
 
     def __getstate__(self) -> dict:
         return {"sizes": self.sizes, "weights": self.weights, "seed": self.seed, "window": self.window}
@@ -157,46 +157,46 @@ class MixPlan:
         self.__init__(**state)
 
     def __getitem__(self, position: int) -> Place:
-        source, index = self.within(position)
-        return self.named(source, self.parts[source][index])
+        source, index = self.source_position(position)
+        return self.renumber(source, self.plans[source][index])
 
     def substitute(self, position: int, attempt: int) -> Place:
-        """What stands in for a bad sample: one of the same source and window."""
-        source, index = self.within(position)
-        return self.named(source, self.parts[source].substitute(index, attempt))
+        """Return the replacement of a bad sample, from the same source and window."""
+        source, index = self.source_position(position)
+        return self.renumber(source, self.plans[source].substitute(index, attempt))
 
-    def named(self, source: int, place: Place) -> Place:
+    def renumber(self, source: int, place: Place) -> Place:
         return Place(source, place.epoch, place.sample + self.first_sample[source])
 
-    def within(self, position: int) -> tuple[int, int]:
-        """The source that stands at a position, and the position in that source's own plan."""
+    def source_position(self, position: int) -> tuple[int, int]:
+        """Return the source at a position, and the position in that source's own plan."""
         block, offset = divmod(position, BLOCK)
         source = int(self.block(block)[offset])
         return source, block * self.shares[source] + int((self.block(block)[:offset] == source).sum())
 
     def block(self, number: int) -> np.ndarray:
-        """(1000,) the source at each position of a block."""
-        return np.repeat(np.arange(len(self.parts)), self.shares)[permutation(BLOCK, self.seed, "mix", number)]
+        """Return the source at each position of a block, (1000,)."""
+        return np.repeat(np.arange(len(self.plans)), self.shares)[permutation(BLOCK, self.seed, "mix", number)]
 
     def windows(self, position: int) -> Iterator[Window]:
-        """The windows of all sources, from those of a position on, by where they start; without end."""
-        return heapq.merge(*(self.source_windows(source, position) for source in range(len(self.parts))))
+        """Yield the windows of all sources endlessly, in order of their start."""
+        return heapq.merge(*(self.source_windows(source, position) for source in range(len(self.plans))))
 
     def source_windows(self, source: int, position: int) -> Iterator[Window]:
         block, offset = divmod(position, BLOCK)
         share = self.shares[source]
         begin = block * share + int((self.block(block)[:offset] == source).sum())
-        for window in self.parts[source].windows(begin):
+        for window in self.plans[source].windows(begin):
             number, rank = divmod(window.start, share)
             start = number * BLOCK + int(np.flatnonzero(self.block(number) == source)[rank])
             yield Window(start, [shard + self.first_shard[source] for shard in window.shards])
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """How many of a thousand positions each weight gives: exact, the largest remainders rounded up.
+    """Return how many of 1,000 positions each weight gets; the largest remainders are rounded up.
 
     Raises:
-        ValueError: one of them gives none.
+        ValueError: a weight gets none.
     """
     exact = [BLOCK * weight / sum(weights) for weight in weights]
     whole = [int(share) for share in exact]

@@ -1,4 +1,4 @@
-"""Readers: a range of positions to a chunk of decoded images and tokens."""
+"""Readers: from a range of positions to a chunk of decoded images and tokens."""
 
 import random
 from dataclasses import dataclass, field, replace
@@ -15,13 +15,13 @@ from clipx.data.tar.headers import DataError
 from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer
 
-CHUNKS = 3                  # of each worker at once: two wait, as DataLoader prefetches them, and one is used
+CHUNKS = 3                  # in memory per worker: two prefetched by DataLoader, one in use
 TRIES = 64                  # bad samples in a row for one position before the run ends
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A bad sample that was met."""
+    """A bad sample that was replaced or left out."""
 
     position: int           # in the plan
     sample: int             # its id
@@ -31,16 +31,16 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some samples that stand side by side in the plan.  N pictures, M captions (M = N in training)."""
+    """Consecutive samples of the plan: N images, M captions (M = N in training)."""
 
     images: Tensor          # (N, 3, S, S) uint8, channels last in memory
-    tokens: Tensor          # (M, L) int64, cut to the longest caption
+    tokens: Tensor          # (M, L) int64, trimmed to the longest caption
     lengths: Tensor         # (M,) int64, tokens of each caption
     captions: list[str]     # M
-    owners: Tensor          # (M,) int64, the row in ``images`` that each caption belongs to
+    owners: Tensor          # (M,) int64, row in ``images`` of each caption
     position: int           # of the first sample
     samples: Tensor         # (N,) int64, ids
-    ids: Tensor | None      # (N, 2) int64, hashes of picture and caption, where the loss asks for them
+    ids: Tensor | None      # (N, 2) int64, hashes of picture and caption, if the loss needs them
     skipped: list[Skipped] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class Chunk:
 
 
 class Reader(Dataset):
-    """Ranges of positions to chunks."""
+    """Dataset of chunks, indexed by ranges of positions."""
 
     def __init__(self, source: Source, tokenizer: SimpleTokenizer):
         self.source, self.tokenizer = source, tokenizer
@@ -59,13 +59,13 @@ class Reader(Dataset):
     def __getitem__(self, positions: range) -> Chunk | UserError:
         try:
             return self.chunk(positions)
-        except UserError as error:      # as a value: on its way out of a worker, an exception gathers tracebacks
+        except UserError as error:      # returned, as raising in a worker would add tracebacks to the message
             return error
 
     def chunk(self, positions: range) -> Chunk:
         raise NotImplementedError
 
-    def pack(
+    def collate(
         self, positions: range, images: Tensor, captions: list[list[str]], samples: list[int],
         skipped: list[Skipped], pictures: list[int] | None = None,
     ) -> Chunk:
@@ -86,17 +86,17 @@ class Reader(Dataset):
 
 
 class TrainReader(Reader):
-    """Chunks for training: in the plan's order, one caption and one random crop a picture.
+    """Reader for training: plan order, one caption and one random crop per picture.
 
-    Both depend on the seed and on source, epoch and id of the sample, on nothing else.
+    Both depend only on seed, source, epoch and sample id.
 
     Args:
         source: the samples.
         plan: their order.
-        crop: cuts the pictures.
+        crop: decodes and crops the pictures.
         tokenizer: for the captions.
-        caption: ``random``, one of a picture's captions is drawn, or ``first``.
-        identify: whether chunks tell which pictures and captions are the same.
+        caption: ``random`` draws one of a picture's captions; ``first`` takes the first.
+        identify: add hashes that reveal equal pictures and captions.
     """
 
     def __init__(
@@ -110,20 +110,20 @@ class TrainReader(Reader):
         captions, samples, skipped, pictures = [], [], [], []
         images = shared_pixels(len(positions), self.crop.size)
         for row, position in enumerate(positions):
-            place, sample = self.take(position, images[row], skipped)
-            captions.append([self.draw(place, sample)])
+            place, sample = self.load(position, images[row], skipped)
+            captions.append([self.select_caption(place, sample)])
             samples.append(place.sample)
             if self.identify:
                 pictures.append(signed_hash(sample.picture))
-        return self.pack(positions, images, captions, samples, skipped, pictures if self.identify else None)
+        return self.collate(positions, images, captions, samples, skipped, pictures if self.identify else None)
 
-    def draw(self, place: Place, sample: Sample) -> str:
-        """The caption that a sample has there."""
+    def select_caption(self, place: Place, sample: Sample) -> str:
+        """Return the caption of a sample at a place in the plan."""
         drawn = digest(self.plan.seed, "caption", *place) if self.caption == "random" else 0
         return sample.captions[drawn % len(sample.captions)]
 
-    def take(self, position: int, image: Tensor, skipped: list[Skipped]) -> tuple[Place, Sample]:
-        """The sample at a position, or, where it is bad, the first good one of its substitutes; ``image`` is filled."""
+    def load(self, position: int, image: Tensor, skipped: list[Skipped]) -> tuple[Place, Sample]:
+        """Fill ``image`` and return the sample at a position, or its first good substitute if it is bad."""
         for attempt in range(TRIES):
             place = self.plan.substitute(position, attempt) if attempt else self.plan[position]
             try:
@@ -133,23 +133,23 @@ class TrainReader(Reader):
             except BadSample as error:
                 skipped.append(Skipped(position, place.sample, self.source.locate(place.sample), str(error)))
         worst = skipped[-1]
-        raise DataError(f"{TRIES} samples in a row are bad, the last of them {worst.place}: {worst.reason}")
+        raise DataError(f"{TRIES} samples in a row are bad, the last one is {worst.place}: {worst.reason}")
 
 
 def signed_hash(what: bytes | str) -> int:
-    """A hash that fits into an int64."""
+    """Return a hash that fits into an int64."""
     data = what.encode() if isinstance(what, str) else what
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 class EvalReader(Reader):
-    """Chunks for evaluation: in the source's order, the middle of each picture, all of its captions.
+    """Reader for evaluation: source order, center crop, all captions of each picture.
 
-    What is bad is left out, so a chunk may be empty.
+    Bad samples are left out, so a chunk may be empty.
 
     Args:
         source: the samples.
-        size: side of a picture, pixels.
+        size: side of the crop, pixels.
         tokenizer: for the captions.
     """
 
@@ -169,11 +169,11 @@ class EvalReader(Reader):
                 continue
             captions.append(sample.captions)
             samples.append(position)
-        return self.pack(positions, images[: len(samples)], captions, samples, skipped)
+        return self.collate(positions, images[: len(samples)], captions, samples, skipped)
 
 
 def shared_pixels(count: int, size: int) -> Tensor:
-    """(count, S, S, 3) uint8 to be filled; in a worker, in memory that the main process sees without a copy."""
+    """Allocate (count, S, S, 3) uint8; in a worker, in shared memory."""
     if get_worker_info() is None:
         return torch.empty(count, size, size, 3, dtype=torch.uint8)
     amount = count * size * size * 3

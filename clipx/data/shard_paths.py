@@ -1,4 +1,4 @@
-"""Locate shards: directories, globs, brace lists and URLs to lists of tars."""
+"""Find shards: from directories, globs, brace lists and URLs to lists of tars."""
 
 import os
 import re
@@ -14,24 +14,24 @@ SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://")
 
 
 def find_shards(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:
-    """The training and the validation shards of a directory.
+    """Return the training and the validation shards of a directory.
 
     Raises:
-        ValueError: it has none; what makes them is told.
+        ValueError: it has none.
     """
     root = Path(name).expanduser()
     if SCHEME.match(name):
-        raise ValueError(f"root={name} is a URL; name the shards: data.shards='{name}/{{00000..00099}}.tar'")
+        raise ValueError(f"root={name} is a URL; list the shards: data.shards='{name}/{{00000..00099}}.tar'")
     train = list_shards(root / "train") or list_shards(root)
     if not train:
         validating = next((root / name for name in VALIDATION if list_shards(root / name)), None)
         if validating:
             raise ValueError(f"root={root} holds no shards to train on, but some in {validating.name}/; "
-                             f"evaluate scores all of these with data.root={validating} data.val=0 split=train")
+                             f"to evaluate on them, set data.root={validating} data.val=0 split=train")
         reason = "holds no shards (*.tar, train/*.tar)" if root.is_dir() else "is not a directory"
         remedy = "for pictures with captions.txt use data=folder"
         if made_by == "img2dataset":
-            remedy = "img2dataset makes them; give the directory that it wrote, data.root=DIR"
+            remedy = "set data.root=DIR to the output directory of img2dataset"
         elif made_by and root.is_dir() and os.listdir(root):
             new = f"{root}-shards"
             remedy = (f"make them with: python -m clipx.prepare source={made_by} src={root} out={new}, then "
@@ -40,21 +40,21 @@ def find_shards(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]
             remedy = f"make its shards with: python -m clipx.prepare source={made_by} src=DIR out={root}"
         raise ValueError(f"root={root} {reason}; {remedy}")
     for directory in (root / name for name in VALIDATION):
-        if held := list_shards(directory):
-            return train, held
+        if val_paths := list_shards(directory):
+            return train, val_paths
     return train, []
 
 
-def exclude_validation(train: list[Path | str], held: list[Path | str]) -> list[Path | str]:
-    """The training shards without those that are validation shards, too.
+def exclude_validation(train: list[Path | str], val_paths: list[Path | str]) -> list[Path | str]:
+    """Return the training shards that are not validation shards.
 
     Raises:
         ValueError: nothing is left to train on.
     """
-    validating = {shard if isinstance(shard, str) else shard.resolve() for shard in held}
+    validating = {shard if isinstance(shard, str) else shard.resolve() for shard in val_paths}
     kept = [shard for shard in train if (shard if isinstance(shard, str) else shard.resolve()) not in validating]
     if not kept:
-        raise ValueError(f"all {len(train):,} training shards, such as {train[0]}, are validation shards; give others")
+        raise ValueError(f"all {len(train):,} training shards, such as {train[0]}, are validation shards; set others")
     return kept
 
 
@@ -63,17 +63,17 @@ def list_shards(directory: Path) -> list[Path]:
 
 
 def expand(patterns: str | list[str], key: str, allow_pipe: bool = False) -> list[Path | str]:
-    """The files and URLs that some names, globs and brace lists stand for, in order.
+    """Expand names, globs and brace lists to files and URLs, in order.
 
     Raises:
-        ValueError: there is no such file, or a command is not allowed.
+        ValueError: a file is missing, or a pipe is not allowed.
     """
     from webdataset.shardlists import expand_urls
 
     found: list[Path | str] = []
     for pattern in map(os.path.expanduser, [patterns] if isinstance(patterns, str) else patterns):
         for name in [pattern] if Path(pattern).is_file() else expand_urls(pattern):
-            matches = named(name, key, allow_pipe)
+            matches = expand_name(name, key, allow_pipe)
             if not matches:
                 raise ValueError(f"{key}={pattern}: there is no file {name}")
             found += matches
@@ -82,8 +82,8 @@ def expand(patterns: str | list[str], key: str, allow_pipe: bool = False) -> lis
     return found
 
 
-def named(name: str, key: str, allow_pipe: bool) -> list[Path | str]:
-    """The files that one name or glob stands for; a URL where it is not a file of this machine."""
+def expand_name(name: str, key: str, allow_pipe: bool) -> list[Path | str]:
+    """Expand one name or glob to files, or to URLs if it is remote."""
     if name.startswith(PIPE):
         if not allow_pipe:
             raise ValueError(f"{key}={name} would run a command; data.allow_pipe=true allows it")

@@ -1,4 +1,4 @@
-"""WebDataset shards as a source: plain tars, each sample read by its byte ranges."""
+"""WebDataset shards as a source: plain tars, read by byte ranges."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,20 +39,20 @@ WAITS = (0.2, 1.0, 3.0)     # seconds before a read that failed is tried again
 
 
 class Shards:
-    """Some indexed tars.
+    """Indexed tars.
 
     Args:
-        catalogue: the tars, in their order.
-        caption_key: the key of ``.json`` that holds the captions; None for ``.txt``, else json's ``caption``.
-        index_dir: where an index stands that is not beside its shard.
-        cache: where the remote ones are copied to, if there are any.
+        catalogue: the tars, in order.
+        caption_key: the key of ``.json`` with the captions; None for ``.txt``, else json's ``caption``.
+        index_dir: directory of indexes that are not next to their shard.
+        cache: copies of remote tars.
     """
 
     def __init__(
         self, catalogue: Catalogue, caption_key: str | None, index_dir: Path, cache: Cache | None = None
     ):
         self.catalogue, self.caption_key, self.index_dir, self.cache = catalogue, caption_key, index_dir, cache
-        self.caption_per_line = caption_per_line(dict(map(self.place, range(len(catalogue.shards)))))
+        self.caption_per_line = caption_per_line(dict(map(self.sidecar_dir, range(len(catalogue.shards)))))
         self.sizes = catalogue.rows["samples"]
         self.id = catalogue.id + " one caption a line" * self.caption_per_line
         self.ends = np.cumsum(self.sizes)
@@ -63,7 +63,7 @@ class Shards:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The members that may hold the captions, best first."""
+        """Kinds of member that may hold the captions, best first."""
         return CAPTION_KINDS if self.caption_key is None else ("json",)
 
     def captions(self, members: Mapping[str, bytes]) -> list[str]:
@@ -73,8 +73,8 @@ class Shards:
         row = self.catalogue.rows[shard]
         return self.cache.remote(self.catalogue.urls[shard], int(row["bytes"]), int(row["samples"]))
 
-    def place(self, shard: int) -> tuple[Path, str]:
-        """Where what belongs to a shard's directory is read, and what that is called."""
+    def sidecar_dir(self, shard: int) -> tuple[Path, str]:
+        """Return the local directory of a shard's sidecar files, and its name in messages."""
         if shard in self.catalogue.urls:
             return self.remote(shard).index.parent, self.catalogue.urls[shard].rpartition("/")[0]
         return (directory := self.catalogue.shards[shard].parent), str(directory)
@@ -101,7 +101,7 @@ class Shards:
         tar, row = self.row(sample)
         members = {kind: tuple(row[kind].tolist()) for kind in row.dtype.names[1:] if row[kind][0]}
         if min(map(min, members.values()), default=0) < 0:
-            raise BadSample("its index names no place in its shard; delete the index")
+            raise BadSample("its index points outside the shard; delete the index")
         if max(map(sum, members.values()), default=0) > tar.size:
             raise BadSample("is lost: its shard is cut short")
         picture = next((members[kind] for kind in IMAGE_KINDS if kind in members), None)
@@ -117,10 +117,10 @@ class Shards:
 
 
 def dotted_key_hint(kinds: Iterable[str]) -> str:
-    """Why members that look like pictures are none, where that is because of a dot in the key."""
+    """Explain members that look like pictures but have a dot in their key."""
     dotted = next((kind for kind in kinds if kind.rpartition(".")[2] in IMAGE_KINDS), None)
-    return (f" but .{dotted}: what follows the first dot of a name is its kind, so keys must have no dots; rename the "
-            "members" if dotted else "")
+    return (f" but .{dotted}: everything after the first dot of a name is its extension; rename the members so that "
+            "keys have no dots" if dotted else "")
 
 
 def open_shards(
@@ -136,55 +136,33 @@ def open_shards(
     made_by: str | None = None,
     **options: Unpack[DataOptions],
 ) -> Data:
-    """Training and validation shards, indexed.
+    """Open training and validation shards; missing indexes are made.
 
     Args:
         root: directory with train/*.tar and val/*.tar (or another name in ``VALIDATION``), or with *.tar.
         shards: in place of ``root``: files, URLs, globs or brace lists, one or several.
-        val_shards: likewise, for validation; those of them that ``shards`` names too do not train.
-        val: where there are no validation shards, the share of the pictures held out, or a directory of shards.
-        caption_key: the key of ``.json`` that holds the captions; None for ``.txt``, else json's ``caption``.
-        index_dir: where an index goes that cannot stand beside its shard.
-        cache: where remote shards are copied to; one run at a time.
-        cache_gb: most that stands there, 1e9 bytes.
+        val_shards: the same for validation; these are left out of training.
+        val: without validation shards, the share of the pictures to hold out, or a directory of shards.
+        caption_key: the key of ``.json`` with the captions; None for ``.txt``, else json's ``caption``.
+        index_dir: directory of indexes that cannot be written next to their shard.
+        cache: directory of copies of remote shards; one run at a time.
+        cache_gb: its largest size, 1e9 bytes.
         allow_pipe: whether ``pipe:COMMAND`` may be among the shards.
-        made_by: the source of ``clipx.prepare`` that makes such shards, or img2dataset; told when there are none.
+        made_by: the source of ``clipx.prepare`` that makes these shards, or img2dataset; for the error message.
         options: as in ``Data``.
 
     Raises:
-        ValueError: there are no shards, or more of their samples are lost than ``max_skipped`` allows.
-        DataError: one is not a tar, or remote ones cannot be had.
+        ValueError: there are no shards, or more samples are lost than ``max_skipped`` allows.
+        DataError: one is not a tar, or a remote one cannot be copied.
     """
-    if (root is None) == (shards is None):
-        raise ValueError(f"root={root} and shards={shards}: give one of them, a directory or names of tars")
-    if shards is not None:
-        train, held = expand(shards, "shards", allow_pipe), []
-    else:
-        train, held = find_shards(root, made_by)
-    notes = []
-    if val_shards is not None:
-        held = expand(val_shards, "val_shards", allow_pipe)
-    elif isinstance(val, str):
-        held = list_shards(Path(val).expanduser())
-        if not held:
-            raise ValueError(f"val={val} holds no shards (*.tar)")
-    elif val and not all(isinstance(shard, Path) for shard in train):
-        raise ValueError(
-            f"val={val} would take pictures out of all shards, and these are remote; give data.val_shards=URL, "
-            "or data.val=0 for none"
-        )
-    elif held:
-        notes.append(f"validation pictures are those of {held[0].parent}")
-    kept = exclude_validation(train, held)
-    if shared := len(train) - len(kept):
-        notes.append(f"{shared} of {len(train)} shards are validation shards and left out of training")
+    train, val_paths, notes = select_shards(root, shards, val_shards, val, allow_pipe, made_by)
     copies = Cache(expand_home(cache), int(1e9 * cache_gb), expand_home(index_dir))
-    source = open_source(kept, caption_key, copies)
-    if held:
-        split = source, open_source(held, caption_key, copies)
+    source = open_source(train, caption_key, copies)
+    if val_paths:
+        split = source, open_source(val_paths, caption_key, copies)
         if not sum(split[1].sizes):
-            raise DataError(f"{held[0]} and the {len(held) - 1} shards after it, which validate, hold no samples; give "
-                            "others (data.val_shards=...), or leave them out")
+            raise DataError(f"{val_paths[0]} and the {len(val_paths) - 1} validation shards after it hold no samples; "
+                            "set others (data.val_shards=...), or leave them out")
         copies.keep([split[1].remote(number) for number in split[1].catalogue.urls])
     else:
         split = hold_out(source, val, copies.index_dir)
@@ -193,12 +171,43 @@ def open_shards(
     return data
 
 
+def select_shards(
+    root: str | None, shards: str | list[str] | None, val_shards: str | list[str] | None, val: float | str,
+    allow_pipe: bool, made_by: str | None,
+) -> tuple[list[Path | str], list[Path | str], list[str]]:
+    """Return the training shards, the validation shards and what to log about them; arguments as in ``open_shards``."""
+    if (root is None) == (shards is None):
+        raise ValueError(f"root={root} and shards={shards}: set exactly one of them")
+    if shards is not None:
+        train, val_paths = expand(shards, "shards", allow_pipe), []
+    else:
+        train, val_paths = find_shards(root, made_by)
+    notes = []
+    if val_shards is not None:
+        val_paths = expand(val_shards, "val_shards", allow_pipe)
+    elif isinstance(val, str):
+        val_paths = list_shards(Path(val).expanduser())
+        if not val_paths:
+            raise ValueError(f"val={val} holds no shards (*.tar)")
+    elif val and not all(isinstance(shard, Path) for shard in train):
+        raise ValueError(
+            f"val={val} would hold out pictures of all shards, but these are remote; set data.val_shards=URL, "
+            "or data.val=0 for no validation"
+        )
+    elif val_paths:
+        notes.append(f"validating on {val_paths[0].parent}")
+    kept = exclude_validation(train, val_paths)
+    if shared := len(train) - len(kept):
+        notes.append(f"{shared} of {len(train)} shards are validation shards and left out of training")
+    return kept, val_paths, notes
+
+
 def open_source(shards: list[Path | str], caption_key: str | None, cache: Cache) -> Shards:
     return Shards(open_all(shards, cache), caption_key, cache.index_dir, cache)
 
 
 def remote_parts(source: Source) -> Iterator[tuple[int, Shards]]:
-    """Those parts of a source that are remote shards, at least some, each with the number of its first shard."""
+    """Yield the parts of a source that have remote shards, each with the number of its first shard."""
     first = 0
     for part in source.sources if isinstance(source, Chain) else [source]:
         if isinstance(part, Shards) and part.catalogue.urls:

@@ -96,7 +96,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
                 log(check_progress(directory, state, length))
         with report.part("samples") as log:
             reader = train_reader(config, data, plan, state.model)
-            make_prefetcher(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).hold_all()
+            make_prefetcher(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).check_all_fit()
             chunks = first_chunks(reader, state.samples)
             log(check_samples(data, chunks))
             log(check_captions(reader, chunks))
@@ -221,7 +221,7 @@ def captions_at(reader: TrainReader, positions: range) -> Iterator[str]:
     for position in positions:
         place = reader.plan[position]
         try:
-            yield reader.draw(place, reader.source.read(place.sample))
+            yield reader.select_caption(place, reader.source.read(place.sample))
         except BadSample:
             continue
 

@@ -1,4 +1,4 @@
-"""The embedded default: drawings of things by different houses, with their names.  See LICENSES.md beside this file."""
+"""The embedded data set: emoji of several vendors, with their names. See LICENSES.md in this folder."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ THINGS = HERE / "things.txt"        # all names, one a line
 
 
 def open_emoji(**options: Unpack[DataOptions]) -> Data:
-    """The embedded shards.
+    """Open the embedded shards.
 
     Args:
         options: as in ``Data``.

@@ -1,1 +1,1 @@
-"""Image-text pairs of any layout, packed into indexed shards."""
+"""Pack image-text pairs of any layout into indexed shards."""

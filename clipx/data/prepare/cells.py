@@ -1,4 +1,4 @@
-"""Pictures that are inside parquet files, as bytes or as Hugging Face's {bytes, path}."""
+"""Pictures inside parquet files, as bytes or as Hugging Face's {bytes, path}."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from clipx.data.sample import MAX_IMAGE_BYTES, BadSample, check_bytes
 if TYPE_CHECKING:
     from pyarrow import DataType
 
-MAX_PARALLEL = 16        # rows; a batch of them is in memory
+BATCH_ROWS = 16        # rows in memory at once
 
 
 class Cell(NamedTuple):
-    """A picture of a table."""
+    """A picture inside a table."""
 
-    file: str       # below the layout's root
+    file: str       # relative to the layout's root
     column: str
     group: int      # of rows, which are compressed together
     row: int        # of the file
@@ -28,7 +28,7 @@ class Cell(NamedTuple):
 
 
 def holds_images(type: DataType) -> bool:
-    """Whether a column holds the bytes of pictures, not their paths or URLs."""
+    """Whether a column holds picture bytes rather than paths or URLs."""
     from pyarrow import types
 
     if types.is_struct(type):
@@ -37,10 +37,10 @@ def holds_images(type: DataType) -> bool:
 
 
 def read_cells(root: Path, cells: Sequence[Cell]) -> list[bytes | BadSample]:
-    """The pictures of some rows of one group, or why there is none.
+    """Return the picture of each cell of one row group, or its error.
 
     Args:
-        root: where the table is, and pictures that it names in place of their bytes.
+        root: directory of the table and of pictures that it names by path.
         cells: all of the same file and group, in any order.
 
     Raises:
@@ -56,19 +56,19 @@ def read_cells(root: Path, cells: Sequence[Cell]) -> list[bytes | BadSample]:
     try:
         with ParquetFile(path) as file:
             row = sum(file.metadata.row_group(before).num_rows for before in range(group))
-            for batch in file.iter_batches(MAX_PARALLEL, row_groups=[group], columns=[cells[0].column]):
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[cells[0].column]):
                 for number in wanted.intersection(range(row, row + len(batch))):
                     found[number] = read_cell(batch.column(0)[number - row].as_py(), root)
                 row += len(batch)
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        broken = BadSample(f"its part of the parquet file is damaged: {str(error).splitlines()[0]}")
+        broken = BadSample(f"its part of the parquet file is corrupt: {str(error).splitlines()[0]}")
     return [found.get(cell.row, broken) for cell in cells]
 
 
 def read_cell(value: Any, root: Path) -> bytes | BadSample:
-    """What a cell holds: the bytes of a picture, or else its path."""
+    """Return the bytes of a picture from its cell or from the path in it."""
     file, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     try:
         if file is None and path is None:

@@ -1,4 +1,4 @@
-"""Pictures by URL: bounded in connections, time and bytes, and told why where they are not to be had."""
+"""Download pictures, with limits on connections, time and bytes."""
 
 import re
 import time
@@ -11,25 +11,25 @@ from urllib3.exceptions import HTTPError
 from clipx.data.sample import BadSample
 
 MAX_BYTES = 64 << 20       # of a picture
-MAX_TIMEOUTS = 6           # a whole download may take so many times what a single wait may
+MAX_TIMEOUTS = 6           # limit of a whole download, in timeouts
 AGENT = {"User-Agent": "Mozilla/5.0 (compatible; clipx)", "Accept": "image/*"}
-BUSY = (429, 500, 502, 503, 504)    # answers after which it is worth asking again
+BUSY = (429, 500, 502, 503, 504)    # status codes to retry
 
 
 @dataclass(frozen=True)
 class Download:
-    """How pictures are fetched."""
+    """Settings of downloads."""
 
-    connections: int = 64   # at once, all processes together
-    timeout: float = 10.0   # seconds that a server may be silent
+    connections: int = 64   # parallel, over all processes
+    timeout: float = 10.0   # seconds to wait for a server
     retries: int = 2
 
     def shared_by(self, processes: int) -> "Download":
-        """The part of one of some processes."""
+        """Return the settings for one of ``processes``."""
         return replace(self, connections=max(1, self.connections // processes))
 
     def pool(self) -> PoolManager:
-        """Connections for one process."""
+        """Open the connection pool of one process."""
         again = Retry(total=None, connect=self.retries, read=self.retries, status=self.retries, redirect=5, other=0,
                       backoff_factor=0.5, status_forcelist=BUSY, raise_on_status=False,
                       respect_retry_after_header=False)
@@ -37,10 +37,10 @@ class Download:
                            timeout=Timeout(self.timeout, self.timeout))
 
     def fetch(self, pool: PoolManager, url: str) -> bytes:
-        """The file behind a URL.
+        """Download a URL.
 
         Raises:
-            BadSample: there is none; the reason stands behind a colon.
+            BadSample: it cannot be downloaded; the reason follows a colon.
         """
         data, deadline = bytearray(), time.monotonic() + MAX_TIMEOUTS * self.timeout
         try:

@@ -1,4 +1,4 @@
-"""From a picture's file to the bytes that go into a shard: the same ones, unless something else is wanted."""
+"""Encode a picture for a shard; its bytes are kept unless a change is requested."""
 
 from io import BytesIO
 from pathlib import Path
@@ -15,9 +15,9 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
 class Encoded(NamedTuple):
-    """A picture as it goes into a shard."""
+    """A picture as stored in a shard."""
 
-    kind: str               # jpg, png or webp, as the bytes are
+    kind: str               # jpg, png or webp
     file: bytes
     width: int              # pixels
     height: int
@@ -27,18 +27,18 @@ def encode(
     file: bytes, resize: int | None = None, wanted: str | None = None, quality: int = 95, min_size: int = 0,
     verify: bool = False,
 ) -> Encoded:
-    """A picture for a shard.
+    """Encode a picture for a shard.
 
     Args:
         file: in any format that Pillow reads.
-        resize: what a longer short side is shrunk to, pixels.
+        resize: largest short side, pixels; larger pictures are shrunk.
         wanted: jpg, png or webp; None keeps the bytes, but shrunk pictures become jpg and odd formats png.
         quality: of jpg and webp.
-        min_size: the least that the short side may be, pixels.
-        verify: decode it even where the bytes are kept.
+        min_size: smallest short side, pixels.
+        verify: decode it even if the bytes are kept.
 
     Raises:
-        BadSample: it does not open or decode, or is too small or too large; details stand behind a colon.
+        BadSample: it does not decode, or is too small or too large; details follow a colon.
     """
     kind, width, height = look(file)
     if min(width, height) < min_size:
@@ -58,13 +58,13 @@ def encode(
     buffer = BytesIO()
     try:
         image.save(buffer, FORMATS[wanted], quality=quality)
-    except (OSError, ValueError) as error:      # a side that the format has no room for
+    except (OSError, ValueError) as error:      # a side is too long for the format
         raise BadSample(f"cannot be written as {wanted}: {error}") from error
     return Encoded(wanted, buffer.getvalue(), *image.size)
 
 
 def look(file: bytes) -> tuple[str | None, int, int]:
-    """Kind (None for one that shards do not hold), width and height, from the head of a file."""
+    """Return kind (None if shards do not store it), width and height, from the head of a file."""
     try:
         with Image.open(BytesIO(file), formats=DECODED) as image:
             width, height = image.size
@@ -81,11 +81,11 @@ def look(file: bytes) -> tuple[str | None, int, int]:
 
 
 def read_file(root: Path, name: str) -> bytes:
-    """The bytes of a picture.
+    """Read the bytes of a picture.
 
     Raises:
         BadSample: there is none, or it is too large.
-        DataError: there is one, but it cannot be read.
+        DataError: it exists but cannot be read.
     """
     try:
         path = next(path for path in (root / name, *spellings(root, name)) if path.is_file())
@@ -94,10 +94,10 @@ def read_file(root: Path, name: str) -> bytes:
     except (StopIteration, FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
         raise BadSample("there is no such file") from error
     except OSError as error:
-        raise DataError(f"{root / name} cannot be read ({error.strerror}); when it can be, the same words go on"
-                        ) from error
+        raise DataError(f"{root / name} cannot be read ({error.strerror}); fix that and rerun the same command to "
+                        "resume") from error
 
 
 def spellings(root: Path, name: str) -> list[Path]:
-    """A path as other systems write its letters; files may have been copied from one."""
+    """Return a path in both Unicode normalisations; files may come from another system."""
     return [root / normalize(form, name) for form in ("NFC", "NFD")]

@@ -1,4 +1,4 @@
-"""A folder of pictures to be packed: with captions.txt, with a .txt a picture, or with Hugging Face's metadata."""
+"""Folders of pictures to pack: with captions.txt, with one .txt per picture, or a Hugging Face imagefolder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,20 +20,19 @@ def folder(
     src: str, image: str = "file_name", caption: str = "text", encoding: str = "utf-8",
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01,
 ) -> Layout:
-    """A folder, or train/ with val/ (or another name in ``VALIDATION``) and maybe test/ beside it.
+    """A folder, or train/ with val/ (or a name in ``VALIDATION``) and optionally test/.
 
     Args:
-        src: has images/ and captions.txt with lines FILENAME<TAB>CAPTION; or, at any depth, pictures and for each a
-            .txt of the same name, one caption a line; or is an imagefolder of Hugging Face's, with metadata.csv,
-            metadata.jsonl or metadata.parquet.
-        image: of metadata, the column with the picture's path.
-        caption: of metadata, the column with the caption, or with a list of them.
+        src: has images/ and captions.txt with lines FILENAME<TAB>CAPTION; or, at any depth, pictures, each with a .txt
+            of the same name, one caption per line; or is a Hugging Face imagefolder with metadata.csv, metadata.jsonl
+            or metadata.parquet.
+        image: metadata column of the picture's path.
+        caption: metadata column of the caption or a list of captions.
         encoding: of captions.txt, .txt and metadata.csv.
-        max_bad: of metadata.csv and metadata.jsonl, the share of the rows that may be unreadable, though ten always
-            may.
+        max_bad: share of the rows of metadata.csv and metadata.jsonl that may be unreadable; ten always may.
 
     Raises:
-        DataError: that is not the layout, or a key has no effect on it.
+        DataError: the layout is another one, or a key has no effect on it.
     """
     root = directory(src)
     how = {"image": image, "caption": caption, "encoding": encoding, "max_bad": max_bad}
@@ -45,7 +44,7 @@ def folder(
 
 
 def find_parts(root: Path) -> dict[str, Path]:
-    """The directories of the splits, or the one that is for training."""
+    """Return the directory of each split, or the root as training split."""
     train, others = root / "train", [name for name in VALIDATION if (root / name).is_dir()]
     if not train.is_dir() or not (others or has_listing(train)) or has_listing(root):
         return {"train": root}
@@ -58,7 +57,7 @@ def has_listing(part: Path) -> bool:
 
 
 def read_part(root: Path, part: Path, how: Mapping[str, Any]) -> tuple[list[Item], list[dict[str, str]]]:
-    """The items of a folder; and what is told of pictures that its listing does not name, and of its bad rows."""
+    """Return the items of a folder, and a report of unlisted pictures and bad rows."""
     metadata = [part / name for name in METADATA if (part / name).is_file()]
     listing = part / "captions.txt"
     if metadata and not listing.is_file():
@@ -85,7 +84,7 @@ def refuse_metadata_keys(place: object, how: Mapping[str, Any]) -> None:
 
 
 def read_metadata(root: Path, file: Path, how: Mapping[str, Any]) -> tuple[list[Item], list[dict[str, str]]]:
-    """As ``read_part``, of an imagefolder."""
+    """Like ``read_part``, for an imagefolder."""
     if file.suffix != ".csv":
         check_effect(folder, {"encoding": how["encoding"]}, file, "captions.txt, .txt and metadata.csv")
     if file.suffix == ".parquet":
@@ -103,7 +102,7 @@ def read_metadata(root: Path, file: Path, how: Mapping[str, Any]) -> tuple[list[
 def match(
     root: Path, images: Path, captions: Mapping[str, list[str]], listing: str
 ) -> tuple[list[Item], list[dict[str, str]]]:
-    """The items of a listing, by the names on disk; and the pictures that it does not name."""
+    """Return the items of a listing by their names on disk, and the unlisted pictures."""
     where = images.relative_to(root)
     names, unlisted = match_names(images, captions)
     return [Item((where / names[name]).as_posix(), said) for name, said in captions.items()], [
@@ -111,5 +110,5 @@ def match(
 
 
 def lines_of(path: Path, encoding: str) -> list[str]:
-    """The lines of a text file, without empty ones."""
+    """Return the non-empty lines of a text file."""
     return [line.strip() for line in read_text(path, encoding, "source.encoding").split("\n") if line.strip()]

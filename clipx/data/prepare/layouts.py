@@ -1,4 +1,4 @@
-"""What data sets look like as they are published: which pictures there are, and what is said of each."""
+"""Layouts of published data sets: their pictures and captions."""
 
 import json
 import logging
@@ -21,28 +21,28 @@ logger = logging.getLogger("clipx")
 COCO = "train2017/, val2017/ and annotations/captions_train2017.json, captions_val2017.json"
 FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
 FLICKR_FILES = ("results.csv", "results_20130124.token", "results.token")
-FLICKR_ROW = re.compile(r"([^|#]+)[|#] *\d+ *[|\t]? *(.*)")      # of either file; one published row lacks its second |
+FLICKR_ROW = re.compile(r"([^|#]+)[|#] *\d+ *[|\t]? *(.*)")      # of either file; one published row has no second |
 CC3M_ROW = re.compile(r"([^\t]+)\t(https?://\S+)(?:\t.*)?")       # labels may follow
 
 
 class Item(NamedTuple):
-    """A picture and what is said of it."""
+    """A picture and its captions."""
 
-    picture: str | Cell     # path below the layout's root, URL, or a cell of a table
+    picture: str | Cell     # path relative to the layout's root, URL, or table cell
     captions: list[str]
 
 
 class Layout(NamedTuple):
-    """What a source holds."""
+    """Contents of a source."""
 
     root: Path
-    splits: dict[str, list[Item]]           # train, val, test: those that there are
-    download: Download = Download()         # how pictures are fetched that are URLs
-    left_out: Sequence[Mapping[str, str]] = ()      # split, picture and reason of what the items leave out
+    splits: dict[str, list[Item]]           # train, val, test, as far as they exist
+    download: Download = Download()         # how to fetch pictures given as URLs
+    left_out: Sequence[Mapping[str, str]] = ()      # split, picture and reason of what was left out
 
 
 class Tars(NamedTuple):
-    """Shards that are there already."""
+    """Existing shards."""
 
     root: Path
     shards: list[Path]
@@ -56,10 +56,10 @@ def coco(src: str, karpathy: str | None = None) -> Layout:
     Args:
         src: has train2017/, val2017/ and annotations/captions_train2017.json, captions_val2017.json, or those of one
             split.
-        karpathy: dataset_coco.json; its split counts, and the pictures may stand in train2014/ and val2014/ as well.
+        karpathy: dataset_coco.json, for its split; the pictures may also be in train2014/ and val2014/.
 
     Raises:
-        DataError: that is not the layout.
+        DataError: the layout is another one.
     """
     root = directory(src)
     if karpathy:
@@ -71,8 +71,8 @@ def coco(src: str, karpathy: str | None = None) -> Layout:
 
 
 def read_coco(root: Path, folder: str) -> list[Item]:
-    """The pictures in their order, each with its captions in the order of their ids."""
-    with published(root / "annotations" / f"captions_{folder}.json") as content:
+    """Return the pictures in order, with captions in the order of their ids."""
+    with published_json(root / "annotations" / f"captions_{folder}.json") as content:
         captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         unmatched = []
         for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
@@ -81,8 +81,8 @@ def read_coco(root: Path, folder: str) -> list[Item]:
             else:
                 unmatched.append(annotation["image_id"])
         if unmatched:
-            logger.warning("%s: %d captions are of pictures that its images do not list, such as image_id %s, and are "
-                           "left out", root / "annotations" / f"captions_{folder}.json", len(unmatched), unmatched[0])
+            logger.warning("%s: %d captions belong to pictures that are not listed, such as image_id %s, and are left "
+                           "out", root / "annotations" / f"captions_{folder}.json", len(unmatched), unmatched[0])
         return [Item(f"{folder}/{image['file_name']}", captions[image["id"]]) for image in content["images"]]
 
 
@@ -91,32 +91,32 @@ def flickr30k(src: str, karpathy: str | None = None) -> Layout:
 
     Args:
         src: has flickr30k-images/, flickr30k_images/ or images/, and results.csv or results_20130124.token.
-        karpathy: dataset_flickr30k.json; its captions and its split count.  Without it all pictures are for training.
+        karpathy: dataset_flickr30k.json, for its captions and split; without it, all pictures are for training.
 
     Raises:
-        DataError: that is not the layout.
+        DataError: the layout is another one.
     """
     root = directory(src)
     folders = [name for name in FLICKR_FOLDERS if (root / name).is_dir()]
     listings = [root / name for name in FLICKR_FILES if (root / name).is_file()]
     if not folders or not (listings or karpathy):
-        raise DataError(f"src={src} has not Flickr30k's layout: the pictures in one of {', '.join(FLICKR_FOLDERS)}, "
-                        f"the captions in one of {', '.join(FLICKR_FILES)}")
+        raise DataError(f"src={src} is not Flickr30k's layout: pictures in one of {', '.join(FLICKR_FOLDERS)}, "
+                        f"captions in one of {', '.join(FLICKR_FILES)}")
     if karpathy:
         return Layout(root, read_karpathy(root, karpathy, folders))
-    rows = matching(listings[0], FLICKR_ROW, "PICTURE|NUMBER|CAPTION", header="image_name|")
+    rows = match_lines(listings[0], FLICKR_ROW, "PICTURE|NUMBER|CAPTION", header="image_name|")
     return Layout(root, {"train": gather((f"{folders[0]}/{name.strip()}", caption) for name, caption in rows)})
 
 
 def read_karpathy(root: Path, file: str, folders: Iterable[str]) -> dict[str, list[Item]]:
-    """Karpathy's split of COCO or Flickr30k: train (with restval), val, test."""
+    """Read Karpathy's split of COCO or Flickr30k: train (with restval), val, test."""
     places = {name: folder for folder in folders if (root / folder).is_dir() for name in os.listdir(root / folder)}
     splits: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
-    with published(Path(file).expanduser()) as content:
+    with published_json(Path(file).expanduser()) as content:
         for image in content["images"]:
             name = image["filename"]
             if name not in places:
-                name = name.rpartition("_")[2]      # COCO_val2014_000000391895.jpg is 000000391895.jpg since 2017
+                name = name.rpartition("_")[2]      # COCO_val2014_000000391895.jpg was renamed 000000391895.jpg in 2017
             split = "train" if image["split"] == "restval" else image["split"]
             captions = [sentence["raw"] for sentence in image["sentences"]]
             splits[split].append(Item(f"{places.get(name, image.get('filepath', '.'))}/{name}", captions))
@@ -129,18 +129,18 @@ def cc3m(src: str, connections: PositiveInt = 64, timeout: PositiveFloat = 10.0)
     Args:
         src: has Train_GCC-training.tsv and Validation_GCC-1.1.0-Validation.tsv with lines CAPTION<TAB>URL; or is such
             a file, for training.
-        connections: downloads at once.
-        timeout: seconds that a server may be silent.
+        connections: parallel downloads.
+        timeout: seconds to wait for a server.
 
     Raises:
-        DataError: that is not the layout.
+        DataError: the layout is another one.
     """
     path = Path(src).expanduser()
     found = {"train": [path]} if path.is_file() else {
         "train": sorted(path.glob("Train*.tsv")), "val": sorted(path.glob("Validation*.tsv")),
     }
     splits = {
-        split: gather((url, caption) for caption, url in matching(file, CC3M_ROW, "CAPTION<TAB>URL"))
+        split: gather((url, caption) for caption, url in match_lines(file, CC3M_ROW, "CAPTION<TAB>URL"))
         for split, files in found.items() for file in files[:1]
     }
     if not splits:
@@ -149,12 +149,12 @@ def cc3m(src: str, connections: PositiveInt = 64, timeout: PositiveFloat = 10.0)
 
 
 def shards(src: str, caption_key: str | None = None, index_dir: str = "~/.cache/clipx") -> Tars:
-    """Shards that are there already, of ours or of any other tool.
+    """Existing shards, of clipx or any other tool.
 
     Args:
         src: has *.tar, or train/*.tar, val/*.tar, test/*.tar; or is a tar.
-        caption_key: the key of ``.json`` that holds the captions; None for ``.txt``, else json's ``caption``.
-        index_dir: where an index goes that cannot stand beside its shard.
+        caption_key: the key of ``.json`` with the captions; None for ``.txt``, else json's ``caption``.
+        index_dir: directory of indexes that cannot be written next to their shard.
 
     Raises:
         DataError: there are none.
@@ -175,18 +175,18 @@ def directory(src: str) -> Path:
 
 
 @contextmanager
-def published(path: Path) -> Iterator[Any]:
-    """What a json file holds; that it is not what was expected is the user's mistake."""
+def published_json(path: Path) -> Iterator[Any]:
+    """Load a json file; errors in the ``with`` block mean that its structure is wrong."""
     try:
         yield json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not the json that was published: {type(error).__name__} {error}") from error
+        raise DataError(f"{path} is not the published json: {type(error).__name__} {error}") from error
 
 
 def lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, without empty ones."""
+    """Yield the non-empty lines of a text file."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             yield from filter(None, map(str.strip, file))
@@ -194,8 +194,8 @@ def lines(path: Path) -> Iterator[str]:
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
-def matching(path: Path, pattern: re.Pattern[str], meant: str, header: str = "\0") -> list[tuple[str, str]]:
-    """The two parts of each line but a header; lines that are otherwise are named and left out."""
+def match_lines(path: Path, pattern: re.Pattern[str], meant: str, header: str = "\0") -> list[tuple[str, str]]:
+    """Return the two groups of each matching line; other lines are reported and left out, except a header."""
     found, unmatched = [], []
     for line in lines(path):
         match = pattern.fullmatch(line)
@@ -204,14 +204,14 @@ def matching(path: Path, pattern: re.Pattern[str], meant: str, header: str = "\0
         elif not line.startswith(header):
             unmatched.append(line)
     if not found:
-        raise DataError(f"{path} has no line {meant}; its first is {(unmatched or [''])[0][:60]!r}")
+        raise DataError(f"{path} has no line {meant}; its first line is {(unmatched or [''])[0][:60]!r}")
     if unmatched:
         logger.warning("%s: %d lines are not %s and are left out: %r", path, len(unmatched), meant, unmatched[0])
     return found
 
 
 def gather(rows: Iterable[tuple[str | Cell, str | list[str]]]) -> list[Item]:
-    """One item a picture, in the order of their first rows, with the captions of all of its rows."""
+    """Group rows by picture, in the order of first appearance."""
     found: dict[str | Cell, list[str]] = {}
     for picture, said in rows:
         found.setdefault(picture, []).extend(said if isinstance(said, list) else [said])

@@ -1,7 +1,7 @@
-"""From pictures with captions to indexed shards: in a fixed order, each shard written whole or not at all.
+"""Pack pictures and captions into indexed shards, in a fixed order, each shard written atomically.
 
-A directory that is being packed holds prepare.json (what it means), the shards that are done, and .prepare/ with a
-report of each; a shard without its report is made again.  At the end the reports become report.json.
+A directory in progress holds prepare.json (its settings), the finished shards, and .prepare/ with a report of each; a
+shard without its report is packed again.  At the end the reports become report.json.
 """
 
 import json
@@ -25,7 +25,7 @@ from clipx.data.plan import permutation
 from clipx.data.prepare.download import Download, is_url
 from clipx.data.prepare.encode import encode
 from clipx.data.prepare.layouts import Item, Layout
-from clipx.data.prepare.pictures import content_hashes, encode_all, group_of, spoken
+from clipx.data.prepare.pictures import content_hashes, encode_all, group_of, non_empty_captions
 from clipx.data.prepare.processes import run_tasks
 from clipx.data.prepare.report import WRITING, count_reasons, listed, merge, write
 from clipx.data.sample import BadSample
@@ -40,7 +40,7 @@ NOTE, REPORT, DROPPED, PARTS = "prepare.json", "report.json", "dropped.jsonl", "
 
 @dataclass(frozen=True)
 class Packing:
-    """How items become shards; conf/prepare.yaml says what each means."""
+    """How to pack items into shards; see conf/prepare.yaml."""
 
     samples_per_shard: int
     shuffle: bool
@@ -54,15 +54,15 @@ class Packing:
 
 
 class Packed(NamedTuple):
-    """What became of a task."""
+    """Result of a task."""
 
     shard: Path
     items: int
-    dropped: list[dict[str, str]] | None    # of a shard that is not written, as nothing would stand in it
+    dropped: list[dict[str, str]] | None    # of a shard that is not written because it would be empty
 
 
 class Task(NamedTuple):
-    """One shard to be."""
+    """One shard to pack."""
 
     shard: Path
     report: Path
@@ -74,15 +74,15 @@ class Task(NamedTuple):
 def pack(
     name: str, layout: Layout, packing: Packing, out: Path, workers: int, max_empty: float = 0.01
 ) -> dict[str, Any]:
-    """Write the shards of a layout, or those of them that are not there yet, and report.json.
+    """Write the missing shards of a layout, and report.json.
 
     Args:
-        name: what the names of the shards begin with.
+        name: prefix of the shard names.
         layout: the pictures and their captions.
-        packing: how.
-        out: where to, a new directory or one where the same was begun.
-        workers: processes; 0 works in this one.
-        max_empty: share of the shards that may be left out because nothing would stand in them, though one always may.
+        packing: settings.
+        out: a new directory, or one in which the same command was interrupted.
+        workers: processes; 0 works in this process.
+        max_empty: share of the shards that may be empty and left out; one always may.
 
     Returns:
         The report.
@@ -94,10 +94,10 @@ def pack(
     if not any(item.captions for item in every):
         raise DataError(f"the source in {layout.root.absolute()} has no picture with a caption")
     if packing.drop_duplicates and any(is_url(item.picture) for item in every):
-        raise UserError("drop_duplicates=true compares files, and these pictures are URLs; leave it out")
+        raise UserError("drop_duplicates=true compares files, but these pictures are URLs; leave it out")
     claim(out, {"source": name, **asdict(packing), "items": fingerprint(layout.splits)})
     if (out / REPORT).exists():
-        logger.info("%s is finished; nothing is changed", out)
+        logger.info("%s is finished; nothing to do", out)
         return json.loads((out / REPORT).read_bytes())
     splits = {split: dict(enumerate(items)) for split, items in layout.splits.items()}
     dropped = drop_duplicates(layout.root, splits, workers) if packing.drop_duplicates else []
@@ -123,11 +123,11 @@ def pack(
 
 
 def check_empty(empty: Mapping[Path, list[dict[str, str]]], shards: int, max_empty: float) -> None:
-    """Tell of the last shard that is not written; a network or a disk that is gone empties them all.
+    """Warn about the last empty shard, and stop if there are too many, as when a network or disk is gone.
 
     Args:
-        empty: what was dropped, by shard.
-        shards: how many there are in all.
+        empty: dropped pictures, by shard.
+        shards: total number of shards.
         max_empty: as in ``pack``.
 
     Raises:
@@ -136,29 +136,29 @@ def check_empty(empty: Mapping[Path, list[dict[str, str]]], shards: int, max_emp
     shard, dropped = list(empty.items())[-1]
     reasons = f"{listed(count_reasons(dropped))}; such as {dropped[0]['picture']}"
     if len(empty) == shards or len(empty) > max(1, max_empty * shards):
-        allow = "" if len(empty) == shards else f", or with max_empty=1 without the {len(empty)} shards that are empty"
-        raise DataError(f"not one of the {len(dropped):,} pictures for {shard} can be used ({reasons}); when that is "
-                        f"mended, the same words go on{allow}")
-    logger.warning("%s is not written: not one of its %d pictures can be used (%s)", shard, len(dropped), reasons)
+        allow = "" if len(empty) == shards else f", or set max_empty=1 to leave out the {len(empty)} empty shards"
+        raise DataError(f"none of the {len(dropped):,} pictures for {shard} can be used ({reasons}); fix that and "
+                        f"rerun the same command to resume{allow}")
+    logger.warning("%s is not written: none of its %d pictures can be used (%s)", shard, len(dropped), reasons)
 
 
 def claim(out: Path, meaning: dict[str, Any]) -> None:
-    """Make a directory the one of these shards.
+    """Claim a directory for these shards.
 
     Raises:
         UserError: it holds something else.
     """
-    own = f"out={out} holds %s; shards go into a new or empty directory, or one where the same words stopped"
+    own = f"out={out} holds %s; shards need a new or empty directory, or one where the same command was interrupted"
     note = out / NOTE
     if note.is_file():
         before = read_note(note)
         changes = [f"{key}={json.dumps(before.get(key))} there, {json.dumps(value)} now"
                    for key, value in meaning.items() if before.get(key) != value]
         if changes:
-            raise UserError(own % f"shards that mean something else ({'; '.join(changes)})")
+            raise UserError(own % f"shards with other settings ({'; '.join(changes)})")
         return
     if out.exists() and not out.is_dir():
-        raise UserError(f"out={out} is a file; shards go into a new or empty directory")
+        raise UserError(f"out={out} is a file; shards need a new or empty directory")
     others = [path.name for path in out.iterdir() if WRITING not in path.name] if out.exists() else []
     if others:
         raise UserError(own % f"something else ({', '.join(sorted(others)[:3])})")
@@ -167,7 +167,7 @@ def claim(out: Path, meaning: dict[str, Any]) -> None:
 
 
 def release(out: Path) -> None:
-    """Leave a directory in which nothing has been made to other words."""
+    """Release a directory in which nothing has been packed."""
     if [path for path in out.rglob("*") if path.is_file()] == [out / NOTE]:
         (out / NOTE).unlink()
         for directory in sorted(out.rglob("*"), reverse=True):
@@ -175,7 +175,7 @@ def release(out: Path) -> None:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What a directory means; nothing where the file is somebody else's."""
+    """Read the settings of a directory; empty if the file is not ours."""
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
@@ -183,7 +183,7 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(splits: dict[str, list[Item]]) -> str:
-    """A hash of all pictures' names and captions."""
+    """Hash all picture names and captions."""
     digest = blake2b(digest_size=8)
     for split, items in splits.items():
         digest.update(split.encode())
@@ -193,7 +193,7 @@ def fingerprint(splits: dict[str, list[Item]]) -> str:
 
 
 def drop_duplicates(root: Path, splits: dict[str, dict[int, Item]], workers: int) -> list[dict[str, str]]:
-    """Take out of each split the pictures whose bytes stood in it before; gives back what is told of them."""
+    """Remove exact duplicates from each split; return a row for each."""
     dropped = []
     for split, items in splits.items():
         first: dict[bytes, int] = {}
@@ -211,7 +211,7 @@ def drop_duplicates(root: Path, splits: dict[str, dict[int, Item]], workers: int
 
 
 def cut(name: str, split: str, items: dict[int, Item], packing: Packing, out: Path) -> Iterator[Task]:
-    """The items in their order, in shards whose sizes differ by at most one."""
+    """Yield tasks: the items in order, in shards whose sizes differ by at most one."""
     numbers = np.array(list(items), dtype=np.int64)
     if packing.shuffle:
         numbers = numbers[permutation(len(numbers), packing.seed, "prepare", split)]
@@ -223,20 +223,20 @@ def cut(name: str, split: str, items: dict[int, Item], packing: Packing, out: Pa
 
 
 def by_group(numbers: np.ndarray, items: Mapping[int, Item]) -> np.ndarray:
-    """An order in which what is read together stays together: each group of rows stands where its first one did."""
+    """Reorder so that pictures of one row group, which are read together, are adjacent."""
     ranks: dict[Any, int] = {}
     of = [ranks.setdefault(group_of(items[number].picture), len(ranks)) for number in numbers.tolist()]
     return numbers[np.argsort(of, kind="stable")]
 
 
 def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> Packed:
-    """Write one shard, its index and its report; nothing where not one of its pictures can be used."""
+    """Write one shard, its index and its report, unless it would be empty."""
     from webdataset import TarWriter  # brings torch
 
     for directory in (task.shard.parent, task.report.parent):
         directory.mkdir(exist_ok=True)
     for left in task.shard.parent.glob(f"{task.shard.name}*"):
-        left.unlink(missing_ok=True)        # by an interrupted run
+        left.unlink(missing_ok=True)        # of an interrupted run
     captions, sides, words, dropped = 0, Counter(), Counter(), []
     temporary = task.shard.with_name(f"{task.shard.name}{WRITING}{os.getpid()}")
     with temporary.open("wb") as file:
@@ -248,7 +248,7 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
                 if isinstance(picture, BadSample):
                     dropped.append({"split": task.split, "picture": str(item.picture), "reason": str(picture)})
                     continue
-                text = {"caption": spoken(item), "height": picture.height, "name": str(item.picture),
+                text = {"caption": non_empty_captions(item), "height": picture.height, "name": str(item.picture),
                         "width": picture.width}
                 tar.write({"__key__": f"{number:09d}", picture.kind: picture.file,
                            "json": json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")})
@@ -271,7 +271,7 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
 def finish(
     out: Path, tasks: list[Task], empty: Mapping[Path, list[dict[str, str]]], before: list[Mapping[str, str]]
 ) -> dict[str, Any]:
-    """Put the reports of the shards together, with what was dropped for those that are not written, and write them."""
+    """Merge the reports of all shards and write report.json and dropped.jsonl."""
     parts = [(task.split, json.loads(task.report.read_bytes())) for task in tasks if task.shard not in empty]
     dropped = [*before, *(row for _, part in parts for row in part["dropped"]), *chain(*empty.values())]
     report = {"splits": merge(parts), "dropped": count_reasons(dropped),

@@ -1,4 +1,4 @@
-"""The pictures of items, wherever they are: files, URLs, or cells of a table."""
+"""Read the pictures of items: files, URLs, or cells of a table."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ Encode = Callable[[bytes], Encoded]
 
 
 def encode_all(items: list[Item], root: Path, encode: Encode, download: Download) -> Iterator[Encoded | BadSample]:
-    """The picture of each item or why there is none, in order; URLs by as many threads as connections."""
+    """Yield the encoded picture of each item or its error, in order; URLs use one thread per connection."""
     if not any(is_url(item.picture) for item in items):
         yield from (encode_one(item, read, encode) for item, read in zip(items, readers(root, items), strict=True))
         return
@@ -31,43 +31,43 @@ def encode_all(items: list[Item], root: Path, encode: Encode, download: Download
 
 def encode_one(item: Item, read: Read, encode: Encode) -> Encoded | BadSample:
     try:
-        if not spoken(item):
+        if not non_empty_captions(item):
             raise BadSample("has no caption")
-        check_captions(spoken(item))
+        check_captions(non_empty_captions(item))
         return encode(read())
     except BadSample as error:
         return error
 
 
-def spoken(item: Item) -> list[str]:
-    """The captions that say something."""
+def non_empty_captions(item: Item) -> list[str]:
+    """Return the stripped captions that are not empty."""
     return [caption.strip() for caption in item.captions if caption.strip()]
 
 
 def readers(root: Path, items: Iterable[Item]) -> Iterator[Read]:
-    """What reads the picture of each item, in order; a table's rows are read a group at a time."""
+    """Yield a function that reads the picture of each item, in order; table rows are read by group."""
     for group, some in groupby(items, lambda item: group_of(item.picture)):
         pictures = [item.picture for item in some]
         if group is None:
             yield from (partial(read_file, root, picture) for picture in pictures)
         else:
-            yield from (partial(given, file) for file in read_cells(root, pictures))
+            yield from (partial(value_or_raise, file) for file in read_cells(root, pictures))
 
 
 def group_of(picture: str | Cell) -> tuple[str, int] | None:
-    """What is read together with a picture; nothing where it is a file or a URL."""
+    """Return the row group of a picture; None for files and URLs."""
     return (picture.file, picture.group) if isinstance(picture, Cell) else None
 
 
-def given(file: bytes | BadSample) -> bytes:
+def value_or_raise(file: bytes | BadSample) -> bytes:
     if isinstance(file, BadSample):
         raise file
     return file
 
 
 def content_hashes(root: Path, items: Iterable[Item], workers: int) -> Iterator[bytes | None]:
-    """A hash of the bytes of each picture; None where there are none, which is told when its shard is packed."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:       # hashing and reading let other threads run
+    """Yield a hash of each picture's bytes; None for unreadable ones, which packing reports."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:       # hashing and reading release the GIL
         for _, some in groupby(items, lambda item: group_of(item.picture)):
             yield from pool.map(content_hash, readers(root, some))
 

@@ -1,4 +1,4 @@
-"""Tasks over processes that end when they should: on Ctrl-C, on an error, and with the process that started them."""
+"""Run tasks in worker processes that end on Ctrl-C, on an error, and with their parent."""
 
 import multiprocessing
 import os
@@ -16,12 +16,12 @@ Result = TypeVar("Result")
 
 
 def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
-    """The results of some tasks, as they come; close it (``contextlib.closing``) and what still runs is ended.
+    """Yield the results of tasks as they complete; closing the generator ends running tasks.
 
     Args:
-        function: of a task; both can be pickled.
-        tasks: in the order in which they are begun.
-        workers: processes; 0 works in this one.
+        function: of a task; both picklable.
+        tasks: in order of submission.
+        workers: processes; 0 works in this process.
 
     Raises:
         UserError: a worker was killed.
@@ -36,10 +36,10 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
                 yield future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was killed, which is what happens when memory runs out; the same words go on, with "
-                "workers=N for fewer"
+                "a worker process was killed, most likely because memory ran out; rerun the same command with fewer "
+                "workers (workers=N) to resume"
             ) from error
-        except BaseException:       # Ctrl-C and GeneratorExit too: nobody waits for what has been begun
+        except BaseException:       # Ctrl-C and GeneratorExit, too: do not wait for running tasks
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()
@@ -47,7 +47,7 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
 
 
 def submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task]) -> list:
-    """Give the tasks to a pool whose workers leave Ctrl-C to this process: they inherit what is ignored now."""
+    """Submit tasks to a pool whose workers inherit that Ctrl-C is ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return [pool.submit(function, task) for task in tasks]
@@ -56,7 +56,7 @@ def submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks:
 
 
 def end_with_parent() -> None:
-    """In a worker: end when the parent has ended, however it did; a pool's workers would wait for ever."""
+    """Initialise a worker: exit when the parent does, as a pool's workers would wait forever."""
     threading.Thread(target=watch_parent, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""What making shards came to: counts, histograms and what was left out, for a file and for people."""
+"""The report of packing: counts, histograms and what was left out."""
 
 import os
 from collections import Counter
@@ -6,18 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-WRITING = ".writing-"       # in the name of a file that is not whole yet
+WRITING = ".writing-"       # in the name of an incomplete file
 
 
 def write(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
+    """Write a file atomically."""
     temporary = path.with_name(f"{path.name}{WRITING}{os.getpid()}")
     temporary.write_bytes(text.encode("utf-8", "replace"))
     os.replace(temporary, path)
 
 
 def merge(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """One report a split from (split, report) of each shard; histograms map a value to its count."""
+    """Merge the (split, report) of each shard to one report per split; histograms map a value to its count."""
     splits: dict[str, dict[str, Any]] = {}
     for split, part in parts:
         total = splits.setdefault(split, {"shards": 0, "samples": 0, "captions": 0, "bytes": 0,
@@ -34,18 +34,18 @@ def merge(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def describe_report(report: Mapping[str, Any], out: Path) -> Iterator[str]:
-    """The report in lines."""
+    """Yield the report as lines of text."""
     for split, total in report["splits"].items():
         yield (f"{split:<9} {total['samples']:,} pictures with {total['captions']:,} captions, "
                f"{total['bytes'] / 1e6:,.1f} MB in {total['shards']:,} shards")
         yield f"          short side    {describe_histogram(total['short_side'])} pixels"
         yield f"          caption       {describe_histogram(total['caption_words'])} words"
     if report["dropped"]:
-        yield f"left out  {listed(report['dropped'])}; {out / 'dropped.jsonl'} names them"
+        yield f"left out  {listed(report['dropped'])}; see {out / 'dropped.jsonl'}"
 
 
 def count_reasons(dropped: Iterable[Mapping[str, str]]) -> dict[str, int]:
-    """How many were left out for which reason; what stands behind a colon is of one picture."""
+    """Count reasons, without the details after a colon."""
     return dict(Counter(row["reason"].partition(":")[0] for row in dropped).most_common())
 
 
@@ -54,7 +54,7 @@ def listed(reasons: Mapping[str, int]) -> str:
 
 
 def describe_histogram(histogram: Mapping[int | str, int]) -> str:
-    """Where a histogram lies."""
+    """Describe the range and percentiles of a histogram."""
     total, seen, found = sum(histogram.values()), 0, {}
     for value, count in histogram.items():
         seen += count

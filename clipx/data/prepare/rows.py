@@ -1,4 +1,4 @@
-"""The rows of a file that is a table: .csv, .tsv, .jsonl or .parquet."""
+"""Read the rows of a table: .csv, .tsv, .jsonl or .parquet."""
 
 import csv
 import json
@@ -21,14 +21,14 @@ TEXT = "tables of text (.csv, .tsv)"
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How tables of text are written."""
+    """Format of text tables."""
 
     sep: str | None = None      # None: a tab in .tsv, else a comma
-    quote: str | None = None    # None: none between tabs, else "
+    quote: str | None = None    # None: none with tabs, else "
     encoding: str = "utf-8"
 
     def of(self, path: Path) -> dict[str, Any]:
-        """What csv.reader is told of a file's separator and quotation mark."""
+        """Return the arguments of csv.reader for a file."""
         sep = "\t" if self.sep == r"\t" else self.sep or ("\t" if path.suffix == ".tsv" else ",")
         quote = self.quote if self.quote is not None else "" if sep == "\t" else '"'
         return {"delimiter": sep, "quotechar": quote or None, "quoting": csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE}
@@ -37,19 +37,19 @@ class TextFormat:
 def read_rows(
     path: Path, columns: tuple[str, str], form: TextFormat, max_bad: float
 ) -> tuple[list[tuple[str | Cell, list[str]]], list[dict[str, str]]]:
-    """The rows of a table that name a picture.
+    """Read the rows of a table that have a picture.
 
     Args:
         path: of the table.
-        columns: with the picture and with the caption.
-        form: of a table of text.
-        max_bad: share of the rows that may be unreadable, though ten always may.
+        columns: of the picture and the caption.
+        form: format of text tables.
+        max_bad: share of the rows that may be unreadable; ten always may.
 
     Returns:
-        The picture and the captions of each row; and what is told of the rows that cannot be read.
+        Picture and captions of each row, and a report of each unreadable row.
 
     Raises:
-        DataError: it is not such a table, or too many of its rows cannot be read.
+        DataError: the table has another format, or too many unreadable rows.
     """
     bad: list[dict[str, str]] = []
     if path.suffix == ".parquet":
@@ -60,11 +60,11 @@ def read_rows(
         rows = list(csv_rows(path, columns, form, bad))
     if len(bad) > max(MIN_BAD_LIMIT, max_bad * (len(rows) + len(bad))):
         raise DataError(f"{path}: {len(bad):,} of {len(rows) + len(bad):,} rows cannot be read, such as "
-                        f"{bad[0]['picture']}, which {bad[0]['reason']}; check separator and quotation marks "
+                        f"{bad[0]['picture']}, which {bad[0]['reason']}; check the separator and quotation marks "
                         "(source=csv has source.sep and source.quote), or leave such rows out with source.max_bad=1")
     named = [row for row in rows if row[0]]
     if len(named) < len(rows):
-        logger.warning("%s: %d rows name no picture and are left out", path, len(rows) - len(named))
+        logger.warning("%s: %d rows have no picture and are left out", path, len(rows) - len(named))
     unmatched = next((name for name, _ in named if not isinstance(name, str | Cell)), None)
     if unmatched is not None:
         raise DataError(f"source.image={columns[0]} holds {type(unmatched).__name__} in {path}, not paths, URLs or "
@@ -73,13 +73,13 @@ def read_rows(
 
 
 def check_effect(of: Callable[..., Any], given: Mapping[str, Any], place: object, only: str) -> None:
-    """Refuse keys of a source that would be given in vain.
+    """Refuse keys of a source that have no effect.
 
     Args:
-        of: the source, whose signature holds the defaults.
+        of: the source, whose signature has the defaults.
         given: values by key.
-        place: what they have no effect on.
-        only: what they have one on.
+        place: the data they have no effect on.
+        only: the data they apply to.
 
     Raises:
         DataError: a value is not the default.
@@ -92,8 +92,8 @@ def check_effect(of: Callable[..., Any], given: Mapping[str, Any], place: object
 def csv_rows(
     path: Path, columns: tuple[str, str], form: TextFormat, bad: list[dict[str, str]]
 ) -> Iterator[tuple[str, str]]:
-    """Picture and caption of each row; the rows that cannot be read go to ``bad``."""
-    how, long = form.of(path), []       # first lines of rows of several lines
+    """Yield picture and caption of each row; add unreadable rows to ``bad``."""
+    how, long = form.of(path), []       # first line of each multi-line row
     try:
         with path.open(encoding=codec(form.encoding), newline="") as file:
             reader = csv.reader(file, strict=True, **how)
@@ -106,8 +106,8 @@ def csv_rows(
                     row = next(reader, None)
                 except csv.Error as error:
                     if str(error) == "unexpected end of data":
-                        raise DataError(f"{path}, line {line}: a quotation mark opens there and is never closed; close "
-                                        "it, or read quotation marks as text: source.quote=''") from error
+                        raise DataError(f"{path}, line {line}: a quotation mark is never closed; close it, or read "
+                                        "quotation marks as text: source.quote=''") from error
                     bad.append(bad_row(path, line, f"cannot be parsed: {error}"))
                     continue
                 if row is None:
@@ -121,14 +121,14 @@ def csv_rows(
                 elif row:
                     yield row[places[0]], row[places[1]]
     except (UnicodeError, LookupError) as error:
-        raise DataError(f"{path} cannot be read as source.encoding={form.encoding} ({error}); give the encoding that it"
-                        " has, such as source.encoding=cp1252") from error
+        raise DataError(f"{path} cannot be read as source.encoding={form.encoding} ({error}); set its encoding, such "
+                        "as source.encoding=cp1252") from error
     except (csv.Error, TypeError, ValueError) as error:
         raise DataError(f"{path} cannot be read with source.sep={how['delimiter']!r} and "
                         f"source.quote={how['quotechar'] or ''!r}: {error}") from error
     if long:
-        logger.warning("%s: %d rows have a field of several lines, the first in line %d; if quotation marks are only "
-                       "text there, add source.quote=''", path, len(long), long[0])
+        logger.warning("%s: %d rows have multi-line fields, the first at line %d; if quotation marks are plain text "
+                       "there, add source.quote=''", path, len(long), long[0])
 
 
 def bad_row(path: Path, line: int, reason: str) -> dict[str, str]:
@@ -136,7 +136,7 @@ def bad_row(path: Path, line: int, reason: str) -> dict[str, str]:
 
 
 def jsonl_rows(path: Path, columns: tuple[str, str], bad: list[dict[str, str]]) -> Iterator[tuple[Any, Any]]:
-    """Picture and caption of each line's object; the lines that cannot be read go to ``bad``."""
+    """Yield picture and caption of each line's object; add unreadable lines to ``bad``."""
     first = True
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -153,7 +153,7 @@ def jsonl_rows(path: Path, columns: tuple[str, str], bad: list[dict[str, str]]) 
 
 
 def parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, Any]]:
-    """Picture and caption of each row; of pictures that the table holds, where they are."""
+    """Yield picture and caption of each row; a picture inside the table is a Cell."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -173,7 +173,7 @@ def parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, An
                     yield from zip(pictures, batch.column(caption).to_pylist(), strict=True)
                     row += len(batch)
     except ArrowException as error:
-        raise DataError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path} is not a complete parquet file: {str(error).splitlines()[0]}") from error
 
 
 def check_columns(path: Path, columns: tuple[str, str], there: Iterable[str]) -> None:
@@ -183,14 +183,14 @@ def check_columns(path: Path, columns: tuple[str, str], there: Iterable[str]) ->
 
 
 def texts(value: Any, where: str) -> list[str]:
-    """The captions in a cell: none where it is empty or NaN.
+    """Return the captions in a cell; none if it is empty or NaN.
 
     Raises:
-        DataError: it holds something else than text or a list of texts.
+        DataError: it is neither text nor a list of texts.
     """
     several = value if isinstance(value, list) else [value]
     there = [text for text in several if text is not None and text == text]     # NaN is unequal to itself
     unmatched = next((text for text in there if not isinstance(text, str)), None)
     if unmatched is not None:
-        raise DataError(f"{where % type(unmatched).__name__}, not text or lists of text; name a column of text")
+        raise DataError(f"{where % type(unmatched).__name__}, not text or lists of text; choose a text column")
     return there

@@ -1,4 +1,4 @@
-"""A table of pictures and captions."""
+"""Tables of pictures and captions."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,21 +18,21 @@ def table(
     src: str, image: str, caption: str, sep: str | None = None, quote: str | None = None, encoding: str = "utf-8",
     max_bad: Share = 0.01, connections: PositiveInt = 64, timeout: PositiveFloat = 10.0,
 ) -> Layout:
-    """Any table.
+    """A table of pictures and captions.
 
     Args:
         src: a .csv, .tsv, .jsonl or .parquet file, or a directory of .parquet files.
-        image: its column with the picture: a path from where the table stands, a URL or, in .parquet, its bytes.
-        caption: its column with the caption, or with a list of them; rows of one picture are put together.
-        sep: the separator of columns; None: a tab in .tsv, else a comma.
-        quote: the quotation mark around fields, or an empty string; None: none between tabs, else ``"``.
+        image: column of the picture: a path relative to the table, a URL or, in .parquet, its bytes.
+        caption: column of the caption or a list of captions; rows of the same picture are merged.
+        sep: column separator; None: a tab in .tsv, else a comma.
+        quote: quotation mark, empty for none; None: none with tabs, else ``"``.
         encoding: of .csv and .tsv.
-        max_bad: share of the rows that may be unreadable, though ten always may.
-        connections: downloads at once.
-        timeout: seconds that a server may be silent.
+        max_bad: share of the rows that may be unreadable; ten always may.
+        connections: parallel downloads.
+        timeout: seconds to wait for a server.
 
     Raises:
-        DataError: it is not such a table, too many of its rows cannot be read, or a key has no effect on it.
+        DataError: the table has another format or too many unreadable rows, or a key has no effect on it.
     """
     path = Path(src).expanduser()
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -51,7 +51,7 @@ def table(
     if not any(is_url(picture) for picture, _ in rows):
         check_effect(table, {"connections": connections, "timeout": timeout}, path, "pictures that are URLs")
     if len({isinstance(picture, Cell) for picture, _ in rows}) > 1:
-        raise DataError(f"source.image={image} holds pictures in some files of {path}, and their paths or URLs in "
-                        "others; pack these by a command of their own")
+        raise DataError(f"source.image={image} holds pictures in some files of {path} and paths or URLs in others; "
+                        "pack them separately")
     root = path if path.is_dir() else path.parent
     return Layout(root, {"train": gather(rows)}, Download(connections, timeout), bad)

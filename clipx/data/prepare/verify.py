@@ -1,4 +1,4 @@
-"""Shards that are there already: their index, what img2dataset says of them, and every sample read once."""
+"""Index and verify existing shards."""
 
 import json
 import logging
@@ -22,18 +22,18 @@ from clipx.data.tar.index import published
 
 logger = logging.getLogger("clipx")
 
-SHOWN = 5                   # bad samples that the console names
+SHOWN = 5                   # bad samples shown on the console
 
 
 def index(tars: Tars, bad: int = 0) -> None:
-    """Make the indexes of shards and tell what they hold.
+    """Index shards and log what they hold.
 
     Args:
         tars: the shards.
-        bad: how many of their samples ``verify`` found bad.
+        bad: number of bad samples that ``verify`` found.
 
     Raises:
-        DataError: one is not a tar, or training would end at so many bad samples.
+        DataError: one is not a tar, or training would end at this number of bad samples.
     """
     catalogue = open_catalogue(tars.shards, tars.index_dir)
     rows = catalogue.rows
@@ -45,7 +45,7 @@ def index(tars: Tars, bad: int = 0) -> None:
     bad = max(bad + sum(lost_samples(catalogue).values()), sum(count for count, _ in found))
     if bad > max(MIN_BAD_LIMIT, int(Data.max_skipped * total)):
         raise DataError(
-            f"{bad:,} of the {total:,} samples in {tars.root} cannot be used, and training ends at more than "
+            f"{bad:,} of the {total:,} samples in {tars.root} cannot be used, but training tolerates "
             f"{Data.max_skipped:.0%} (data.max_skipped); pack them again, or set data.max_skipped to train without them"
         )
     for shard, samples in zip(tars.shards, rows["samples"].tolist(), strict=True):
@@ -58,13 +58,13 @@ def verify(tars: Tars, listing: Path, workers: int) -> tuple[Tars, int]:
     """Read and decode every sample once.
 
     Args:
-        tars: shards, or files that should be some.
-        listing: file for one line of JSON for each bad sample: shard, key, offset of the picture in the tar (of the
-            sample's first member where it has none), reason; and for each file that is not a whole tar, without key.
-        workers: processes; 0 works in this one.
+        tars: the shards.
+        listing: JSON-lines file of bad samples: shard, key, offset of the picture in the tar (or of the first member),
+            reason; files that are not complete tars have no key.
+        workers: processes; 0 works in this process.
 
     Returns:
-        The shards that are whole tars, and how many of their samples are bad.
+        The shards that are complete tars, and the number of bad samples in them.
 
     Raises:
         DataError: none of them is a tar.
@@ -91,12 +91,12 @@ def verify(tars: Tars, listing: Path, workers: int) -> tuple[Tars, int]:
                 f"; {listing} lists them" if samples else "")
     whole = [shard for shard in tars.shards if shard.relative_to(tars.root).as_posix() not in broken]
     if not whole:
-        raise DataError(f"{tars.root} holds no shard that can be read; {listing} says why")
+        raise DataError(f"{tars.root} holds no readable shard; see {listing}")
     return tars._replace(shards=whole), len(samples)
 
 
 def verify_shard(shard: Path, root: Path, caption_key: str | None, index_dir: Path) -> tuple[int, list[dict[str, Any]]]:
-    """How many samples a shard has, and those of them that are bad; of one that is no whole tar, what is wrong."""
+    """Return the number of samples in a shard, and its bad samples or what is wrong with the tar."""
     from clipx.data.images import decode  # brings torch
 
     name = shard.relative_to(root).as_posix()
@@ -116,7 +116,7 @@ def verify_shard(shard: Path, root: Path, caption_key: str | None, index_dir: Pa
 
 
 def where(row: np.void) -> int:
-    """The offset of a sample's picture, or else of its first member."""
+    """Return the offset of a sample's picture, or else of its first member."""
     offsets = {kind: int(row[kind][0]) for kind in row.dtype.names[1:] if row[kind][0]}
     pictures = [offsets[kind] for kind in IMAGE_KINDS if kind in offsets]
     return (pictures or sorted(offsets.values()) or [0])[0]

@@ -1,8 +1,8 @@
-"""RemoteShard shards: copied ahead of need, in the plan's order, into a directory of bounded size.
+"""Cache of remote shards: a directory of bounded size.
 
-A shard stands at ``data.cache/shards-PLACE/NAME`` as soon as it is whole, its index at ``data.index_dir/PLACE/
-NAME.index``; PLACE is a hash of the URL's directory.  One process fills the directory.  Workers and other ranks look
-for the file and wait; why it will not come is written into the file ``failed``.
+A complete shard is at ``data.cache/shards-PLACE/NAME``, its index at ``data.index_dir/PLACE/NAME.index``; PLACE is a
+hash of the URL's directory.  One process fills the directory; workers and other ranks poll for the file.  If copying
+fails, the reason is in the file ``failed``.
 """
 
 import fcntl
@@ -27,10 +27,8 @@ from clipx.data.tar.index import belongs, make_index, read_head
 
 logger = logging.getLogger("clipx")
 
-MAX_PARALLEL = 4                         # copies side by side
-AHEAD = 64                          # windows that are copied ahead, where there is room
-CHECKED = 4096                      # windows whose size is known to fit before a run starts
-LOOK = 0.02                         # seconds between two looks for a shard
+MAX_PARALLEL = 4                         # parallel copies
+LOOK = 0.02                         # seconds between two polls for a shard
 
 
 class RemoteShard(NamedTuple):
@@ -39,7 +37,7 @@ class RemoteShard(NamedTuple):
     url: str
     path: Path                  # its copy
     index: Path                 # of its copy
-    size: int | None = None     # bytes, as far as they are known
+    size: int | None = None     # bytes, if known
     samples: int | None = None
 
     def is_cached(self) -> bool:
@@ -47,23 +45,23 @@ class RemoteShard(NamedTuple):
 
 
 class Cache:
-    """Where copies stand.
+    """Directory of copies.
 
     Args:
         directory: of the copies (``data.cache``).
-        limit: bytes of all copies together.
-        index_dir: of their indexes, which stay.
+        limit: largest size of all copies, bytes.
+        index_dir: of their indexes, which are never evicted.
     """
 
     def __init__(self, directory: Path, limit: int, index_dir: Path):
         self.directory, self.limit, self.index_dir = directory, limit, index_dir
-        self.kept: list[RemoteShard] = []        # are never evicted
-        self.filled = False                 # somebody copies what is missing
+        self.kept: list[RemoteShard] = []        # never evicted
+        self.filled = False                 # a prefetcher copies missing shards
         self.failed = directory / "failed"
 
     def remote(self, url: str, size: int | None = None, samples: int | None = None) -> RemoteShard:
-        """Where the copy of a shard goes, and its index."""
-        where, _, name = url.partition("?")[0].rpartition("/")          # a query may hold passwords and dates
+        """Return a shard with the paths of its copy and index."""
+        where, _, name = url.partition("?")[0].rpartition("/")          # a query may hold credentials and dates
         if url.startswith(PIPE):
             where, name = url, (re.findall(r"[\w.-]+\.tar", url) or ["pipe.tar"])[-1]
         place = blake2b(where.encode(), digest_size=8).hexdigest()
@@ -72,10 +70,10 @@ class Cache:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the one process that fills the directory.
+        """Lock the directory for the one process that fills it.
 
         Raises:
-            DataError: another one does, or it cannot be written.
+            DataError: another process holds the lock, or the directory is not writable.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -87,7 +85,7 @@ class Cache:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DataError(
-                    f"data.cache={self.directory} is filled by another run; give this one its own: data.cache=DIR"
+                    f"data.cache={self.directory} is in use by another run; use another one: data.cache=DIR"
                 ) from error
             try:
                 self.failed.unlink(missing_ok=True)
@@ -95,31 +93,31 @@ class Cache:
                     part.unlink()
                 yield
             finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)        # closing it would not do: forked workers have it open, too
+                fcntl.flock(lock, fcntl.LOCK_UN)        # closing is not enough: forked workers have it open, too
 
     def fetch(
         self, remotes: Sequence[RemoteShard], wanted: Collection[RemoteShard], pool: ThreadPool, stopped: Event
     ) -> None:
-        """Copy some shards, side by side, into room that others give which are not wanted.
+        """Copy shards in parallel, evicting others that are not wanted.
 
         Raises:
-            DataError: there is no room, or one cannot be copied.
+            DataError: they do not fit, or one cannot be copied.
         """
         self.make_room(sum(remote.size or 0 for remote in remotes), {remote.path for remote in (*wanted, *self.kept)})
         work = partial(copy, stopped=stopped, most=self.limit)
         run_with_retries(pool, work, {remote: remote.url for remote in remotes}, stopped)
 
     def fetch_now(self, remotes: Sequence[RemoteShard]) -> None:
-        """Copy those shards that are not there while everything waits."""
+        """Copy missing shards and wait for them."""
         missing = [remote for remote in remotes if not remote.is_cached()]
         if missing:
             with self.locked(), ThreadPool(MAX_PARALLEL) as pool:
                 for start in range(0, len(missing), MAX_PARALLEL):
                     self.fetch(missing[start : start + MAX_PARALLEL], (), pool, Event())
-                self.make_room(0, {remote.path for remote in self.kept})        # what came through a pipe had no size
+                self.make_room(0, {remote.path for remote in self.kept})        # sizes of pipes are known only now
 
     def keep(self, remotes: Sequence[RemoteShard]) -> None:
-        """Copy some shards, and never evict them."""
+        """Copy shards and never evict them."""
         self.kept += remotes
         need = sum(remote.size for remote in self.kept)
         if need > self.limit:
@@ -127,7 +125,7 @@ class Cache:
         self.fetch_now(remotes)
 
     def make_room(self, size: int, wanted: Collection[Path]) -> None:
-        """Evict what is not wanted, the oldest first, until ``size`` bytes more fit."""
+        """Evict unwanted files, oldest first, until ``size`` more bytes fit."""
         files = [(path, path.stat()) for path in self.directory.glob("shards-*/*")]
         used = size + sum(stat.st_size for _, stat in files)
         for path, stat in sorted(files, key=lambda file: file[1].st_mtime_ns):
@@ -139,15 +137,15 @@ class Cache:
 
     def too_small(self, need: int, what: str) -> DataError:
         return DataError(
-            f"data.cache_gb={self.limit / 1e9:g} is too small for {what}; give at least "
+            f"data.cache_gb={self.limit / 1e9:g} is too small for {what}; set at least "
             f"data.cache_gb={1.01 * need / 1e9:.3g}"
         )
 
     def wait_for(self, remote: RemoteShard) -> None:
-        """Return in a moment, or when it is there.
+        """Wait a moment for a copy, or make it if there is no prefetcher.
 
         Raises:
-            DataError: it will not come.
+            DataError: copying has failed.
         """
         if not self.filled:
             self.fetch_now([remote])
@@ -156,16 +154,16 @@ class Cache:
             raise DataError(self.failed.read_text())
         parent = parent_process()
         if parent is not None and not parent.is_alive():
-            raise DataError(f"the process that copied {remote.url} has ended")
+            raise DataError(f"the process that copies {remote.url} has ended")
         time.sleep(LOOK)
 
 
 def copy(remote: RemoteShard, stopped: Event, most: int) -> None:
-    """Copy a shard of ``most`` bytes at most; it stands in its place when it is whole and has its index.
+    """Copy a shard of at most ``most`` bytes and index it; the copy appears when both are complete.
 
     Raises:
-        DataError: it has not as many samples as was said, or more bytes.
-        OSError: it has not as many bytes, or its server fails.
+        DataError: it has another number of samples than expected, or too many bytes.
+        OSError: it has another size than expected, or its server fails.
     """
     for path in remote.path, remote.index:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +176,7 @@ def copy(remote: RemoteShard, stopped: Event, most: int) -> None:
             os.fsync(file.fileno())
         size = part.stat().st_size
         if remote.size not in (None, size):
-            raise OSError(f"{size:,} bytes came, not {remote.size:,}")
+            raise OSError(f"got {size:,} bytes instead of {remote.size:,}")
         if not belongs(remote.index, part):
             try:
                 make_index(part, remote.index.parent, remote.index)
@@ -186,8 +184,8 @@ def copy(remote: RemoteShard, stopped: Event, most: int) -> None:
                 raise DataError(str(error).replace(name, remote.url)) from error
         if remote.samples not in (None, counts(remote.index)):
             raise DataError(
-                f"{remote.url} holds {counts(remote.index):,} samples, not {remote.samples:,} as what stands beside it "
-                f"says; mend that, delete {remote.index.parent}, and start another run (name=...)"
+                f"{remote.url} holds {counts(remote.index):,} samples, but the index or stats file next to it "
+                f"says {remote.samples:,}; fix that file, delete {remote.index.parent}, and start a new run (name=...)"
             )
         os.replace(part, remote.path)
     finally:
@@ -195,5 +193,5 @@ def copy(remote: RemoteShard, stopped: Event, most: int) -> None:
 
 
 def counts(index: Path) -> int | None:
-    """The samples of an index."""
+    """Return the number of samples in an index."""
     return read_head(index).get("samples")

@@ -15,20 +15,20 @@ from clipx.data.tar.headers import DataError
 
 logger = logging.getLogger("clipx")
 
-AHEAD = 64                          # windows that are copied ahead, where there is room
-CHECKED = 4096                      # windows whose size is known to fit before a run starts
+AHEAD = 64                          # most windows to prefetch
+CHECKED = 4096                      # windows whose size is checked before a run starts
 
 
 class Prefetcher:
-    """Copies the shards of a plan ahead of a position, for as long as this context is open.
+    """Context manager that copies the shards of a plan ahead of a position.
 
     Args:
-        caches: of the sources; those of a mix share one directory.
-        remotes: the remote shards, by number; without any of them nothing happens.
+        caches: of the sources; a mix shares one directory.
+        remotes: remote shards by number; without any, this is a no-op.
         plan: their order.
-        position: of the first sample that will be read; set it to where reading has got.
-        reach: how many positions may be read before the next one is set.
-        fill: whether this process copies; others only wait.
+        position: of the next sample to read; the reader keeps it up to date.
+        reach: number of positions that may be read before ``position`` is updated.
+        fill: whether this process copies; others wait.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class Prefetcher:
     def __enter__(self) -> "Prefetcher":
         if self.fills:
             if len({(cache.directory, cache.limit) for cache in self.caches}) > 1:
-                raise DataError("the sources of a mix share their cache; give all the same data.sources.NAME.cache and "
-                                "cache_gb")
-            self.hold_all()
+                raise DataError("the sources of a mix share one cache; set the same data.sources.NAME.cache and "
+                                "cache_gb for all")
+            self.check_all_fit()
             self.stack.enter_context(self.caches[0].locked())
             for remote in self.remotes.values():
                 if remote.path.exists() and not (remote.is_cached() and counts(remote.index) == remote.samples):
-                    remote.path.unlink()        # of another time
+                    remote.path.unlink()        # outdated
         for cache in self.caches:
             cache.filled = True
         return self
@@ -60,11 +60,11 @@ class Prefetcher:
         for cache in self.caches:
             cache.filled = False
         if self.fills and not self.caches[0].failed.exists():
-            self.tell("the process that copies shards has ended")       # for workers that still wait
+            self.report_failure("the process that copies shards has ended")     # to workers that still wait
         self.stack.close()
 
     def start(self) -> None:
-        """Begin to copy; what is forked later would have these threads' locks."""
+        """Start to copy; call it after forking, as children would inherit the threads' locks."""
         if self.fills:
             pool = self.stack.enter_context(ThreadPool(1 + MAX_PARALLEL))    # daemons: no wait at exit
             job = pool.apply_async(self.fill, (pool,), error_callback=self.fail)
@@ -80,22 +80,22 @@ class Prefetcher:
                 self.stopped.wait(stores.PAUSE)
 
     def fail(self, error: BaseException) -> None:
-        """What becomes of an error in ``fill``."""
+        """Handle an error in ``fill``."""
         if self.stopped.is_set():
             return
         if not isinstance(error, DataError):
-            logger.error("the thread that copies shards has ended", exc_info=error)
-        self.tell(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
+            logger.error("the thread that copies shards failed", exc_info=error)
+        self.report_failure(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
 
-    def tell(self, why: str) -> None:
-        """Tell all who wait that nothing more will come."""
+    def report_failure(self, why: str) -> None:
+        """Write the reason to the file ``failed`` for processes that wait."""
         failed = self.caches[0].failed
         failed.with_suffix(".new").write_text(why)
         os.replace(failed.with_suffix(".new"), failed)
 
     def wanted(self, position: int) -> list[RemoteShard]:
-        """What should be there, the soonest needed first: of the windows to come as many shards as fit."""
-        self.hold(position)
+        """Return the shards to keep, the soonest needed first: those of the next windows that fit."""
+        self.check_fits(position)
         found = dict.fromkeys(self.kept)
         room = self.caches[0].limit - sum(remote.size for remote in found)
         for window in islice(self.plan.windows(position), AHEAD):
@@ -108,26 +108,26 @@ class Prefetcher:
         return list(found)
 
     def need(self, position: int) -> int:
-        """Bytes of all that is read before the position is set again, and of what is kept."""
+        """Return the bytes of all shards read before the next update of the position, and of pinned ones."""
         found = set(self.kept)
         for window in self.plan.windows(position):
             if window.start >= position + self.reach or len(found) == self.distinct:
-                break       # a small set goes round many times in one reach
+                break       # a small set repeats many times in one reach
             found.update(self.remotes_of(window))
         return sum(remote.size for remote in found)
 
-    def hold(self, *positions: int) -> None:
-        """See that what is needed at some positions fits.
+    def check_fits(self, *positions: int) -> None:
+        """Check that the shards needed at some positions fit.
 
         Raises:
-            DataError: it does not.
+            DataError: they do not.
         """
         need = max(map(self.need, positions))
         if need > self.caches[0].limit:
             raise self.caches[0].too_small(need, "two windows of shards (data.shuffle_window) and those of validation")
 
-    def hold_all(self) -> None:
-        """See that the windows of the run fit, each with the one behind it, as far as is looked.
+    def check_all_fit(self) -> None:
+        """Check that each two consecutive windows fit, for the first ``CHECKED`` ones.
 
         Raises:
             DataError: they do not.
@@ -135,7 +135,7 @@ class Prefetcher:
         if not self.remotes:
             return
         windows = islice(self.plan.windows(self.position), CHECKED)
-        self.hold(*(max(self.position, window.start - 1) for window in windows))
+        self.check_fits(*(max(self.position, window.start - 1) for window in windows))
 
     def remotes_of(self, window: Window) -> list[RemoteShard]:
         return [self.remotes[number] for number in window.shards if number in self.remotes]

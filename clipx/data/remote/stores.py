@@ -1,7 +1,7 @@
-"""Files on servers: their bytes, sizes and names, and what is tried again when a server fails.
+"""Files on servers: contents, sizes, listings, and retries.
 
-Every way to fail becomes an ``OSError``: ``FileNotFoundError`` and ``PermissionError`` where another try would end in
-the same way, ``ConnectionError`` where it may not.
+Every failure becomes an ``OSError``: ``FileNotFoundError`` and ``PermissionError`` if a retry would be useless,
+``ConnectionError`` otherwise.
 """
 
 import logging
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("clipx")
 
 PIPE = "pipe:"
-WAITS = (1, 3, 10, 30, 60, 120)     # seconds before another try
-SILENCE = timedelta(seconds=30)     # without a byte, after which a server counts as failed
+WAITS = (1, 3, 10, 30, 60, 120)     # seconds before each retry
+SILENCE = timedelta(seconds=30)     # without a byte, after which a request fails
 LONGEST = timedelta(days=1)         # of one copy
-PAUSE = 0.5                         # seconds between two looks at a copy
-GRACE = 0.25                        # seconds that a copy has to end when the run does
+PAUSE = 0.5                         # seconds between two checks of a copy
+GRACE = 0.25                        # seconds for a copy to stop when the run ends
 BLOCK = 1 << 20                     # bytes
-METADATA = "169.254.169.254"        # asked for credentials by machines in a cloud; elsewhere nobody answers there
+METADATA = "169.254.169.254"        # serves credentials on cloud machines; unreachable elsewhere
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS=FILE, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
@@ -42,10 +42,10 @@ Result = TypeVar("Result")
 
 
 def download(url: str, part: Path, stopped: Event, most: int) -> None:
-    """Write the bytes of a URL into a file.
+    """Download a URL to a file.
 
     Raises:
-        DataError: there are more than ``most`` bytes, or ``stopped`` is set.
+        DataError: it has more than ``most`` bytes, or ``stopped`` is set.
         OSError: the server, or the command of a pipe, fails.
     """
     size = 0
@@ -53,14 +53,13 @@ def download(url: str, part: Path, stopped: Event, most: int) -> None:
         for block in blocks(url):
             size += file.write(block)
             if stopped.is_set():
-                raise DataError("nothing is copied any more")
+                raise DataError("copying has stopped")
             if size > most:
-                raise DataError(f"{url} gives more than {most:,} bytes, what it should have or data.cache_gb has room "
-                                "for")
+                raise DataError(f"{url} has more than {most:,} bytes, its expected size or data.cache_gb")
 
 
 def blocks(url: str) -> Iterator[bytes]:
-    """The bytes of a URL, block by block."""
+    """Yield the contents of a URL in blocks."""
     if url.startswith(PIPE):
         from webdataset.gopen import gopen
 
@@ -74,20 +73,20 @@ def blocks(url: str) -> Iterator[bytes]:
 
 
 def size_of(url: str) -> int:
-    """The bytes of a file, as its server says."""
+    """Return the size of a remote file, bytes."""
     store, name = open_store(url)
     with failures(url):
         return store.head(name)["size"]
 
 
 def list_matches(pattern: str) -> list[str]:
-    """The URLs of a bucket that a glob stands for, sorted; ``*`` does not reach across a slash.
+    """Return the sorted URLs of a bucket that match a glob; ``*`` does not match a slash.
 
     Raises:
         DataError: it is not a bucket; a web server does not list its files.
     """
     if pattern.startswith("http"):
-        raise DataError(f"{pattern}: a web server does not list its files; write out their numbers, {{00000..00041}}")
+        raise DataError(f"{pattern}: web servers do not list files; give the numbers as {{00000..00041}}")
     root = re.split(r"/[^/]*[*?\[]", pattern, maxsplit=1)[0]
     wanted = PurePosixPath(pattern[len(root) + 1 :])
     store, _ = open_store(f"{root}/")
@@ -98,10 +97,10 @@ def list_matches(pattern: str) -> list[str]:
 
 
 def open_store(url: str) -> "tuple[ObjectStore, str]":
-    """The directory of a URL as an object store, and the file's name in it.
+    """Open the directory of a URL as an object store; return it and the file name.
 
     Raises:
-        DataError: nothing opens such a URL, or obstore is not installed.
+        DataError: the kind of URL is unknown, or obstore is not installed.
     """
     try:
         from obstore.exceptions import BaseError
@@ -116,14 +115,14 @@ def open_store(url: str) -> "tuple[ObjectStore, str]":
     try:
         store = make(directory + mark + query, client_options=client, retry_config={"max_retries": 0})
     except BaseError as error:
-        raise DataError(f"{url} cannot be opened: {first_line(error)}; http(s)://, s3://, gs:// and az:// can be"
+        raise DataError(f"{url} cannot be opened: {first_line(error)}; expected http(s)://, s3://, gs:// or az://"
                         ) from error
     return store, unquote(name) if web else name
 
 
 @contextmanager
 def failures(url: str) -> Iterator[None]:
-    """Turn what obstore raises into an ``OSError`` with a reason of one line; a ``DataError`` ends the run at once."""
+    """Convert obstore's errors to an ``OSError`` with a one-line reason, or to a ``DataError`` without retry."""
     from obstore.exceptions import BaseError
 
     try:
@@ -135,7 +134,7 @@ def failures(url: str) -> Iterator[None]:
         if METADATA in str(error) or (status == 401 and kind != "http"):
             raise PermissionError(f"no credentials; {CREDENTIALS.get(kind, 'a signed URL carries its own')}") from error
         if "Content-Length Header missing" in str(error):
-            raise DataError(f"{url}: its server does not say how long it is; copy it by other means") from error
+            raise DataError(f"{url}: the server does not report its size; download it by other means") from error
         if "incorrectly configured region" in str(error):
             raise PermissionError("the bucket is in another region; set AWS_REGION") from error
         reason = f"HTTP {answer[1].strip()}" if answer else first_line(error).rpartition(" - ")[2]
@@ -149,16 +148,16 @@ def failures(url: str) -> Iterator[None]:
 def run_with_retries(
     pool: ThreadPool, function: Callable[[Item], Result], items: Mapping[Item, str], stopped: Event
 ) -> dict[Item, Result]:
-    """What a function gives for some items, side by side; what fails is tried again after growing waits.
+    """Apply a function to items in parallel, with retries after growing waits.
 
     Args:
-        pool: works.
-        function: of an item; an OSError that does not last is worth another try.
-        items: with their URLs.
-        stopped: ends it.
+        pool: threads.
+        function: of an item; retried on an OSError that is not permanent.
+        items: with their URLs, for messages.
+        stopped: set to cancel.
 
     Raises:
-        DataError: an item fails for good, or all too often.
+        DataError: an item fails permanently, or after all retries.
     """
     found: dict[Item, Result] = {}
     for wait in (*WAITS, None):
@@ -174,9 +173,9 @@ def run_with_retries(
             except (OSError, DataError) as error:
                 errors[item] = error
         if stopped.is_set():
-            for job in jobs.values():       # they end with the next bytes that come
+            for job in jobs.values():       # they stop at the next block
                 job.wait(GRACE)
-            raise DataError("nothing is copied any more")
+            raise DataError("copying has stopped")
         if not errors:
             break
         item = next((item for item, error in errors.items() if is_permanent(error)), next(iter(errors)))
@@ -185,8 +184,8 @@ def run_with_retries(
             raise error
         if wait is None or is_permanent(error):
             raise DataError(
-                f"{items[item]} cannot be copied ({error_reason(error)}); when it can be, rerun the same command to "
-                "resume from the last checkpoint"
+                f"{items[item]} cannot be copied ({error_reason(error)}); rerun the same command to resume from the "
+                "last checkpoint once it is available"
             ) from error
         logger.warning("%s cannot be copied (%s); trying again in %g s", items[item], error_reason(error), wait)
         stopped.wait(wait)
@@ -194,7 +193,7 @@ def run_with_retries(
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Whether another try would end in the same way."""
+    """Whether a retry would be useless."""
     return isinstance(error, (DataError, FileNotFoundError, PermissionError))
 
 

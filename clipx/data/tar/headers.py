@@ -1,4 +1,4 @@
-"""The headers of a tar: what it holds and where, without reading what is inside (ustar, GNU and pax)."""
+"""Tar headers (ustar, GNU, pax): name, offset and size of each member, without reading its data."""
 
 import os
 import shlex
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from clipx.errors import UserError
 
-BLOCK = 512                 # bytes of a header, and what members are padded to
-MAX_HEADER = 1 << 20       # bytes behind a pax or GNU header: names, and what file systems attach
-MAX_NAME = 1 << 10         # bytes; an index has room for the longest name in every row
+BLOCK = 512                 # bytes of a header; members are padded to multiples of it
+MAX_HEADER = 1 << 20       # bytes of a pax or GNU header's data: names and file attributes
+MAX_NAME = 1 << 10         # bytes; every row of an index is as wide as the longest name
 MAX_SIZE = 1 << 62         # bytes of a member; more than an index can count
-ZEROS = 1 << 20             # bytes that are read at once after an end mark
-APPLE = b"._"               # how the names begin of what macOS's tar adds to each file: its attributes
+ZEROS = 1 << 20             # bytes per read after an end mark
+APPLE = b"._"               # prefix of the attribute files that macOS's tar adds
 
-# what files that are called .tar are instead: how they begin, and what to do
+# other files named .tar: first bytes, and what to do
 OTHERS = (
     (b"\x1f\x8b", "compressed with gzip; unpack it: gunzip < {0} > NEW.tar"),
     (b"\xfd7zXZ", "compressed with xz; unpack it: xz -d < {0} > NEW.tar"),
@@ -38,14 +38,13 @@ class CutShort(Exception):
 
 
 def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
-    """Name, offset and size of each regular file in a tar; of one that is cut, the last may reach behind its end.
+    """Yield name, offset and size of each regular file; in a truncated tar, the last may extend past the end.
 
-    Tars that were joined with ``cat`` are read to the end of the last; the files that macOS adds (``._NAME``) are left
-    out.
+    Concatenated tars are read to the end; macOS's ``._NAME`` files are left out.
 
     Raises:
-        CutShort: the tar ends without its end mark, or is empty; all that stands before the cut has been given.
-        DataError: a header is damaged, the file is no tar, or what follows its end mark is none.
+        CutShort: the tar has no end mark, or is empty; all members before the cut have been yielded.
+        DataError: a header is corrupt, or the file or what follows its end mark is not a tar.
     """
     end = shard.stat().st_size
     descriptor = os.open(shard, os.O_RDONLY)
@@ -92,7 +91,7 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
 
 
 def skip_zeros(descriptor: int, position: int) -> int:
-    """Where the first block stands, from a position on, that is not all zeros; or the end of the file."""
+    """Return the position of the next block that is not all zeros, or the end of the file."""
     while data := os.pread(descriptor, ZEROS, position):
         if rest := data.lstrip(b"\0"):
             return position + (len(data) - len(rest)) // BLOCK * BLOCK
@@ -111,7 +110,7 @@ def is_header(block: bytes) -> bool:
 
 
 def parse_header(header: bytes, shard: Path, count: int) -> tuple[bytes, int, bytes]:
-    """Name, size and type flag of a tar header, its checksum held."""
+    """Return name, size and type flag of a tar header, after checking its checksum."""
     if len(header) < BLOCK and count:
         raise CutShort
     if not is_header(header):
@@ -130,7 +129,7 @@ def parse_header(header: bytes, shard: Path, count: int) -> tuple[bytes, int, by
 
 
 def pax_name_and_size(data: bytes, shard: Path, count: int) -> tuple[bytes | None, int | None]:
-    """What the records ``length key=value`` of a pax header say of the member that follows."""
+    """Return path and size of the next member from the ``length key=value`` records of a pax header."""
     fields, place = {}, 0
     try:
         while place < len(data):
@@ -156,6 +155,6 @@ def damaged(shard: Path, count: int) -> DataError:
         told = f": it is {found.format(shlex.quote(str(shard)))}" if found else "; leave it out, or pack it again"
         return DataError(f"{shard} is not a tar{told}")
     return DataError(
-        f"{shard} is damaged behind its first {count:,} members, and what follows cannot be told; pack it again, or "
-        "leave it out of data.shards"
+        f"{shard} is corrupt after member {count:,}; the rest is unreadable; pack it again, or leave it out of "
+        "data.shards"
     )

@@ -1,9 +1,9 @@
-"""The index of a shard: where in a tar each member of each sample stands.
+"""The index of a shard: the byte range of each member of each sample.
 
-Made once by hopping from header to header, kept beside the shard (or under ``index_dir``), read by memory map.
-The file is one line of JSON, padded to 64 bytes (format, shard, bytes, ends; samples, how many of them can be read and
-how many there were as far as is known, whether the tar is cut, how many samples are parts of one; dtype), then one
-numpy record a sample: its key, and for each kind of member the pair (offset, size) in the tar; (0, 0) without it.
+It is made once from the headers, stored next to the shard (or under ``index_dir``) and memory-mapped.  The file is one
+line of JSON, padded to 64 bytes (format, shard, bytes, ends; samples, how many are readable, how many there were when
+the tar was complete, whether it is cut, how many samples are parts of one; dtype), then one numpy record per sample:
+its key, and for each kind of member the pair (offset, size) in the tar, (0, 0) if missing.
 """
 
 import json
@@ -17,19 +17,19 @@ import numpy as np
 
 from clipx.data.tar.headers import MAX_NAME, CutShort, DataError, members
 
-FORMAT = 2                  # 1 ended at the first end mark, and counted nothing as parts
+FORMAT = 2                  # format 1 stopped at the first end mark and did not count parts
 KEY = "__key__"             # the field that holds the key, as WebDataset calls it
-END = 16_384                # bytes at either end of a tar that tell whether it is still the same; a pad is 10,240
-COUNTS = ("samples", "readable", "total", "cut", "parts")     # what the head of an index tells of its shard
-MAX_SAMPLES = 1 << 40      # of a shard; who says more lies
-MAX_KINDS = 64              # kinds of member in a shard; more means that the dots in the names are not extensions
+END = 16_384                # bytes at either end of a tar that are hashed to detect changes; padding is 10,240
+COUNTS = ("samples", "readable", "total", "cut", "parts")     # counts in the head of an index
+MAX_SAMPLES = 1 << 40      # per shard; a higher count is forged
+MAX_KINDS = 64              # extensions per shard; with more, the dots in names do not mark extensions
 
 
 def make_index(shard: Path, index_dir: Path, place: Path | None = None) -> Path:
-    """Scan one tar and write its index beside it, or under ``index_dir`` where that cannot be written; or in a place.
+    """Scan a tar and write its index to ``place``, or next to it, or else under ``index_dir``.
 
     Raises:
-        DataError: it is not a tar, or damaged in the middle, or the index can be written nowhere.
+        DataError: it is not a tar, is corrupt, or the index cannot be written.
     """
     samples, cut = scan(shard)
     size = shard.stat().st_size
@@ -42,14 +42,14 @@ def make_index(shard: Path, index_dir: Path, place: Path | None = None) -> Path:
 
 
 def scan(shard: Path) -> tuple[np.ndarray, bool]:
-    """The samples of a tar, as WebDataset groups them: neighbours whose names agree up to the first dot.
+    """Scan the samples of a tar as WebDataset groups them: adjacent names that agree up to the first dot.
 
     Returns:
         (samples,) records: ``__key__`` (bytes), then for each extension the pair (offset, size); and whether the
         tar is cut short.
 
     Raises:
-        DataError: the tar is damaged, or has more kinds of member than a data set has.
+        DataError: the tar is corrupt, or has more than ``MAX_KINDS`` extensions.
         OSError: it cannot be read.
     """
     keys: list[bytes] = []
@@ -69,12 +69,12 @@ def scan(shard: Path) -> tuple[np.ndarray, bool]:
     except CutShort:
         cut = True
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(shard)) from error       # a read has no file's name in it
+        raise OSError(error.errno, error.strerror, str(shard)) from error       # a read's error has no file name
     kinds = sorted({kind for sample in samples for kind in sample})
     if len(kinds) > MAX_KINDS:
         raise DataError(
-            f"{shard} has {len(kinds)} kinds of member ({', '.join(kinds[:3])}, ...): what follows the first dot of a "
-            "name is its kind; rename the members so that keys have no dots"
+            f"{shard} has {len(kinds)} kinds of member ({', '.join(kinds[:3])}, ...): everything after the first "
+            "dot of a name is its extension; rename the members so that keys have no dots"
         )
     dtype = [(KEY, f"S{max(map(len, keys), default=1)}"), *((kind, "<i8", (2,)) for kind in kinds)]
     table = np.zeros(len(keys), dtype)
@@ -85,34 +85,34 @@ def scan(shard: Path) -> tuple[np.ndarray, bool]:
 
 
 def parts(samples: np.ndarray) -> int:
-    """How many samples are parts of one: its members are not adjacent in the tar, as tars are written without sorting.
+    """Count samples that are parts of one whose members are not adjacent, as in unsorted tars.
 
-    Whole samples that share a key are not parts: they have members of the same kind.
+    Complete samples that share a key are not counted; they have members of the same kind.
     """
     _, key, times = np.unique(samples[KEY], return_inverse=True, return_counts=True)
     again = times > 1
     if not again.any():
         return 0
-    most = np.zeros(len(times), int)                # of one kind, how many members a key has
+    most = np.zeros(len(times), int)                # members per key, for the commonest kind
     for kind in samples.dtype.names[1:]:
         most = np.maximum(most, np.bincount(key, samples[kind][:, 0] > 0, len(times)).astype(int))
     return int(times[again & (most == 1)].sum())
 
 
 def count_truncated(samples: np.ndarray, size: int) -> int:
-    """How many samples reach behind the end of a tar of ``size`` bytes."""
+    """Count samples that extend past the end of a tar of ``size`` bytes."""
     kinds = samples.dtype.names[1:]
     return int(np.any([samples[kind].sum(axis=1) > size for kind in kinds], axis=0).sum()) if len(samples) else 0
 
 
 def promised(shard: Path, index_dir: Path) -> int:
-    """How many samples a shard that is cut had when it was whole, as far as anything tells."""
+    """Return how many samples a truncated shard had, from an older index or img2dataset's count."""
     older = [read_head(path) for path in index_paths(shard, index_dir) if os.access(path, os.R_OK)]
     return max([head.get("total", 0) for head in older if head.get("format") in (1, FORMAT)] + [published(shard) or 0])
 
 
 def published(shard: Path) -> int | None:
-    """How many samples img2dataset counted in a shard, where its NNNNN_stats.json stands beside it."""
+    """Read img2dataset's sample count from NNNNN_stats.json next to a shard."""
     try:
         return successes(shard.with_name(f"{shard.stem}_stats.json").read_bytes())
     except OSError:
@@ -120,7 +120,7 @@ def published(shard: Path) -> int | None:
 
 
 def successes(stats: bytes) -> int | None:
-    """The count in a NNNNN_stats.json."""
+    """Parse the count in a NNNNN_stats.json."""
     try:
         count = int(json.loads(stats)["successes"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -129,19 +129,19 @@ def successes(stats: bytes) -> int | None:
 
 
 def index_paths(shard: Path, index_dir: Path) -> list[Path]:
-    """Where the index of a shard may stand, best first."""
+    """Return the paths at which the index of a shard may be, best first."""
     place = blake2b(str(shard.resolve().parent).encode(), digest_size=8).hexdigest()
     below = [index_dir, *([temporary_dir()] if is_ours(temporary_dir()) else [])]
     return [directory / f"{shard.name}.index" for directory in (shard.parent, *(root / place for root in below))]
 
 
 def temporary_dir() -> Path:
-    """Where indexes go that can be written nowhere else; it may be emptied at any time."""
+    """Return the directory of last resort for indexes; it may be emptied at any time."""
     return Path(tempfile.gettempdir()) / f"clipx-{os.getuid()}"
 
 
 def is_ours(directory: Path) -> bool:
-    """Whether nobody else has made a directory that all could make."""
+    """Whether a directory in a shared place is ours or does not exist."""
     try:
         return os.lstat(directory).st_uid == os.getuid()
     except FileNotFoundError:
@@ -149,21 +149,21 @@ def is_ours(directory: Path) -> bool:
 
 
 def expand_home(path: str) -> Path:
-    """A path whose ``~`` is the user's home directory; a temporary one where this user has none."""
+    """Expand ``~`` to the home directory, or to a temporary one for users without a home."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:        # neither HOME nor an entry in the system's list of users
+    except RuntimeError:        # neither HOME nor an entry in /etc/passwd
         return temporary_dir() / Path(path).relative_to("~")
 
 
 def find_index(shard: Path, index_dir: Path) -> Path | None:
-    """The index that belongs to the shard as it is now, if there is one."""
+    """Return the path of an up-to-date index of the shard, if there is one."""
     return next((path for path in index_paths(shard, index_dir) if belongs(path, shard)), None)
 
 
 def belongs(index: Path, shard: Path) -> bool:
-    """Whether there is such an index, and it belongs to the shard as it is now."""
-    if not os.access(index, os.R_OK):           # Path.exists raises where a directory is closed to this user
+    """Whether the index exists and is up to date."""
+    if not os.access(index, os.R_OK):           # Path.exists raises in unreadable directories
         return False
     now = {"format": FORMAT, "bytes": shard.stat().st_size, "ends": ends(shard)}
     head = read_head(index)
@@ -171,7 +171,7 @@ def belongs(index: Path, shard: Path) -> bool:
 
 
 def ends(shard: Path) -> str:
-    """A hash of the first and the last bytes of a tar: its size alone is padded, and times do not outlive a copy."""
+    """Hash the first and last bytes of a tar, as sizes are padded and mtimes are lost in a copy."""
     with shard.open("rb") as file:
         first = file.read(END)
         file.seek(max(0, shard.stat().st_size - END))
@@ -179,10 +179,10 @@ def ends(shard: Path) -> str:
 
 
 def write_table(paths: list[Path], head: dict[str, Any], rows: np.ndarray) -> Path:
-    """Write a head and numpy records to the first of the paths that can be written, whole or not at all.
+    """Atomically write a head and numpy records to the first writable path.
 
     Raises:
-        DataError: none of them can be written.
+        DataError: none is writable.
     """
     line = json.dumps({**head, "samples": len(rows), "dtype": rows.dtype.descr}).encode()
     line += b" " * (-(len(line) + 1) % 64) + b"\n"
@@ -195,11 +195,11 @@ def write_table(paths: list[Path], head: dict[str, Any], rows: np.ndarray) -> Pa
             return path
         except OSError as error:
             reason = error
-    raise DataError(f"{paths[0]} cannot be written, nor {paths[-1]}: {reason}; give data.index_dir=DIR that can be")
+    raise DataError(f"{paths[0]} cannot be written, nor {paths[-1]}: {reason}; set data.index_dir=DIR to another one")
 
 
 def read_head(path: Path) -> dict[str, Any]:
-    """The first line of an index file; empty where it is not one, or not a whole one."""
+    """Read the head of an index file; empty if the file is not a complete index."""
     with path.open("rb") as file:
         try:
             head = json.loads(file.readline(1 << 20))
@@ -213,7 +213,7 @@ def read_head(path: Path) -> dict[str, Any]:
 
 
 def record(head: dict[str, Any]) -> np.dtype:
-    """The type of the records behind a head, from its names and the room for keys; others might be pointers."""
+    """Return the dtype of the records, built from names and key size alone, as a forged one might hold pointers."""
     (first, kind, *_), *rest = head["dtype"]
     if first != KEY:
         return np.dtype([(name, "<i8") for name, *_ in head["dtype"]])       # of a catalogue
@@ -223,7 +223,7 @@ def record(head: dict[str, Any]) -> np.dtype:
 
 
 def read_table(path: Path) -> np.ndarray:
-    """The records of an index file, mapped into memory."""
+    """Memory-map the records of an index file."""
     head = read_head(path)
     if not head["samples"]:
         return np.empty(0, record(head))
