@@ -190,7 +190,7 @@ def test_where_nothing_is_held_out_a_share_is_named_that_holds_something_out(
     check: Check, make_shards: Callable[..., Path]
 ) -> None:
     told, code = check("data=shards", f"data.root={make_shards(20)}", *FEW)
-    assert code == 0 and "val=0.02 of 20 pictures is none, so nothing is validated; data.val=0.5 holds out 10" in told
+    assert code == 0 and "val=0.02 of 20 pictures is none, so there is no validation set; data.val=0.5 " in told
     assert "there are no validation pictures, so nothing is scored; data.val=0.5 holds out 10" in told
     told, _ = check("data=dummy", "data.samples=20", "data.val_samples=0", *FEW)
     assert "nothing is scored; data.val_samples=256 makes some" in told
@@ -209,7 +209,7 @@ def test_captions_that_are_all_the_same_are_told(check: Check, tmp_path: Path) -
     write_tar(tmp_path / "same" / "val" / "a.tar", [])
     told, code = check(*given)
     assert code == 1 and "WRONG data " in told
-    assert "the 0 shards after it, which validate, hold no samples; give others (data.val_shards=...)" in told
+    assert "the 0 validation shards after it hold no samples; set others (data.val_shards=...)" in told
 
 
 def test_equal_captions_are_counted_in_a_batch_not_among_all(check: Check, tmp_path: Path) -> None:

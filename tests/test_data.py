@@ -251,7 +251,7 @@ def test_each_line_is_a_caption_where_clip_benchmark_says_that_a_set_is_for_retr
 def test_a_set_with_test_shards_alone_is_told_how_they_are_scored(tmp_path: Path) -> None:
     root = benchmark_set(tmp_path / "x", "retrieval")
     with pytest.raises(ValueError, match=rf"^root={root} holds no shards to train on, but some in test/; "
-                       rf"evaluate scores all of these with data\.root={root}/test data\.val=0 split=train$"):
+                       rf"to evaluate on them, set data\.root={root}/test data\.val=0 split=train$"):
         open_shards(str(root))
 
 
@@ -294,7 +294,7 @@ def test_a_sample_without_a_picture_is_bad(tmp_path: Path) -> None:
 def test_a_key_with_a_dot_is_told(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("Track 2.0.jpg", picture(1, "jpeg")), ("Track 2.0.txt", b"words")])
     source = open_shards(str(tmp_path), val=0).train
-    with pytest.raises(BadSample, match=r"no picture .* but \.0\.jpg: .* keys must have no dots; rename the members"):
+    with pytest.raises(BadSample, match=r"no picture .* but \.0\.jpg: .* rename the members so that keys have no dots"):
         source.read(0)
 
 

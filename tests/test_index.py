@@ -190,14 +190,14 @@ def test_where_neither_can_be_written_it_goes_to_a_temporary_directory_of_our_ow
     own.mkdir(parents=True)
     if stranger:                            # who might have laid indexes there that lie
         os.chown(own, 12345, 12345)
-        with pytest.raises(DataError, match="part-000.tar.index cannot be written, nor .*give data.index_dir=DIR that"):
+        with pytest.raises(DataError, match="part-000.tar.index cannot be written, nor .*set data.index_dir=DIR"):
             open_catalogue([shard], tmp_path / "cache")
         return
     for _ in range(2):
         assert open_catalogue([shard], tmp_path / "cache").rows["samples"].tolist() == [3]
     assert [record.getMessage() for record in caplog.records] == [
-        f"1 indexes are in {own}, which does not last, for {shard.parent} cannot be written; give "
-        "data.index_dir=DIR that can, to keep them"]
+        f"1 indexes are in the temporary directory {own}, as {shard.parent} is not writable; set "
+        "data.index_dir=DIR to keep them"]
 
 
 def test_without_a_home_directory_paths_in_it_are_temporary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,8 +108,8 @@ def test_what_is_wrong_ends_in_one_line(ask: Ask, asked: Path) -> None:
         assert refused(ask, *given, f"texts={name}").startswith(f"texts={name}: there is no such file; expected one")
     for encoding in ("utf-16", "latin-1"):
         (asked / "coded.txt").write_text("a café\na bar", encoding=encoding)
-        assert "texts=coded.txt is not UTF-8 text, but perhaps" in refused(ask, *given, "texts=coded.txt")
-    assert refused(ask, "run=outputs/x", "images=none", "texts=a").startswith("images=none: no picture is there")
+        assert "texts=coded.txt is not UTF-8 text, perhaps" in refused(ask, *given, "texts=coded.txt")
+    assert refused(ask, "run=outputs/x", "images=none", "texts=a").startswith("images=none: no pictures found")
     assert "run=outputs/y: there is no such run, checkpoint or weights; there is outputs/x" in refused(
         ask, "run=outputs/y", "images=pictures", "texts=a")
     assert refused(ask, *given, "search=b", "out=no/page.png").startswith("out=no/page.png cannot be written")

@@ -171,7 +171,7 @@ def test_captions_of_pictures_that_cocos_file_does_not_list_are_counted(
     content["annotations"].append({"image_id": 777777, "id": 1, "caption": "of nothing"})
     save(file, content)
     prepare("source=coco", "src=c", "out=o")
-    assert "1 captions are of pictures that its images do not list, such as image_id 777777" in caplog.text
+    assert "1 captions belong to pictures that are not listed, such as image_id 777777" in caplog.text
     assert len(words_of(tmp_path / "o")) == 2
 
 
@@ -540,8 +540,8 @@ def test_shards_that_training_would_refuse_end_with_exit_code_1(
     caplog.set_level(logging.INFO, logger="clipx")
     rows = [(f"{number}.jpg", picture(number, "jpeg")) for number in range(20)]
     write_tar(tmp_path / "s/a.tar", [*rows, *((f"{number}.txt", b"a thing") for number in range(20))])
-    assert refused("source=shards", "src=s", *more).startswith("40 of the 40 samples in s cannot be used, and training "
-                                                               "ends at more than 1% (data.max_skipped); ")
+    assert refused("source=shards", "src=s", *more).startswith("40 of the 40 samples in s cannot be used, but training "
+                                                               "tolerates 1% (data.max_skipped); ")
     assert "the members of a sample are not adjacent" in caplog.text and "next" not in caplog.text
 
 

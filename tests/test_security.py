@@ -402,7 +402,7 @@ def test_a_server_that_does_not_end_is_not_heard_to_the_end(
 ) -> None:
     (tmp_path / "x.tar").write_bytes(bytes(20 << 20))
     url = url or f"{serve(tmp_path)}/x.tar"
-    with pytest.raises(DataError, match=f"{url} gives more than 1,000,000 bytes"):
+    with pytest.raises(DataError, match=f"{url} has more than 1,000,000 bytes"):
         download(url, tmp_path / "part", Event(), 1_000_000)
     assert (tmp_path / "part").stat().st_size < 10 << 20
 

@@ -89,8 +89,8 @@ def test_a_picture_whose_reader_is_not_installed_is_counted_with_the_words_that_
         save(tmp_path / f"a/{number}.txt", "a thing")
     prepare("source=folder", "src=a", "out=o")
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {
-        "is HEIC, which an extra reads; pip install 'clipx[heic]'": 1,
-        "is AVIF, which Pillow reads from 11.3 on; pip install --upgrade pillow": 1}
+        "is HEIC, which needs an extra; pip install 'clipx[heic]'": 1,
+        "is AVIF, which needs Pillow 11.3; pip install --upgrade pillow": 1}
     with pytest.raises(BadSample, match="does not decode: it is HEIC, .*clipx.heic"):
         decode((tmp_path / "a/1.heic").read_bytes())
 
@@ -333,7 +333,7 @@ def test_fields_of_several_lines_are_reported(
     prepare: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert packed_table(prepare, tmp_path, "t.csv", 'image,caption\n1.png,"a\nb"\n2.png,c\n') == ["a\nb", "c"]
-    assert "t.csv: 1 rows have a field of several lines, the first in line 2" in caplog.text
+    assert "t.csv: 1 rows have multi-line fields, the first at line 2" in caplog.text
 
 
 def test_a_table_may_have_another_encoding(prepare: Callable[..., None], tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_directories_that_a_system_made_are_no_classes_and_empty_ones_are_named(
     with caplog.at_level(logging.WARNING, "clipx"):
         data = open_sets({"x": {"folder": str(root)}})["x"]
     assert data.classes == ["ant", "auk", "bee", "cow", "red panda"] and read_all(data) == [0, 2, 3, 4]
-    assert "1 of 5 classes have no pictures, but are among those to choose from: auk" in caplog.text
+    assert "1 of 5 classes have no pictures, but can be predicted: auk" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -218,8 +218,8 @@ def test_shards_that_have_not_one_class_a_picture_say_so(tmp_path: Path, kind: s
 def test_class_names_in_another_encoding_are_one_line(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "names.txt").write_text("café\nbar\n", encoding=encoding)
     given = {"folder": str(class_folders(tmp_path / "x")), "classes": str(tmp_path / "names.txt")}
-    with pytest.raises(UserError, match=r"^sets.x.classes=.*names.txt is not UTF-8 text, but perhaps "
-                                        rf"{'CP1252' if encoding == 'cp1252' else 'UTF-16'}; save it as UTF-8: iconv"):
+    with pytest.raises(UserError, match=r"^sets.x.classes=.*names.txt is not UTF-8 text, perhaps "
+                                        rf"{'CP1252' if encoding == 'cp1252' else 'UTF-16'}; convert it: iconv"):
         open_sets({"x": given})
 
 
@@ -271,12 +271,12 @@ def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None
         ({"dataset": "CIFAR11", "root": "."}, "sets.x.dataset=CIFAR11: torchvision has no such data set; did you "),
         ({"dataset": "CIFAR10"}, "sets.x.root has no value; set it to the directory of CIFAR10"),
         ({"dataset": "CIFAR10", "root": "no"}, "sets.x.root=no: CIFAR10 is missing or incomplete (Dataset not found "
-         "or corrupted. You can use download=True to download it); nothing is downloaded here, "
-         "torchvision.datasets.CIFAR10('no', download=True) does it"),
-        ({"dataset": "CIFAR10", "root": "no", "split": "val"}, "sets.x.split=val: CIFAR10 has train and test"),
+         "or corrupted. You can use download=True to download it); download it with "
+         "torchvision.datasets.CIFAR10('no', download=True)"),
+        ({"dataset": "CIFAR10", "root": "no", "split": "val"}, "sets.x.split=val: expected train or test for CIFAR10"),
         ({"dataset": "DTD", "root": "no", "split": "dev"}, "sets.x.split=dev: Unknown value 'dev' for argument split."),
-        ({"dataset": "FakeData"}, "sets.x.classes has no value; FakeData does not name its classes: classes=FILE"),
-        ({"folder": "no"}, "sets.x.folder=no has no directories of pictures, one a class, such as no/cat/1.jpg"),
+        ({"dataset": "FakeData"}, "sets.x.classes has no value, and FakeData has no class names; set classes=FILE"),
+        ({"folder": "no"}, "sets.x.folder=no has no class directories with pictures, such as no/cat/1.jpg"),
         ({"folder": "x", "classes": "few"}, "sets.x.classes=few has 2 names, but x has 4 classes"),
         ({"folder": "x", "classes": "no"}, "sets.x.classes=no: there is no such file; expected class names"),
         ({"folder": "x", "root": "no"}, "sets.x.root is only for torchvision's data sets (dataset=...)"),
