@@ -46,7 +46,7 @@ def test_a_step_is_measured(bench: Callable[..., None], tmp_path: Path, capsys: 
     assert found["rounds"][0]["samples_per_s"] > 0 and found["memory_gb"] > 0
     assert list((tmp_path / "outputs/x/trace").glob("*.pt.trace.json"))
     log = capsys.readouterr().err
-    assert "samples/s on batches in memory, peak" in log and "GFLOP a sample" in log and "bound     " in log
+    assert "samples/s on batches in memory, peak" in log and "GFLOP per sample" in log and "bound     " in log
 
 
 @pytest.mark.long
@@ -111,6 +111,7 @@ def test_what_bounds_a_run_is_told_with_the_remedy(
     assert told in caplog.text
 
 
+@pytest.mark.long
 def test_fifty_losses_are_those_of_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights at the start, the same batches, learning rate 5e-4."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments/speed"))

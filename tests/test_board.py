@@ -92,6 +92,7 @@ def test_a_browser_shows_the_sweep(page: Callable[..., str], sweep: Path) -> Non
     page("text", "batch_size: 16")
 
 
+@pytest.mark.long
 def test_a_run_is_one_run_and_its_row_has_what_was_swept(sweep: Path) -> None:
     assert {path.name for run in sweep.iterdir() for path in run.iterdir() if path.is_dir()} == {"checkpoints"}
     events = EventAccumulator(str(sweep / "optim.lr=0.0001,seed=1")).Reload()

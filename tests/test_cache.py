@@ -288,7 +288,7 @@ def test_faults_of_a_server_that_pass_are_survived(
         ([403], 1, "HTTP 403 Forbidden"),
         ([503] * 9, 4, "HTTP 503 Service Unavailable"),
         (["cut"] * 9, 4, "Generic HTTP error: HTTP error: request or response body error"),
-        (["short"] * 9, 4, r"[\d,]+ bytes came, not [\d,]+"),
+        (["short"] * 9, 4, r"got [\d,]+ bytes instead of [\d,]+"),
     ],
     ids=["404", "403", "503", "cut", "short"],
 )

@@ -170,6 +170,7 @@ def test_ranks_give_the_loss_and_the_gradient_of_one(world: int, tmp_path: Path)
                 assert_close(found[same, micro][1], whole)
 
 
+@pytest.mark.long
 def test_a_batch_that_does_not_fit_names_a_micro_batch_that_may(tmp_path: Path) -> None:
     code = (
         "import resource, sys, torch; torch.set_num_threads(1)\n"

@@ -258,7 +258,7 @@ def test_what_cannot_be_loaded_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "pool_type": "avg"}}}, "vision_cfg.pool_type='avg' is ano"),
+        ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "pool_type": "avg"}}}, "vision_cfg.pool_type='avg' is an "),
         ({"config": {"text_cfg": {**SIZES["text_cfg"], "no_causal_mask": True}}}, "text_cfg.no_causal_mask=True is a"),
         ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "head_width": 400}}}, "model.image.heads=0 does not"),
         ({"config": {"text_cfg": {**SIZES["text_cfg"], "heads": 3}}}, "model.text.heads=3 does not divide width=12"),

@@ -183,7 +183,7 @@ def test_directories_that_a_system_made_are_no_classes_and_empty_ones_are_named(
     with caplog.at_level(logging.WARNING, "clipx"):
         data = open_sets({"x": {"folder": str(root)}})["x"]
     assert data.classes == ["ant", "auk", "bee", "cow", "red panda"] and read_all(data) == [0, 2, 3, 4]
-    assert "1 of 5 classes have no pictures, but can be predicted: auk" in caplog.text
+    assert "1 of 5 classes have no pictures but can be predicted: auk" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 2])
