@@ -34,7 +34,7 @@ def test_parts_from_outside_are_used_as_the_page_says(reader: Path, monkeypatch:
     assert scored and 0 < scored[-1] < 2 and '"gap"' in (runs["gap"] / "metrics.json").read_text()
 
     ended = in_process("-m", "clipx.train", "--config-dir", "mine/conf", "--help", cwd=reader)
-    assert "conv              Convolutions for the pictures" in ended.stdout
+    assert "conv              Convolutional image tower" in ended.stdout
     ended = in_process("-m", "clipx.train", *MINE[:2], "model=conv", cwd=reader)
     assert ended.stderr.startswith("model.image._target_=mine.conv.ConvTower is not clipx's own code; trust=[mine]")
     for words, line in ((("model=conv", "model.image.widht=1"), "did you mean model.image.width?"),
