@@ -140,7 +140,7 @@ def test_a_killed_sweep_resumes_with_the_same_command(tmp_path: Path) -> None:
     third = jobs / "optim.lr=0.0001,seed=2"
     until(lambda: (third / "metrics.jsonl").exists() and len(lines_of(third)) > 8, started)
     os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
+    started.communicate()
     states = {run.path.name: run.state for run in find_runs([jobs])}
     assert states == {f"optim.lr=0.0001,seed={seed}": state for seed, state in enumerate(["finished"] * 2 + ["killed"])}
     before = {seed: (jobs / f"optim.lr=0.0001,seed={seed}/summary.json").read_bytes() for seed in (0, 1)}
