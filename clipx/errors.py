@@ -19,3 +19,8 @@ class Interrupted(BaseException):
     def __init__(self, code: int):
         super().__init__(code)
         self.code = code
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from clipx.config.cli import command
-from clipx.config.resolve import resolve, typed_values
+from clipx.config.resolve import check_nodes, typed_values
 from clipx.config.runs import check_exists, expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.errors import UserError
@@ -25,9 +25,10 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
     Raises:
         UserError: a key, a run or the data is wrong, or the command was interrupted.
     """
-    for run in expand_runs(typed_values(composed, EvaluateConfig)["run"]):
+    values = typed_values(composed, EvaluateConfig)
+    for run in expand_runs(values["run"]):
         check_exists("run", run)
-    config = resolve(composed, EvaluateConfig)
+    config = check_nodes(values, EvaluateConfig)
     from clipx.tools.score import score  # imports torch
 
     try:

@@ -52,7 +52,7 @@ class SimpleTokenizer:
 @cache
 def byte_pairs() -> Any:
     """open_clip's encoder of text; reading its vocabulary takes 0.3 s, so all tokenizers share it."""
-    encoder = open_clip_tokenizer().SimpleTokenizer()
+    encoder = open_clip_module("tokenizer").SimpleTokenizer()
     encoder.clean_fn = partial(clean, thorough=encoder.clean_fn)
     return encoder
 
@@ -63,13 +63,13 @@ def clean(caption: str, thorough: Callable[[str], str]) -> str:
     return " ".join(caption.split()).lower() if plain else thorough(caption)
 
 
-def open_clip_tokenizer() -> ModuleType:
-    """Import open_clip's tokenizer.py alone: importing the whole package takes six seconds."""
+def open_clip_module(name: str) -> ModuleType:
+    """Import one module of open_clip without its package, which takes six seconds."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise ImportError("the tokenizer comes with open_clip; install it with: pip install open_clip_torch")
-    file = Path(package.origin).with_name("tokenizer.py")
-    spec = importlib.util.spec_from_file_location("clipx.open_clip_tokenizer", file)
+    file = Path(package.origin).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"clipx.open_clip_{name}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

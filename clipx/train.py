@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from clipx.config.cli import call, command
 from clipx.config.instantiate import build
-from clipx.config.resolve import resolve, typed_values
+from clipx.config.resolve import check_nodes, typed_values
+from clipx.config.schema import TrainConfig
 from clipx.config.validate import check_node
 from clipx.training.direction import mode_of
 from clipx.training.existing_run import check_existing_run
@@ -32,8 +33,9 @@ def train(composed: DictConfig, directory: Path) -> float | None:
     Raises:
         UserError: the config, the data or the run is wrong.
     """
-    check_early(typed_values(composed), directory)
-    config = resolve(composed)
+    values = typed_values(composed)
+    check_early(values, directory)
+    config = check_nodes(values, TrainConfig)
     for tag in filter(None, (config.best, config.objective)):
         mode_of(tag, config.mode)
     from clipx.training import run as training  # imports torch: errors in the config and --help do not wait for it

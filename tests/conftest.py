@@ -121,15 +121,16 @@ def train_in(cwd: Path, *words: str) -> Path:
 @pytest.fixture
 def fails(train: Callable[..., None]) -> Callable[..., str]:
     """The one line that a command ends with."""
+    return partial(last_line, train)
 
-    def run(*words: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            train(*words)
-        message = str(ended.value.code)
-        assert "\n" not in message
-        return message
 
-    return run
+def last_line(command: Callable[..., None], *words: str) -> str:
+    """The one line that a command ends with, which exits."""
+    with pytest.raises(SystemExit) as ended:
+        command(*words)
+    message = str(ended.value.code)
+    assert "\n" not in message
+    return message
 
 
 def in_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -243,12 +244,4 @@ def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 @pytest.fixture
 def refused(prepare: Callable[..., None]) -> Callable[..., str]:
     """The one line that the command ends with."""
-
-    def run(*words: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            prepare(*words)
-        message = str(ended.value.code)
-        assert "\n" not in message
-        return message
-
-    return run
+    return partial(last_line, prepare)

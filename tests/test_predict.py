@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import once, picture, train_in
+from conftest import last_line, once, picture, train_in
 from PIL import Image
 
 from clipx import load
@@ -40,13 +40,6 @@ def ask(asked: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
         main()
 
     return run
-
-
-def refused(ask: Ask, *words: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        ask(*words)
-    assert "\n" not in str(ended.value.code)
-    return str(ended.value.code)
 
 
 TEXTS = ["a red circle in the upper left", "a blue bar in the lower right", "a green square"]
@@ -101,20 +94,20 @@ def test_a_picture_that_cannot_be_read_is_told_and_left_out(
 
 def test_what_is_wrong_ends_in_one_line(ask: Ask, asked: Path) -> None:
     given = ("run=outputs/x", "images=pictures")
-    assert refused(ask, *given).startswith('give either texts="a cat,a dog", to score each picture')
-    assert refused(ask, *given, "texts=a", "search=b").startswith("give either")
-    assert refused(ask, *given, "texts=' , '") == 'texts= ,  is empty; expected, for example, "a cat,a dog"'
+    assert last_line(ask, *given).startswith('give either texts="a cat,a dog", to score each picture')
+    assert last_line(ask, *given, "texts=a", "search=b").startswith("give either")
+    assert last_line(ask, *given, "texts=' , '") == 'texts= ,  is empty; expected, for example, "a cat,a dog"'
     for name in ("nosuch.txt", "lists/nosuch", "pictures", "my texts.TXT"):
-        assert refused(ask, *given, f"texts={name}").startswith(f"texts={name}: there is no such file; expected one")
+        assert last_line(ask, *given, f"texts={name}").startswith(f"texts={name}: there is no such file; expected one")
     for encoding in ("utf-16", "latin-1"):
         (asked / "coded.txt").write_text("a café\na bar", encoding=encoding)
-        assert "texts=coded.txt is not UTF-8 text, perhaps" in refused(ask, *given, "texts=coded.txt")
-    assert refused(ask, "run=outputs/x", "images=none", "texts=a").startswith("images=none: no pictures found")
-    assert "run=outputs/y: there is no such run, checkpoint or weights; there is outputs/x" in refused(
+        assert "texts=coded.txt is not UTF-8 text, perhaps" in last_line(ask, *given, "texts=coded.txt")
+    assert last_line(ask, "run=outputs/x", "images=none", "texts=a").startswith("images=none: no pictures found")
+    assert "run=outputs/y: there is no such run, checkpoint or weights; there is outputs/x" in last_line(
         ask, "run=outputs/y", "images=pictures", "texts=a")
-    assert refused(ask, *given, "search=b", "out=no/page.png").startswith("out=no/page.png cannot be written")
-    assert refused(ask, *given, "search=b", "out=page.xyz").startswith("out=page.xyz cannot be written")
-    assert "run has no value; add run=" in refused(ask, "images=pictures", "texts=a")
+    assert last_line(ask, *given, "search=b", "out=no/page.png").startswith("out=no/page.png cannot be written")
+    assert last_line(ask, *given, "search=b", "out=page.xyz").startswith("out=page.xyz cannot be written")
+    assert "run has no value; add run=" in last_line(ask, "images=pictures", "texts=a")
 
 
 def test_twenty_prompts_fit_on_the_command_line(ask: Ask, capsys: pytest.CaptureFixture[str]) -> None:

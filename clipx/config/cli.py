@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,9 +65,9 @@ def command(name: str, job: JobFunction, trains: bool = False) -> None:
     failures = FailureLog.of_this_process()
     errors: list[str] = []
     try:
-        compose_and_run(name, arguments, job, failures, trains)
+        run_explained(name, arguments, job, failures, trains)
     except UserError as error:
-        errors = [add_list_hint(str(error), arguments)]
+        errors = [str(error)]
     except (Interrupted, KeyboardInterrupt) as interrupt:
         if isinstance(interrupt, KeyboardInterrupt) and not is_sweep(arguments):
             raise                                           # the second Ctrl-C; in a sweep joblib may run the jobs
@@ -75,8 +75,6 @@ def command(name: str, job: JobFunction, trains: bool = False) -> None:
             resume = f"resume with  python -m clipx.{name} {shlex.join(arguments)}"
             print(*failures.pop_all(), resume, sep="\n", file=sys.stderr)
         sys.exit(interrupt.code if isinstance(interrupt, Interrupted) else 128 + signal.SIGINT)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        errors = [add_list_hint(explain(error, name, arguments), arguments)]
     except BrokenExecutor:
         errors = ["a job's process was killed, probably out of memory, which ended the other jobs; rerun the same "
                   "command to resume; hydra.launcher.n_jobs=1 runs one job at a time"]
@@ -102,15 +100,19 @@ def call(name: str, job: JobFunction, arguments: Sequence[str]) -> Path:
         directories.append(directory)
         return job(composed, directory)
 
+    with suppress(Interrupted):         # after a save
+        run_explained(name, arguments, recorded, FailureLog.of_this_process(), True)
+    return directories[0]
+
+
+def run_explained(name: str, arguments: Sequence[str], job: JobFunction, failures: FailureLog, trains: bool) -> None:
+    """Like ``compose_and_run``, with Hydra's errors explained in one line."""
     try:
-        compose_and_run(name, arguments, recorded, FailureLog.of_this_process(), True)
+        compose_and_run(name, arguments, job, failures, trains)
     except UserError as error:
         raise UserError(add_list_hint(str(error), arguments)) from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(add_list_hint(explain(error, name, arguments), arguments)) from error
-    except Interrupted:
-        pass                        # after a save
-    return directories[0]
 
 
 def compose_and_run(

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipx.config.arguments import split_commas
 from clipx.config.meaning import CONF, flatten
-from clipx.config.resolve import first_line
 from clipx.config.sweep import is_sweep
 from clipx.config.validate import suggest
+from clipx.errors import first_line
 
 
 def add_list_hint(message: str, arguments: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Hydra's composed config -> plain typed values."""
 
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from clipx.config.arguments import GROUPS
 from clipx.config.meaning import CONF
 from clipx.config.schema import TrainConfig
 from clipx.config.validate import ConfigError, check_call, check_node
+from clipx.errors import first_line
 
 Schema = TypeVar("Schema")
 
@@ -24,14 +26,22 @@ def resolve(composed: DictConfig, schema: type[Schema] = TrainConfig) -> Schema:
     Raises:
         ConfigError: a key, a type or a value is wrong.
     """
-    values = typed_values(composed, schema)
+    return check_nodes(typed_values(composed, schema), schema)
+
+
+def check_nodes(values: Mapping[str, Any], schema: type[Schema]) -> Schema:
+    """Check every node of typed values against the signature of its target.
+
+    Raises:
+        ConfigError: a key, a type or a value is wrong.
+    """
     trust = values.get("trust", [])
-    groups = values.keys() & set(GROUPS) - {"evals"}
+    groups, nodes = values.keys() & set(GROUPS) - {"evals"}, {}
     for key in sorted(groups, key=lambda key: key not in ("data", "source", "sched")):     # these import no torch
-        values[key] = check_node(values[key], key, trust)
+        nodes[key] = check_node(values[key], key, trust)
     if "evals" in values:
-        values["evals"] = {key: check_node(node, f"evals.{key}", trust) for key, node in values["evals"].items()}
-    return schema(**values)
+        nodes["evals"] = {key: check_node(node, f"evals.{key}", trust) for key, node in values["evals"].items()}
+    return schema(**{**values, **nodes})
 
 
 def typed_values(composed: DictConfig, schema: type = TrainConfig) -> dict[str, Any]:
@@ -55,7 +65,3 @@ def list_options(key: str) -> str:
     if key not in GROUPS:
         return "..."
     return "|".join(sorted(path.name[:-5] for path in files(CONF).joinpath(key).iterdir() if path.name[-5:] == ".yaml"))
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

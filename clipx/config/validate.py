@@ -70,7 +70,7 @@ def check_call(
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     rest = next((key for key, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD), None)
     known = [key for key in parameters if key != rest]
-    if get_origin(hints.get(rest)) is Unpack:                       # **how: Unpack[How], a TypedDict
+    if get_origin(hints.get(rest)) is Unpack:                       # **options: Unpack[DataOptions], a TypedDict
         more = typing.get_type_hints(get_args(hints[rest])[0], include_extras=True)
         hints, known, rest = {**hints, **more}, [*known, *more], None
     for key in values:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clipx.data.files import find_sidecar
 from clipx.data.sample import BadSample, check_bytes
 
 DATASET_TYPE = "dataset_type.txt"    # of CLIP_benchmark
@@ -82,6 +83,5 @@ def caption_per_line(places: Mapping[Path, str]) -> bool:
 
 def dataset_type(directory: Path) -> str:
     """Read CLIP_benchmark's dataset_type.txt next to the shards or one level up; empty if missing."""
-    files = (place / DATASET_TYPE for place in (directory, directory.absolute().parent))
-    file = next(filter(Path.is_file, files), None)
+    file = find_sidecar(directory, DATASET_TYPE)
     return file.read_text(encoding="utf-8", errors="replace").strip().lower() if file else ""

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from clipx.cores import available_cores
 from clipx.data.captions import DATASET_TYPE
+from clipx.data.files import write_atomic
 from clipx.data.remote.cache import Cache, RemoteShard
 from clipx.data.remote.stores import PIPE, download, is_permanent, run_with_retries, size_of
 from clipx.data.tar.headers import DataError
@@ -162,6 +163,8 @@ def remote_rows(urls: Sequence[str], cache: Cache) -> np.ndarray:
     """
     remotes = [cache.remote(url) for url in urls]
     known = {place: read_known_rows(place) for place in {remote.index.parent for remote in remotes}}
+    for place in known:
+        place.mkdir(parents=True, exist_ok=True)
     missing = [remote for remote in remotes if remote.path.name not in known[remote.index.parent]]
     places = {remote.index.parent: remote for remote in remotes if not remote.url.startswith(PIPE)}
     untyped = {remote: remote.url for place, remote in places.items() if not (place / DATASET_TYPE).exists()}
@@ -245,10 +248,3 @@ def fetch_small(url: str) -> bytes | None:
                 return None
             raise
         return part.read()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

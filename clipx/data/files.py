@@ -1,6 +1,7 @@
-"""Files by path: pictures without captions, and text files."""
+"""Files by path: pictures without captions, text files, and atomic writes."""
 
 import glob
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from clipx.data.sample import MAX_IMAGE_BYTES, Sample, check_bytes
 from clipx.data.tar.headers import DataError
 
+WRITING = ".writing-"       # in the name of an incomplete file
 WAITS = (0.2, 1.0, 3.0)     # seconds before each retry of a failed read
 CLUTTER = {"@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 
@@ -28,6 +30,11 @@ class Files:
         path = self.paths[sample]
         check_bytes("the picture", retry_read(path.stat, path).st_size, MAX_IMAGE_BYTES)
         return Sample(str(path), retry_read(path.read_bytes, path), [""])
+
+
+def find_sidecar(directory: Path, name: str) -> Path | None:
+    """Find a file next to shards or, as CLIP_benchmark places it, one level up."""
+    return next(filter(Path.is_file, (place / name for place in (directory, directory.absolute().parent))), None)
 
 
 def find_pictures(where: str) -> list[Path]:
@@ -104,6 +111,13 @@ def read_lines(path: Path, key: str) -> list[str]:
     encoding = "UTF-16" if b"\0" in content else "CP1252"
     raise DataError(f"{key}={path} is not UTF-8 text, perhaps {encoding}; convert it: "
                     f"iconv -f {encoding} -t UTF-8 {path} > NEW")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; other processes may write it at the same time."""
+    temporary = path.with_name(f"{path.name}{WRITING}{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
 
 
 def retry_read(read: Callable[[], Any], path: Path) -> Any:

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from clipx.data.captions import dataset_type
 from clipx.data.catalogue import Catalogue, open_all
-from clipx.data.class_names import first_line, plain, read_classnames_file, read_names
+from clipx.data.class_names import plain, read_classnames_file, read_names
 from clipx.data.files import below, is_clutter, retry_read
 from clipx.data.images import DECODE_ERRORS, check_size, to_rgb
 from clipx.data.remote.cache import Cache
@@ -29,6 +29,7 @@ from clipx.data.shard_paths import SCHEME, expand, list_shards
 from clipx.data.shards import Shards
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import expand_home
+from clipx.errors import first_line
 
 logger = logging.getLogger("clipx")
 

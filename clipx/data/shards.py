@@ -33,9 +33,6 @@ logger = logging.getLogger("clipx")
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KINDS = ("txt", "json")
-OPEN_SHARDS = 256           # that a source keeps open at most, with two file descriptors each
-OPEN_FILES = 4096           # of a process, where the system lets it raise its limit so far
-WAITS = (0.2, 1.0, 3.0)     # seconds before a read that failed is tried again
 
 
 class Shards:

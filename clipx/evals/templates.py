@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipx.data.class_names import open_clip_metadata, read_names
+from clipx.data.class_names import read_names
 from clipx.evals.features import EncodeTexts
+from clipx.tokenizer import open_clip_module
 
 NAMED = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
 MAX_PROMPTS = 8192      # encoded at once
@@ -22,7 +23,7 @@ def read_templates(given: str | list[str]) -> list[str]:
         ValueError: there are no templates, or one has no ``{}``.
     """
     if isinstance(given, str) and given in NAMED:
-        return [template("{}") for template in getattr(open_clip_metadata(), NAMED[given])]
+        return [template("{}") for template in getattr(open_clip_module("zero_shot_metadata"), NAMED[given])]
     if isinstance(given, str) and "{" not in given:
         found = read_names(given, "templates")
     else:

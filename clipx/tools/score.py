@@ -20,6 +20,7 @@ from clipx.config.instantiate import build
 from clipx.config.runs import expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.cores import limit_threads
+from clipx.data.files import write_atomic
 from clipx.data.sample import Data, Source
 from clipx.devices import PRECISIONS, select_device, select_workers
 from clipx.errors import UserError
@@ -27,6 +28,7 @@ from clipx.evals.features import Features
 from clipx.evals.figures import figure_name, save_figure
 from clipx.evals.validation import FigureLog, LabelledEvaluation, Validation
 from clipx.training.logs import SilentLog
+from clipx.weights.checkpoint import best_or_last
 from clipx.weights.load import load
 from clipx.weights.peek import read_plain
 
@@ -187,8 +189,7 @@ def writer_for(run: str, directory: Path) -> ResultsWriter:
     """Write next to the weights, or into the run that they belong to."""
     path = Path(run)
     if (path / "checkpoints").is_dir():
-        best, last = (path / "checkpoints" / f"clip_{which}.pt" for which in ("best", "last"))
-        path = best if best.exists() else last
+        path = best_or_last(path)
     if path.is_dir():
         return ResultsWriter(path, path.name, False, 0)         # of another project
     if not path.is_file():
@@ -209,9 +210,7 @@ def locked_json(path: Path) -> Iterator[dict[str, Any]]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             content = read_results(path)
             yield content
-            temporary = path.with_name(f"{path.name}.writing")
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
+            write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
         finally:
             os.close(descriptor)
     except OSError as error:

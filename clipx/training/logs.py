@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from clipx.cores import one_of_several_jobs
+from clipx.data.files import write_atomic
 from clipx.errors import UserError
 from clipx.evals.features import Features
 from clipx.evals.figures import figure_name, nearest_captions, save_figure, similarity_matrix
@@ -163,9 +164,7 @@ class RunLog:
     def write_summary(self) -> None:
         """Rewrite summary.json atomically."""
         self.summary["seconds"] = round(self.seconds, 3)
-        temporary = self.directory / "summary.json.writing"
-        temporary.write_text(json.dumps(self.summary, indent=2) + "\n")
-        os.replace(temporary, self.directory / "summary.json")
+        write_atomic(self.directory / "summary.json", (json.dumps(self.summary, indent=2) + "\n").encode())
 
 
 @contextmanager
@@ -212,7 +211,5 @@ def truncate_jsonl(path: Path, samples: int) -> list[dict[str, Any]]:
     rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
     kept = [(line, row) for line, row in rows if row["samples"] <= samples]
     if len(kept) < len(lines):
-        temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(line for line, _ in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomic(path, "".join(line for line, _ in kept).encode())
     return [row for _, row in kept]

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +19,7 @@ from clipx.config.instantiate import build
 from clipx.config.meaning import flatten
 from clipx.config.schema import TrainConfig
 from clipx.cores import limit_threads
+from clipx.data.readers import Chunk
 from clipx.data.sample import Data
 from clipx.data.tar.headers import DataError
 from clipx.devices import PRECISIONS, select_device, select_workers
@@ -131,33 +132,51 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[Sequence[int]]) 
         log_header(parts, state, log, origin, is_new=found is None)
         callbacks = build_callbacks(parts, state, log, saver, signals)
         signals.deferred = True
-        try:
-            fit(
-                state=state,
-                forward=build_forward(config, state.model),
-                loss_fn=build(config.loss, "loss", config.trust),
-                batches=batches,
-                micro_batch_size=config.micro_batch_size,
-                should_stop=lambda step: step >= length or callbacks.stopping,
-                lr_multiplier=lr_multiplier,
-                amp=PRECISIONS[config.amp],
-                clip_norm=config.clip_norm,
-                callbacks=callbacks,
-            )
-            callbacks.finish(state)
-            if state.step >= length:
-                check_effect(state, directory)
-        except Diverged as diverged:
-            if len(state.left_out) >= config.max_rollbacks:
-                raise UserError(divergence_message(diverged, parts)) from diverged
-            return diverged.with_traceback(None)        # the traceback would keep this state in memory
-        except DataError:
-            saved = callbacks.rescue(state)
-            if not (saved and signals.received):       # the signal may have ended the workers too
-                raise
-        if signals.received:
-            logger.warning("%s: checkpoint saved, stopping", signals.received)
-        log.finish("finished" if state.step >= length else "stopped")
+        diverged = train_steps(parts, state, batches, lr_multiplier, callbacks)
+        if diverged is None:
+            if signals.received:
+                logger.warning("%s: checkpoint saved, stopping", signals.received)
+            log.finish("finished" if state.step >= length else "stopped")
+    return diverged
+
+
+def train_steps(
+    parts: RunParts, state: State, batches: Iterator[list[Chunk]], lr_multiplier: Callable[[int], float],
+    callbacks: Callbacks,
+) -> Diverged | None:
+    """Train until the run or this process ends.
+
+    Returns:
+        Why the run has to go back to its last checkpoint, or None.
+
+    Raises:
+        UserError: it has gone back too often, the data cannot be read, or most steps had no effect.
+    """
+    config, length = parts.config, parts.identity.steps
+    try:
+        fit(
+            state=state,
+            forward=build_forward(config, state.model),
+            loss_fn=build(config.loss, "loss", config.trust),
+            batches=batches,
+            micro_batch_size=config.micro_batch_size,
+            should_stop=lambda step: step >= length or callbacks.stopping,
+            lr_multiplier=lr_multiplier,
+            amp=PRECISIONS[config.amp],
+            clip_norm=config.clip_norm,
+            callbacks=callbacks,
+        )
+        callbacks.finish(state)
+        if state.step >= length:
+            check_effect(state, parts.directory)
+    except Diverged as diverged:
+        if len(state.left_out) >= config.max_rollbacks:
+            raise UserError(divergence_message(diverged, parts)) from diverged
+        return diverged.with_traceback(None)        # the traceback would keep this state in memory
+    except DataError:
+        saved = callbacks.rescue(state)
+        if not (saved and callbacks.signals.received):      # the signal may have ended the workers too
+            raise
     return None
 
 

@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
 from typing import Any
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -15,11 +15,11 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from clipx.config.runs import suggest_runs
 from clipx.errors import UserError
+from clipx.weights import peek
 
 STORAGE_DTYPES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
             "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32}
-BROKEN = (UnpicklingError, SafetensorError, BadZipFile, RuntimeError, EOFError, ValueError, KeyError, AttributeError,
-          TypeError, IndexError, StopIteration)       # what readers raise for damaged bytes
+BROKEN = (*peek.BROKEN, SafetensorError, RuntimeError)        # what readers raise for damaged bytes
 
 
 class CheckpointError(UserError):

@@ -142,6 +142,12 @@ def without_optimizer(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != "optimizer"}
 
 
+def best_or_last(run: Path) -> Path:
+    """The checkpoint of a run that stands for it: its best, else its last, whether that exists or not."""
+    best, last = (run / "checkpoints" / f"clip_{which}.pt" for which in ("best", "last"))
+    return best if best.exists() else last
+
+
 def copy_to_host(content: Any) -> Any:
     """Copy all tensors to host memory, so that training does not change them."""
     return tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="cpu").copy_(tensor), content)

@@ -16,7 +16,7 @@ from clipx.data.emoji import open_emoji
 from clipx.data.images import MEAN, STD, decode, get_image_transform
 from clipx.errors import UserError
 from clipx.models.clip import CLIP
-from clipx.tokenizer import END, SimpleTokenizer, open_clip_tokenizer
+from clipx.tokenizer import END, SimpleTokenizer, byte_pairs
 from clipx.weights.convert import HUGGING_FACE, OPEN_CLIP, hugging_face_config, open_clip_config, to_hugging_face
 from clipx.weights.load import find, model_node
 
@@ -69,7 +69,7 @@ def write_hugging_face(model: CLIP, out: Path) -> None:
         "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": MEAN, "image_std": STD,
     })  # fmt: skip
-    bpe = open_clip_tokenizer().SimpleTokenizer()
+    bpe = byte_pairs()
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     tokens = {"bos_token": "<|startoftext|>"} | dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")
     write_json(out / "vocab.json", {special.get(token, token): number for token, number in bpe.encoder.items()})

@@ -18,7 +18,7 @@ from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
 from clipx.weights import convert
 from clipx.weights.archive import CheckpointError, read_file
-from clipx.weights.checkpoint import verify
+from clipx.weights.checkpoint import best_or_last, verify
 from clipx.weights.convert import HUGGING_FACE, OPEN_CLIP, Node, Weights
 from clipx.weights.unwrap import check_finite
 
@@ -103,8 +103,7 @@ def find(where: str | Path) -> Weights:
     elif path.is_dir() and any((path / name).is_file() for name in (OPEN_CLIP, HUGGING_FACE)):
         found = convert.read_directory(path)
     elif path.is_dir():
-        best, last = (path / "checkpoints" / f"clip_{which}.pt" for which in ("best", "last"))
-        found = weights_from_run(best if best.exists() else last)
+        found = weights_from_run(best_or_last(path))
     elif is_clipx_checkpoint(content := read_file(path)):
         found = weights_from_run(path, content)
     else:

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from clipx.data.files import WRITING
 from clipx.data.plan import permutation
 from clipx.data.prepare.download import Download, is_url
 from clipx.data.prepare.encode import encode
 from clipx.data.prepare.layouts import Item, Layout
 from clipx.data.prepare.pictures import content_hashes, encode_all, group_of, non_empty_captions
 from clipx.data.prepare.processes import run_tasks
-from clipx.data.prepare.report import WRITING, count_reasons, listed, merge, write
+from clipx.data.prepare.report import count_reasons, listed, merge, write
 from clipx.data.sample import BadSample
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import make_index

@@ -1,19 +1,16 @@
 """The report of packing: counts, histograms and what was left out."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-WRITING = ".writing-"       # in the name of an incomplete file
+from clipx.data.files import write_atomic
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    temporary = path.with_name(f"{path.name}{WRITING}{os.getpid()}")
-    temporary.write_bytes(text.encode("utf-8", "replace"))
-    os.replace(temporary, path)
+    """Write a text file atomically."""
+    write_atomic(path, text.encode("utf-8", "replace"))
 
 
 def merge(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Copy remote shards ahead of need, in the plan's order."""
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from threading import Event
 
+from clipx.data.files import write_atomic
 from clipx.data.plan import MixPlan, Plan, Window
 from clipx.data.remote import stores
 from clipx.data.remote.cache import MAX_PARALLEL, Cache, RemoteShard, counts
@@ -89,9 +89,7 @@ class Prefetcher:
 
     def report_failure(self, why: str) -> None:
         """Write the reason to the file ``failed`` for processes that wait."""
-        failed = self.caches[0].failed
-        failed.with_suffix(".new").write_text(why)
-        os.replace(failed.with_suffix(".new"), failed)
+        write_atomic(self.caches[0].failed, why.encode())
 
     def wanted(self, position: int) -> list[RemoteShard]:
         """Return the shards to keep, the soonest needed first: those of the next windows that fit."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
 from clipx.data.tar.headers import DataError
+from clipx.errors import first_line
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -184,10 +185,10 @@ def run_with_retries(
             raise error
         if wait is None or is_permanent(error):
             raise DataError(
-                f"{items[item]} cannot be copied ({error_reason(error)}); rerun the same command to resume from the "
+                f"{items[item]} cannot be copied ({first_line(error)}); rerun the same command to resume from the "
                 "last checkpoint once it is available"
             ) from error
-        logger.warning("%s cannot be copied (%s); trying again in %g s", items[item], error_reason(error), wait)
+        logger.warning("%s cannot be copied (%s); trying again in %g s", items[item], first_line(error), wait)
         stopped.wait(wait)
     return found
 
@@ -195,11 +196,3 @@ def run_with_retries(
 def is_permanent(error: BaseException) -> bool:
     """Whether a retry would be useless."""
     return isinstance(error, (DataError, FileNotFoundError, PermissionError))
-
-
-def error_reason(error: BaseException) -> str:
-    return first_line(error) or type(error).__name__
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from clipx.data.files import write_atomic
 from clipx.data.tar.headers import MAX_NAME, CutShort, DataError, members
 
 FORMAT = 2                  # format 1 stopped at the first end mark and did not count parts
@@ -187,11 +188,9 @@ def write_table(paths: list[Path], head: dict[str, Any], rows: np.ndarray) -> Pa
     line = json.dumps({**head, "samples": len(rows), "dtype": rows.dtype.descr}).encode()
     line += b" " * (-(len(line) + 1) % 64) + b"\n"
     for path in paths:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(line + rows.tobytes())
-            os.replace(temporary, path)
+            write_atomic(path, line + rows.tobytes())
             return path
         except OSError as error:
             reason = error
