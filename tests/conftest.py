@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -245,3 +246,42 @@ def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 def refused(prepare: Callable[..., None]) -> Callable[..., str]:
     """The one line that the command ends with."""
     return partial(last_line, prepare)
+
+def until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not happened():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, int]]:
+    """``python -m clipx.check ARGUMENTS`` in this process, from an empty directory: its output and exit code."""
+    from clipx.check import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[str, int]:
+        monkeypatch.setattr(sys, "argv", ["clipx.check", *once(*words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            print(ended.code, file=sys.stderr)
+            code = 1
+        return capsys.readouterr().err, code
+
+    return run
+
+EARLY = (*FEW, "model.image.width=2", "model.image.heads=1", "model.text.width=2", "model.text.heads=1",
+         "model.image.embed=2", "evals=[]", "max_steps=4", "eval_every=null", "name=early")
+
+
+@pytest.fixture
+def early(tmp_path: Path) -> Path:
+    """A run of version 0.1.0, stopped at step 2 of 4."""
+    with tarfile.open(ROOT / "tests/runs/0.1.0-early.tar.gz") as tar:
+        tar.extractall(tmp_path / "outputs", filter="data")
+    return tmp_path / "outputs/early"

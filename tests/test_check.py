@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import sys
 from collections import namedtuple
 from collections.abc import Callable
 from itertools import accumulate
@@ -12,7 +11,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from conftest import in_process, once, picture, write_tar
+from conftest import in_process, picture, write_tar
 from PIL import Image
 
 from clipx.config.instantiate import build
@@ -23,31 +22,10 @@ from clipx.devices import PRECISIONS
 from clipx.tools import machine
 from clipx.training.parts import initial_state
 
-FEW = ("batch_size=8", "model.image.depth=1", "model.text.depth=1", "device=cpu")
-MADE_UP = ("data=dummy", "data.samples=40", "data.val_samples=20", "epochs=20", *FEW)
-
 Check = Callable[..., tuple[str, int]]
 
-
-@pytest.fixture
-def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Check:
-    """``python -m clipx.check ARGUMENTS`` in this process, from an empty directory: its output and exit code."""
-    from clipx.check import main
-
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> tuple[str, int]:
-        monkeypatch.setattr(sys, "argv", ["clipx.check", *once(*words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            print(ended.code, file=sys.stderr)
-            code = 1
-        return capsys.readouterr().err, code
-
-    return run
+FEW = ("batch_size=8", "model.image.depth=1", "model.text.depth=1", "device=cpu")
+MADE_UP = ("data=dummy", "data.samples=40", "data.val_samples=20", "epochs=20", *FEW)
 
 
 def files(root: Path) -> dict[Path, int]:

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FEW, once, picture, summary, train_in
+from labelled_data import class_folders, class_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_check import check  # noqa: F401, the fixture
-from test_zero_shot import class_folders, class_shards
 
 from clipx.config.runs import expand_runs
 from clipx.data.dummy import Dummy
@@ -269,7 +268,7 @@ def test_training_scores_labelled_data_as_it_goes_and_keeps_the_best_by_them(
     assert [event.step for event in events.Images("val/zero_shot@a/mistakes")] == [2, 4]
 
 
-def test_check_looks_at_the_labelled_data(check: Callable[..., tuple[str, int]], tmp_path: Path) -> None:  # noqa: F811
+def test_check_looks_at_the_labelled_data(check: Callable[..., tuple[str, int]], tmp_path: Path) -> None:
     root = class_folders(tmp_path / "a")
     (root / "bee/0.png").write_bytes(b"no picture")
     words = ("data=dummy", "data.samples=40", "data.val_samples=20", "batch_size=8", "model.image.depth=1",

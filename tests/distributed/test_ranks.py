@@ -15,8 +15,7 @@ import hydra
 import psutil
 import pytest
 import torch
-from conftest import FEW, assert_same_state, in_process, lines, once, summary
-from test_killed import until
+from conftest import FEW, assert_same_state, in_process, lines, once, summary, until
 
 from clipx import distributed
 from clipx.config.resolve import resolve

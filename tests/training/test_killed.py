@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_state, lines, once, summary
+from conftest import assert_same_state, lines, once, summary, until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clipx.weights.checkpoint import read
@@ -40,12 +39,6 @@ def finish(cwd: Path, *words: str) -> str:
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     return told
-
-
-def until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    while not happened():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.001)
 
 
 def logged(cwd: Path) -> int:

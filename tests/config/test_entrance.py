@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FEW, in_process
-from test_resume import EARLY, early  # noqa: F401
+from conftest import EARLY, FEW, in_process
 
 from clipx.config import meaning
 from clipx.weights import peek
@@ -47,7 +46,7 @@ def without_torch(tmp_path: Path) -> Path:
     ],
 )
 def test_a_mistake_is_refused_before_torch_is_imported(
-    command: str, given: list[str], line: str, early: Path, without_torch: Path  # noqa: F811
+    command: str, given: list[str], line: str, early: Path, without_torch: Path
 ) -> None:
     ended = in_process("-m", f"clipx.{command}", *given, cwd=without_torch)
     assert ended.stderr.startswith(line.replace("--batch_size:", "--batch_size=8:")), ended.stderr
@@ -55,7 +54,7 @@ def test_a_mistake_is_refused_before_torch_is_imported(
 
 
 def test_a_runs_own_config_may_be_placed_and_have_options_of_ones_own(
-    early: Path, fails: Callable[..., str], tmp_path: Path  # noqa: F811
+    early: Path, fails: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
     told = "batch_size='x': should be a valid integer, unable to parse string as an integer"
@@ -66,7 +65,7 @@ def test_a_runs_own_config_may_be_placed_and_have_options_of_ones_own(
 
 
 def test_a_checkpoint_whose_config_cannot_be_read_early_is_left_to_training(
-    early: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    early: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last = early / "checkpoints/clip_last.pt"
     whole = last.read_bytes()

@@ -20,24 +20,16 @@ import pytest
 import webdataset
 import yaml
 from conftest import ROOT, in_process, picture, write_tar
+from packed_data import SOURCES, dropped, everything, samples, save, sizes, words_of
 from PIL import Image
 
 from clipx.config.instantiate import build, locate
 from clipx.config.resolve import resolve
 from clipx.config.schema import PrepareConfig
 from clipx.data.prepare import pack
-from clipx.data.sample import Sample
 from clipx.data.shards import open_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")    # webdataset's own
-SOURCES = {"csv": ["source.image=a", "source.caption=b"]}       # what must be given besides src
-
-
-def save(path: Path, data: bytes | str | dict) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(data) if isinstance(data, dict) else data
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
 
 
 def make_coco(root: Path, train: int = 10, val: int = 4) -> Path:
@@ -54,26 +46,6 @@ def make_coco(root: Path, train: int = 10, val: int = 4) -> Path:
         content = {"info": {"year": 2017}, "images": images, "licenses": [], "annotations": annotations}
         save(root / "annotations" / f"captions_{split}2017.json", content)
     return root
-
-
-def samples(out: Path, split: str = "train") -> list[Sample]:
-    """All samples of a split, as training reads them."""
-    source = open_shards(shards=f"{out}/{split}/*.tar", val=0).train
-    return [source.read(number) for number in range(sum(source.sizes))]
-
-
-def words_of(out: Path, split: str = "train") -> list[dict]:
-    """The json of each sample, as webdataset reads it."""
-    return [json.loads(sample["json"]) for shard in sorted((out / split).glob("*.tar"))
-            for sample in webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)]
-
-
-def everything(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def sizes(out: Path, split: str = "train") -> list[int]:
-    return list(map(int, open_shards(shards=f"{out}/{split}/*.tar", val=0).train.sizes))
 
 
 # ---------------------------------------------------------------- config
@@ -356,11 +328,6 @@ def kinds(out: Path) -> dict[str, tuple[str, tuple[int, int]]]:
             assert image.size == (words["width"], words["height"])
             found[Path(words["name"]).name] = (kind, image.size)
     return found
-
-
-def dropped(out: Path) -> dict[str, str]:
-    rows = map(json.loads, (out / "dropped.jsonl").read_text().splitlines())
-    return {Path(row["picture"]).name: row["reason"] for row in rows}
 
 
 def test_bytes_stay_unless_they_must_not_and_the_extension_says_what_they_are(

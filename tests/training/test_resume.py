@@ -10,14 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import FEW, ROOT, assert_same_state, lines, summary
+from conftest import EARLY, FEW, assert_same_state, lines, summary
 
 from clipx import distributed
 from clipx.data.loader import train_ranges
@@ -487,18 +486,6 @@ def test_half_precision_begins_with_its_own_loss_scale(train: Train, tmp_path: P
     train(*FEW, "evals=[]", "name=x", "max_steps=6", "stop_at=2", "amp=bf16")
     train(*FEW, "evals=[]", "name=x", "max_steps=6", "stop_at=3", "amp=fp16", "resume_allow=[amp]")
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["scaler"]["scale"] >= 2.0**15
-
-
-EARLY = (*FEW, "model.image.width=2", "model.image.heads=1", "model.text.width=2", "model.text.heads=1",
-         "model.image.embed=2", "evals=[]", "max_steps=4", "eval_every=null", "name=early")
-
-
-@pytest.fixture
-def early(tmp_path: Path) -> Path:
-    """A run of version 0.1.0, stopped at step 2 of 4."""
-    with tarfile.open(ROOT / "tests/runs/0.1.0-early.tar.gz") as tar:
-        tar.extractall(tmp_path / "outputs", filter="data")
-    return tmp_path / "outputs/early"
 
 
 def without(early: Path, *keys: str) -> None:

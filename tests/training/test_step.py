@@ -9,21 +9,15 @@ import pytest
 import torch
 import torch.multiprocessing
 from conftest import in_process
+from gradients import CPU, Double, assert_close, chunks_of
 from torch import Tensor, nn
 
-from clipx.data.dummy import open_dummy
-from clipx.data.images import TrainCrop
-from clipx.data.loader import train_ranges
-from clipx.data.readers import Chunk, TrainReader
 from clipx.loss import clip_loss
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-from clipx.tokenizer import SimpleTokenizer
 from clipx.training.batch import split_micro_batches
 from clipx.training.step import MicroBatchEncoder, backward
-
-CPU = torch.device("cpu")
 
 
 def model(dtype: torch.dtype = torch.float64) -> CLIP:
@@ -34,23 +28,6 @@ def model(dtype: torch.dtype = torch.float64) -> CLIP:
     ).to(dtype)
 
 
-def chunks_of(batch: int, micro: int | None, rank: int = 0, world: int = 1) -> list[Chunk]:
-    data = open_dummy(samples=512, val_samples=8)
-    crop = TrainCrop(64, (0.9, 1.0), "exact")
-    reader = TrainReader(data.train, data.plan(0), crop, SimpleTokenizer(), "random", identify=True)
-    chunks, found = train_ranges(0, batch, micro, rank, world), []
-    while sum(map(len, found)) < batch // world:
-        found.append(reader.chunk(next(chunks)))
-    return found
-
-
-class Double(MicroBatchEncoder):
-    """In float64 from the pictures on."""
-
-    def __call__(self, part: object) -> tuple[Tensor, Tensor, Tensor]:
-        return self.forward(self.normalise(part.image).double(), part.captions)
-
-
 def gradient(clip: CLIP, batch: int, micro: int | None, few_shapes: bool = False) -> tuple[Tensor, list[Tensor]]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     parts = split_micro_batches(chunks_of(batch, micro), micro, few_shapes)
@@ -58,11 +35,6 @@ def gradient(clip: CLIP, batch: int, micro: int | None, few_shapes: bool = False
     gradients = [p.grad for p in clip.parameters()]
     clip.zero_grad()
     return loss, gradients
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= tolerance * b.norm(), (a.shape, (a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("micro", [32, 100, 300])

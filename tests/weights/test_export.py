@@ -11,9 +11,8 @@ import pytest
 import torch
 import transformers
 from conftest import FEW, last_line, once
+from peers import PIXELS, peer, real_batch
 from safetensors.torch import load_file
-from test_models import real_batch
-from test_weights import PIXELS, peer
 
 from clipx import load
 from clipx.data.emoji import open_emoji

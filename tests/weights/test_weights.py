@@ -11,10 +11,10 @@ import torch
 import torch.multiprocessing
 import transformers
 from conftest import FEW
+from gradients import CPU, Double, assert_close, chunks_of
 from open_clip.model import resize_pos_embed
+from peers import PIXELS, SIZES, padded, peer, perturb, real_batch
 from safetensors.torch import save_file
-from test_gradient import CPU, Double, assert_close, chunks_of
-from test_models import padded, perturb, real_batch
 from torch import Tensor, nn
 
 from clipx import load
@@ -31,21 +31,7 @@ from clipx.weights.archive import CheckpointError
 from clipx.weights.convert import to_hugging_face
 from clipx.weights.load import initialise, model_node
 
-SIZES = {                       # of conf/model/tiny.yaml with one block in each tower, in open_clip's words
-    "embed_dim": 192,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 192, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49_408, "width": 128, "heads": 2, "layers": 1},
-}
-PIXELS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 ONE_STEP = (*FEW, "evals=[]", "max_steps=1", "optim.lr=0.01", "sched.warmup=0", "name=x")
-
-
-def peer(quick_gelu: bool = True, custom: bool = False, **vision: int) -> nn.Module:
-    torch.manual_seed(0)
-    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    model = kind(**{**SIZES, "vision_cfg": {**SIZES["vision_cfg"], **vision}}, quick_gelu=quick_gelu)
-    perturb(model)
-    return model.eval()
 
 
 def assert_same_features(path: object, other: nn.Module, act: str | None = None, size: int = 32) -> CLIP:

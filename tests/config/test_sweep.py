@@ -15,8 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import FEW, assert_same_state, in_process, lines, once, summary
-from test_killed import until
+from conftest import FEW, assert_same_state, in_process, lines, once, summary, until
 
 from clipx.config.sweep import is_sweep
 from clipx.tools.runs_table import Spread, find_runs, table

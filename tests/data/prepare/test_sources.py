@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import picture, write_tar
+from packed_data import SOURCES, dropped, everything, samples, save, sizes, words_of
 from PIL import Image
-from test_prepare import SOURCES, dropped, everything, samples, save, sizes, words_of
 
 from clipx.data import images, sample
 from clipx.data.images import decode

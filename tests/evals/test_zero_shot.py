@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import picture, write_tar
+from labelled_data import CLASSES, NAMES, class_folders, class_shards
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
@@ -33,32 +34,12 @@ from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.logs import SilentLog
 
-NAMES = ["ant", "bee", "cow", "dog", "elk", "fox"]
-CLASSES = ["red panda", *NAMES[:3]]
-
 
 @pytest.fixture
 def model() -> CLIP:
     torch.manual_seed(0)
     return CLIP(ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
                 TextEncoder(width=64, depth=1, heads=1, embed=32)).eval()
-
-
-def class_folders(root: Path, each: int = 3, shift: int = 0) -> Path:
-    for number, name in enumerate(["ant", "bee", "cow", "red_panda"]):
-        (root / name).mkdir(parents=True)
-        for copy in range(each):
-            (root / name / f"{copy}.png").write_bytes(picture(60 * number + 7 * copy + shift))
-    return root
-
-
-def class_shards(root: Path, labels: list[bytes]) -> Path:
-    members = []
-    for number, label in enumerate(labels):
-        members += [(f"{number:03d}.png", picture(9 * number)), (f"{number:03d}.cls", label)]
-    write_tar(root / "part-0.tar", members)
-    (root / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
-    return root
 
 
 def mnist(root: Path, labels: list[int], train: bool = False) -> Path:

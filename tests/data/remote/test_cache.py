@@ -349,11 +349,12 @@ def test_a_process_can_exit_while_a_server_is_silent(
     remote()
     server.wait = 20.0
     code = (
-        "import sys\nsys.path[:0] = [sys.argv[1]]\nimport test_cache as t\nfrom pathlib import Path\n"
+        "import sys\nsys.path[:0] = sys.argv[1].split()\nimport test_cache as t\nfrom pathlib import Path\n"
         "data = t.open_shards(shards=sys.argv[2], val=0, index_dir=sys.argv[3], cache=sys.argv[4], shuffle_window=10)\n"
         "next(t.load_chunks(t.reader_of(data), t.train_ranges(0, 5), 2, pin=False))"
     )
-    words = [str(ROOT / "tests"), f"{server.url}/part-{{000..006}}.tar", str(tmp_path / "indexes"), str(tmp_path / "c")]
+    paths = f"{ROOT / 'tests'} {Path(__file__).parent}"
+    words = [paths, f"{server.url}/part-{{000..006}}.tar", str(tmp_path / "indexes"), str(tmp_path / "c")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stderr=subprocess.PIPE, cwd=ROOT)
     while not server.copies():

@@ -9,13 +9,11 @@ import torch
 import torch._dynamo.testing
 import torch._inductor.config
 from conftest import ROOT
-from torch import Tensor
+from peers import padded, perturb, real_batch
 
 import clipx
 from clipx.config.instantiate import build
 from clipx.config.resolve import resolve
-from clipx.data.emoji import open_emoji
-from clipx.data.images import decode, get_image_transform
 from clipx.loss import clip_loss
 from clipx.models.clip import CLIP, clip_small, clip_vit_b32
 from clipx.models.packed import EDGES, pack
@@ -23,26 +21,6 @@ from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.compile import CompiledModel, compile_model
-
-
-def real_batch(size: int, count: int = 4) -> tuple[Tensor, Tensor]:
-    """Real pictures (B, 3, S, S) and their captions (B, L), trimmed."""
-    source = open_emoji().train
-    samples = [source.read(number) for number in range(count)]
-    transform = get_image_transform(size)
-    images = torch.stack([transform(decode(sample.picture)) for sample in samples])
-    return images, SimpleTokenizer().trimmed([sample.captions[-1] for sample in samples])
-
-
-def padded(tokens: Tensor) -> Tensor:
-    return torch.nn.functional.pad(tokens, (0, 77 - tokens.shape[1]))
-
-
-@torch.no_grad()
-def perturb(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.02)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,35 @@
+"""The gradient of a batch in float64, from chunks as training reads them."""
+
+import torch
+from torch import Tensor
+
+from clipx.data.dummy import open_dummy
+from clipx.data.images import TrainCrop
+from clipx.data.loader import train_ranges
+from clipx.data.readers import Chunk, TrainReader
+from clipx.tokenizer import SimpleTokenizer
+from clipx.training.step import MicroBatchEncoder
+
+CPU = torch.device("cpu")
+
+
+def chunks_of(batch: int, micro: int | None, rank: int = 0, world: int = 1) -> list[Chunk]:
+    data = open_dummy(samples=512, val_samples=8)
+    crop = TrainCrop(64, (0.9, 1.0), "exact")
+    reader = TrainReader(data.train, data.plan(0), crop, SimpleTokenizer(), "random", identify=True)
+    chunks, found = train_ranges(0, batch, micro, rank, world), []
+    while sum(map(len, found)) < batch // world:
+        found.append(reader.chunk(next(chunks)))
+    return found
+
+
+class Double(MicroBatchEncoder):
+    """In float64 from the pictures on."""
+
+    def __call__(self, part: object) -> tuple[Tensor, Tensor, Tensor]:
+        return self.forward(self.normalise(part.image).double(), part.captions)
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm(), (a.shape, (a - b).norm() / b.norm())
