@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.multiprocessing
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +140,12 @@ def in_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A Python of its own, in another directory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *once(*words)], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def run_ranks(function: Callable[..., None], world: int, *args: str) -> None:
+    """Run ``function(rank, world, *args)`` in processes of their own; one that has imported torch forks them all."""
+    multiprocessing.set_forkserver_preload(["clipx.training.run", function.__module__])
+    torch.multiprocessing.start_processes(function, (world, *args), nprocs=world, start_method="forkserver")
 
 
 def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:

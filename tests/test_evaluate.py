@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FEW, once, picture, summary, train_in
+from conftest import FEW, once, picture, run_ranks, summary, train_in
 from labelled_data import class_folders, class_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -301,7 +301,7 @@ def on_rank(rank: int, world: int, root: str) -> None:
 def test_two_ranks_share_the_work_and_get_what_one_gets(tmp_path: Path) -> None:
     class_folders(tmp_path / "a", each=20)
     class_folders(tmp_path / "learn", each=5, shift=3)
-    torch.multiprocessing.spawn(on_rank, (2, str(tmp_path)), nprocs=2)
+    run_ranks(on_rank, 2, str(tmp_path))
     shutil.rmtree(tmp_path / "kept")
     alone = scores(str(tmp_path))
     for rank in range(2):

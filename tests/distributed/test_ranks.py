@@ -15,7 +15,7 @@ import hydra
 import psutil
 import pytest
 import torch
-from conftest import FEW, assert_same_state, in_process, lines, once, summary, until
+from conftest import FEW, assert_same_state, in_process, lines, once, run_ranks, summary, until
 
 from clipx import distributed
 from clipx.config.resolve import resolve
@@ -63,7 +63,7 @@ def on_rank(rank: int, world: int, store: str, names: str) -> None:
 def test_ranks_share_the_evaluation_and_get_what_one_gets(world: int, tmp_path: Path) -> None:
     words = (tmp_path / "names.txt")
     words.write_text("\n".join(sorted({Dummy(150, 32, 0).read(number).captions[0] for number in range(150)})))
-    torch.multiprocessing.spawn(on_rank, (world, str(tmp_path / "store"), str(words)), nprocs=world)
+    run_ranks(on_rank, world, str(tmp_path / "store"), str(words))
     alone = scores(str(words))
     for rank in range(world):
         assert torch.load(f"{tmp_path}/store-{rank}.pt") == alone       # bit for bit
@@ -261,8 +261,7 @@ def on_its_own_disk(rank: int, world: int, store: str, folder: str) -> None:
 
 def test_ranks_that_do_not_see_the_same_directory_say_so(train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, "name=x", "max_steps=2", "evals=[]")
-    given = (2, str(tmp_path / "store"), str(tmp_path / "outputs"))
-    torch.multiprocessing.spawn(on_its_own_disk, given, nprocs=2)
+    run_ranks(on_its_own_disk, 2, str(tmp_path / "store"), str(tmp_path / "outputs"))
 
 
 @pytest.mark.long

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
-from conftest import in_process
+from conftest import in_process, run_ranks
 from gradients import CPU, Double, assert_close, chunks_of
 from torch import Tensor, nn
 
@@ -127,8 +126,7 @@ def ranks_gradient(rank: int, world: int, store: str, path: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_give_the_loss_and_the_gradient_of_one(world: int, tmp_path: Path) -> None:
-    given = (world, str(tmp_path / "store"), str(tmp_path))
-    torch.multiprocessing.spawn(ranks_gradient, given, nprocs=world)
+    run_ranks(ranks_gradient, world, str(tmp_path / "store"), str(tmp_path))
     clip = model()
     for same in ("keep", "mask"):
         parts, scaler = split_micro_batches(chunks_of(64, None), None), torch.amp.GradScaler("cpu", enabled=False)

@@ -8,9 +8,8 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-import torch.multiprocessing
 import transformers
-from conftest import FEW
+from conftest import FEW, run_ranks
 from gradients import CPU, Double, assert_close, chunks_of
 from open_clip.model import resize_pos_embed
 from peers import PIXELS, SIZES, padded, peer, perturb, real_batch
@@ -512,7 +511,7 @@ def ranks_gradients(rank: int, world: int, store: str, path: str) -> None:
 
 
 def test_ranks_with_a_frozen_tower_have_the_gradient_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(ranks_gradients, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_ranks(ranks_gradients, 2, str(tmp_path / "store"), str(tmp_path))
     plain = frozen()
     whole = gradients(plain, plain, None)
     for rank in range(2):
