@@ -3,9 +3,10 @@
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor
 
 START, END = 49_406, 49_407
 CACHE_SIZE = 16_384     # captions
+
+
+class Tokens(NamedTuple):
+    """B captions without padding."""
+
+    ids: Tensor         # (T,) int64, caption after caption
+    lengths: Tensor     # (B,) int64, tokens of each caption, including start and end
 
 
 class SimpleTokenizer:
@@ -36,14 +44,18 @@ class SimpleTokenizer:
         captions = [captions] if isinstance(captions, str) else captions
         tokens = np.zeros((len(captions), self.context), np.int64)
         for row, caption in zip(tokens, captions, strict=True):
-            ids = [START, *self.ids(caption)[: self.context - 2], END]
+            ids = self.encode(caption)
             row[: len(ids)] = ids
         return torch.from_numpy(tokens)
 
-    def trimmed(self, captions: Sequence[str]) -> Tensor:
-        """Like ``__call__``, but trimmed to the longest caption: (B, L)."""
-        tokens = self(captions)
-        return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
+    def flat(self, captions: Sequence[str]) -> Tokens:
+        """Like ``__call__``, without padding."""
+        rows = [self.encode(caption) for caption in captions]
+        ids, lengths = list(chain.from_iterable(rows)), [len(row) for row in rows]
+        return Tokens(torch.tensor(ids, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64))
+
+    def encode(self, caption: str) -> list[int]:
+        return [START, *self.ids(caption)[: self.context - 2], END]
 
     def __getstate__(self) -> dict[str, Any]:       # workers read the vocabulary again
         return {"context": self.context}

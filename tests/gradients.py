@@ -8,6 +8,7 @@ from clipx.data.images import TrainCrop
 from clipx.data.loader import train_ranges
 from clipx.data.readers import Chunk, TrainReader
 from clipx.tokenizer import SimpleTokenizer
+from clipx.training.batch import MicroBatch, concat
 from clipx.training.step import MicroBatchEncoder
 
 CPU = torch.device("cpu")
@@ -26,8 +27,8 @@ def chunks_of(batch: int, micro: int | None, rank: int = 0, world: int = 1) -> l
 class Double(MicroBatchEncoder):
     """In float64 from the pictures on."""
 
-    def __call__(self, part: object) -> tuple[Tensor, Tensor, Tensor]:
-        return self.forward(self.normalise(part.image).double(), part.captions)
+    def __call__(self, part: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        return self.forward(self.normalise(concat(part.images)).double(), part.captions)
 
 
 def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:

@@ -31,7 +31,8 @@ def real_batch(size: int, count: int = 4) -> tuple[Tensor, Tensor]:
     samples = [source.read(number) for number in range(count)]
     transform = get_image_transform(size)
     images = torch.stack([transform(decode(sample.picture)) for sample in samples])
-    return images, SimpleTokenizer().trimmed([sample.captions[-1] for sample in samples])
+    tokens = SimpleTokenizer().flat([sample.captions[-1] for sample in samples])
+    return images, torch.nn.utils.rnn.pad_sequence(tokens.ids.split(tokens.lengths.tolist()), batch_first=True)
 
 
 def padded(tokens: Tensor) -> Tensor:

@@ -25,9 +25,13 @@ def test_a_long_caption_is_cut_and_still_ends() -> None:
     assert tokens.shape == (1, 8) and tokens[0, 0] == 49406 and tokens[0, -1] == 49407
 
 
-def test_trimmed_ends_at_the_longest_caption() -> None:
-    tokens = SimpleTokenizer().trimmed(["a cat", "a very large cat"])
-    assert tokens.shape == (2, 6) and tokens[1, -1] == 49407 and tokens[0, 4:].tolist() == [0, 0]
+def test_flat_tokens_are_the_padded_ones_without_padding() -> None:
+    captions = ["a cat", "a very large cat", "", "word " * 100]
+    ids, lengths = SimpleTokenizer().flat(captions)
+    padded = SimpleTokenizer()(captions)
+    assert lengths.tolist() == [4, 6, 2, 77]
+    assert torch.equal(ids, torch.cat([row[:length] for row, length in zip(padded, lengths, strict=True)]))
+    assert [part.tolist() for part in SimpleTokenizer().flat([])] == [[], []]
 
 
 def test_a_tokenizer_goes_to_another_process_without_its_vocabulary() -> None:

@@ -1,1 +1,1 @@
-"""Data: from files to chunks of uint8 images and trimmed tokens, in a reproducible order."""
+"""Data: from files to chunks of uint8 images and packed tokens, in a reproducible order."""

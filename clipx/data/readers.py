@@ -13,7 +13,7 @@ from clipx.data.plan import MixPlan, Place, Plan, digest
 from clipx.data.sample import BadSample, Sample, Source
 from clipx.data.tar.headers import DataError
 from clipx.errors import UserError
-from clipx.tokenizer import SimpleTokenizer
+from clipx.tokenizer import SimpleTokenizer, Tokens
 
 CHUNKS = 3                  # in memory per worker: two prefetched by DataLoader, one in use
 TRIES = 64                  # bad samples in a row for one position before the run ends
@@ -34,8 +34,7 @@ class Chunk:
     """Consecutive samples of the plan: N images, M captions (M = N in training)."""
 
     images: Tensor          # (N, 3, S, S) uint8, channels last in memory
-    tokens: Tensor          # (M, L) int64, trimmed to the longest caption
-    lengths: Tensor         # (M,) int64, tokens of each caption
+    tokens: Tokens          # of the M captions
     captions: list[str]     # M
     owners: Tensor          # (M,) int64, row in ``images`` of each caption
     position: int           # of the first sample
@@ -70,12 +69,9 @@ class Reader(Dataset):
         skipped: list[Skipped], pictures: list[int] | None = None,
     ) -> Chunk:
         flat = [caption for several in captions for caption in several]
-        tokens = self.tokenizer(flat)
-        lengths = tokens.argmax(dim=-1) + 1
         return Chunk(
             images=images.permute(0, 3, 1, 2),
-            tokens=tokens[:, : int(lengths.max()) if flat else 0].contiguous(),
-            lengths=lengths,
+            tokens=self.tokenizer.flat(flat),
             captions=flat,
             owners=torch.repeat_interleave(torch.tensor([len(several) for several in captions], dtype=torch.int64)),
             position=positions.start,

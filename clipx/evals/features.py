@@ -14,6 +14,7 @@ from clipx.data.sample import Source
 from clipx.data.tar.headers import DataError
 from clipx.distributed import gather, gather_lists, gather_rows, local_slice, rank
 from clipx.models.clip import CLIP
+from clipx.models.packed import pack
 from clipx.tokenizer import SimpleTokenizer
 
 NUM_SHOWN = 64      # pictures kept for figures
@@ -90,7 +91,7 @@ def encode(model: CLIP, chunks: Iterator[Chunk], device: torch.device, amp: torc
             continue
         with torch.autocast(device.type, amp, enabled=amp is not None):
             images.append(model.encode_image(normalise(chunk.images.to(device)), True).cpu())
-            texts.append(model.encode_text(chunk.tokens.to(device), True).cpu())
+            texts.append(model.encode_text(pack(chunk.tokens).to(device), True).cpu())
         owners.append(chunk.owners + count)
         captions += chunk.captions
         shown.append(chunk.images[: max(0, NUM_SHOWN - count)])
@@ -160,6 +161,7 @@ def encode_texts(
     model.eval()
     features = [torch.empty(0, model.visual.embed)]
     for start in local_slice(range(0, len(texts), batch)):
-        features.append(model.encode_text(tokenizer.trimmed(texts[start : start + batch]).to(device), True).cpu())
+        tokens = tokenizer.flat(texts[start : start + batch])
+        features.append(model.encode_text(pack(tokens).to(device), True).cpu())
     model.train(training)
     return gather_rows(torch.cat(features))

@@ -6,8 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
+
+from clipx.tokenizer import Tokens
 
 EDGES = (16, 32, 48, 64)        # tokens; captions with lengths between two edges share a grid
+WIDTH_MULTIPLE = 16             # tokens; the width of a single grid, for compiled models
 
 
 class Grid(NamedTuple):
@@ -54,7 +58,8 @@ class Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grid = grad.new_zeros(ctx.shape).flatten(0, 1)
-        return grid.index_copy_(0, *ctx.saved_tensors, grad).view(ctx.shape), None
+        (places,) = ctx.saved_tensors
+        return grid.index_copy_(0, places, grad).view(ctx.shape), None
 
 
 class Packed(NamedTuple):
@@ -70,41 +75,50 @@ class Packed(NamedTuple):
         """(T, D) -> (T', D) for each grid."""
         return x.split([len(grid.places) for grid in self.grids])
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Packed":
+        """The same captions on a device."""
+        return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=non_blocking), self)
 
-def pack(tokens: Tensor, lengths: Tensor | None = None, edges: Sequence[int] = EDGES) -> Packed:
-    """Drop the padding after the end tokens.
 
-    Several grids keep one long caption from widening all rows.  Without edges there is one grid as wide as ``tokens``,
-    so that shapes differ between batches only in the number of tokens, which suits a compiler.
+def pack(tokens: Tokens, edges: Sequence[int] = EDGES) -> Packed:
+    """Arrange captions in grids, those of similar length together.
+
+    Several grids keep one long caption from widening all rows.  Without edges there is one grid, its width a multiple
+    of 16, so that shapes differ between batches in little more than the number of tokens, which suits a compiler.
 
     Args:
-        tokens: (B, L) token ids; the highest id of a row is its end token.
-        lengths: (B,) tokens of each caption, including the end token; computed if None.
+        tokens: of the captions.
         edges: lengths at which a new grid begins.
 
     Returns:
         Packed captions, on the device of ``tokens``.
     """
-    if lengths is None:
-        lengths = tokens.argmax(dim=-1) + 1
+    ids, lengths = tokens
     kind = torch.bucketize(lengths, torch.tensor(edges, device=lengths.device))     # which grid
     order = kind.argsort(stable=True)
-    columns, grids, positions, rows = torch.arange(tokens.shape[1], device=tokens.device), [], [], []
+    starts = lengths.cumsum(0) - lengths                                            # (B,) row of each start token
+    grids, positions, rows = [], [], []
     for members in order.split(kind.bincount().tolist()):
         if not len(members):
             continue
-        width = int(lengths[members].max()) if edges else tokens.shape[1]
-        within = columns[:width] < lengths[members, None]                           # (G, L')
+        width = int(lengths[members].max())
+        if not edges:
+            width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        within = torch.arange(width, device=lengths.device) < lengths[members, None]    # (G, L)
         row, column = within.nonzero(as_tuple=True)
-        seen = within[:, None, None]
-        grids.append(Grid((len(members), width), row * width + column, seen))
+        grids.append(Grid((len(members), width), row * width + column, within[:, None, None]))
         positions.append(column)
-        rows.append(members[row])
-    positions, rows = torch.cat(positions), torch.cat(rows)
+        rows.append(starts[members][row] + column)
     return Packed(
-        ids=tokens[rows, positions],
-        positions=positions,
+        ids=ids[torch.cat(rows)],
+        positions=torch.cat(positions),
         ends=lengths[order].cumsum(0) - 1,
         order=order.argsort(),
         grids=grids,
     )
+
+
+def unpad(tokens: Tensor) -> Tokens:
+    """(B, L) token ids, padded after the end token, which is the highest id of a row."""
+    lengths = tokens.argmax(dim=-1) + 1
+    return Tokens(tokens[torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]], lengths)

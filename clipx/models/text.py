@@ -6,7 +6,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from clipx.models.layers import Act, Transformer
-from clipx.models.packed import Packed, pack
+from clipx.models.packed import Packed, pack, unpad
 
 VOCABULARY = 49_408         # token ids of the tokenizer, 0 to END
 
@@ -61,7 +61,7 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def forward(self, tokens: Tensor | Packed) -> Tensor:
-        packed = tokens if isinstance(tokens, Packed) else pack(tokens)
+        packed = tokens if isinstance(tokens, Packed) else pack(unpad(tokens))
         x = self.token_embedding(packed.ids) + F.embedding(packed.positions, self.positional_embedding) # (T, D)
         x = self.ln_final(self.transformer(x, packed))                              # (B, D), at the end tokens
         return (x @ self.text_projection).index_select(0, packed.order)             # (B, E)

@@ -103,7 +103,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
             batch = range(state.samples, state.samples + min(config.batch_size, plan.samples))
             log(check_equal(reader, batch, config.loss.get("same")))
             log(show(chunks[0]))
-            tokens = max(chunk.tokens.shape[1] for chunk in chunks)
+            tokens = max(int(chunk.tokens.lengths.max()) for chunk in chunks)
         with report.part("evals") as log:
             log(check_evals(config, data, partial(EvalReader, size=reader.crop.size, tokenizer=reader.tokenizer)))
     if state:

@@ -1,27 +1,30 @@
 """Assemble the chunks of a step into micro-batches."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipx.data.readers import Chunk
 from clipx.models.packed import EDGES, Packed, pack
+from clipx.tokenizer import Tokens
 
-WIDTH_MULTIPLE = 16     # tokens; compiled models pad captions to a multiple of it
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that go forward at once: b images and their captions.
 
-class MicroBatch(NamedTuple):
-    """Samples that go forward at once."""
+    The images stay as the loader delivered them, pinned if there is a GPU: joining them here would copy them to memory
+    that is not.
+    """
 
-    image: Tensor           # (b, 3, S, S) uint8
+    images: list[Tensor]    # of each chunk, (n, 3, S, S) uint8
     captions: Packed
     ids: Tensor | None      # (b, 2) picture id and caption id of each row; None if the loss does not need them
 
     def __len__(self) -> int:
-        return len(self.image)
+        return sum(map(len, self.images))
 
 
 def split_micro_batches(chunks: Sequence[Chunk], size: int | None, few_shapes: bool = False) -> list[MicroBatch]:
@@ -40,24 +43,15 @@ def split_micro_batches(chunks: Sequence[Chunk], size: int | None, few_shapes: b
             room = size or sum(map(len, chunks))
         groups[-1].append(chunk)
         room -= len(chunk)
-    return [to_micro_batch(group, few_shapes) for group in groups]
+    return [to_micro_batch(group, () if few_shapes else EDGES) for group in groups]
 
 
-def to_micro_batch(chunks: Sequence[Chunk], few_shapes: bool) -> MicroBatch:
-    width = max(chunk.tokens.shape[1] for chunk in chunks)
-    if few_shapes:
-        width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    tokens = padded_tokens(chunks, width)
-    ids = None if chunks[0].ids is None else concat([chunk.ids for chunk in chunks])
-    captions = pack(tokens, concat([chunk.lengths for chunk in chunks]), () if few_shapes else EDGES)
-    return MicroBatch(concat([chunk.images for chunk in chunks]), captions, ids)
+def to_micro_batch(chunks: Sequence[Chunk], edges: Sequence[int]) -> MicroBatch:
+    tokens = Tokens(*map(concat, zip(*(chunk.tokens for chunk in chunks), strict=True)))
+    ids = [chunk.ids for chunk in chunks if chunk.ids is not None]
+    return MicroBatch([chunk.images for chunk in chunks], pack(tokens, edges), concat(ids) if ids else None)
 
 
-def padded_tokens(chunks: Sequence[Chunk], width: int) -> Tensor:
-    """Captions padded to ``width`` tokens. -> (B, width)."""
-    return concat([F.pad(chunk.tokens, (0, width - chunk.tokens.shape[1])) for chunk in chunks])
-
-
-def concat(tensors: Sequence[Tensor]) -> Tensor:
+def concat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """``torch.cat`` that does not copy a single tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

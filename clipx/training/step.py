@@ -42,20 +42,25 @@ class MicroBatchEncoder:
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, micro_batch: MicroBatch) -> Features:
-        micro_batch = self.to_device(micro_batch)
+        images, captions = self.to_device(micro_batch)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            return self.forward(self.normalise(micro_batch.image), micro_batch.captions)
+            return self.forward(self.normalise(images), captions)
 
-    def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        """Copy to the device; on a GPU the copy overlaps with the computation already queued."""
+    def to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Packed]:
+        """Images (b, 3, S, S) uint8 and captions on the device.
+
+        Chunks are copied one by one and joined on the device; on a GPU the copies overlap with the computation already
+        queued.
+        """
         if self.copies is None:
-            return tree_map_only(Tensor, lambda x: x.to(self.device), micro_batch)
+            return concat([x.to(self.device) for x in micro_batch.images]), micro_batch.captions.to(self.device)
         with torch.cuda.stream(self.copies):
-            micro_batch = tree_map_only(Tensor, lambda x: x.to(self.device, non_blocking=True), micro_batch)
+            images = concat([x.to(self.device, non_blocking=True) for x in micro_batch.images])
+            captions = micro_batch.captions.to(self.device, non_blocking=True)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.copies)
-        tree_map_only(Tensor, lambda x: x.record_stream(current), micro_batch)      # keeps its memory until then
-        return micro_batch
+        tree_map_only(Tensor, lambda x: x.record_stream(current), (images, captions))   # keeps their memory until then
+        return images, captions
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Skip gradient synchronisation across ranks."""
@@ -90,9 +95,8 @@ def backward(
 
     Source: Gao et al. 2021, GradCache (arXiv 2101.06983).
     """
-    ids = None
-    if micro_batches[0].ids is not None:
-        ids = concat([micro_batch.ids for micro_batch in micro_batches]).to(encoder.device)
+    id_parts = [micro_batch.ids for micro_batch in micro_batches if micro_batch.ids is not None]
+    ids = concat(id_parts).to(encoder.device) if id_parts else None
     if len(micro_batches) == 1:
         image, text, scale = encoder(micro_batches[0])
         loss = loss_fn(image, text, scale, ids)
@@ -107,20 +111,22 @@ def backward(
     images, texts, scales = zip(*features, strict=True)
     image, text, scale = (x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scales[0]))
     loss = loss_fn(image, text, scale, ids)
-    scaler.scale(loss).backward()
+    d_image, d_text, d_scale = torch.autograd.grad(scaler.scale(loss), (image, text, scale), materialize_grads=True)
 
     sizes = [len(micro_batch) for micro_batch in micro_batches]
-    grads = [*zip(image.grad.split(sizes), text.grad.split(sizes), strict=True)]
-    grads[-1] += (scale.grad,)
-    for micro_batch, rng_state, grad in zip(micro_batches, rng_states, grads, strict=True):
+    parts = zip(micro_batches, rng_states, d_image.split(sizes), d_text.split(sizes), strict=True)
+    for micro_batch, rng_state, *grads in parts:
         encoder.set_rng_state(rng_state)         # dropout draws the same numbers again
-        with nullcontext() if micro_batch is micro_batches[-1] else encoder.no_sync():
-            backward_from(encoder(micro_batch)[: len(grad)], grad)
+        if micro_batch is not micro_batches[-1]:
+            with encoder.no_sync():
+                backward_from(encoder(micro_batch)[:2], grads)
+        else:
+            backward_from(encoder(micro_batch), [*grads, d_scale])
     return BatchOutput(loss.detach(), image.detach(), text.detach(), scale.detach())
 
 
 def backward_from(features: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Backpropagate given gradients of the features; skips the features of a frozen tower."""
-    pairs = [(x, grad) for x, grad in zip(features, grads, strict=True) if x.requires_grad]
-    if pairs:
-        torch.autograd.backward(*zip(*pairs, strict=True))
+    trained = [(x, grad) for x, grad in zip(features, grads, strict=True) if x.requires_grad]
+    if trained:
+        torch.autograd.backward([x for x, _ in trained], [grad for _, grad in trained])

@@ -18,8 +18,9 @@ from clipx.config.schema import TrainConfig
 from clipx.data.images import Normalise
 from clipx.data.readers import Chunk
 from clipx.devices import select_device
+from clipx.tokenizer import SimpleTokenizer
 from clipx.tools.measure import NUM_BATCHES, load_batches, measure, synchronize
-from clipx.training.batch import concat, padded_tokens
+from clipx.training.batch import concat
 from clipx.training.memory import peak_memory
 from clipx.weights.convert import open_clip_config
 
@@ -58,7 +59,8 @@ def open_clip_optimizer(model: nn.Module, optim: Mapping[str, Any]) -> torch.opt
 
 def padded(chunks: list[Chunk], context: int) -> tuple[Tensor, Tensor]:
     """A batch as from its loader: normalised (B, 3, S, S) float32, and (B, context) tokens."""
-    return Normalise()(concat([chunk.images for chunk in chunks])).contiguous(), padded_tokens(chunks, context)
+    captions = [caption for chunk in chunks for caption in chunk.captions]
+    return Normalise()(concat([chunk.images for chunk in chunks])).contiguous(), SimpleTokenizer(context)(captions)
 
 
 class Batches:

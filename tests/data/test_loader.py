@@ -2,13 +2,14 @@ import itertools
 import pickle
 import subprocess
 from collections.abc import Callable
-from dataclasses import fields
+from itertools import zip_longest
 from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import picture, write_tar
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 import clipx
@@ -19,6 +20,7 @@ from clipx.data.plan import Plan
 from clipx.data.readers import Chunk, EvalReader, TrainReader
 from clipx.data.shards import open_shards
 from clipx.data.tar.headers import DataError
+from clipx.models.packed import unpad
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
@@ -40,7 +42,7 @@ def batches(
 
 
 def same(a: Chunk, b: Chunk) -> bool:
-    pairs = [(getattr(a, part.name), getattr(b, part.name)) for part in fields(Chunk)]
+    pairs = zip_longest(tree_leaves(vars(a)), tree_leaves(vars(b)))
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
@@ -102,11 +104,10 @@ def test_captions_and_crops_change_from_epoch_to_epoch_and_with_the_seed(shards:
     assert [c.captions for c in first] != [c.captions for c in second]
 
 
-def test_a_chunk_is_cut_to_its_longest_caption_and_tells_lengths(shards: Path) -> None:
+def test_the_captions_of_a_chunk_are_packed(shards: Path) -> None:
     chunk = batches(reader_of(shards), 1, 16)[0]
-    assert chunk.tokens.shape == (16, int(chunk.lengths.max()))
-    assert torch.equal(chunk.tokens, TOKENIZER(chunk.captions)[:, : chunk.tokens.shape[1]])
-    assert (chunk.tokens.gather(1, chunk.lengths[:, None] - 1) == 49407).all()
+    assert all(map(torch.equal, chunk.tokens, unpad(TOKENIZER(chunk.captions))))
+    assert (chunk.tokens.ids[chunk.tokens.lengths.cumsum(0) - 1] == 49407).all() and len(chunk.tokens.lengths) == 16
 
 
 def test_a_large_batch_comes_in_chunks_of_256() -> None:

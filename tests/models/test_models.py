@@ -16,10 +16,10 @@ from clipx.config.instantiate import build
 from clipx.config.resolve import resolve
 from clipx.loss import clip_loss
 from clipx.models.clip import CLIP, clip_small, clip_vit_b32
-from clipx.models.packed import EDGES, pack
+from clipx.models.packed import EDGES, pack, unpad
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-from clipx.tokenizer import SimpleTokenizer
+from clipx.tokenizer import SimpleTokenizer, Tokens
 from clipx.training.compile import CompiledModel, compile_model
 
 
@@ -134,7 +134,7 @@ def test_packed_captions_give_the_features_and_gradients_of_open_clips_padded_on
     captions = [words[:length] for length in (1, 101, 6, 40, 1, 20, 99, 8)]
     tokens = SimpleTokenizer()([*captions, words * 5])
     lengths = tokens.argmax(dim=-1) + 1
-    packed = pack(tokens, lengths, edges)
+    packed = pack(unpad(tokens), edges)
     assert len(packed.ids) == lengths.sum() and lengths.max() == 77
     gradients = []
     for model, given in ((ours, packed), (peer, tokens)):
@@ -160,7 +160,8 @@ def test_compiled_it_is_the_same_model_and_is_compiled_once(monkeypatch: pytest.
     forward.model = torch.compile(model, backend=counter)
     for length in (4, 9, 14, 5, 12):
         image, tokens = real_batch(32)
-        captions = pack(torch.nn.functional.pad(tokens, (0, 16 - tokens.shape[1])), torch.tensor([4, length, 6, 7]), ())
+        lengths = torch.tensor([4, length, 6, 7])
+        captions = pack(Tokens(tokens.flatten()[: lengths.sum()], lengths), ())
         for one, other in zip(forward(image, captions), model(image, captions), strict=True):
             torch.testing.assert_close(one, other)
     assert counter.frame_count == 1

@@ -51,6 +51,16 @@ def test_captions_in_few_shapes_give_the_same_gradient() -> None:
     assert_close(gradient(clip, 64, 24, few_shapes=True)[1], gradient(clip, 64, None)[1])
 
 
+def test_images_are_not_copied_before_the_device() -> None:
+    chunks = chunks_of(300, None)
+    (whole,), (one, rest) = split_micro_batches(chunks, None), split_micro_batches(chunks, 256)
+    assert [x.data_ptr() for x in whole.images] == [chunk.images.data_ptr() for chunk in chunks]
+    encoder = MicroBatchEncoder(model(), CPU, None)
+    assert encoder.to_device(one)[0].data_ptr() == chunks[0].images.data_ptr()
+    assert torch.equal(encoder.to_device(whole)[0], torch.cat([chunk.images for chunk in chunks]))
+    assert (len(whole), len(one), len(rest)) == (300, 256, 44)
+
+
 def test_what_dropout_draws_in_the_first_pass_it_draws_in_the_second() -> None:
     clip = model()
     for tower in (clip.visual, clip.text):
@@ -91,6 +101,13 @@ def test_ids_of_all_parts_reach_the_loss() -> None:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     backward(Double(clip, CPU, None), loss_fn, split_micro_batches(chunks_of(40, 16), 16), scaler)
     assert torch.equal(seen[0], torch.cat([chunk.ids for chunk in chunks_of(40, None)]))
+
+
+def test_a_loss_without_temperature_leaves_it_alone() -> None:
+    clip, scaler = model(), torch.amp.GradScaler("cpu", enabled=False)
+    parts = split_micro_batches(chunks_of(32, 16), 16)
+    backward(Double(clip, CPU, None), lambda image, text, _scale, _ids: (image - text).square().sum(), parts, scaler)
+    assert clip.logit_scale.grad == 0 and clip.visual.conv1.weight.grad.any()
 
 
 @pytest.mark.parametrize("tower", ["image", "text", True])

@@ -138,7 +138,7 @@ def chunks_of(data: Data, count: int = 20, workers: int = 0, start: int = 0, bat
 def assert_same(found: list[Chunk], expected: list[Chunk]) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.captions == b.captions and a.position == b.position and torch.equal(a.samples, b.samples)
-        assert torch.equal(a.images, b.images) and torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.images, b.images) and torch.equal(a.tokens.ids, b.tokens.ids)
 
 
 def local(server: Server) -> Data:
