@@ -82,6 +82,7 @@ def open_clip_module(name: str) -> ModuleType:
         raise ImportError("the tokenizer comes with open_clip; install it with: pip install open_clip_torch")
     file = Path(package.origin).with_name(f"{name}.py")
     spec = importlib.util.spec_from_file_location(f"clipx.open_clip_{name}", file)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -18,7 +18,7 @@ from clipx.data.sample import DECODED, BadSample, describe_unreadable
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # RGB, of OpenAI's training pictures
 STD = (0.26862954, 0.26130258, 0.27577711)
 RATIO = (3 / 4, 4 / 3)                          # width to height of a training crop
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS            # 89 million; Pillow warns about decompression bombs above it
+MAX_PIXELS = 89_478_485                         # Pillow's limit, above which it warns about decompression bombs
 JPEG = b"\xff\xd8"
 ORIENTATION = 0x0112                            # EXIF's tag
 SEGMENTS = [bytes([mark]) for mark in (*range(0xE0, 0xF0), 0xFE)]      # APP0 to APP15, and comments
@@ -76,10 +76,10 @@ class TrainCrop:
 
     def __init__(self, size: int, scale: tuple[float, float], decode: str):
         self.size, self.scale, self.exact = size, scale, decode == "exact"
-        self.buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]     # of the decoded picture, and of the crop
+        self.buffers: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "buffers": [np.empty(0, np.uint8), np.empty(0, np.uint8)]}
+        return {**self.__dict__, "buffers": {}}
 
     def __call__(self, file: bytes, rng: random.Random, out: Tensor) -> None:
         """Fill ``out``, (S, S, 3) uint8.
@@ -88,15 +88,15 @@ class TrainCrop:
             BadSample: it does not decode, or is too large.
         """
         part = self.cut(file, rng)
-        contiguous = self.buffer(1, part.size).reshape(part.shape)      # as the filter needs
+        contiguous = self.buffer("crop", part.size).reshape(part.shape)      # as the filter needs
         np.copyto(contiguous, part)
         resize(contiguous, out)
 
-    def buffer(self, number: int, size: int) -> np.ndarray:
+    def buffer(self, name: str, size: int) -> np.ndarray:
         """Return a reused buffer of (size,) bytes; allocating one per picture takes a third of the time."""
-        if self.buffers[number].size < size:
-            self.buffers[number] = np.empty(size, np.uint8)
-        return self.buffers[number][:size]
+        if name not in self.buffers or self.buffers[name].size < size:
+            self.buffers[name] = np.empty(size, np.uint8)
+        return self.buffers[name][:size]
 
     def cut(self, file: bytes, rng: random.Random) -> np.ndarray:
         """Return the decoded crop, (H, W, 3), a view of memory that the next call overwrites."""
@@ -121,7 +121,7 @@ class TrainCrop:
     def decode_jpeg(self, file: bytes, size: tuple[int, int], turn: int, shrink: int) -> tuple[np.ndarray, int]:
         """Return the upright picture, (H, W, 3), and the factor by which it was decoded smaller."""
         width, height = (-(-side // shrink) for side in size)
-        buffer = self.buffer(0, 3 * width * height)
+        buffer = self.buffer("picture", 3 * width * height)
         try:
             pixels = simplejpeg.decode_jpeg(
                 file, "RGB", min_width=width, min_height=height, min_factor=shrink, buffer=buffer

@@ -40,11 +40,13 @@ def load_chunks(
     first = next(ranges, range(0))
     loader = DataLoader(
         reader, batch_size=None, sampler=itertools.chain([first] if first else [], ranges), num_workers=workers,
-        collate_fn=identity, pin_memory=pin, worker_init_fn=init_worker,
+        pin_memory=pin, worker_init_fn=init_worker,
         multiprocessing_context=get_all_start_methods()[0] if workers else None,    # the system's default, not joblib's
         generator=torch.Generator(),        # the default one would advance torch's global random state
     )
     watched: list[int] = []
+    chunks: Iterator[Chunk | UserError] | None
+    chunk: Chunk | UserError | None
     try:
         with make_prefetcher(reader, first, fill) as ahead:
             before = signal.getsignal(signal.SIGCHLD)
@@ -75,7 +77,9 @@ def init_worker(_worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):          # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
         Thread(target=exit_with_run, daemon=True).start()
-    get_worker_info().dataset.tokenizer("")
+    worker = get_worker_info()
+    assert worker is not None and isinstance(worker.dataset, Reader)
+    worker.dataset.tokenizer("")
     gc.freeze()
 
 
@@ -88,23 +92,20 @@ def exit_with_run() -> None:
 
 def make_prefetcher(reader: Reader, first: range, fill: bool) -> Prefetcher:
     """Return the prefetcher of the remote training shards, starting at the range ``first``."""
-    parts = list(remote_parts(reader.source)) if isinstance(reader, TrainReader) else []
+    if not isinstance(reader, TrainReader):
+        return Prefetcher([], {}, None, first.start, 0, fill)
+    parts = list(remote_parts(reader.source))
     remotes = {
         start + number: part.remote(number) for start, part in parts for number in part.catalogue.urls
         if part.sizes[number]
     }
-    plan = reader.plan if parts else None
-    reach = max(plan.window, 2 * len(first)) if parts else 0
-    return Prefetcher([part.cache for _, part in parts], remotes, plan, first.start, reach, fill)
-
-
-def identity(chunk: Chunk) -> Chunk:
-    return chunk
+    reach = max(reader.plan.window, 2 * len(first))
+    return Prefetcher([part.cache for _, part in parts], remotes, reader.plan, first.start, reach, fill)
 
 
 def train_ranges(
     position: int, batch_size: int, micro_batch_size: int | None = None, rank: int = 0, world: int = 1,
-    left_out: Sequence[Sequence[int]] = (),
+    left_out: Sequence[range] = (),
 ) -> Iterator[range]:
     """Yield the positions that one rank reads, chunk by chunk, endlessly.
 
@@ -114,7 +115,7 @@ def train_ranges(
         micro_batch_size: samples per forward pass; chunks do not cross its boundaries.
         rank: of this process.
         world: number of processes.
-        left_out: ranges (start, end) of positions at which no batch starts.
+        left_out: positions at which no batch starts, in ascending order.
     """
     share = batch_size // world
     while True:
@@ -124,11 +125,11 @@ def train_ranges(
         position = skip_left_out(position, left_out) + batch_size
 
 
-def skip_left_out(position: int, left_out: Sequence[Sequence[int]]) -> int:
-    """Move a batch's start past the ranges that are left out."""
-    for start, end in sorted(left_out):
-        if start <= position < end:
-            position = end
+def skip_left_out(position: int, left_out: Sequence[range]) -> int:
+    """Move a batch's start past the positions that are left out."""
+    for positions in left_out:
+        if position in positions:
+            position = positions.stop
     return position
 
 

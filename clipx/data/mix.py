@@ -16,8 +16,8 @@ class Chain:
     """Concatenation of sources."""
 
     def __init__(self, sources: Sequence[Source]):
-        self.sources = list(sources)
-        self.sizes = np.concatenate([np.asarray(source.sizes) for source in sources])
+        self.sources = sources
+        self.sizes = [size for source in sources for size in source.sizes]
         self.ends = np.cumsum([sum(source.sizes) for source in sources])
         self.id = blake2b("\n".join(source.id for source in sources).encode(), digest_size=16).hexdigest()
 

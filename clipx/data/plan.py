@@ -56,13 +56,13 @@ class Plan:
         window: samples per window (``data.shuffle_window``).
     """
 
-    def __init__(self, sizes: Sequence[int], seed: int, window: int):
+    def __init__(self, sizes: Sequence[int] | np.ndarray, seed: int, window: int):
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self.seed, self.window = seed, window
         self.samples = int(self.sizes.sum())                        # of an epoch
         self.first = np.cumsum(self.sizes) - self.sizes             # (shards,), id of each shard's first sample
-        self.shard_order = lru_cache(maxsize=2)(self.shard_order)
-        self.window_order = lru_cache(maxsize=2)(self.window_order)
+        self.shard_order = lru_cache(maxsize=2)(self.draw_shard_order)
+        self.window_order = lru_cache(maxsize=2)(self.draw_window_order)
 
     @property
     def id(self) -> str:
@@ -73,11 +73,8 @@ class Plan:
         """Size of the largest batch without a repeated picture."""
         return self.samples
 
-    def __getstate__(self) -> dict:
-        return {"sizes": self.sizes, "seed": self.seed, "window": self.window}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple[type["Plan"], tuple[np.ndarray, int, int]]:
+        return Plan, (self.sizes, self.seed, self.window)
 
     def __getitem__(self, position: int) -> Place:
         epoch, index = divmod(position, self.samples)
@@ -108,12 +105,12 @@ class Plan:
                 yield Window(epoch * self.samples + start, [int(s) for s in shards[a : b + 1] if self.sizes[s]])
             first = 0
 
-    def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the permuted shards of an epoch and their cumulative sizes."""
         order = permutation(len(self.sizes), self.seed, "shards", epoch)
         return order, np.cumsum(self.sizes[order])
 
-    def window_order(self, epoch: int, window: int) -> np.ndarray:
+    def draw_window_order(self, epoch: int, window: int) -> np.ndarray:
         width = min(self.window, self.samples - window * self.window)
         return permutation(width, self.seed, "window", epoch, window)
 
@@ -139,7 +136,7 @@ class MixPlan:
         self.samples = sum(part.samples for part in self.plans)         # of an epoch
         self.first_sample = np.cumsum([0, *(part.samples for part in self.plans)]).tolist()
         self.first_shard = np.cumsum([0, *map(len, sizes)]).tolist()
-        self.block = lru_cache(maxsize=4)(self.block)
+        self.block = lru_cache(maxsize=4)(self.draw_block)
 
     @property
     def largest_batch(self) -> int:
@@ -150,11 +147,8 @@ class MixPlan:
     def id(self) -> str:
         return " ".join([str(self.shares), *(part.id for part in self.plans)])
 
-    def __getstate__(self) -> dict:
-        return {"sizes": self.sizes, "weights": self.weights, "seed": self.seed, "window": self.window}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple[type["MixPlan"], tuple[Sequence[Sequence[int]], Sequence[float], int, int]]:
+        return MixPlan, (self.sizes, self.weights, self.seed, self.window)
 
     def __getitem__(self, position: int) -> Place:
         source, index = self.source_position(position)
@@ -172,9 +166,14 @@ class MixPlan:
         """Return the source at a position, and the position in that source's own plan."""
         block, offset = divmod(position, BLOCK)
         source = int(self.block(block)[offset])
-        return source, block * self.shares[source] + int((self.block(block)[:offset] == source).sum())
+        return source, self.count_before(source, position)
 
-    def block(self, number: int) -> np.ndarray:
+    def count_before(self, source: int, position: int) -> int:
+        """Return how many earlier positions belong to a source."""
+        block, offset = divmod(position, BLOCK)
+        return block * self.shares[source] + int((self.block(block)[:offset] == source).sum())
+
+    def draw_block(self, number: int) -> np.ndarray:
         """Return the source at each position of a block, (1000,)."""
         return np.repeat(np.arange(len(self.plans)), self.shares)[permutation(BLOCK, self.seed, "mix", number)]
 
@@ -183,11 +182,8 @@ class MixPlan:
         return heapq.merge(*(self.source_windows(source, position) for source in range(len(self.plans))))
 
     def source_windows(self, source: int, position: int) -> Iterator[Window]:
-        block, offset = divmod(position, BLOCK)
-        share = self.shares[source]
-        begin = block * share + int((self.block(block)[:offset] == source).sum())
-        for window in self.plans[source].windows(begin):
-            number, rank = divmod(window.start, share)
+        for window in self.plans[source].windows(self.count_before(source, position)):
+            number, rank = divmod(window.start, self.shares[source])
             start = number * BLOCK + int(np.flatnonzero(self.block(number) == source)[rank])
             yield Window(start, [shard + self.first_shard[source] for shard in window.shards])
 

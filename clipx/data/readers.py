@@ -103,7 +103,8 @@ class TrainReader(Reader):
         self.plan, self.crop, self.caption, self.identify = plan, crop, caption, identify
 
     def chunk(self, positions: range) -> Chunk:
-        captions, samples, skipped, pictures = [], [], [], []
+        captions, samples, pictures = [], [], []
+        skipped: list[Skipped] = []
         images = shared_pixels(len(positions), self.crop.size)
         for row, position in enumerate(positions):
             place, sample = self.load(position, images[row], skipped)
@@ -154,7 +155,9 @@ class EvalReader(Reader):
         self.size = size
 
     def chunk(self, positions: range) -> Chunk:
-        captions, samples, skipped = [], [], []
+        captions: list[list[str]] = []
+        samples: list[int] = []
+        skipped: list[Skipped] = []
         images = shared_pixels(len(positions), self.size)
         for position in positions:
             try:
@@ -170,7 +173,8 @@ class EvalReader(Reader):
 
 def shared_pixels(count: int, size: int) -> Tensor:
     """Allocate (count, S, S, 3) uint8; in a worker, in shared memory."""
-    if get_worker_info() is None:
+    worker = get_worker_info()
+    if worker is None:
         return torch.empty(count, size, size, 3, dtype=torch.uint8)
     amount = count * size * size * 3
     try:
@@ -178,9 +182,9 @@ def shared_pixels(count: int, size: int) -> Tensor:
     except RuntimeError as error:
         if "shared memory" not in str(error):
             raise
-        workers = get_worker_info().num_workers
+        need = amount * CHUNKS * worker.num_workers / 1e6
         raise DataError(
-            f"shared memory (/dev/shm) is full: workers={workers} needs about {amount * CHUNKS * workers / 1e6:,.0f} "
+            f"shared memory (/dev/shm) is full: workers={worker.num_workers} needs about {need:,.0f} "
             "MB of it here; enlarge it (docker run --shm-size=..., or --ipc=host), or set fewer workers; workers=0 "
             "needs none"
         ) from error

@@ -65,8 +65,11 @@ class Sample(NamedTuple):
 class Source(Protocol):
     """Samples in shards, read by number. A folder is one shard."""
 
-    sizes: Sequence[int]    # samples of each shard
     id: str                 # changes when the data do
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Samples of each shard."""
 
     def locate(self, sample: int) -> str:
         """Return file and key of a sample, for messages."""
@@ -149,7 +152,7 @@ class Subset:
     def __init__(self, source: Source, ids: np.ndarray, without: bool = False):
         self.source, self.ids, self.without = source, ids, without
         there = np.diff(np.searchsorted(ids, np.cumsum(source.sizes)), prepend=0)
-        self.sizes = np.asarray(source.sizes) - there if without else there
+        self.sizes: list[int] = (np.asarray(source.sizes) - there if without else there).tolist()
         self.before = ids - np.arange(len(ids))         # samples of the subset before each id
         self.id = f"{source.id} {without} {blake2b(ids.tobytes(), digest_size=8).hexdigest()}"
 

@@ -31,7 +31,7 @@ class State:
     best: dict[str, Any] = field(default_factory=dict)  # of the objective: value, step
     skipped: set[int] = field(default_factory=set)      # ids of bad samples
     bad_steps: int = 0                                  # steps without effect: the gradient was not finite
-    left_out: list[list[int]] = field(default_factory=list)     # [start, end) positions to skip
+    left_out: list[range] = field(default_factory=list)     # positions to skip, in ascending order
     seconds: float = 0.0                                # duration of the run up to the last checkpoint
     resumed_from: str = ""                              # checksum of the checkpoint that resume=PATH named
 
@@ -39,9 +39,9 @@ class State:
         self.step += 1
         self.samples = skip_left_out(self.samples + samples, self.left_out)
 
-    def leave_out(self, spans: Sequence[Sequence[int]]) -> None:
-        """Skip [start, end) positions."""
-        self.left_out = [list(span) for span in sorted({tuple(span) for span in (*self.left_out, *spans)})]
+    def leave_out(self, spans: Sequence[range]) -> None:
+        """Skip these positions."""
+        self.left_out = sorted({*self.left_out, *spans}, key=lambda span: (span.start, span.stop))
         self.samples = skip_left_out(self.samples, self.left_out)
 
     def state_dict(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class State:
             "best": self.best,
             "skipped": sorted(self.skipped),
             "bad_steps": self.bad_steps,
-            "left_out": self.left_out,
+            "left_out": [[span.start, span.stop] for span in self.left_out],
             "seconds": self.seconds,
             "resumed_from": self.resumed_from,
         }
@@ -70,7 +70,8 @@ class State:
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.samples = saved["step"], saved["samples"]
         self.best, self.skipped = saved["best"], set(saved["skipped"])
-        self.bad_steps, self.left_out, self.seconds = saved["bad_steps"], saved["left_out"], saved["seconds"]
+        self.left_out = [range(*span) for span in saved["left_out"]]
+        self.bad_steps, self.seconds = saved["bad_steps"], saved["seconds"]
         self.resumed_from = saved.get("resumed_from", "")       # 0.1.0 did not write it
         torch.set_rng_state(saved["rng"]["torch"])
         if len(saved["rng"]["cuda"]) == torch.cuda.device_count():

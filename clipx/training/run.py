@@ -88,22 +88,22 @@ def run_on_rank(
         evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
     plan = data.plan(config.seed)
     parts = RunParts(config, directory, device, workers, data, plan, evals, identify(config, data, plan), early)
-    left_out: list[list[int]] = []
+    left_out: list[range] = []
     with locked_by_rank0(directory):
         while diverged := train(parts, signals, left_out):
-            left_out.append([diverged.first.position, diverged.end])
+            left_out.append(range(diverged.first.position, diverged.end))
             distributed.barrier()           # until rank 0 has finished writing checkpoints
             logger.warning("%s; going back to the last checkpoint and skipping the samples of these steps", diverged)
     return objective(directory, config.objective) if distributed.rank() == 0 else None
 
 
-def train(parts: RunParts, signals: Signals, left_out: Sequence[Sequence[int]]) -> Diverged | None:
+def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> Diverged | None:
     """Train from the last checkpoint to the end of the run, or until ``stop_at`` or a signal.
 
     Args:
         parts: of the run.
         signals: requests to stop.
-        left_out: [start, end) positions to skip.
+        left_out: positions to skip.
 
     Returns:
         Why the run has to go back to its last checkpoint, or None.
