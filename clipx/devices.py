@@ -1,24 +1,95 @@
-"""Device, precision and number of data workers of this rank."""
+"""Device, precision, cores and data workers of this rank; torch is imported on use, as ``--help`` does without."""
 
-import torch
+import math
+import os
+from collections.abc import Iterator
+from multiprocessing import get_start_method
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clipx import distributed
-from clipx.cores import available_cores
 from clipx.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 MAX_WORKERS = 8                 # for ``workers=auto``
-PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}      # autocast's dtype for each ``amp``
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-def select_device(name: str) -> torch.device:
+def one_of_several_jobs() -> bool:
+    """Whether joblib runs this process as one of several parallel jobs of a sweep."""
+    return get_start_method(allow_none=True) == "loky"
+
+
+def available_cores() -> int:
+    """Number of cores that this process may use; parallel jobs get the threads that joblib assigns."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min([cores, *(max(1, math.ceil(quota)) for quota in quotas())])
+    return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores))) if one_of_several_jobs() else cores
+
+
+def quotas() -> Iterator[float]:
+    """CPU quotas, in cores, of this process's control groups and their parents; cgroup v1 and v2.
+
+    In a container the path may be the host's and exist only in part: missing directories are skipped.
+    """
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:             # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = GROUPS / "cpu" if controllers else GROUPS
+        group = top / path.lstrip("/")
+        for directory in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            yield from quota_of(directory)
+
+
+def quota_of(group: Path) -> Iterator[float]:
+    """The quota of one control group, if it has one: ``cpu.max`` (v2) or the two files of v1."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+    except OSError:
+        return
+    if quota not in ("max", "-1"):
+        yield int(quota) / int(period)
+
+
+def limit_threads() -> None:
+    """Limit torch to the available cores, as it ignores quotas; OMP_NUM_THREADS takes precedence."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+
+
+def select_workers(workers: str | int) -> int:
+    """Number of data workers for this rank; ``auto`` is half of its share of the cores, at most ``MAX_WORKERS``."""
+    from clipx.distributed import local_world_size
+
+    if workers != "auto":
+        return int(workers)
+    return min(MAX_WORKERS, max(1, available_cores() // local_world_size() // 2))
+
+
+def select_device(name: str) -> "torch.device":
     """The device called ``name``; ``auto`` is the first accelerator (one for each local rank), else the CPU.
 
     Raises:
         UserError: the device does not exist, or there are fewer GPUs than local ranks.
     """
+    import torch
+
+    from clipx.distributed import local_world_size
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    ranks = distributed.local_world_size()
+    ranks = local_world_size()
     if name == "cuda" and ranks > (gpus := torch.cuda.device_count()) > 0:
         raise UserError(f"{ranks} processes on a machine with {gpus} GPUs; start torchrun with --nproc-per-node {gpus}")
     try:
@@ -29,8 +100,8 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"device={name} cannot be used ({reason}); device=auto uses what is available") from error
 
 
-def select_workers(workers: str | int) -> int:
-    """Number of data workers for this rank; ``auto`` is half of its share of the cores, at most ``MAX_WORKERS``."""
-    if workers != "auto":
-        return int(workers)
-    return min(MAX_WORKERS, max(1, available_cores() // distributed.local_world_size() // 2))
+def autocast_dtype(amp: str) -> "torch.dtype | None":
+    """autocast's dtype for ``amp``; None computes in float32."""
+    import torch
+
+    return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

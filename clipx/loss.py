@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clipx import distributed
-from clipx.linear import linear
+from clipx.models.layers import linear
 
 TILE = 1 << 21      # logits at once; 8 MB in float32
 
@@ -101,7 +101,7 @@ def tiles(image: Tensor, scale: Tensor, batch: int) -> Iterator[tuple[slice, Ten
 
 def masked(logits: Tensor, part: slice, ids: Tensor | None, all_ids: Tensor | None) -> Tensor:
     """Set the logits (B, t) of rows with the same picture or caption, except pairs, to -inf."""
-    if ids is None:
+    if ids is None or all_ids is None:
         return logits
     alike = (all_ids[:, None, 0] == ids[part, 0]) | (all_ids[:, None, 1] == ids[part, 1])
     alike.diagonal(-distributed.rank() * len(ids) - part.start).fill_(False)

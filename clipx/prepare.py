@@ -12,12 +12,12 @@ from clipx.config.cli import command
 from clipx.config.instantiate import build
 from clipx.config.resolve import resolve
 from clipx.config.schema import PrepareConfig
-from clipx.cores import available_cores
 from clipx.data.prepare.layouts import Layout, Tars
 from clipx.data.prepare.pack import Packing, pack
 from clipx.data.prepare.report import describe_report
 from clipx.data.prepare.verify import index, verify
 from clipx.data.tar.index import temporary_dir
+from clipx.devices import available_cores
 from clipx.errors import UserError
 
 logger = logging.getLogger("clipx")

@@ -18,7 +18,7 @@ from clipx.config.instantiate import build
 from clipx.config.resolve import resolve
 from clipx.config.schema import TrainConfig
 from clipx.data.shards import open_shards
-from clipx.devices import PRECISIONS
+from clipx.devices import autocast_dtype
 from clipx.tools import machine
 from clipx.training.parts import initial_state
 
@@ -254,7 +254,8 @@ def test_a_read_only_place_is_told(check: Check, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("words", [[], ["amp=bf16"], ["grad_checkpoint=true"], ["loss.same=mask"]])
 def test_the_activations_of_a_batch_are_those_that_tiny_batches_foretell(words: list[str]) -> None:
     config = composed(*MADE_UP, *words)
-    model, loss_fn, amp = initial_state(config, torch.device("cpu")).model, build(config.loss), PRECISIONS[config.amp]
+    model, loss_fn = initial_state(config, torch.device("cpu")).model, build(config.loss)
+    amp = autocast_dtype(config.amp)
     for size in (8, 64):
         model.set_grad_checkpoint(config.grad_checkpoint)
         real = machine.saved_bytes(model, loss_fn, amp, 20, size)

@@ -11,9 +11,9 @@ from conftest import ROOT
 
 # a module imports those of lower levels, and of its own; where a folder has several levels, each is its own line
 LEVELS = {
-    "errors duration linear": 0,
+    "errors duration": 0,
     "distributed distributed.signals distributed.watchdog": 1,
-    "cores devices": 1,
+    "devices": 1,
     "config.instantiate config.validate config.meaning config.runs config.schema": 1,
     "models.clip models.layers models.packed models.text models.vision": 2,
     "loss optim sched tokenizer": 2,

@@ -17,7 +17,6 @@ from threading import Event
 import numpy as np
 from tqdm import tqdm
 
-from clipx.cores import available_cores
 from clipx.data.captions import DATASET_TYPE
 from clipx.data.files import write_atomic
 from clipx.data.remote.cache import Cache, RemoteShard
@@ -35,6 +34,7 @@ from clipx.data.tar.index import (
     write_table,
 )
 from clipx.data.tar.index import successes as counted
+from clipx.devices import available_cores
 
 logger = logging.getLogger("clipx")
 

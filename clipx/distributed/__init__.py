@@ -167,7 +167,8 @@ class SharedFlags:
     """
 
     def __init__(self) -> None:
-        self.flags, self.work = torch.zeros(0, dtype=torch.int32), None
+        self.flags = torch.zeros(0, dtype=torch.int32)
+        self.work: dist.Work | None = None
 
     def __call__(self, *flags: bool) -> list[bool]:
         if world_size() == 1:

@@ -4,6 +4,7 @@ before a job's time limit."""
 import signal
 from threading import current_thread, main_thread
 from types import FrameType, TracebackType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -24,9 +25,9 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         numbers = STOP_SIGNALS if current_thread() is main_thread() else ()     # other threads cannot set handlers
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:           # nohup
-            numbers = tuple(number for number in numbers if number != signal.SIGHUP)
-        self.handlers = {number: signal.signal(number, self.record) for number in numbers}
+        hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN      # nohup
+        self.handlers: dict[int, Any] = {number: signal.signal(number, self.record) for number in numbers
+                                         if not (number == signal.SIGHUP and hangup_ignored)}
         return self
 
     def __exit__(

@@ -81,7 +81,7 @@ class Watchdog:
             self.stopped.set()
             raise UserError(why) from error
         if error is not None:
-            self.report_lost(f"rank {self.rank} failed: {error or kind.__name__}")
+            self.report_lost(f"rank {self.rank} failed: {str(error) or type(error).__name__}")
         self.stopped.set()
 
     def run(self) -> None:

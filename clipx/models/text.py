@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from clipx.models.layers import Act, Transformer
+from clipx.models.layers import Act, Block, Transformer
 from clipx.models.packed import Packed, pack, unpad
 
 VOCABULARY = 49_408         # token ids of the tokenizer, 0 to END
@@ -54,6 +54,7 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.transformer.resblocks:
+            assert isinstance(block, Block)
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)

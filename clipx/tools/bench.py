@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipx.config.schema import TrainConfig
-from clipx.cores import available_cores
-from clipx.devices import select_device, select_workers
+from clipx.devices import available_cores, select_device, select_workers
 from clipx.tools.measure import StepBenchmark, measure_loader, time_stages
 
 logger = logging.getLogger("clipx")

@@ -15,9 +15,8 @@ from tqdm import tqdm
 
 from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
-from clipx.cores import available_cores
 from clipx.data.loader import MAX_CHUNK
-from clipx.devices import PRECISIONS, select_workers
+from clipx.devices import autocast_dtype, available_cores, select_workers
 from clipx.models.clip import CLIP
 from clipx.training.loop import State
 
@@ -60,7 +59,7 @@ def check_workers(requested: str | int, batch_size: int, size: int) -> Iterator[
 def check_memory(config: TrainConfig, state: State, tokens: int, device: torch.device | None) -> Iterator[Finding]:
     """Compare the memory of a training step's tensors with the free memory."""
     loss_fn = build(config.loss, "loss", config.trust)
-    kept = activations(state.model, loss_fn, PRECISIONS[config.amp], tokens, config.grad_checkpoint)
+    kept = activations(state.model, loss_fn, autocast_dtype(config.amp), tokens, config.grad_checkpoint)
     gradients, size = trained_bytes(state), min(config.batch_size, config.micro_batch_size or config.batch_size)
     fixed = parameter_bytes(state) + gradients * (1 + num_moments(state.optimizer))
     message = (f"about {format_bytes(fixed + kept(size))}: {format_bytes(fixed)} for parameters, gradients and "

@@ -16,12 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
-from clipx.cores import limit_threads
 from clipx.data.images import resize
 from clipx.data.loader import group_steps, load_chunks, train_ranges
 from clipx.data.readers import Chunk, TrainReader, shared_pixels
 from clipx.data.sample import Data
-from clipx.devices import PRECISIONS, select_device, select_workers
+from clipx.devices import autocast_dtype, limit_threads, select_device, select_workers
 from clipx.training.batch import split_micro_batches
 from clipx.training.loop import State, StepOutput, fit
 from clipx.training.memory import keep_freed_memory, peak_memory
@@ -146,7 +145,7 @@ class StepBenchmark:
     def fit(self, batches: Iterator[list[Chunk]], count: int, forward: Forward, loss_fn: Callable[..., Tensor]) -> None:
         end = self.state.step + count
         fit(self.state, forward, loss_fn, batches, self.config.micro_batch_size, lambda step: step >= end,
-            self.multiplier, PRECISIONS[self.config.amp], self.config.clip_norm, no_callbacks)
+            self.multiplier, autocast_dtype(self.config.amp), self.config.clip_norm, no_callbacks)
         synchronize(self.device)
 
     def from_memory(self, count: int) -> float:
@@ -200,7 +199,7 @@ class StepBenchmark:
     def figures(self) -> dict[str, float]:
         """FLOPs per sample, forward and backward, counted by operation; and the device's peak, if known."""
         micro_batch = split_micro_batches(self.batches[0], self.config.micro_batch_size)[0]
-        encoder = MicroBatchEncoder(self.state.model, self.device, PRECISIONS[self.config.amp])
+        encoder = MicroBatchEncoder(self.state.model, self.device, autocast_dtype(self.config.amp))
         with FlopCounterMode(display=False) as counter:
             backward(encoder, self.loss_fn, [micro_batch], self.state.scaler)
         self.state.optimizer.zero_grad()

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipx.cores import limit_threads
 from clipx.data.files import Files, find_pictures, read_lines
 from clipx.data.images import Normalise, decode, eval_crop
 from clipx.data.loader import load_chunks, split_range
 from clipx.data.readers import EvalReader
-from clipx.devices import select_device, select_workers
+from clipx.devices import limit_threads, select_device, select_workers
 from clipx.errors import UserError
 from clipx.evals.features import encode_texts
 from clipx.evals.figures import picture_grid, save_figure, shorten

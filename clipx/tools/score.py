@@ -19,10 +19,9 @@ from clipx import distributed
 from clipx.config.instantiate import build
 from clipx.config.runs import expand_runs
 from clipx.config.schema import EvaluateConfig
-from clipx.cores import limit_threads
 from clipx.data.files import write_atomic
 from clipx.data.sample import Data, Source
-from clipx.devices import PRECISIONS, select_device, select_workers
+from clipx.devices import autocast_dtype, limit_threads, select_device, select_workers
 from clipx.errors import UserError
 from clipx.evals.features import Features
 from clipx.evals.figures import figure_name, save_figure
@@ -117,7 +116,7 @@ def score(config: EvaluateConfig, directory: Path) -> None:
             model, _, tokenizer = load(run, device, config.trust, config.act)
             writer = writers[run]
             cache = Path(config.cache).expanduser() if config.cache else None
-            validation = Validation(sources, evals, tokenizer, workers, PRECISIONS[config.amp], cache)
+            validation = Validation(sources, evals, tokenizer, workers, autocast_dtype(config.amp), cache)
             table[label] = validation(model, writer.step, SilentLog() if distributed.rank() else writer)
             if distributed.rank() == 0:
                 writer.write(table[label], ids, validation.skipped)

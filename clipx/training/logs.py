@@ -16,8 +16,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from clipx.cores import one_of_several_jobs
 from clipx.data.files import write_atomic
+from clipx.devices import one_of_several_jobs
 from clipx.errors import UserError
 from clipx.evals.features import Features
 from clipx.evals.figures import figure_name, nearest_captions, save_figure, similarity_matrix

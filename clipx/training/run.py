@@ -18,11 +18,10 @@ from clipx import distributed
 from clipx.config.instantiate import build
 from clipx.config.meaning import flatten
 from clipx.config.schema import TrainConfig
-from clipx.cores import limit_threads
 from clipx.data.readers import Chunk
 from clipx.data.sample import Data
 from clipx.data.tar.headers import DataError
-from clipx.devices import PRECISIONS, select_device, select_workers
+from clipx.devices import autocast_dtype, limit_threads, select_device, select_workers
 from clipx.distributed.signals import Signals
 from clipx.distributed.watchdog import Watchdog
 from clipx.duration import Every
@@ -162,7 +161,7 @@ def train_steps(
             micro_batch_size=config.micro_batch_size,
             should_stop=lambda step: step >= length or callbacks.stopping,
             lr_multiplier=lr_multiplier,
-            amp=PRECISIONS[config.amp],
+            amp=autocast_dtype(config.amp),
             clip_norm=config.clip_norm,
             callbacks=callbacks,
         )
@@ -212,7 +211,8 @@ def build_callbacks(
     return Callbacks(
         run_log=log,
         intervals=intervals,
-        validation=Validation(data.vals, parts.evals, tokenizer, parts.workers, PRECISIONS[config.amp], with_loss=True),
+        validation=Validation(data.vals, parts.evals, tokenizer, parts.workers, autocast_dtype(config.amp),
+                              with_loss=True),
         saver=saver,
         best=config.best,
         mode=mode_of(config.best, config.mode),

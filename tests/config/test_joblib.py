@@ -15,7 +15,7 @@ import json, os, torch
 from joblib import Parallel, cpu_count, delayed
 
 def share():
-    from clipx.cores import one_of_several_jobs, available_cores
+    from clipx.devices import one_of_several_jobs, available_cores
     from clipx.devices import select_workers
     return torch.get_num_threads(), available_cores(), select_workers("auto"), one_of_several_jobs()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipx import cores
+from clipx import devices
 from clipx.devices import select_workers
 
 V1 = "12:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n1:name=systemd:/docker/a"
@@ -18,9 +18,9 @@ def save(path: Path, text: str) -> None:
 
 @pytest.fixture(autouse=True)
 def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(cores, "GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: range(16), raising=False)
+    monkeypatch.setattr(devices, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(devices, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: range(16), raising=False)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_a_cpu_quota_bounds_the_cores(tmp_path: Path, own: str, files: dict[str,
     save(tmp_path / "own", own)
     for name, text in files.items():
         save(tmp_path / "groups" / name, text)
-    assert cores.available_cores() == expected
+    assert devices.available_cores() == expected
     assert select_workers("auto") == min(8, max(1, expected // 2))
 
 
 def test_without_control_groups_the_cores_are_those_of_the_affinity() -> None:
-    assert cores.available_cores() == 16
+    assert devices.available_cores() == 16
 
 
 def test_torchs_threads_follow_the_quota_unless_the_environment_says_how_many(
@@ -60,7 +60,7 @@ def test_torchs_threads_follow_the_quota_unless_the_environment_says_how_many(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    cores.limit_threads()
+    devices.limit_threads()
     monkeypatch.delenv("OMP_NUM_THREADS")
-    cores.limit_threads()
+    devices.limit_threads()
     assert threads == [3]
