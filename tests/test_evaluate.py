@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clipx.config.runs import expand_runs
 from clipx.data.dummy import Dummy
-from clipx.evals import encoder
+from clipx.evals.encoder import EvalEncoder
 from clipx.evals.linear_probe import LinearProbe
 from clipx.evals.retrieval import retrieval
 from clipx.evals.validation import Validation
@@ -158,8 +158,7 @@ def test_features_are_kept_by_what_weights_and_data_hold(
     first = evaluate(*words)
     assert len(list((tmp_path / "kept").iterdir())) == 3 and "linear_probe@bees" in first
     with monkeypatch.context() as patch:
-        for name in ("encode", "encode_labelled"):
-            patch.setattr(encoder, name, None)          # nothing is encoded
+        patch.setattr(EvalEncoder, "encode_images", None)          # nothing is encoded
         assert evaluate(*words) == first
     size = (root / "bee/0.png").stat().st_size
     changed = picture(200)

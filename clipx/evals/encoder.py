@@ -1,96 +1,203 @@
 """Encode data sets with a model, with an optional feature cache on disk."""
 
-import os
+import io
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from clipx.data.files import write_atomic
+from clipx.data.images import Normalise
 from clipx.data.loader import MAX_CHUNK, load_chunks, split_range
 from clipx.data.readers import Chunk, EvalReader
 from clipx.data.sample import BadSample, Source
-from clipx.distributed import gather_lists, local_slice, rank
+from clipx.data.tar.headers import DataError
+from clipx.distributed import gather, gather_lists, gather_rows, local_slice, rank
 from clipx.errors import UserError
-from clipx.evals.features import Features, LabelledFeatures, encode, encode_labelled, encode_texts
+from clipx.evals.features import Features, LabelledFeatures, Skip
 from clipx.models.clip import CLIP
+from clipx.models.packed import pack
 from clipx.tokenizer import SimpleTokenizer
-from clipx.weights import checkpoint
+from clipx.weights.checkpoint import checksum
 
 FORMAT = 2              # of the feature files
 CPU_BATCH = 64          # pictures; larger batches take memory on a CPU and save little time
+TEXT_BATCH = 256        # texts
+NUM_SHOWN = 64          # pictures kept for figures
+NUM_PROBED = 32         # samples whose bytes are part of the cache's key
 
 FeaturesT = TypeVar("FeaturesT", Features, LabelledFeatures)
+
+
+@contextmanager
+def evaluating(model: CLIP) -> Iterator[None]:
+    """Run the block in evaluation mode and without gradient; the training mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 class EvalEncoder:
     """Encode pictures and texts with one model.  Ranks share the work; each gets the whole result.
 
     Args:
-        model: the model, on its device.
+        model: the model, on its device; its training mode is restored.
         tokenizer: the model's.
         workers: number of loader processes.
-        amp: autocast dtype, or None for float32.
+        amp: autocast dtype for data sets, or None for float32.
         cache: directory of cached features, keyed by weights and data, or None.
     """
 
     def __init__(
-        self, model: CLIP, tokenizer: SimpleTokenizer, workers: int, amp: torch.dtype | None, cache: Path | None = None
-    ):
+        self, model: CLIP, tokenizer: SimpleTokenizer, workers: int = 0, amp: torch.dtype | None = None,
+        cache: Path | None = None,
+    ):  # fmt: skip
         self.model, self.tokenizer, self.workers, self.amp, self.cache = model, tokenizer, workers, amp, cache
         self.device = model.logit_scale.device
         self.labelled: dict[str, LabelledFeatures] = {}      # by id of the source
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Texts -> (M, E) unit vectors."""
-        return encode_texts(self.model, self.tokenizer, self.device, texts)
+        """Texts -> (M, E) unit vectors on the CPU, in float32."""
+        features = [torch.empty(0, self.model.visual.embed)]        # a rank may have no texts
+        with evaluating(self.model):
+            for start in local_slice(range(0, len(texts), TEXT_BATCH)):
+                tokens = pack(self.tokenizer.flat(texts[start : start + TEXT_BATCH])).to(self.device)
+                features.append(self.model.encode_text(tokens, True).cpu())
+        return gather_rows(torch.cat(features))
 
     def encode_pairs(self, source: Source) -> Features:
-        """Encode all pictures and captions of a validation set."""
-        return self.load_or_encode(Features, source, encode)
+        """Encode all pictures and captions of a validation set.
+
+        Raises:
+            DataError: no picture can be read.
+        """
+        return self.load_or_encode(Features, source, self.encode_uncached)
 
     def encode_labelled(self, source: Source) -> LabelledFeatures:
-        """Encode all pictures of a labelled set, once for all evaluations that use it."""
+        """Encode all pictures of a labelled set, once for all evaluations that use it.  Raises as ``encode_pairs``."""
         if source.id not in self.labelled:
-            self.labelled[source.id] = self.load_or_encode(LabelledFeatures, source, encode_labelled)
+            self.labelled[source.id] = self.load_or_encode(LabelledFeatures, source, self.encode_labelled_uncached)
         return self.labelled[source.id]
 
-    def load_or_encode(self, kind: type[FeaturesT], source: Source, encode: Callable[..., FeaturesT]) -> FeaturesT:
-        """Read features from the cache, or encode them and fill it."""
-        if self.cache is None:
-            return encode(self.model, self.chunks(source), self.device, self.amp)
-        file = self.cache / f"{kind.__name__.lower()}-{self.cache_key(source)}.pt"
-        if all(gather_lists([file.exists()])):
-            return read_features(kind, file)
-        features = encode(self.model, self.chunks(source), self.device, self.amp)
-        if rank() == 0:
-            write_features(features, file)
-        return features
+    def encode_uncached(self, source: Source) -> Features:
+        visual = self.model.visual
+        skipped: list[Skip] = []
+        captions: list[str] = []
+        images, texts = [torch.empty(0, visual.embed)], [torch.empty(0, visual.embed)]      # a rank may have no chunk
+        owners, shown = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3, visual.size, visual.size).byte()]
+        count = 0
+        for chunk, image in self.encode_images(source, skipped):
+            images.append(image)
+            texts.append(self.autocast(self.model.encode_text, pack(chunk.tokens).to(self.device)))
+            owners.append(chunk.owners + count)
+            captions += chunk.captions
+            shown.append(chunk.images[: max(0, NUM_SHOWN - count)])
+            count += len(chunk)
+        counts = gather(torch.tensor([count]))
+        return Features(
+            skipped=gather_skipped(skipped, int(counts.sum())),
+            images=gather_rows(torch.cat(images)),
+            texts=gather_rows(torch.cat(texts)),
+            owners=gather_rows(torch.cat(owners) + counts[: rank()].sum()),
+            captions=gather_lists(captions),
+            shown=gather_rows(torch.cat(shown))[:NUM_SHOWN],
+        )
 
-    def chunks(self, source: Source) -> Iterator[Chunk]:
-        """Yield the chunks of this rank's share."""
-        reader = EvalReader(source, self.model.visual.size, self.tokenizer)
+    def encode_labelled_uncached(self, source: Source) -> LabelledFeatures:
+        """One pass yields both the feature and the input of its projection, the class token after ``ln_post``."""
+        visual = self.model.visual
+        skipped: list[Skip] = []
+        images, hidden = [torch.empty(0, visual.embed)], [torch.empty(0, *visual.ln_post.normalized_shape)]
+        labels, samples = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+        hook = visual.ln_post.register_forward_hook(lambda _layer, _inputs, x: hidden.append(x.float().cpu()))
+        for chunk, image in self.encode_images(source, skipped):
+            images.append(image)
+            labels.append(torch.tensor([int(label) for label in chunk.captions]))
+            samples.append(chunk.samples)
+        hook.remove()
+        rows = gather_rows(torch.cat(images))
+        return LabelledFeatures(
+            skipped=gather_skipped(skipped, len(rows)),
+            images=rows,
+            hidden=gather_rows(torch.cat(hidden)),
+            labels=gather_rows(torch.cat(labels)),
+            samples=gather_rows(torch.cat(samples)),
+        )
+
+    def encode_images(self, source: Source, skipped: list[Skip]) -> Iterator[tuple[Chunk, Tensor]]:
+        """Yield the chunks of this rank's share with their pictures' unit vectors, (N, E); ``skipped`` grows."""
+        reader, normalise = EvalReader(source, self.model.visual.size, self.tokenizer), Normalise(self.device)
         size = CPU_BATCH if self.device.type == "cpu" else MAX_CHUNK
         share = local_slice([*split_range(range(int(sum(source.sizes))), size)])
-        return load_chunks(reader, share, self.workers, pin=self.device.type == "cuda")
+        for chunk in load_chunks(reader, share, self.workers, pin=self.device.type == "cuda"):
+            skipped += [(record.place, record.reason) for record in chunk.skipped]
+            if len(chunk):
+                yield chunk, self.autocast(self.model.encode_image, normalise(chunk.images.to(self.device)))
+
+    def autocast(self, encode: Callable[..., Tensor], x: Any) -> Tensor:
+        """Unit vectors on the CPU, (B, E)."""
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            return encode(x, True).cpu()
+
+    def load_or_encode(
+        self, kind: type[FeaturesT], source: Source, encode: Callable[[Source], FeaturesT]
+    ) -> FeaturesT:
+        """Read features from the cache, or encode them and fill it.
+
+        Raises:
+            UserError: the file is damaged, or cannot be written.
+        """
+        if self.cache is None:
+            with evaluating(self.model):
+                return encode(source)
+        file = self.cache / f"{kind.__name__.lower()}-{self.cache_key(source)}.pt"
+        if all(gather_lists([file.exists()])):
+            try:
+                return kind(**torch.load(file, weights_only=True))
+            except (UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+                raise UserError(f"{file} is damaged; delete it, and it will be encoded again") from error
+        with evaluating(self.model):
+            features = encode(source)
+        if rank() == 0:
+            content = io.BytesIO()
+            torch.save(vars(features), content)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(file, content.getvalue())
+            except OSError as error:
+                raise UserError(f"cache={file.parent} cannot be written: {error.strerror}; cache=null turns the cache "
+                                "off") from error
+        return features
 
     def cache_key(self, source: Source) -> str:
-        """Hash everything that the features depend on: weights, precision, and the bytes of pictures and captions.
+        """Hash what the features depend on: weights, precision and data.
 
-        The features of one fixed picture and text stand for the architecture.
+        Ids of data leave out directories, so the bytes of a few samples are hashed, too.
         """
-        model, size = self.model, self.model.visual.size
-        tokens = self.tokenizer(["a photo of a cat"])
-        ramp = torch.linspace(-1, 1, 3 * size * size, device=self.device).view(1, 3, size, size)
-        with torch.no_grad():
-            probe = torch.cat([model.encode_image(ramp, True), model.encode_text(tokens.to(self.device), True)])
-        parts = [FORMAT, checkpoint.checksum(model.state_dict()), tokens.tolist(),
-                 probe.cpu().numpy().round(3).tolist(), size, self.amp,
-                 *gather_lists([sample_digest(source, one) for one in local_slice(range(int(sum(source.sizes))))])]
+        count = int(sum(source.sizes))
+        probed = [sample_digest(source, sample) for sample in range(0, count, max(1, count // NUM_PROBED))]
+        parts = [FORMAT, self.weights_id, self.amp, source.id, probed]
         return gather_lists([blake2b(str(parts).encode(), digest_size=16).hexdigest()])[0]
+
+    @cached_property
+    def weights_id(self) -> list[Any]:
+        """Identifies the model; the features of one fixed picture and text stand for the architecture."""
+        size, tokens = self.model.visual.size, self.tokenizer(["a photo of a cat"])
+        ramp = torch.linspace(-1, 1, 3 * size * size, device=self.device).view(1, 3, size, size)
+        with evaluating(self.model):
+            probe = torch.cat([self.model.encode_image(ramp, True),
+                               self.model.encode_text(tokens.to(self.device), True)])
+        return [checksum(self.model.state_dict()), tokens.tolist(), probe.cpu().numpy().round(3).tolist(), size]
 
 
 def sample_digest(source: Source, sample: int) -> str:
@@ -103,20 +210,14 @@ def sample_digest(source: Source, sample: int) -> str:
     return blake2b(found.picture + b"\n" + captions, digest_size=16).hexdigest()
 
 
-def read_features(kind: type[FeaturesT], file: Path) -> FeaturesT:
-    try:
-        return kind(**torch.load(file, weights_only=True))
-    except (UnpicklingError, RuntimeError, EOFError, TypeError) as error:
-        raise UserError(f"{file} is damaged; delete it, and it will be encoded again") from error
+def gather_skipped(skipped: list[Skip], encoded: int) -> list[Skip]:
+    """The skipped pictures of all ranks.
 
-
-def write_features(features: FeaturesT, file: Path) -> None:
-    """Write a feature file atomically."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(vars(features), temporary)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UserError(f"cache={file.parent} cannot be written: {error.strerror}; cache=null turns the cache "
-                        "off") from error
+    Raises:
+        DataError: nothing was encoded; the message names the first picture.
+    """
+    everywhere = gather_lists(skipped)
+    if everywhere and not encoded:
+        place, reason = everywhere[0]
+        raise DataError(f"none of the {len(everywhere):,} pictures to score can be used, for example {place}: {reason}")
+    return everywhere

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,13 +38,17 @@ class LinearProbe:
 
     def __call__(self, data: LabelledSet, encode_images: EncodeImages, encode_texts: EncodeTexts) -> Scores:
         """Return top1, mean_per_class, the chosen ``strength``, its ``held_out_top1``, and the number of pictures."""
+        assert data.train is not None           # open_sets(train=True) requires it
         train, test = encode_images(data.train), encode_images(data.test)
         x, y = train.hidden.numpy(), train.labels.numpy()
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SEED)).numpy()
         held_out, rest = np.split(order, [max(1, round(HELD_OUT * len(y)))])
         if len(np.unique(y[rest])) < 2:
             raise DataError(f"{data.train.locate(0)} and all other training pictures have one class; expected several")
-        accuracy = partial(self.held_out_accuracy, x[rest], y[rest], x[held_out], y[held_out])
+
+        def accuracy(strength: float) -> float:
+            return float((self.fit(x[rest], y[rest], strength).predict(x[held_out]) == y[held_out]).mean())
+
         strength, best = search(accuracy)
         correct = self.fit(x, y, strength).predict(test.hidden.numpy()) == test.labels.numpy()
         per_class = [correct[test.labels.numpy() == label].mean() for label in test.labels.unique().tolist()]
@@ -53,11 +56,6 @@ class LinearProbe:
             "top1": float(correct.mean()), "mean_per_class": float(np.mean(per_class)), "strength": strength,
             "held_out_top1": best, "pictures": len(correct), "skipped": len(test.skipped) + len(train.skipped),
         }  # fmt: skip
-
-    def held_out_accuracy(
-        self, x: np.ndarray, y: np.ndarray, x_held_out: np.ndarray, y_held_out: np.ndarray, strength: float
-    ) -> float:
-        return float((self.fit(x, y, strength).predict(x_held_out) == y_held_out).mean())
 
     def fit(self, x: np.ndarray, y: np.ndarray, strength: float) -> Any:
         """Fit scikit-learn's classifier to (N, D) features and (N,) labels."""

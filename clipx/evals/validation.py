@@ -63,7 +63,7 @@ class Validation:
         with_loss: bool = False,
     ):
         self.labelled = {key: one for key, one in evals.items() if isinstance(one, LabelledEvaluation)}
-        self.evals = {key: evaluation for key, evaluation in evals.items() if key not in self.labelled}
+        self.evals = {key: one for key, one in evals.items() if not isinstance(one, LabelledEvaluation)}
         self.sources, self.tokenizer, self.workers, self.amp, self.cache = sources, tokenizer, workers, amp, cache
         self.with_loss = with_loss
         self.warned: set[str] = set()               # ids of sources whose skipped pictures have been reported
@@ -87,9 +87,9 @@ class Validation:
                 if val.skipped:
                     scores = {**scores, "skipped": len(val.skipped)}
                 metrics.update({f"val/{key}{at}/{metric}": value for metric, value in scores.items()})
-        for key, evaluation in self.labelled.items():
-            for name, data in evaluation.sets.items():
-                for metric, value in evaluation(data, encoder.encode_labelled, encoder.encode_texts).items():
+        for key, labelled in self.labelled.items():
+            for name, data in labelled.sets.items():
+                for metric, value in labelled(data, encoder.encode_labelled, encoder.encode_texts).items():
                     if isinstance(value, (int, float)):
                         metrics[f"val/{key}@{name}/{metric}"] = value
                     else:

@@ -1,7 +1,6 @@
 """Zero-shot classification: assign each picture the class with the nearest prompts."""
 
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from pydantic import NonNegativeInt
@@ -9,7 +8,8 @@ from torch import Tensor
 
 from clipx.data.images import decode, eval_crop
 from clipx.data.labelled import LabelledConfig, LabelledSet, check_label, open_sets
-from clipx.evals.features import EncodeImages, EncodeTexts, Scores, encode_texts
+from clipx.evals.encoder import EvalEncoder, evaluating
+from clipx.evals.features import EncodeImages, EncodeTexts, Scores
 from clipx.evals.figures import picture_grid
 from clipx.evals.templates import classifier, read_templates
 from clipx.models.clip import CLIP
@@ -89,7 +89,6 @@ def per_class(correct: Tensor, labels: Tensor, classes: list[str], each: bool) -
     return {"mean_per_class": accuracy[present].mean().item(), **own}
 
 
-@torch.no_grad()
 def zero_shot_eval(
     model: CLIP,
     tokenizer: SimpleTokenizer,
@@ -111,14 +110,12 @@ def zero_shot_eval(
     Raises:
         DataError: a label has no name.
     """
-    device, training = torch.device(device), model.training
-    texts = classifier(partial(encode_texts, model, tokenizer, device), list(class_names), read_templates(templates))
-    model.eval()
+    texts = classifier(EvalEncoder(model, tokenizer).encode_texts, list(class_names), read_templates(templates))
     correct = pictures = 0
-    for images, labels in loader:
-        check_label(int(labels.max()), class_names, "a picture of the loader")
-        best, _ = top_classes(model.encode_image(images.to(device), True).cpu(), texts)
-        correct += int((best[:, 0] == labels.cpu()).sum())
-        pictures += len(labels)
-    model.train(training)
+    with evaluating(model):
+        for images, labels in loader:
+            check_label(int(labels.max()), class_names, "a picture of the loader")
+            best, _ = top_classes(model.encode_image(images.to(device), True).cpu(), texts)
+            correct += int((best[:, 0] == labels.cpu()).sum())
+            pictures += len(labels)
     return correct / pictures

@@ -16,7 +16,7 @@ from clipx.data.loader import load_chunks, split_range
 from clipx.data.readers import EvalReader
 from clipx.devices import limit_threads, select_device, select_workers
 from clipx.errors import UserError
-from clipx.evals.features import encode_texts
+from clipx.evals.encoder import EvalEncoder
 from clipx.evals.figures import picture_grid, save_figure, shorten
 from clipx.models.clip import CLIP
 from clipx.models.layers import Act
@@ -40,7 +40,7 @@ class EncodedPictures:
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(M, E) unit vectors."""
-        return encode_texts(self.model, self.tokenizer, self.model.logit_scale.device, texts)
+        return EvalEncoder(self.model, self.tokenizer).encode_texts(texts)
 
 
 @torch.no_grad()

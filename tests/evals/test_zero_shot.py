@@ -4,7 +4,6 @@ import logging
 import struct
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from clipx.data.labelled import LabelledSet, open_sets
 from clipx.errors import UserError
 from clipx.evals import linear_probe, templates, zero_shot
 from clipx.evals.encoder import EvalEncoder
-from clipx.evals.features import LabelledFeatures, encode_texts
+from clipx.evals.features import LabelledFeatures
 from clipx.evals.linear_probe import LinearProbe
 from clipx.evals.templates import classifier, read_templates
 from clipx.evals.validation import Validation
@@ -72,7 +71,7 @@ def test_the_same_model_gives_the_classifier_and_the_accuracies_of_clip_benchmar
     theirs = peer.zero_shot_classifier(
         model, tokenizer, CLASSES, [word.replace("{}", "{c}") for word in words], "cpu", amp=False
     )
-    texts = partial(encode_texts, model, tokenizer, torch.device("cpu"))
+    texts = EvalEncoder(model, tokenizer).encode_texts
     assert torch.allclose(classifier(texts, CLASSES, words), theirs.T, atol=1e-6)
 
     data = open_sets({"x": {"folder": str(root)}})["x"]
