@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 from clipx.config.cli import command
 from clipx.config.resolve import resolve
 from clipx.config.schema import BenchConfig, TrainConfig
-from clipx.config.validate import check_call
 
 
 def main() -> None:
@@ -43,8 +42,9 @@ def split_config(composed: DictConfig) -> tuple[BenchConfig, TrainConfig]:
         UserError: a key is wrong.
     """
     own = [field.name for field in fields(BenchConfig)]
-    keys = BenchConfig(**check_call(BenchConfig, OmegaConf.to_container(OmegaConf.masked_copy(composed, own))))
-    return keys, resolve(OmegaConf.masked_copy(composed, [key for key in composed if key not in own]))
+    rest = [str(key) for key in composed if key not in own]
+    return (resolve(OmegaConf.masked_copy(composed, own), BenchConfig),
+            resolve(OmegaConf.masked_copy(composed, rest), TrainConfig))
 
 
 if __name__ == "__main__":

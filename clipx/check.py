@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from clipx.config.cli import command
 from clipx.config.resolve import resolve
+from clipx.config.schema import TrainConfig
 from clipx.errors import UserError
 
 
@@ -14,16 +15,12 @@ def main() -> None:
 
 
 def check(composed: DictConfig, directory: Path) -> None:
-    """Log the findings about one run.
-
-    Args:
-        composed: the config of train that Hydra composed.
-        directory: of the run; nothing in it changes.
+    """Log the findings about one run; nothing in its directory changes.
 
     Raises:
         UserError: the run would fail.
     """
-    config = resolve(composed)
+    config = resolve(composed, TrainConfig)
     from clipx.tools.findings import examine  # imports torch
 
     if wrong := examine(config, directory):

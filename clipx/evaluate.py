@@ -16,11 +16,7 @@ def main() -> None:
 
 
 def evaluate(composed: DictConfig, directory: Path) -> None:
-    """Score one or several runs.
-
-    Args:
-        composed: the config that Hydra composed.
-        directory: for results of weights that are not a file, such as open_clip:NAME.
+    """Score one or several runs; the directory is for results of weights that are not a file (open_clip:NAME).
 
     Raises:
         UserError: a key, a run or the data is wrong, or the command was interrupted.

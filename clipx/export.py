@@ -26,11 +26,7 @@ def main() -> None:
 
 
 def export(composed: DictConfig, directory: Path) -> None:
-    """Write one directory, whole or not at all.
-
-    Args:
-        composed: the config that Hydra composed.
-        directory: unused; the export goes to ``out``.
+    """Write the directory ``out``, whole or not at all.
 
     Raises:
         UserError: the format cannot hold the model, or the other project computes something else from it.

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from clipx.config.cli import command
+from clipx.config.console import columns
 from clipx.config.resolve import resolve
 from clipx.config.runs import check_exists
 from clipx.config.schema import PredictConfig
@@ -23,10 +24,6 @@ def main() -> None:
 def predict(composed: DictConfig, directory: Path) -> None:
     """Print the scores of each picture, or the results of a search.
 
-    Args:
-        composed: the config that Hydra composed.
-        directory: unused.
-
     Raises:
         UserError: a key is wrong, or the model or a picture cannot be read.
     """
@@ -36,13 +33,12 @@ def predict(composed: DictConfig, directory: Path) -> None:
     check_exists("run", config.run)
     from clipx.tools.predictions import encode_pictures, read_texts, score, search, show
 
-    texts = None if config.texts is None else read_texts(config.texts)
+    texts = read_texts(config.texts) if config.texts is not None else []
     pictures = encode_pictures(config.run, config.images, config.device, config.workers, config.trust, config.act)
     for path, reason in pictures.bad.items():
         logger.warning("%s is left out: it %s", path, reason)
-    if texts is not None:
-        rows = score(pictures, texts, config.top)
-        print_rows(rows, config.json)
+    if config.search is None:
+        print_rows(score(pictures, texts, config.top), config.json)
         return
     rows = search(pictures, config.search, config.top)
     print_rows(rows, config.json)
@@ -54,15 +50,9 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    width = max(len(row["image"]) for row in rows)
-    keys = [key for key in ("probability", "cosine", "text") if key in rows[0]]
-    print(f"{'picture':<{width}}  {'  '.join(keys)}")
-    for row in rows:
-        print(f"{row['image']:<{width}}  {'  '.join(format_cell(key, row[key]) for key in keys)}")
-
-
-def format_cell(key: str, value: float | str) -> str:
-    return f"{value:<{len(key)}.3f}" if isinstance(value, float) else value
+    keys = [key for key in ("image", "probability", "cosine", "text") if key in rows[0]]
+    cells = [[f"{row[key]:.3f}" if isinstance(row[key], float) else row[key] for key in keys] for row in rows]
+    print(*columns([["picture", *keys[1:]], *cells]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -23,17 +23,13 @@ def main() -> None:
 def train(composed: DictConfig, directory: Path) -> float | None:
     """Train, or resume the run in a directory.
 
-    Args:
-        composed: the config that Hydra composed.
-        directory: of the run.
-
     Returns:
         The last value of ``objective``, if there is one.
 
     Raises:
         UserError: the config, the data or the run is wrong.
     """
-    values = typed_values(composed)
+    values = typed_values(composed, TrainConfig)
     check_early(values, directory)
     config = check_nodes(values, TrainConfig)
     for tag in filter(None, (config.best, config.objective)):

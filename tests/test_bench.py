@@ -35,7 +35,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
 
 def config_of(*words: str) -> TrainConfig:
     with initialize_config_module("clipx.conf", version_base="1.3"):
-        return resolve(compose("train", list(words)))
+        return resolve(compose("train", list(words)), TrainConfig)
 
 
 def test_a_step_is_measured(bench: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

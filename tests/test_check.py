@@ -34,7 +34,7 @@ def files(root: Path) -> dict[Path, int]:
 
 def composed(*given: str) -> TrainConfig:
     with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
-        return resolve(hydra.compose("check", list(given)))
+        return resolve(hydra.compose("check", list(given)), TrainConfig)
 
 
 def test_a_sound_run_is_told_without_a_complaint_and_leaves_a_picture_alone(

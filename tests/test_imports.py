@@ -14,7 +14,7 @@ LEVELS = {
     "errors duration": 0,
     "distributed distributed.signals distributed.watchdog": 1,
     "devices": 1,
-    "config.instantiate config.validate config.meaning config.runs config.schema": 1,
+    "config.console config.instantiate config.validate config.meaning config.runs config.schema": 1,
     "models.clip models.layers models.packed models.text models.vision": 2,
     "loss optim sched tokenizer": 2,
     "data.plan data.sample data.files data.tar.headers data.tar.index": 2,
@@ -35,7 +35,7 @@ LEVELS = {
     "training.step training.summary training.tensorboard": 5,
     "tools.bench tools.curves tools.findings tools.machine tools.measure tools.predictions": 6,
     "tools.runs_table tools.score": 6,
-    "config.arguments config.cli config.console config.explain config.help config.hydra_settings": 6,
+    "config.arguments config.cli config.explain config.help config.hydra_settings": 6,
     "config.mistyped config.resolve config.study config.sweep config.tune": 6,
     "train prepare check evaluate predict export compare bench": 7,
 }

@@ -28,28 +28,33 @@ OPTIONS_WITH_VALUE = {
 }  # fmt: skip
 
 
-def escape_arguments(arguments: Sequence[str], sweep: bool) -> list[str]:
-    """Quote values that Hydra's grammar rejects, and commas outside a sweep.
-
-    Options come first, because argparse accepts the overrides only in one row.
-    """
-    options, overrides = split_options(arguments)
-    return [*options, *(escape_override(expand_home(override), sweep) for override in overrides)]
-
-
 def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate Hydra's options and their values from the overrides."""
-    options, overrides = [], []
+    options: list[str] = []
+    overrides: list[str] = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         is_option = argument.startswith("-") or previous in OPTIONS_WITH_VALUE
         (options if is_option else overrides).append(argument)
     return options, overrides
 
 
+def option_values(arguments: Sequence[str], *names: str) -> list[str]:
+    """The values of an option, given as ``--NAME VALUE`` or ``--NAME=VALUE``."""
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, _, value = argument.partition("=")
+        if name in names and (value or following):
+            found.append(value or following)
+    return found
+
+
 def escape_override(override: str, sweep: bool) -> str:
+    """Quote the values that Hydra's grammar rejects, and commas outside a sweep."""
     key, equals, value = override.partition("=")
-    if not equals or is_valid(override, sweep):
-        return override
+    if key in ("hydra.run.dir", "hydra.sweep.dir"):
+        value = os.path.expanduser(value)           # Hydra creates these directories itself
+    if not equals or is_valid(f"{key}={value}", sweep):
+        return f"{key}{equals}{value}"
     return f"{key}=" + ",".join(escape_value(key, part, sweep) for part in (split_commas(value) if sweep else [value]))
 
 
@@ -117,12 +122,6 @@ def directory_name(overrides: Sequence[str]) -> str:
     if name != text or len(name) > MAX_NAME_LENGTH:
         name = f"{name[:MAX_NAME_LENGTH]}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
     return name
-
-
-def expand_home(override: str) -> str:
-    """Expand ~ in the directories that Hydra creates itself."""
-    key, _, value = override.partition("=")
-    return f"{key}={os.path.expanduser(value)}" if key in ("hydra.run.dir", "hydra.sweep.dir") else override
 
 
 def key_of(override: str) -> str:

@@ -6,10 +6,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import hydra
 import yaml
@@ -25,7 +26,7 @@ from clipx.config.arguments import (
     HYDRA_OVERRIDES,
     OUTPUTS,
     completion_line,
-    escape_arguments,
+    escape_override,
     run_directory,
     split_options,
 )
@@ -125,16 +126,16 @@ def compose_and_run(
         HydraException, OmegaConfBaseException: the config does not compose.
     """
     saved, rest = pop_saved_config(name, arguments)
-    check_arguments(rest)
-    options, overrides = split_options(escape_arguments(rest, is_sweep(rest)))
+    options, overrides = check_arguments(rest)
+    sweep = is_sweep(rest)
+    overrides = [escape_override(override, sweep) for override in overrides]
     hydra_job = HydraJob(job, saved, overrides, failures, trains)
     searchpath = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []      # for hydra/sweeper=optuna
     argv = [f"clipx-{name}", *options, *HYDRA_OVERRIDES, *searchpath, *overrides]
     with primary_config(name, saved) as location, isolated_hydra():
-        created = find_run_dir(name, location, options, overrides)
+        run_dir = find_run_dir(name, location, options, overrides)
         GlobalHydra.instance().clear()
-        if is_sweep(rest):
-            created = OUTPUTS / ".sweep"
+        created = OUTPUTS / ".sweep" if sweep else run_dir
         with hydra_argv(argv), remove_created_on_error(created, "multirun.yaml"):
             hydra.main(version_base="1.3", config_path=location, config_name=name)(hydra_job)()
             if hydra_job.error:
@@ -155,7 +156,7 @@ class HydraJob:
     def __call__(self, composed: DictConfig) -> float | None:
         settings = HydraConfig.get()
         sweep = settings.mode == RunMode.MULTIRUN
-        own = OmegaConf.to_container(settings.overrides.task, resolve=False)
+        own = cast(list[str], OmegaConf.to_container(settings.overrides.task, resolve=False))
         keys = varied_keys(self.overrides, list(settings.sweeper.get("params") or {}) if sweep else [], sweep)
         choices = {group: settings.runtime.choices[group] for group in GROUPS if group in settings.runtime.choices}
         if choices and self.saved is None:
@@ -164,7 +165,7 @@ class HydraJob:
         name = None if composed.get("name") is None else str(composed.name)         # name=5 is text
         directory = run_directory(own, name, keys if sweep else None, self.saved)
         directory = apply_hydra_dirs(settings, directory, sweep)
-        report = nullcontext()
+        report: AbstractContextManager[Any] = nullcontext()
         if sweep:
             report = JobReport(settings.job.num, swept_values(own, keys), directory, self.failures, self.trains)
         try:
@@ -190,12 +191,20 @@ def hydra_argv(argv: list[str]) -> Iterator[None]:
 
 @contextmanager
 def primary_config(name: str, saved: Path | None) -> Iterator[str]:
-    """Where Hydra finds NAME.yaml: clipx's package, or a directory with a run's config completed by our defaults."""
+    """Where Hydra finds NAME.yaml: clipx's package, or a directory with a run's config completed by our defaults.
+
+    Raises:
+        ConfigError: the run's config contains a key that Hydra would act on.
+    """
     if saved is None:
         yield f"pkg://{CONF}"
         return
+    config = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+    if unsafe := config.keys() & {"hydra", "defaults"}:
+        raise ConfigError(f"config={saved}: {min(unsafe)} does not belong in a run's config, as it can call any code; "
+                          "delete it")
+    config = with_defaults(config, name)
     with TemporaryDirectory(prefix="clipx-") as folder:
-        config = with_defaults(yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, name)
         Path(folder, f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         yield folder
 
@@ -215,15 +224,9 @@ def pop_saved_config(name: str, arguments: Sequence[str]) -> tuple[Path | None, 
         raise ConfigError(f"config={path}: clipx.{name} does not read a run's config; {', '.join(TRAIN_COMMANDS)} do")
     if not path.is_file():
         raise ConfigError(f"config={path}: there is no such file; a run keeps its own as outputs/NAME/config.yaml")
-    unsafe = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).keys() & {"hydra", "defaults"}
-    if unsafe:
-        raise ConfigError(f"config={path}: {min(unsafe)} does not belong in a run's config, as it can call any code; "
-                          "delete it")
     for argument in rest:
         key = argument.partition("=")[0]
         if key in GROUPS:
-            raise ConfigError(
-                f"{argument}: config={path} already fixes every group; change single keys ({key}.KEY=VALUE), or leave "
-                "config= out and give all arguments"
-            )
+            raise ConfigError(f"{argument}: config={path} already fixes every group; change single keys "
+                              f"({key}.KEY=VALUE), or leave config= out and give all arguments")
     return path, rest

@@ -1,12 +1,12 @@
-"""What a command prints on the terminal, above its progress bars."""
+"""What a command prints on the terminal: log lines above its progress bars, and tables."""
 
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
@@ -73,6 +73,13 @@ def write_line(text: str) -> None:
 def printable(text: str) -> str:
     """Replace control characters: names of files and samples may come from a stranger."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
+def columns(rows: Sequence[Sequence[str]], align: Literal["<", ">"] = "<") -> list[str]:
+    """The lines of a table; ``align`` is that of all columns but the first, which is aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    formats = [f"<{widths[0]}", *(f"{align}{width}" for width in widths[1:])]
+    return ["  ".join(map(format, row, formats)).rstrip() for row in rows]
 
 
 def nonzero_rank() -> str:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipx.config.arguments import split_commas
 from clipx.config.meaning import CONF, flatten
+from clipx.config.resolve import to_dict
 from clipx.config.sweep import is_sweep
 from clipx.config.validate import suggest
 from clipx.errors import first_line
@@ -62,7 +63,7 @@ def known_keys(name: str, arguments: Sequence[str]) -> list[str]:
         composed = hydra.compose(name, [text for text in arguments if re.fullmatch(r"[a-z]+=[\w\[\],]+", text)])
     except HydraException:
         composed = hydra.compose(name)
-    plain = OmegaConf.to_container(composed)
+    plain = to_dict(composed)
     return [*flatten(plain), *(key for key, value in plain.items() if isinstance(value, dict))]
 
 
@@ -72,4 +73,4 @@ def hydra_keys(name: str, arguments: Sequence[str], key: str) -> list[str]:
     composed = hydra.compose(name, groups, return_hydra_config=True)
     parent = key.rpartition(".")[0]
     siblings = OmegaConf.select(composed, parent)
-    return [f"{parent}.{sibling}" for sibling in siblings] if isinstance(siblings, DictConfig) else []
+    return [f"{parent}.{sibling!s}" for sibling in siblings] if isinstance(siblings, DictConfig) else []

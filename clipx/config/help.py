@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from clipx.config.arguments import option_values
 from clipx.config.meaning import CONF
 
 SWITCHES = """\
@@ -50,9 +51,7 @@ def help_page(command: str, arguments: Sequence[str] = ()) -> str:
 
 def config_dirs(arguments: Sequence[str]) -> list[Path]:
     """The directories that ``--config-dir`` adds."""
-    pairs = zip(arguments, arguments[1:], strict=False)
-    separate = [Path(value) for option, value in pairs if option in ("--config-dir", "-cd")]
-    return [*separate, *(Path(text.partition("=")[2]) for text in arguments if text.startswith("--config-dir="))]
+    return [Path(value) for value in option_values(arguments, "--config-dir", "-cd")]
 
 
 def split_yaml(text: str) -> tuple[str, list[str | dict], str]:

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from clipx.config.arguments import HYDRA_OVERRIDES, key_of
+from clipx.config.arguments import HYDRA_OVERRIDES, key_of, option_values
 from clipx.config.help import config_dirs
 from clipx.config.meaning import CONF, flatten
 from clipx.config.mistyped import check_hydra_key
+from clipx.config.resolve import to_dict
 
 SET_BY_HYDRA = ("runtime", "overrides", "job.override_dirname", "job.config_name")
 
@@ -34,7 +34,7 @@ def find_run_dir(name: str, location: str, options: Sequence[str], overrides: Se
     keys = {key_of(override) for override in overrides}
     if not own and not keys & {"hydra.run.dir", "hydra.searchpath"}:
         return Path()                   # then all settings are clipx's
-    names = [value for option, value in zip(options, options[1:], strict=False) if option in ("-cn", "--config-name")]
+    names = option_values(options, "--config-name", "-cn")
     root, main = location, names[-1] if names else name
     searchpath = [f"file://{folder.absolute()}" for folder in own]
     ours = [] if location == f"pkg://{CONF}" else [f"pkg://{CONF}"]       # clipx's options, for a run's saved config
@@ -44,11 +44,11 @@ def find_run_dir(name: str, location: str, options: Sequence[str], overrides: Se
     single = [override for override in overrides if not parser.parse_override(override).is_sweep_override()]
     try:
         composed = compose(main, root, [*searchpath, *ours], single)
-        after = flatten(OmegaConf.to_container(composed.hydra, resolve=False))
+        after = flatten(to_dict(composed.hydra))
         directory = Path(composed.hydra.run.dir)
     except (HydraException, OmegaConfBaseException):
         return Path()                   # Hydra will raise it
-    before: dict[str, Any] = flatten(OmegaConf.to_container(compose(name, location, ours, []).hydra, resolve=False))
+    before = flatten(to_dict(compose(name, location, ours, []).hydra))
     for key, value in after.items():
         set_by_hydra = any(f"{key}.".startswith(f"{prefix}.") for prefix in SET_BY_HYDRA)
         if not set_by_hydra and before.get(key) != value:

@@ -20,11 +20,14 @@ OBEYED = (
 OBEYED_GROUPS = ("sweeper", "launcher", "callbacks")
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
+def check_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Refuse arguments that Hydra would ignore or explain badly.
 
     Args:
         arguments: of a command, without ``config=FILE``.
+
+    Returns:
+        Hydra's options with their values, and the overrides.
 
     Raises:
         UserError: one is mistyped; the message shows the right form.
@@ -37,6 +40,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
         check_form(override, previous)
         check_hydra_key(override)
     check_duplicates(overrides)
+    return options, overrides
 
 
 def raise_unknown_option(option: str, arguments: Sequence[str]) -> NoReturn:

@@ -2,21 +2,20 @@
 
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from clipx.config.arguments import GROUPS
 from clipx.config.meaning import CONF
-from clipx.config.schema import TrainConfig
-from clipx.config.validate import ConfigError, check_call, check_node
+from clipx.config.validate import ConfigError, check_call, check_named_nodes, check_node
 from clipx.errors import first_line
 
 Schema = TypeVar("Schema")
 
 
-def resolve(composed: DictConfig, schema: type[Schema] = TrainConfig) -> Schema:
+def resolve(composed: DictConfig, schema: type[Schema]) -> Schema:
     """Convert a config to plain typed values and check every node against the signature of its target.
 
     Args:
@@ -35,25 +34,30 @@ def check_nodes(values: Mapping[str, Any], schema: type[Schema]) -> Schema:
     Raises:
         ConfigError: a key, a type or a value is wrong.
     """
-    trust = values.get("trust", [])
-    groups, nodes = values.keys() & set(GROUPS) - {"evals"}, {}
+    trust, nodes = values.get("trust", []), {}
+    groups = values.keys() & set(GROUPS)
     for key in sorted(groups, key=lambda key: key not in ("data", "source", "sched")):     # these import no torch
-        nodes[key] = check_node(values[key], key, trust)
-    if "evals" in values:
-        nodes["evals"] = {key: check_node(node, f"evals.{key}", trust) for key, node in values["evals"].items()}
+        check = check_named_nodes if key == "evals" else check_node
+        nodes[key] = check(values[key], key, trust)
     return schema(**{**values, **nodes})
 
 
-def typed_values(composed: DictConfig, schema: type = TrainConfig) -> dict[str, Any]:
+def to_dict(config: DictConfig, resolve: bool = False) -> dict[str, Any]:
+    """Convert a config to plain dicts and lists."""
+    plain = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
+    return cast(dict[str, Any], plain)
+
+
+def typed_values(composed: DictConfig, schema: type) -> dict[str, Any]:
     """Convert to the types of a schema, without checking nodes, which may import torch.
 
     Raises:
         ConfigError: a key, a type or a value is wrong.
     """
     try:
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        plain = to_dict(composed, resolve=True)
     except MissingMandatoryValue as error:
-        key = error.full_key
+        key = str(error.full_key)
         raise ConfigError(f"{key} has no value; add {key}={list_options(key)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from error

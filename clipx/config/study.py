@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from optuna.pruners import MedianPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -25,13 +26,15 @@ from clipx.errors import UserError
 
 JOURNAL = "optuna.journal"
 
+Direction = Literal["maximize", "minimize"]
+
 
 @dataclass(frozen=True)
 class SearchSettings:
     """Keys of hydra.sweeper, which conf/hydra/sweeper/optuna.yaml explains."""
 
     params: dict[str, Any]
-    direction: Literal["maximize", "minimize"] | None
+    direction: Direction | None
     n_trials: PositiveInt
     n_jobs: PositiveInt
     seed: NonNegativeInt
@@ -66,9 +69,8 @@ def open_study(directory: Path, settings: SearchSettings, meaning: dict[str, Any
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)        # each job already has a line
     journal = JournalStorage(JournalFileBackend(str(directory / JOURNAL)))
-    pruner = optuna.pruners.MedianPruner(settings.startup)
-    if settings.pruner == "halving":
-        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+    pruner = (SuccessiveHalvingPruner(min_resource=1, reduction_factor=2) if settings.pruner == "halving"
+              else MedianPruner(settings.startup))
     create = partial(optuna.create_study, storage=journal, study_name="clipx", direction=settings.direction,
                      pruner=pruner, load_if_exists=True)
     study = create()
@@ -100,13 +102,14 @@ def propose(trial: Trial | FrozenTrial, override: Override) -> str:
     key, sweep = override.get_key_element(), override.value()
     log = "log" in getattr(sweep, "tags", ())
     try:
-        if override.is_interval_sweep():
+        if isinstance(sweep, IntervalSweep):
             low, high, step = sweep.start, sweep.end, None
-        elif override.is_range_sweep():
-            numbers = sorted(override.sweep_iterator())
+        elif isinstance(sweep, RangeSweep):
+            numbers = sorted(sweep.range())
             low, high, step = numbers[0], numbers[-1], abs(sweep.step)
         else:
             return f"{key}={trial.suggest_categorical(key, list(override.sweep_string_iterator()))}"
+        assert low is not None and high is not None
         if isinstance(low, int) and isinstance(high, int):
             return f"{key}={trial.suggest_int(key, low, high, step=step or 1, log=log)}"
         return f"{key}={trial.suggest_float(key, low, high, step=step, log=log)}"

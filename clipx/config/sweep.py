@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any
 
 import yaml
+from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
 
 from clipx.config.arguments import OUTPUTS, key_of
 from clipx.config.console import nonzero_rank, write_line
@@ -48,7 +48,7 @@ def varied_keys(overrides: Sequence[str], params: Sequence[str], sweep: bool) ->
     return [key for key in dict.fromkeys([*params, *keys]) if not is_neutral(key)]
 
 
-def apply_hydra_dirs(hydra: DictConfig, directory: Path, sweep: bool) -> Path:
+def apply_hydra_dirs(hydra: HydraConf, directory: Path, sweep: bool) -> Path:
     """The directory of a run: as set by the user in Hydra's settings, else as named by clipx.
 
     Args:
@@ -116,15 +116,12 @@ class JobReport:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        if error and not isinstance(error, Exception):
-            if isinstance(error, Interrupted) and not nonzero_rank():
-                self.report(None)
-            return False                            # a signal ends the sweep
-        if not nonzero_rank():
-            self.report(error)
-        return True
+        ended = error is None or isinstance(error, Exception)
+        if (ended or isinstance(error, Interrupted)) and not nonzero_rank():
+            self.report(error if ended else None)
+        return ended                                # a signal ends the sweep
 
-    def report(self, error: Exception | None) -> None:
+    def report(self, error: BaseException | None) -> None:
         """Write a line now and, if the job failed, one at the end of the sweep."""
         if error is None:
             if self.trains:
@@ -155,6 +152,3 @@ def describe_run(directory: Path) -> str:
     objective = f", {tag} {summary['final'][tag]:.4g}" if tag in summary["final"] else ""
     return f"{summary['state']} at step {summary['step']:,}{objective}, {summary['seconds'] / 60:.1f} min"
 
-
-def has_failed(directory: Path) -> bool:
-    return read_summary(directory).get("state") == "failed"

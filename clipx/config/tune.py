@@ -18,13 +18,15 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from clipx import duration
-from clipx.config.arguments import escape_arguments, run_directory
+from clipx.config.arguments import escape_override, run_directory
 from clipx.config.console import write_line
-from clipx.config.study import SearchSettings, lock_search, make_sampler, open_study, propose
-from clipx.config.sweep import UNSET, apply_hydra_dirs, has_failed, varied_keys
+from clipx.config.resolve import to_dict
+from clipx.config.study import Direction, SearchSettings, lock_search, make_sampler, open_study, propose
+from clipx.config.sweep import UNSET, apply_hydra_dirs, varied_keys
 from clipx.config.validate import ConfigError, check_call
 from clipx.errors import UserError
 from clipx.training.direction import Mode, mode_of
+from clipx.training.summary import read_summary
 
 SWEEPER = "hydra.sweeper."
 
@@ -46,15 +48,14 @@ def tune(
     """
     settings = SearchSettings(**check_call(SearchSettings, given, SWEEPER))
     check_rungs(settings.rungs)
-    params = escape_arguments([f"{key}={value}" for key, value in settings.params.items()], sweep=True)
+    params = [escape_override(f"{key}={value}", sweep=True) for key, value in settings.params.items()]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *arguments])
     overrides = {override.get_key_element(): override for override in parsed}.values()
     space = [override for override in overrides if override.is_sweep_override()]
     if not space:
         raise ConfigError("there is nothing to search; give a key several values, such as "
                           "'optim.lr=tag(log,interval(1e-5,1e-2))'")
-    jobs = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    plain = OmegaConf.to_container(jobs, resolve=True)
+    plain = to_dict(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), resolve=True)
     if plain.get("objective") is None:
         raise ConfigError("objective=null: a search needs a metric, such as val/retrieval/mean_recall")
     settings = replace(settings, direction=direction_of(settings.direction, plain["objective"], plain.get("mode")))
@@ -68,20 +69,20 @@ def tune(
         "params": {override.get_key_element(): override.get_value_string() for override in space},
         "direction": settings.direction, "rungs": settings.rungs,
     }}}  # fmt: skip
-    fixed = [override.input_line for override in overrides if not override.is_sweep_override()]
+    fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     with lock_search(directory):
         study = open_study(directory, settings, meaning)
         Search(settings, study, launcher, space, fixed, keys, name, directory, plain["objective"]).run()
 
 
-def direction_of(given: str | None, objective: str, mode: Mode | None) -> str:
+def direction_of(given: Direction | None, objective: str, mode: Mode | None) -> Direction:
     """The direction of a search, which is that of its objective.
 
     Raises:
         ConfigError: the config of the sweeper contradicts it.
     """
-    direction = {"max": "maximize", "min": "minimize"}[mode_of(objective, mode)]
-    if given not in (None, direction):
+    direction: Direction = "maximize" if mode_of(objective, mode) == "max" else "minimize"
+    if given and given != direction:
         raise ConfigError(f"hydra.sweeper.direction={given}: {objective} counts as better when it is "
                           f"{'high' if direction == 'maximize' else 'low'}; leave direction out, or set "
                           f"mode={given[:3]} if that is wrong")
@@ -187,7 +188,7 @@ class Search:
         """Return the objective if it is finite; else record an error, unless the job has reported one."""
         if value is not None and math.isfinite(value):
             return value
-        if value is not None or not has_failed(self.directory_of(job)):
+        if value is not None or read_summary(self.directory_of(job)).get("state") != "failed":
             self.errors.append(f"{self.directory_of(job).name}: the run gives no finite objective={self.objective}")
         return None
 

@@ -27,7 +27,11 @@ def check_node(node: Any, where: str, trust: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{where}={node!r}: expected a config node with a _target_")
     target = locate(node["_target_"], where, trust)
     plain = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
-    nested = {key: check_nested(value, f"{where}.{key}", trust) for key, value in plain.items() if has_nodes(value)}
+    nested = {}
+    for key, value in plain.items():
+        if has_nodes(value):
+            check = check_node if "_target_" in value else check_named_nodes
+            nested[key] = check(value, f"{where}.{key}", trust)
     converted = check_call(target, plain, f"{where}.", skip=nested, partial=bool(node.get("_partial_")))
     return {**node, **converted, **nested}
 
@@ -37,11 +41,9 @@ def has_nodes(value: Any) -> bool:
     return isinstance(value, Mapping) and ("_target_" in value or any(has_nodes(inner) for inner in value.values()))
 
 
-def check_nested(value: Mapping[str, Any], where: str, trust: Sequence[str]) -> dict[str, Any]:
-    """Check a node, or each node of a mapping."""
-    if "_target_" in value:
-        return check_node(value, where, trust)
-    return {name: check_node(node, f"{where}.{name}", trust) for name, node in value.items()}
+def check_named_nodes(nodes: Mapping[str, Any], where: str, trust: Sequence[str]) -> dict[str, Any]:
+    """Like ``check_node``, for each node of a mapping."""
+    return {name: check_node(node, f"{where}.{name}", trust) for name, node in nodes.items()}
 
 
 def check_call(
@@ -70,7 +72,7 @@ def check_call(
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     rest = next((key for key, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD), None)
     known = [key for key in parameters if key != rest]
-    if get_origin(hints.get(rest)) is Unpack:                       # **options: Unpack[DataOptions], a TypedDict
+    if rest and get_origin(hints.get(rest)) is Unpack:              # **options: Unpack[DataOptions], a TypedDict
         more = typing.get_type_hints(get_args(hints[rest])[0], include_extras=True)
         hints, known, rest = {**hints, **more}, [*known, *more], None
     for key in values:

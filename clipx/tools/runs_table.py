@@ -14,9 +14,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from clipx.config.console import columns
 from clipx.config.runs import suggest_runs
 from clipx.errors import UserError
 from clipx.training.direction import Mode, mode_of
+from clipx.training.summary import FILE, load_summary
 
 Row = dict[str, Any]
 
@@ -66,34 +68,17 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     if missing := next((path for path in paths if not path.exists()), None):
         raise UserError(f"{missing}: there is no such run or folder of runs{suggest_runs(missing)}")
     runs = []
-    for file in dict.fromkeys(file for path in paths for file in sorted(path.rglob("summary.json"))):
+    for file in dict.fromkeys(file for path in paths for file in sorted(path.rglob(FILE))):
         try:
-            runs.append(Run(file.parent, read_summary(file)))
-        except (OSError, ValueError) as error:
+            runs.append(Run(file.parent, load_summary(file.parent)))
+        except OSError as error:
+            print(f"{file} is left out: it cannot be read: {error.strerror}", file=sys.stderr)
+        except ValueError as error:
             print(f"{file} is left out: {error}", file=sys.stderr)
     if not runs:
         raise UserError(f"{' '.join(map(str, paths))}: no run is there; expected their folder, such as "
                         "outputs/sweeps/NAME")
     return runs
-
-
-def read_summary(file: Path) -> dict[str, Any]:
-    """Read summary.json.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a run's summary.
-    """
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OSError(f"it cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError("it is empty or corrupt, not the JSON that a run writes") from error
-    types = {"state": str, "final": dict, "best": dict}
-    if not isinstance(summary, dict) or any(not isinstance(summary.get(key), kind) for key, kind in types.items()):
-        raise ValueError("it was not written by a run of clipx")
-    return summary
 
 
 def varied_keys(runs: Sequence[Run]) -> list[str]:
@@ -191,33 +176,33 @@ def to_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def to_columns(rows: Sequence[Row]) -> str:
-    lines = [list(rows[0]), *([to_text(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in lines)
+def to_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The table as text, with its head."""
+    return [list(rows[0]), *([to_text(value) for value in row.values()] for row in rows)]
 
 
 def show(rows: Sequence[Row]) -> None:
     """Print the table: with the width and colours of a terminal, else in plain columns."""
+    head, *lines = to_cells(rows)
     if not sys.stdout.isatty():
-        print(to_columns(rows))
+        print(*columns([head, *lines]), sep="\n")
         return
     from rich.console import Console
     from rich.table import Table
 
     shown = Table(box=None, header_style="bold")
-    for key in rows[0]:
+    for key in head:
         shown.add_column(key, overflow="fold")
-    for number, row in enumerate(rows):
+    for number, (row, line) in enumerate(zip(rows, lines, strict=True)):
         style = next((style for state, style in STYLES.items() if state in row["state"]), None)
-        shown.add_row(*map(to_text, row.values()), style=style or (None if number else "bold green"))
+        shown.add_row(*line, style=style or (None if number else "bold green"))
     Console(markup=False, highlight=False).print(shown)
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([to_text(value) for value in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"
+    head, *lines = to_cells(rows)
+    lines = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 def export_rows(runs: Sequence[Run]) -> list[Row]:

@@ -16,6 +16,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from clipx import distributed
+from clipx.config.console import columns
 from clipx.config.instantiate import build
 from clipx.config.runs import expand_runs
 from clipx.config.schema import EvaluateConfig
@@ -165,16 +166,14 @@ def parse_tag(tag: str) -> tuple[str, str]:
     return group, metric
 
 
-def table_lines(table: Mapping[str, Metrics]) -> Iterator[str]:
+def table_lines(table: Mapping[str, Metrics]) -> list[str]:
     """Format a table: a column for each run, a line for each metric, with its interval if it has one."""
     tags = list(dict.fromkeys(tag for metrics in table.values() for tag in metrics))
     shown = [tag for tag in tags if "/per_class/" not in tag and not tag.endswith(("_low", "_high"))]
     rows = ([*parse_tag(tag), *(format_cell(metrics, tag) for metrics in table.values())] for tag in shown)
     cells = [["", "", *table], *rows]
     cells = [["" if row and line[0] == cells[row - 1][0] else line[0], *line[1:]] for row, line in enumerate(cells)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        yield "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+    return columns(cells)
 
 
 def format_cell(metrics: Metrics, tag: str) -> str:
@@ -227,8 +226,10 @@ def read_results(path: Path) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
         reason = f"it holds a {type(content).__name__}"
-    except (ValueError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+    except OSError as error:
+        reason = str(error.strerror)
+    except ValueError as error:
+        reason = str(error)
     raise UserError(f"{path} was not written by evaluate ({reason}); move it away, and evaluate writes a new one")
 
 

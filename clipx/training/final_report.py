@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clipx.config.console import columns
 from clipx.training.direction import Mode, is_better, mode_of
 
 Bests = dict[str, tuple[float, int]]        # tag -> best value and its step
@@ -51,10 +52,7 @@ def score_table(final: Mapping[str, float], bests: Bests, chosen: str | None) ->
             for tag in tags]
     if not rows:
         return []
-    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
-    table = [f"{row[0]:<{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in
-                                                zip(row[1:], widths[1:], strict=True)) for row in (HEAD, *rows)]
-    return ["", *table, *(["* selects clip_best.pt"] if chosen in tags else []), ""]
+    return ["", *columns([HEAD, *rows], ">"), *(["* selects clip_best.pt"] if chosen in tags else []), ""]
 
 
 def checkpoints_line(checkpoints: Path) -> str:

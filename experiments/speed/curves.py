@@ -54,7 +54,7 @@ def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
 
 def main(steps: str, *arguments: str) -> None:
     with initialize_config_module("clipx.conf", version_base="1.3"):
-        config = resolve(compose("train", list(arguments)))
+        config = resolve(compose("train", list(arguments)), TrainConfig)
     ours, theirs = losses(config, int(steps))
     apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     print(f"first ten: {max(apart[:10]):.2e}   all {len(apart)}: {max(apart):.2e}")

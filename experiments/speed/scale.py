@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 def config_of(*arguments: str) -> TrainConfig:
     with initialize_config_module("clipx.conf", version_base="1.3"):
-        return resolve(compose("train", [*SMALL, *arguments]))
+        return resolve(compose("train", [*SMALL, *arguments]), TrainConfig)
 
 
 def peak_mb() -> float:

@@ -79,7 +79,7 @@ def test_an_unknown_setting_of_a_sweeper_has_a_near_match_among_its_own(fails: C
 @pytest.mark.parametrize("key", ["name", "data.root", "data.sources.a.root"])
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_number_is_a_name_where_a_name_or_a_path_is_wanted(key: str, value: str, sweep: bool) -> None:
-    (word,) = arguments.escape_arguments([f"{key}={value}"], sweep)
+    word = arguments.escape_override(f"{key}={value}", sweep)
     assert OverridesParser.create().parse_override(word).value() == value
 
 

@@ -33,7 +33,7 @@ def every_option() -> list[str]:
 
 def composed(*given: str) -> TrainConfig:
     with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
-        return resolve(hydra.compose("train", list(given)))
+        return resolve(hydra.compose("train", list(given)), TrainConfig)
 
 
 @pytest.mark.parametrize("option", every_option())
@@ -149,31 +149,30 @@ ODD = ["/a=b/c", "/with space/x", "~/x", "/été/ñ", "{0..3}", "/x-{000..012}.t
 
 @pytest.mark.parametrize("value", ODD)
 def test_odd_values_are_taken_as_they_are_written(value: str) -> None:
-    (word,) = arguments.escape_arguments([f"data.root={value}"], sweep=False)
+    word = arguments.escape_override(f"data.root={value}", sweep=False)
     override = OverridesParser.create().parse_override(word)
     assert override.value() == value and not override.is_sweep_override()
 
 
 @pytest.mark.parametrize("word", ["evals=[a,b]", "x=null", "x=3", "x={a:1}", "x=${y}", "~x", "+x=1", "x='a b'"])
 def test_what_hydra_parses_is_unchanged(word: str) -> None:
-    assert arguments.escape_arguments([word], sweep=False) == [word]
+    assert arguments.escape_override(word, sweep=False) == word
 
 
 def test_in_a_sweep_a_comma_parts_values_and_each_is_quoted_where_it_must_be() -> None:
-    assert arguments.escape_arguments(["-m", "optim.lr=1e-4,5e-4", "data.root=/a=b,/c"], sweep=True) == [
-        "-m", "optim.lr=1e-4,5e-4", "data.root='/a=b',/c",
-    ]
+    assert arguments.escape_override("optim.lr=1e-4,5e-4", sweep=True) == "optim.lr=1e-4,5e-4"
+    assert arguments.escape_override("data.root=/a=b,/c", sweep=True) == "data.root='/a=b',/c"
 
 
 @pytest.mark.parametrize("sweep", [False, True])
 def test_in_a_list_each_value_is_quoted_where_it_must_be(sweep: bool) -> None:
-    (word,) = arguments.escape_arguments(["data.shards=[s/{00000..00001}.tar,b/{x,y}.tar,c.tar]"], sweep)
+    word = arguments.escape_override("data.shards=[s/{00000..00001}.tar,b/{x,y}.tar,c.tar]", sweep)
     override = OverridesParser.create().parse_override(word)
     assert override.value() == ["s/{00000..00001}.tar", "b/{x,y}.tar", "c.tar"] and not override.is_sweep_override()
 
 
 def test_the_value_of_an_option_is_no_override() -> None:
-    assert arguments.escape_arguments(["--config-dir", "/a=b"], sweep=False) == ["--config-dir", "/a=b"]
+    assert arguments.split_options(["seed=1", "--config-dir", "/a=b"]) == (["--config-dir", "/a=b"], ["seed=1"])
 
 
 def test_odd_paths_reach_the_data(fails: Callable[..., str]) -> None:

@@ -24,7 +24,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from clipx.config.arguments import escape_arguments
+from clipx.config.arguments import escape_override
 from clipx.config.schema import TrainConfig
 from clipx.config.study import propose
 from clipx.errors import Interrupted, UserError
@@ -64,7 +64,7 @@ class Pretended:
         value = {2: None, 4: float("nan")}.get(lr, lr)
         state = "finished" if config.stop_at is None else "stopped"
         final = {} if value is None else {config.objective: value}
-        told = {"state": state, "step": 1, "seconds": 1.0, "objective": config.objective, "final": final}
+        told = {"state": state, "step": 1, "seconds": 1.0, "objective": config.objective, "final": final, "best": {}}
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "summary.json").write_text(json.dumps(told))
         return value
@@ -244,7 +244,7 @@ def test_in_a_grid_a_killed_process_is_told_in_a_line(
     ("+data.root='a b','c=d'", {"'a b'", "'c=d'"}),
 ])  # fmt: skip
 def test_every_kind_of_sweep_can_be_searched(word: str, among: set[str] | None) -> None:
-    assert escape_arguments([word], sweep=True) == [word]
+    assert escape_override(word, sweep=True) == word
     override = OverridesParser.create().parse_override(word)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))

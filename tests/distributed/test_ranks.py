@@ -19,6 +19,7 @@ from conftest import FEW, assert_same_state, in_process, lines, once, run_ranks,
 
 from clipx import distributed
 from clipx.config.resolve import resolve
+from clipx.config.schema import TrainConfig
 from clipx.data.dummy import Dummy
 from clipx.errors import UserError
 from clipx.evals.naming import naming
@@ -252,7 +253,7 @@ def on_its_own_disk(rank: int, world: int, store: str, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
-        config = resolve(hydra.compose("train", ["experiment=smoke"]))
+        config = resolve(hydra.compose("train", ["experiment=smoke"]), TrainConfig)
     found = Path(folder) / ("x" if rank else "elsewhere")
     with pytest.raises(CheckpointError, match=r"the ranks find different checkpoints in .*, of steps \[0, 2\]; "):
         restore(None, config, found, None)

@@ -14,6 +14,7 @@ from peers import padded, perturb, real_batch
 import clipx
 from clipx.config.instantiate import build
 from clipx.config.resolve import resolve
+from clipx.config.schema import TrainConfig
 from clipx.loss import clip_loss
 from clipx.models.clip import CLIP, clip_small, clip_vit_b32
 from clipx.models.packed import EDGES, pack, unpad
@@ -55,7 +56,7 @@ def test_a_model_of_the_zoo_is_open_clips_of_that_name(option: str) -> None:
     _, size, *rest = re.fullmatch(r"(vit)_([a-z])(\d+)(.*)", option).groups()
     name = "-".join(["ViT", size.upper(), rest[0], *filter(None, rest[1].split("_"))])
     with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
-        node = resolve(hydra.compose("train", [f"model={option}", "model.image.act=gelu"])).model
+        node = resolve(hydra.compose("train", [f"model={option}", "model.image.act=gelu"]), TrainConfig).model
     with torch.device("meta"):
         ours, theirs = build(node), open_clip.CLIP(**open_clip.get_model_config(name))
     shapes, expected = ({key: value.shape for key, value in model.state_dict().items()} for model in (ours, theirs))
