@@ -111,7 +111,7 @@ def propose(trial: Trial | FrozenTrial, override: Override) -> str:
             return f"{key}={trial.suggest_categorical(key, list(override.sweep_string_iterator()))}"
         assert low is not None and high is not None
         if isinstance(low, int) and isinstance(high, int):
-            return f"{key}={trial.suggest_int(key, low, high, step=step or 1, log=log)}"
+            return f"{key}={trial.suggest_int(key, low, high, step=int(step or 1), log=log)}"
         return f"{key}={trial.suggest_float(key, low, high, step=step, log=log)}"
     except ValueError as error:
         raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from clipx.config.schema import TrainConfig
 from clipx.devices import available_cores, select_device, select_workers
-from clipx.tools.measure import StepBenchmark, measure_loader, time_stages
+from clipx.tools.measure import StepBenchmark, load_batches, measure_loader, time_stages
 
 logger = logging.getLogger("clipx")
 
@@ -25,7 +25,7 @@ def bench_loader(config: TrainConfig, rounds: int, seconds: float) -> dict[str, 
     for stage, cost in per_stage.items():
         if stage != "bytes":
             logger.info("%-9s %7.0f us per picture", stage, 1e6 * cost)
-    found = [measure_loader(config, seconds) for _ in range(rounds)]
+    found = [measure_loader(load_batches(config), config.batch_size, seconds) for _ in range(rounds)]
     logger.info("loader    %s pictures/s, %.1f MB private memory per worker", spread(found, "pictures_per_s"),
                 median(found, "worker_mb"))
     return {"stages": per_stage, "rounds": found}
@@ -38,8 +38,8 @@ def bench_step(config: TrainConfig, rounds: int, steps: int, trace: Path | None)
     if config.compile:
         logger.info("compile   the first step took %.0f s", config.batch_size / first)
     found = [{"samples_per_s": run.from_memory(steps)} for _ in range(rounds)]
-    figures = {"memory_gb": run.memory(), "from_data": run.from_data(steps), "shares": run.shares(steps),
-               **run.figures()}
+    figures: dict[str, Any] = {"memory_gb": run.memory(), "from_data": run.from_data(steps),
+                               "shares": run.shares(steps), **run.figures()}
     logger.info("step      %s samples/s on batches in memory, peak %.2f GB", spread(found, "samples_per_s"),
                 figures["memory_gb"])
     logger.info("          %.1f samples/s from the loader", figures["from_data"])

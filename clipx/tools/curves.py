@@ -50,6 +50,7 @@ def plot(runs: Sequence[Run], out: Path) -> None:
             if not column and len(runs) <= 12:
                 axes.legend(fontsize=7)
     for place, key in enumerate(keys, 3 * len(tags) + 1):
+        assert tag is not None      # or there are no keys
         plot_effect(figure.add_subplot(height, 3, place, xlabel=key, ylabel=tag), runs, key, tag)
     figure.savefig(out)
 
@@ -58,7 +59,7 @@ def plot_effect(axes: Any, runs: Sequence[Run], key: str, tag: str) -> None:
     """Draw the last objective of each run against one key."""
     pairs = [(run.keys.get(key), value) for run in runs if (value := run.summary["final"].get(tag)) is not None]
     numbers = all(isinstance(setting, (int, float)) and not isinstance(setting, bool) for setting, _ in pairs)
-    settings = [setting if numbers else json.dumps(setting) for setting, _ in pairs]
+    settings: list[Any] = [setting if numbers else json.dumps(setting) for setting, _ in pairs]
     axes.plot(settings, [value for _, value in pairs], "o")
     if numbers and settings and min(settings) > 0 and max(settings) >= 5 * min(settings):
         axes.set_xscale("log")

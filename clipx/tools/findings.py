@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
@@ -21,7 +23,7 @@ from clipx.data.shards import Shards
 from clipx.devices import select_device
 from clipx.duration import Every
 from clipx.errors import UserError
-from clipx.evals.figures import save_figure, shorten
+from clipx.evals.figures import picture_grid, save_figure, shorten
 from clipx.evals.validation import LabelledEvaluation
 from clipx.sched import warmup_steps
 from clipx.tools.machine import Finding, check_device, check_disk, check_memory, check_workers, format_bytes
@@ -33,7 +35,7 @@ from clipx.weights.load import initialise
 logger = logging.getLogger("clipx")
 
 PICTURE = Path("clipx-check.png")
-GRID = 4                # its rows, and its columns
+DRAWN = 16              # samples in it
 TRAIN_SAMPLES = 64      # checked: half the first ones, half spread over an epoch
 VAL_SAMPLES = 32        # checked in each validation set
 MANY_TRUNCATED = 0.1    # share of the captions
@@ -46,7 +48,7 @@ CAPTION_LENGTH = 40     # characters of a caption in a message
 class Report:
     """Log findings, and count those that would stop the run."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.wrong = 0
 
     @contextmanager
@@ -98,11 +100,9 @@ def examine(config: TrainConfig, directory: Path) -> int:
             reader = train_reader(config, data, plan, state.model)
             make_prefetcher(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).check_all_fit()
             chunks = first_chunks(reader, state.samples)
-            log(check_samples(data, chunks))
-            log(check_captions(reader, chunks))
             batch = range(state.samples, state.samples + min(config.batch_size, plan.samples))
-            log(check_equal(reader, batch, config.loss.get("same")))
-            log(show(chunks[0]))
+            log(chain(check_samples(data, chunks), check_captions(reader, chunks),
+                      check_equal(reader, batch, config.loss.get("same")), show(chunks[0])))
             tokens = max(int(chunk.tokens.lengths.max()) for chunk in chunks)
         with report.part("evals") as log:
             log(check_evals(config, data, partial(EvalReader, size=reader.crop.size, tokenizer=reader.tokenizer)))
@@ -113,7 +113,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
             log(check_memory(config, state, tokens, device))
         with report.part("disk") as log:
             every = Every(config.keep_every, length, plan.samples / config.batch_size).in_steps if length else None
-            log(check_disk(directory, state, length // every if every else 0))
+            log(check_disk(directory, state, length // every if length and every else 0))
     return report.wrong
 
 
@@ -228,17 +228,9 @@ def captions_at(reader: TrainReader, positions: range) -> Iterator[str]:
 
 def show(chunk: Chunk) -> Iterator[Finding]:
     """Draw the first training samples as the model will see them."""
-    from matplotlib.figure import Figure
-
-    figure, most = Figure(figsize=(3 * GRID, 3.2 * GRID)), GRID * GRID
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.97, 0.03, 0.1)
-    for index, (image, caption) in enumerate(zip(chunk.images[:most], chunk.captions[:most], strict=True), 1):
-        axes = figure.add_subplot(GRID, GRID, index)
-        axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_title(shorten(caption), fontsize=8)
-        axes.axis("off")
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in chunk.images[:DRAWN]]
     try:
-        save_figure(figure, PICTURE)
+        save_figure(picture_grid(pictures, [shorten(caption) for caption in chunk.captions[:DRAWN]]), PICTURE)
         yield Finding("ok", f"{PICTURE} shows the first ones, cropped as in training")
     except OSError as error:
         yield Finding("odd", f"{PICTURE} cannot be written ({error.strerror}); run check in a writable directory")
@@ -271,7 +263,7 @@ def check_evals(config: TrainConfig, data: Data, reader: Callable[[Source], Eval
             first = chunk.skipped[0]
             yield Finding("odd", f"{len(chunk.skipped)} of the first {VAL_SAMPLES} are skipped, for example "
                           f"{first.place}: {first.reason}; fix them to score all pictures")
-    for tag in sorted({config.objective, config.best} - {None}):
+    for tag in sorted({tag for tag in (config.objective, config.best) if tag}):
         name, _, at = (f"{tag}//").split("/")[1].partition("@")
         known = labelled.get(name, data.vals) if name in evals else ()
         if (data.vals or labelled) and tag.startswith("val/") and at not in known:

@@ -75,8 +75,7 @@ def check_memory(config: TrainConfig, state: State, tokens: int, device: torch.d
     remedy = f"micro_batch_size={size} fits and gives the same gradient" if size else "a smaller model may fit"
     remedy += ", amp=bf16 needs less" * (config.amp == "none")
     remedy += ", grad_checkpoint=true needs less" * (config.grad_checkpoint is not True)
-    level = "WRONG" if least > free else "odd"
-    yield Finding(level, f"{message}; {device} has {format_bytes(free)} free; {remedy}")
+    yield Finding("WRONG" if least > free else "odd", f"{message}; {device} has {format_bytes(free)} free; {remedy}")
 
 
 def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
@@ -98,17 +97,17 @@ def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
         yield Finding("WRONG", f"{message}; free some space, or keep fewer (keep_every=null)")
 
 
-def format_bytes(count: int) -> str:
+def format_bytes(count: float) -> str:
     return tqdm.format_sizeof(count, "B")
 
 
 def parameter_bytes(state: State) -> int:
-    return sum(p.numel() * p.element_size() for p in state.model.parameters())
+    return sum(p.nbytes for p in state.model.parameters())
 
 
 def trained_bytes(state: State) -> int:
     """Bytes of the parameters that are not frozen."""
-    return sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
+    return sum(p.nbytes for p in state.model.parameters() if p.requires_grad)
 
 
 def num_moments(optimizer: torch.optim.Optimizer) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipx.config.instantiate import build
@@ -75,12 +75,7 @@ def time_stages(config: TrainConfig) -> dict[str, float]:
     return {"bytes": statistics.mean(len(sample.picture) for sample in samples), **seconds}
 
 
-def measure_loader(config: TrainConfig, seconds: float) -> dict[str, float]:
-    """Measure the pictures/s of the loader alone, and the private memory of a worker."""
-    return measure(load_batches(config), config.batch_size, seconds)
-
-
-def measure(batches: Iterable[Any], batch_size: int, seconds: float) -> dict[str, float]:
+def measure_loader(batches: Iterable[Any], batch_size: int, seconds: float) -> dict[str, float]:
     """Measure pictures/s after the first batch, and a worker's private memory beyond that of an idle one.
 
     Args:
@@ -88,7 +83,7 @@ def measure(batches: Iterable[Any], batch_size: int, seconds: float) -> dict[str
         batch_size: pictures in a batch.
         seconds: minimum time to measure.
     """
-    idle = worker_memory(iter(DataLoader(range(2), num_workers=1)))
+    idle = worker_memory(iter(DataLoader(TensorDataset(torch.zeros(2)), num_workers=1)))
     batches = iter(batches)
     next(batches)
     start, count = time.perf_counter(), 0

@@ -135,13 +135,16 @@ def make_row(group: Sequence[Run], keys: Sequence[str], tag: str | None, show_se
     name = first.path.name if len(group) == 1 else f"{len(group)} seeds"
     row: Row = {"run": name, "state": ", ".join(f"{n} {s}" if len(group) > 1 else s for s, n in states.items())}
     row |= {key: first.keys.get(key) for key in keys if show_seed or key != "seed"}
-    final = [value for run in group if (value := run.summary.get("final", {}).get(tag)) is not None]
-    best = [run.summary["best"]["value"] for run in group if run.summary.get("best")]
-    losses = [loss for run in group if (loss := run.summary.get("final", {}).get("train/loss")) is not None]
-    rates = [rate for run in group if (rate := run.summary.get("final", {}).get("train/samples_per_s"))]
-    row |= {tag or "objective": spread(final), "best": spread(best), "loss": spread(losses)}
-    row |= {"step": max(run.summary.get("step", 0) for run in group), "samples/s": spread(rates)}
+    best = [run.summary["best"]["value"] for run in group if run.summary["best"]]
+    row |= {tag or "objective": spread_of(group, tag), "best": spread(best), "loss": spread_of(group, "train/loss")}
+    row |= {"step": max(run.summary.get("step", 0) for run in group)}
+    row |= {"samples/s": spread_of(group, "train/samples_per_s")}
     return row | {"minutes": sum(run.summary.get("seconds", 0) for run in group) / 60}
+
+
+def spread_of(group: Sequence[Run], tag: str | None) -> Any:
+    """The ``spread`` of the last values of a tag."""
+    return spread([value for run in group if (value := run.summary["final"].get(tag)) is not None])
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from clipx.config.schema import BenchConfig, TrainConfig
 from clipx.devices import select_workers
 from clipx.errors import UserError
 from clipx.tools.bench import spread
-from clipx.tools.measure import StepBenchmark, make_reader, measure_loader
+from clipx.tools.measure import StepBenchmark, load_batches, make_reader, measure_loader
 
 logger = logging.getLogger("clipx")
 
@@ -104,7 +104,7 @@ def clipx_loader(config: TrainConfig, seconds: float) -> dict[str, float]:
     """Measure clipx's loader, in a spawned process."""
     set_start_method(None, force=True)          # otherwise its workers would be spawned, too, unlike in a run
     torch.set_num_threads(1)
-    return measure_loader(config, seconds)
+    return measure_loader(load_batches(config), config.batch_size, seconds)
 
 
 def open_clip_loader(config: TrainConfig, seconds: float, peer_path: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ from clipx.data.images import Normalise
 from clipx.data.readers import Chunk
 from clipx.devices import select_device
 from clipx.tokenizer import SimpleTokenizer
-from clipx.tools.measure import NUM_BATCHES, load_batches, measure, synchronize
+from clipx.tools.measure import NUM_BATCHES, load_batches, measure_loader, synchronize
 from clipx.training.batch import concat
 from clipx.training.memory import peak_memory
 from clipx.weights.convert import open_clip_config
@@ -129,7 +129,8 @@ def main() -> None:
     arguments = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     seconds = arguments.pop("seconds")
-    sys.stdout.write(json.dumps(measure(open_clip_batches(**arguments), arguments["batch_size"], seconds)) + "\n")
+    found = measure_loader(open_clip_batches(**arguments), arguments["batch_size"], seconds)
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
