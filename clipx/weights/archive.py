@@ -11,14 +11,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint
+from torch.serialization import StorageType, get_unsafe_globals_in_checkpoint
 
 from clipx.config.runs import suggest_runs
 from clipx.errors import UserError
 from clipx.weights import peek
 
-STORAGE_DTYPES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
-            "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32}
 BROKEN = (*peek.BROKEN, SafetensorError, RuntimeError)        # what readers raise for damaged bytes
 
 
@@ -88,8 +86,8 @@ class TorchScriptUnpickler(Unpickler):
             return self.rebuild_tensor
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and name in STORAGE_DTYPES:
-            return STORAGE_DTYPES[name]
+        if module == "torch" and name.endswith("Storage"):
+            return StorageType(name).dtype
         if module == "torch.jit._pickle" and name.startswith("build_"):     # a typed list
             return list
         if module.partition(".")[0] == "__torch__":

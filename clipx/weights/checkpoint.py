@@ -4,28 +4,22 @@ import io
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+import clipx
 from clipx.distributed import rank
 from clipx.weights.archive import CheckpointError, read_file
 
 FORMAT = 2          # of what a run needs to resume
-
-
-def versions() -> dict[str, str]:
-    """Versions of clipx, torch and Python."""
-    import clipx
-
-    return {"clipx": clipx.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def save(path: Path, content: Mapping[str, Any], backup: Path | None = None) -> None:
@@ -39,16 +33,16 @@ def save(path: Path, content: Mapping[str, Any], backup: Path | None = None) -> 
     Raises:
         CheckpointError: it cannot be written.
     """
-    complete = {**content, "format": FORMAT, "versions": versions(), "checksum": checksum(content)}
+    versions = {"clipx": clipx.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    complete = {**content, "format": FORMAT, "versions": versions, "checksum": checksum(content)}
     temporary = path.with_suffix(".writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            recorder = ErrorRecorder(file)
+        with temporary.open("wb", buffering=0) as raw, ErrorRecorder(raw) as file:
             try:
-                torch.save(complete, recorder)
+                torch.save(complete, file)
             except RuntimeError as error:       # torch hides the OSError of the file
-                raise recorder.error or error from error
+                raise file.error or error from error
             file.flush()
             os.fsync(file.fileno())
         if backup and path.exists():
@@ -67,15 +61,14 @@ def save(path: Path, content: Mapping[str, Any], backup: Path | None = None) -> 
         ) from error
 
 
-class ErrorRecorder(io.RawIOBase):
+class ErrorRecorder(io.BufferedWriter):
     """A file that keeps the error of a failed write."""
 
-    def __init__(self, file: BinaryIO):
-        self.file, self.error = file, None
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
-            return self.file.write(data)
+            return super().write(data)
         except OSError as error:
             self.error = error
             raise
@@ -95,7 +88,8 @@ class AsyncSaver:
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], previous: bool):
         self.directory, self.identity, self.previous = directory, identity, previous
-        self.pool, self.job = ThreadPoolExecutor(1), None
+        self.pool = ThreadPoolExecutor(1)
+        self.job: Future[None] | None = None
 
     def __enter__(self) -> "AsyncSaver":
         for file in self.directory.glob("*.writing") if rank() == 0 else ():       # of a process that was killed
@@ -113,12 +107,15 @@ class AsyncSaver:
         """Save as clip_KIND.pt, once for each kind."""
         if rank() == 0:
             self.wait()
-            self.job = self.pool.submit(self.write, copy_to_host({**content, **self.identity}), kinds)
+            # copies, which training does not change
+            kept = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), {**content, **self.identity})
+            self.job = self.pool.submit(self.write, kept, kinds)
 
     def write(self, content: Mapping[str, Any], kinds: Sequence[str]) -> None:
+        to_use = {key: value for key, value in content.items() if key != "optimizer"}       # a third of the bytes
         for kind in kinds:
             backup = self.directory / "clip_previous.pt" if kind == "last" and self.previous else None
-            save(self.directory / f"clip_{kind}.pt", without_optimizer(content) if kind == "best" else content, backup)
+            save(self.directory / f"clip_{kind}.pt", to_use if kind == "best" else content, backup)
             self.previous |= kind == "last"
 
     def wait(self) -> None:
@@ -137,20 +134,10 @@ class AsyncSaver:
             self.wait()
 
 
-def without_optimizer(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the optimiser's state: a third of the bytes, enough to use the weights."""
-    return {key: value for key, value in content.items() if key != "optimizer"}
-
-
 def best_or_last(run: Path) -> Path:
     """The checkpoint of a run that stands for it: its best, else its last, whether that exists or not."""
     best, last = (run / "checkpoints" / f"clip_{which}.pt" for which in ("best", "last"))
     return best if best.exists() else last
-
-
-def copy_to_host(content: Any) -> Any:
-    """Copy all tensors to host memory, so that training does not change them."""
-    return tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="cpu").copy_(tensor), content)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -180,7 +167,7 @@ def checksum(content: Mapping[str, Any]) -> str:
     total = sha256()
     for name, tensor in sorted(tensors(content)):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

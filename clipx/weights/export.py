@@ -17,8 +17,9 @@ from clipx.data.images import MEAN, STD, decode, get_image_transform
 from clipx.errors import UserError
 from clipx.models.clip import CLIP
 from clipx.tokenizer import END, SimpleTokenizer, byte_pairs
-from clipx.weights.convert import HUGGING_FACE, OPEN_CLIP, hugging_face_config, open_clip_config, to_hugging_face
-from clipx.weights.load import find, model_node
+from clipx.weights.convert import hugging_face_config, open_clip_config, to_hugging_face
+from clipx.weights.foreign import HUGGING_FACE, OPEN_CLIP
+from clipx.weights.load import PREPROCESSING, find, model_node
 
 logger = logging.getLogger("clipx")
 
@@ -43,14 +44,12 @@ def export_model(model: CLIP, to: str, out: Path) -> None:
         written = Path(temporary) / out.name
         written.mkdir()
         write(model, written)
-        check_weights(model, written)
-        check_features(model, encode, written)
+        check(model, encode, written)
         written.rename(out)
 
 
 def write_open_clip(model: CLIP, out: Path) -> None:
-    pixels = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
-    write_json(out / OPEN_CLIP, {"model_cfg": open_clip_config(model_node(model)), "preprocess_cfg": pixels})
+    write_json(out / OPEN_CLIP, {"model_cfg": open_clip_config(model_node(model)), "preprocess_cfg": PREPROCESSING})
     write_tensors(model.state_dict(), out / "open_clip_model.safetensors")
 
 
@@ -90,24 +89,16 @@ def write_tensors(state: dict[str, Tensor], path: Path) -> None:
     path.write_bytes(save(state, metadata={"format": "pt"}))       # save_file makes it unreadable for other users
 
 
-def check_weights(model: CLIP, out: Path) -> None:
-    """Read the weights back.
+def check(model: CLIP, encode: Callable[..., PeerOutput], out: Path) -> None:
+    """Read the weights back, and encode real pictures and captions with both projects.
 
     Raises:
-        UserError: a tensor differs in a bit.
+        UserError: a tensor differs in a bit, or features or pixels differ.
     """
     found, own = find(out).state, model.state_dict()
     different = sorted(name for name in own if name not in found or not torch.equal(found[name], own[name].float()))
     if different:
         raise UserError(f"{different[0]} differs when it is read back; nothing is exported")
-
-
-def check_features(model: CLIP, encode: Callable[..., PeerOutput], out: Path) -> None:
-    """Encode real pictures and captions with both projects and compare.
-
-    Raises:
-        UserError: features or pixels differ.
-    """
     samples = [open_emoji().train.read(number) for number in range(NUM_PROBES)]
     pictures, captions = [decode(sample.picture) for sample in samples], [sample.captions[-1] for sample in samples]
     transform, tokenizer = get_image_transform(model.visual.size), SimpleTokenizer(model.text.context)

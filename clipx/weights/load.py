@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -16,16 +18,15 @@ from clipx.models.layers import Act
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
-from clipx.weights import convert
+from clipx.weights import foreign
 from clipx.weights.archive import CheckpointError, read_file
 from clipx.weights.checkpoint import best_or_last, verify
-from clipx.weights.convert import HUGGING_FACE, OPEN_CLIP, Node, Weights
-from clipx.weights.unwrap import check_finite
+from clipx.weights.convert import TOWERS, Node, infer_node
+from clipx.weights.foreign import HUGGING_FACE, OPEN_CLIP, Weights
 
-TOWERS = {"image": "clipx.models.vision.ImageEncoder", "text": "clipx.models.text.TextEncoder"}
 HEADS = {1280: 16}          # by width, for weights that do not say; other heads are 64 wide
 IMAGE_POSITIONS, TEXT_POSITIONS = "visual.positional_embedding", "positional_embedding"
-PREPROCESSING = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+PREPROCESSING: dict[str, Any] = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 def load(
@@ -51,7 +52,7 @@ def load(
         CheckpointError: there are no weights, they cannot be used, or their model is not one of ``clipx.models``.
     """
     found = find(run_or_weights)
-    for tower in own_towers(found.node):
+    for tower in own_towers(found.node).values():
         fill_in(tower, act, str(run_or_weights))
     try:
         model = build(found.node, trust=trust, own="clipx.models")
@@ -99,26 +100,21 @@ def find(where: str | Path) -> Weights:
     """
     path = Path(where).expanduser()
     if str(where).startswith("open_clip:"):
-        found = convert.read_open_clip_cache(str(where).partition(":")[2])
+        found = foreign.read_open_clip_cache(str(where).partition(":")[2])
     elif path.is_dir() and any((path / name).is_file() for name in (OPEN_CLIP, HUGGING_FACE)):
-        found = convert.read_directory(path)
-    elif path.is_dir():
-        found = weights_from_run(best_or_last(path))
-    elif is_clipx_checkpoint(content := read_file(path)):
-        found = weights_from_run(path, content)
+        found = foreign.read_directory(path)
     else:
-        found = convert.weights_from_state_dict(content, path)
+        path = best_or_last(path) if path.is_dir() else path
+        content = read_file(path)
+        read = weights_from_clipx if is_clipx_checkpoint(content) else foreign.weights_from_state_dict
+        found = read(content, path)
     check_finite(found.state, where)
     for key, value in PREPROCESSING.items():
         theirs = found.preprocessing.get(key)
-        if theirs is not None and not is_close(theirs, value):
+        close = key in ("mean", "std") and theirs is not None and np.allclose(theirs, value, atol=1e-3)
+        if not close and theirs not in (None, value):
             raise CheckpointError(f"{where} was trained on pictures prepared with {key}={theirs}; clipx has {value}")
     return found
-
-
-def is_close(one: Any, other: Any) -> bool:
-    """Whether two settings are equal, numbers up to rounding."""
-    return one == other if isinstance(other, str) else torch.allclose(torch.tensor(one), torch.tensor(other), atol=1e-3)
 
 
 def is_clipx_checkpoint(content: Mapping[str, Any]) -> bool:
@@ -128,22 +124,32 @@ def is_clipx_checkpoint(content: Mapping[str, Any]) -> bool:
     return tensors and isinstance(content.get("config"), Mapping)
 
 
-def weights_from_run(path: Path, content: dict[str, Any] | None = None) -> Weights:
-    """Read the weights in a checkpoint of clipx."""
-    content = verify(read_file(path) if content is None else content, path)
-    if not is_clipx_checkpoint(content):
-        raise CheckpointError(f"{path} is not a checkpoint of clipx: it has no config, or no tensors")
-    node = content["config"].get("model")
-    for tower in own_towers(node):
+def weights_from_clipx(content: dict[str, Any], path: Path) -> Weights:
+    """From a checkpoint of clipx, after verifying it."""
+    node = verify(content, path)["config"].get("model")
+    for name, tower in own_towers(node).items():
         tower.setdefault("act", "quick_gelu")       # old checkpoints do not say it
-        tower.setdefault("heads", 12 if tower["_target_"] == TOWERS["image"] else 8)       # defaults of the towers
+        tower.setdefault("heads", {"image": 12, "text": 8}[name])       # defaults of the towers
     return Weights(content["model_state_dict"], node, {})
 
 
-def own_towers(node: Any) -> list[Node]:
-    """The nodes of clipx's own towers."""
-    parts = [node.get(tower) for tower in TOWERS] if isinstance(node, Mapping) else []
-    return [part for part in parts if isinstance(part, dict) and part.get("_target_") in TOWERS.values()]
+def check_finite(state: Mapping[str, Tensor], source: object) -> None:
+    """Refuse the weights of a run that diverged.
+
+    Raises:
+        CheckpointError: a tensor has NaN or infinite values.
+    """
+    for name, value in state.items():
+        if wrong := value.numel() - int(torch.isfinite(value).sum()):
+            raise CheckpointError(f"{source}: {wrong:,} of the {value.numel():,} values of {name} are NaN or infinite; "
+                                  "use a checkpoint from before the training diverged")
+
+
+def own_towers(node: Any) -> dict[str, Node]:
+    """The nodes of clipx's own towers, by name."""
+    parts = node if isinstance(node, Mapping) else {}
+    return {name: part for name, target in TOWERS.items()
+            if isinstance(part := parts.get(name), dict) and part.get("_target_") == target}
 
 
 def fill_in(tower: Node, act: Act | None, where: str) -> None:
@@ -163,7 +169,7 @@ def fill_in(tower: Node, act: Act | None, where: str) -> None:
 
 def model_node(model: CLIP) -> Node:
     """Return the config node of a model with clipx's own towers."""
-    node = convert.infer_node(model.state_dict(), "the model")
+    node = infer_node(model.state_dict(), "the model")
     for tower, part in zip(TOWERS, (model.visual, model.text), strict=True):
         node[tower] |= {"heads": part.heads, "act": part.act}
     return node
@@ -174,8 +180,7 @@ def mismatched_keys(theirs: Any, model: CLIP) -> list[str]:
     if not isinstance(model.visual, ImageEncoder) or not isinstance(model.text, TextEncoder):
         return []
     ours, found = model_node(model), []
-    for tower in own_towers(theirs):
-        name = next(name for name, target in TOWERS.items() if target == tower["_target_"])
+    for name, tower in own_towers(theirs).items():
         for key, value in ours[name].items():
             resizes = key == "size" or (key == "context" and tower.get(key, value) > value)
             if tower.get(key, value) != value and not resizes:
@@ -184,18 +189,27 @@ def mismatched_keys(theirs: Any, model: CLIP) -> list[str]:
 
 
 def fit_positions(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Fit the position embeddings to ``own``; also return a description of what was resized."""
+    """Fit the position embeddings to ``own``: interpolate those of pictures, truncate those of captions.
+
+    Returns:
+        The state dict, and a description of what was resized.
+    """
+    state, description = dict(state), ""
     if not state.keys() >= {IMAGE_POSITIONS, TEXT_POSITIONS} <= own.keys():
-        return dict(state), ""
-    description = ""
-    before, after = (len(one[IMAGE_POSITIONS]) for one in (state, own))
-    long, short = (len(one[TEXT_POSITIONS]) for one in (state, own))
-    if before != after:
-        description += "; position embeddings of pictures resized from {0} x {0} to {1} x {1} patches".format(
-            *(round((count - 1) ** 0.5) for count in (before, after)))
-    if long > short:
-        description += f"; those of captions truncated from {long} to {short} tokens"
-    return convert.resize_positions(state, own), description
+        return state, description
+    image, text = state[IMAGE_POSITIONS], state[TEXT_POSITIONS]
+    if len(image) != len(own[IMAGE_POSITIONS]):
+        first, grid = image.split([1, len(image) - 1])                                          # (1, D), (L-1, D)
+        before, after = (round((len(one[IMAGE_POSITIONS]) - 1) ** 0.5) for one in (state, own))
+        grid = grid.T.reshape(1, -1, before, before)                                            # (1, D, S, S)
+        grid = F.interpolate(grid, (after, after), mode="bicubic", antialias=True, align_corners=False)
+        state[IMAGE_POSITIONS] = torch.cat([first, grid.flatten(2)[0].T])
+        description += (f"; position embeddings of pictures resized from {before} x {before} to {after} x {after} "
+                        "patches")
+    if len(text) > (context := len(own[TEXT_POSITIONS])):
+        state[TEXT_POSITIONS] = text[:context]
+        description += f"; those of captions truncated from {len(text)} to {context} tokens"
+    return state, description
 
 
 def check_shapes(state: Mapping[str, Tensor], model: CLIP, where: str, remedy: str = "") -> None:
