@@ -28,7 +28,7 @@ LEVELS = {
     "weights.archive weights.checkpoint weights.convert weights.export weights.foreign": 3,
     "weights.load weights.peek": 3,
     "evals.encoder evals.features evals.figures evals.linear_probe evals.naming evals.retrieval": 4,
-    "evals.templates evals.validation evals.zero_shot": 4,
+    "evals.validation evals.zero_shot": 4,
     "training.batch training.callbacks training.compile training.direction training.existing_run": 5,
     "training.final_report training.health training.lock training.logs training.loop training.memory": 5,
     "training.parts training.resume training.run": 5,

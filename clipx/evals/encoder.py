@@ -68,12 +68,12 @@ class EvalEncoder:
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Texts -> (M, E) unit vectors on the CPU, in float32."""
-        features = [torch.empty(0, self.model.visual.embed)]        # a rank may have no texts
+        features = []
         with evaluating(self.model):
             for start in local_slice(range(0, len(texts), TEXT_BATCH)):
                 tokens = pack(self.tokenizer.flat(texts[start : start + TEXT_BATCH])).to(self.device)
                 features.append(self.model.encode_text(tokens, True).cpu())
-        return gather_rows(torch.cat(features))
+        return join(features, self.model.visual.embed)
 
     def encode_pairs(self, source: Source) -> Features:
         """Encode all pictures and captions of a validation set.
@@ -90,12 +90,10 @@ class EvalEncoder:
         return self.labelled[source.id]
 
     def encode_uncached(self, source: Source) -> Features:
-        visual = self.model.visual
-        skipped: list[Skip] = []
+        visual, count = self.model.visual, 0
+        images, texts, owners, shown = [], [], [], []
         captions: list[str] = []
-        images, texts = [torch.empty(0, visual.embed)], [torch.empty(0, visual.embed)]      # a rank may have no chunk
-        owners, shown = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3, visual.size, visual.size).byte()]
-        count = 0
+        skipped: list[Skip] = []
         for chunk, image in self.encode_images(source, skipped):
             images.append(image)
             texts.append(self.autocast(self.model.encode_text, pack(chunk.tokens).to(self.device)))
@@ -104,34 +102,35 @@ class EvalEncoder:
             shown.append(chunk.images[: max(0, NUM_SHOWN - count)])
             count += len(chunk)
         counts = gather(torch.tensor([count]))
+        before = counts[: rank()].sum()             # pictures of lower ranks
         return Features(
             skipped=gather_skipped(skipped, int(counts.sum())),
-            images=gather_rows(torch.cat(images)),
-            texts=gather_rows(torch.cat(texts)),
-            owners=gather_rows(torch.cat(owners) + counts[: rank()].sum()),
+            images=join(images, visual.embed),
+            texts=join(texts, visual.embed),
+            owners=join([rows + before for rows in owners], dtype=torch.int64),
             captions=gather_lists(captions),
-            shown=gather_rows(torch.cat(shown))[:NUM_SHOWN],
+            shown=join(shown, 3, visual.size, visual.size, dtype=torch.uint8)[:NUM_SHOWN],
         )
 
     def encode_labelled_uncached(self, source: Source) -> LabelledFeatures:
         """One pass yields both the feature and the input of its projection, the class token after ``ln_post``."""
         visual = self.model.visual
+        images, labels, samples = [], [], []
+        hidden: list[Tensor] = []
         skipped: list[Skip] = []
-        images, hidden = [torch.empty(0, visual.embed)], [torch.empty(0, *visual.ln_post.normalized_shape)]
-        labels, samples = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
         hook = visual.ln_post.register_forward_hook(lambda _layer, _inputs, x: hidden.append(x.float().cpu()))
         for chunk, image in self.encode_images(source, skipped):
             images.append(image)
             labels.append(torch.tensor([int(label) for label in chunk.captions]))
             samples.append(chunk.samples)
         hook.remove()
-        rows = gather_rows(torch.cat(images))
+        everywhere = join(images, visual.embed)
         return LabelledFeatures(
-            skipped=gather_skipped(skipped, len(rows)),
-            images=rows,
-            hidden=gather_rows(torch.cat(hidden)),
-            labels=gather_rows(torch.cat(labels)),
-            samples=gather_rows(torch.cat(samples)),
+            skipped=gather_skipped(skipped, len(everywhere)),
+            images=everywhere,
+            hidden=join(hidden, *visual.ln_post.normalized_shape),
+            labels=join(labels, dtype=torch.int64),
+            samples=join(samples, dtype=torch.int64),
         )
 
     def encode_images(self, source: Source, skipped: list[Skip]) -> Iterator[tuple[Chunk, Tensor]]:
@@ -208,6 +207,11 @@ def sample_digest(source: Source, sample: int) -> str:
         return f"{sample} {error}"
     captions = "\n".join(found.captions).encode()
     return blake2b(found.picture + b"\n" + captions, digest_size=16).hexdigest()
+
+
+def join(parts: list[Tensor], *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The rows of all ranks, in rank order, each of ``shape``; a rank may have no parts."""
+    return gather_rows(torch.cat([torch.empty(0, *shape, dtype=dtype), *parts]))
 
 
 def gather_skipped(skipped: list[Skip], encoded: int) -> list[Skip]:

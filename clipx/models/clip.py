@@ -8,13 +8,10 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from clipx.config.instantiate import build
 from clipx.errors import UserError
 from clipx.models.packed import Packed
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-
-__all__ = ["CLIP", "build", "clip_small", "clip_vit_b32"]
 
 MAX_LOG_SCALE = math.log(100)       # Radford et al. 2021, section 2.5
 

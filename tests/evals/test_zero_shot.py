@@ -20,13 +20,12 @@ from clipx import zero_shot_eval
 from clipx.data.images import get_image_transform
 from clipx.data.labelled import LabelledSet, open_sets
 from clipx.errors import UserError
-from clipx.evals import linear_probe, templates, zero_shot
+from clipx.evals import linear_probe, zero_shot
 from clipx.evals.encoder import EvalEncoder
 from clipx.evals.features import LabelledFeatures
 from clipx.evals.linear_probe import LinearProbe
-from clipx.evals.templates import classifier, read_templates
 from clipx.evals.validation import Validation
-from clipx.evals.zero_shot import ZeroShot
+from clipx.evals.zero_shot import ZeroShot, classifier, read_templates
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
@@ -118,7 +117,7 @@ def test_the_class_texts_are_encoded_in_tiles_and_once(monkeypatch: pytest.Monke
 
     whole = classifier(texts, NAMES, ["a {}", "the {}!"])
     assert len(asked) == len(set(asked)) == 12
-    monkeypatch.setattr(templates, "MAX_PROMPTS", 4)
+    monkeypatch.setattr(zero_shot, "MAX_PROMPTS", 4)
     assert torch.equal(classifier(texts, NAMES, ["a {}", "the {}!"]), whole)
     both = F.normalize(texts(["a ant", "the ant!"]).mean(dim=0), dim=-1)
     assert torch.allclose(whole[0], both)
