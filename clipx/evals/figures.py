@@ -13,6 +13,7 @@ from clipx.evals.features import Features
 
 NUM_SHOWN = 8       # pictures in the retrieval figure
 NUM_NEAREST = 5     # captions next to each
+COLUMNS = 4         # of a grid of pictures
 MATRIX_SIZE = 24    # pictures in the similarity matrix
 MAX_CAPTION = 44    # characters of a caption in a figure
 
@@ -29,14 +30,14 @@ def figure_name(tag: str) -> str:
     return f"{tag.removeprefix('val/').replace('/', '-')}.png"
 
 
-def picture_grid(pictures: Sequence[Image.Image], titles: Sequence[str], columns: int = 4) -> Any:
+def picture_grid(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Any:
     """A figure of pictures in rows, each with a title."""
     from matplotlib.figure import Figure
 
-    rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(3 * columns, 3.4 * rows + 0.4), layout="constrained")
+    rows = -(-len(pictures) // COLUMNS)
+    figure = Figure(figsize=(3 * COLUMNS, 3.4 * rows + 0.4), layout="constrained")
     for index, (picture, title) in enumerate(zip(pictures, titles, strict=True), 1):
-        axes = figure.add_subplot(rows, columns, index)
+        axes = figure.add_subplot(rows, COLUMNS, index)
         axes.imshow(picture)
         axes.set_title(title, fontsize=8)
         axes.axis("off")
