@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from functools import cache
 from multiprocessing import get_start_method
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 MAX_WORKERS = 8                 # for ``workers=auto``
 OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+PROCESSOR = Path("/proc/cpuinfo")
 
 
 def one_of_several_jobs() -> bool:
@@ -26,6 +28,15 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min([cores, *(max(1, math.ceil(quota)) for quota in quotas())])
     return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores))) if one_of_several_jobs() else cores
+
+
+@cache
+def has_amx() -> bool:
+    """Whether the processor multiplies bf16 matrices in tiles (AMX of Intel's Xeons); known on Linux only."""
+    try:
+        return "amx_bf16" in PROCESSOR.read_text().split()
+    except OSError:
+        return False
 
 
 def quotas() -> Iterator[float]:

@@ -1,9 +1,14 @@
-"""Captions without padding: all tokens of a batch in one row; attention groups similar lengths into grids."""
+"""Captions without padding: all tokens of a batch in one row.
+
+Attention takes them as they lie where torch has a kernel for that (CUDA, half precision), else in grids of similar
+length.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
@@ -12,14 +17,18 @@ from clipx.tokenizer import Tokens
 
 EDGES = (16, 32, 48, 64)        # tokens; captions with lengths between two edges share a grid
 WIDTH_MULTIPLE = 16             # tokens; the width of a single grid, for compiled models
+LONGEST_MULTIPLE = 128          # tokens; a tile of the kernel, so that the bound hardly ever changes
 
 
 class Grid(NamedTuple):
     """G captions of similar length as a (G, L) grid for attention.  T of its cells contain a token."""
 
-    shape: tuple[int, int]
     places: Tensor              # (T,) flat indices of the tokens, row by row
     seen: Tensor                # (G, 1, 1, L) bool: tokens up to the end token
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.seen.shape[0], self.seen.shape[-1]
 
     def spread(self, x: Tensor) -> Tensor:
         """(T, D) -> (G, L, D); zeros where there is no token."""
@@ -67,9 +76,15 @@ class Packed(NamedTuple):
 
     ids: Tensor                 # (T,)
     positions: Tensor           # (T,) of each token in its caption
-    ends: Tensor                # (B,) row of each end token, captions in grid order
     order: Tensor               # (B,) index of each caption in grid order
-    grids: list[Grid]
+    offsets: Tensor             # (B+1,) int32, row of each start token, captions in grid order; and T
+    longest: int                # a bound for the tokens of a caption
+    grids: list[Grid]           # empty for a kernel that needs none
+
+    @property
+    def ends(self) -> Tensor:
+        """(B,) row of each end token."""
+        return self.offsets[1:] - 1
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """(T, D) -> (T', D) for each grid."""
@@ -80,7 +95,7 @@ class Packed(NamedTuple):
         return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=non_blocking), self)
 
 
-def pack(tokens: Tokens, edges: Sequence[int] = EDGES) -> Packed:
+def pack(tokens: Tokens, edges: Sequence[int] | None = EDGES) -> Packed:
     """Arrange captions in grids, those of similar length together.
 
     Several grids keep one long caption from widening all rows.  Without edges there is one grid, its width a multiple
@@ -88,34 +103,41 @@ def pack(tokens: Tokens, edges: Sequence[int] = EDGES) -> Packed:
 
     Args:
         tokens: of the captions.
-        edges: lengths at which a new grid begins.
+        edges: lengths at which a new grid begins; None for captions as they lie, without grids.
 
     Returns:
         Packed captions, on the device of ``tokens``.
     """
     ids, lengths = tokens
-    kind = torch.bucketize(lengths, torch.tensor(edges, device=lengths.device))     # which grid
+    kind = torch.bucketize(lengths, torch.tensor(edges or (), device=lengths.device))   # which grid
     order = kind.argsort(stable=True)
     starts = lengths.cumsum(0) - lengths                                            # (B,) row of each start token
-    grids, positions, rows = [], [], []
-    for members in order.split(kind.bincount().tolist()):
-        if not len(members):
-            continue
-        width = int(lengths[members].max())
-        if not edges:
-            width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        within = torch.arange(width, device=lengths.device) < lengths[members, None]    # (G, L)
-        row, column = within.nonzero(as_tuple=True)
-        grids.append(Grid((len(members), width), row * width + column, within[:, None, None]))
-        positions.append(column)
-        rows.append(starts[members][row] + column)
+    offsets = F.pad(lengths[order].cumsum(0), (1, 0))                               # (B+1,)
+    positions = torch.arange(len(ids), device=ids.device) - offsets[:-1].repeat_interleave(lengths[order])
+    rows = starts[order].repeat_interleave(lengths[order]) + positions
+    grids = []
+    if edges is not None:
+        groups = order.split(kind.bincount().tolist())
+        grids = [make_grid(lengths[group], 1 if edges else WIDTH_MULTIPLE) for group in groups if len(group)]
     return Packed(
-        ids=ids[torch.cat(rows)],
-        positions=torch.cat(positions),
-        ends=lengths[order].cumsum(0) - 1,
+        ids=ids[rows],
+        positions=positions,
         order=order.argsort(),
+        offsets=offsets.int(),
+        longest=round_up(int(lengths.max()), LONGEST_MULTIPLE),
         grids=grids,
     )
+
+
+def make_grid(lengths: Tensor, multiple: int) -> Grid:
+    """A grid of captions, its width a multiple of ``multiple`` tokens."""
+    width = round_up(int(lengths.max()), multiple)
+    seen = torch.arange(width, device=lengths.device) < lengths[:, None]            # (G, L)
+    return Grid(seen.flatten().nonzero()[:, 0], seen[:, None, None])
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def unpad(tokens: Tensor) -> Tokens:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clipx.data.readers import Chunk
+from clipx.models.kernels import has_varlen
 from clipx.models.packed import EDGES, Packed, pack
 from clipx.tokenizer import Tokens
 
@@ -27,13 +28,15 @@ class MicroBatch:
         return sum(map(len, self.images))
 
 
-def split_micro_batches(chunks: Sequence[Chunk], size: int | None, few_shapes: bool = False) -> list[MicroBatch]:
+def split_micro_batches(
+    chunks: Sequence[Chunk], size: int | None, edges: Sequence[int] | None = EDGES
+) -> list[MicroBatch]:
     """Group chunks into micro-batches.
 
     Args:
         chunks: of a step; no chunk crosses the end of a micro-batch.
         size: samples of a micro-batch, the last may be smaller; None for one micro-batch.
-        few_shapes: limit the number of caption shapes, for a compiled model.
+        edges: of the grids of captions, as ``pack`` takes them.
     """
     groups: list[list[Chunk]] = []
     room = 0
@@ -43,13 +46,18 @@ def split_micro_batches(chunks: Sequence[Chunk], size: int | None, few_shapes: b
             room = size or sum(map(len, chunks))
         groups[-1].append(chunk)
         room -= len(chunk)
-    return [to_micro_batch(group, () if few_shapes else EDGES) for group in groups]
+    return [to_micro_batch(group, edges) for group in groups]
 
 
-def to_micro_batch(chunks: Sequence[Chunk], edges: Sequence[int]) -> MicroBatch:
+def to_micro_batch(chunks: Sequence[Chunk], edges: Sequence[int] | None) -> MicroBatch:
     tokens = Tokens(*map(concat, zip(*(chunk.tokens for chunk in chunks), strict=True)))
     ids = [chunk.ids for chunk in chunks if chunk.ids is not None]
     return MicroBatch([chunk.images for chunk in chunks], pack(tokens, edges), concat(ids) if ids else None)
+
+
+def grid_edges(device: torch.device, amp: torch.dtype | None, compiled: bool) -> Sequence[int] | None:
+    """Edges of the grids of captions: none where attention needs no grids, one grid for a compiled model."""
+    return None if has_varlen(device, amp) else () if compiled else EDGES
 
 
 def concat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

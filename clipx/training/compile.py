@@ -37,6 +37,8 @@ class CompiledModel(nn.Module):
     def forward(self, image: Tensor, captions: Packed) -> Features:
         for tokens in (captions.ids, captions.positions, *(grid.places for grid in captions.grids)):
             torch._dynamo.maybe_mark_dynamic(tokens, 0)
+        for grid in captions.grids:
+            torch._dynamo.maybe_mark_dynamic(grid.seen, 3)
         features = self.model(image, captions)
         if self.start:
             logger.info("compiled  in %.0f s", time.perf_counter() - self.start)

@@ -13,7 +13,7 @@ from clipx import distributed
 from clipx.data.loader import skip_left_out
 from clipx.data.readers import Chunk, Skipped
 from clipx.models.clip import CLIP
-from clipx.training.batch import split_micro_batches
+from clipx.training.batch import grid_edges, split_micro_batches
 from clipx.training.compile import is_compiled
 from clipx.training.memory import explain_oom
 from clipx.training.step import Forward, MicroBatchEncoder, backward
@@ -126,6 +126,7 @@ def fit(
         OutOfMemory: the micro-batch does not fit.
     """
     encoder = MicroBatchEncoder(forward, state.model.logit_scale.device, amp)
+    edges = grid_edges(encoder.device, amp, is_compiled(forward))
     optimizer, scaler = state.optimizer, state.scaler
     state.model.train()
     while not should_stop(state.step):
@@ -136,7 +137,7 @@ def fit(
         data_wait = time.perf_counter() - start
         share = sum(map(len, chunks))
         with explain_oom(min(share, micro_batch_size or share), encoder.device):
-            micro_batches = split_micro_batches(chunks, micro_batch_size, few_shapes=is_compiled(forward))
+            micro_batches = split_micro_batches(chunks, micro_batch_size, edges)
             loss, image, text, scale = backward(encoder, loss_fn, micro_batches, scaler)
             scaler.unscale_(optimizer)
             tower_grad_norms, grad_norm = gradient_norms(state.model)

@@ -1,13 +1,16 @@
 import copy
 import math
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import hydra
 import open_clip
 import pytest
 import torch
-import torch._dynamo.testing
+import torch._dynamo.utils
 import torch._inductor.config
+import torch.distributed
 from conftest import ROOT
 from peers import padded, perturb, real_batch
 
@@ -152,20 +155,31 @@ def test_packed_captions_give_the_features_and_gradients_of_open_clips_padded_on
     peer.zero_grad()
 
 
-def test_compiled_it_is_the_same_model_and_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the compiler's own work left out: what it sees, and how often, is what counts."""
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("ddp", [False, True])
+def test_a_model_is_compiled_once_for_thirty_numbers_of_tokens(ddp: bool, one_rank: None) -> None:
+    """The compiler's own work is left out: what it sees, and how often, is what counts."""
     torch._dynamo.reset()
     model = tiny()
-    forward = CompiledModel(model, 1.0)
-    counter = torch._dynamo.testing.CompileCounter()
-    forward.model = torch.compile(model, backend=counter)
-    for length in (4, 9, 14, 5, 12):
-        image, tokens = real_batch(32)
+    compiled = CompiledModel(model, 1.0)
+    compiled.model = torch.compile(model, backend="aot_eager")
+    forward = torch.nn.parallel.DistributedDataParallel(compiled) if ddp else compiled
+    image, _ = real_batch(32)
+    torch._dynamo.utils.counters.clear()
+    for length in range(4, 77, 5 if ddp else 2):
         lengths = torch.tensor([4, length, 6, 7])
-        captions = pack(Tokens(tokens.flatten()[: lengths.sum()], lengths), ())
-        for one, other in zip(forward(image, captions), model(image, captions), strict=True):
+        captions = pack(Tokens(torch.arange(1, 1 + lengths.sum()), lengths), ())
+        features = forward(image, captions)
+        for one, other in zip(features, model(image, captions), strict=True):
             torch.testing.assert_close(one, other)
-    assert counter.frame_count == 1
+        sum(x.sum() for x in features).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_where_nothing_compiles_the_model_trains_as_it_is_and_says_so(

@@ -2,20 +2,23 @@
 
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import in_process, run_ranks
 from gradients import CPU, Double, assert_close, chunks_of
 from torch import Tensor, nn
 
 from clipx.loss import clip_loss
+from clipx.models import kernels
 from clipx.models.clip import CLIP
+from clipx.models.packed import EDGES
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-from clipx.training.batch import split_micro_batches
+from clipx.training.batch import grid_edges, split_micro_batches
 from clipx.training.step import MicroBatchEncoder, backward
 
 
@@ -27,9 +30,11 @@ def model(dtype: torch.dtype = torch.float64) -> CLIP:
     ).to(dtype)
 
 
-def gradient(clip: CLIP, batch: int, micro: int | None, few_shapes: bool = False) -> tuple[Tensor, list[Tensor]]:
+def gradient(
+    clip: CLIP, batch: int, micro: int | None, edges: Sequence[int] | None = EDGES
+) -> tuple[Tensor, list[Tensor]]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    parts = split_micro_batches(chunks_of(batch, micro), micro, few_shapes)
+    parts = split_micro_batches(chunks_of(batch, micro), micro, edges)
     loss = backward(Double(clip, CPU, None), clip_loss, parts, scaler).loss
     gradients = [p.grad for p in clip.parameters()]
     clip.zero_grad()
@@ -46,9 +51,40 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(micro: int) -> None:
     assert len(whole) == len([*clip.parameters()]) and all(part.any() for part in whole)     # temperature included
 
 
-def test_captions_in_few_shapes_give_the_same_gradient() -> None:
+def test_captions_in_one_grid_give_the_same_gradient() -> None:
     clip = model()
-    assert_close(gradient(clip, 64, 24, few_shapes=True)[1], gradient(clip, 64, None)[1])
+    assert_close(gradient(clip, 64, 24, edges=())[1], gradient(clip, 64, None)[1])
+
+
+def row_by_row(
+    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, max_q: int, max_k: int,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """What torch's kernel on CUDA computes, as its documentation says it."""
+    assert q_offsets.dtype == k_offsets.dtype == torch.int32 and q_offsets[-1] == len(q) and k_offsets[-1] == len(k)
+    assert max_q >= q_offsets.diff().max() and max_k >= k_offsets.diff().max()
+    rows = zip(*(x.split(offsets.diff().tolist()) for x, offsets in ((q, q_offsets), (k, k_offsets), (v, k_offsets))),
+               strict=True)
+    causal = {(-1, 0): True, (-1, -1): False}[window_size]
+    by_head = (F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in row), is_causal=causal) for row in rows)
+    return torch.cat([x.transpose(0, 1) for x in by_head])
+
+
+def test_captions_without_grids_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = model()
+    expected = gradient(clip, 64, None)
+    monkeypatch.setattr(kernels, "varlen_attn", row_by_row)
+    loss, found = gradient(clip, 64, 24, edges=None)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-12)
+    assert_close(found, expected[1])
+
+
+def test_captions_need_no_grids_on_cuda_in_half_precision() -> None:
+    cuda = torch.device("cuda")
+    if kernels.varlen_attn is not None:         # torch 2.9 has none
+        assert grid_edges(cuda, torch.bfloat16, True) is grid_edges(cuda, torch.float16, False) is None
+    assert grid_edges(cuda, None, True) == () and grid_edges(cuda, None, False) == EDGES
+    assert grid_edges(CPU, torch.bfloat16, True) == () and grid_edges(CPU, torch.bfloat16, False) == EDGES
 
 
 def test_images_are_not_copied_before_the_device() -> None:
