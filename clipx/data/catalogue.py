@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from multiprocessing import get_context
 from multiprocessing.pool import ThreadPool
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from clipx.data.captions import DATASET_TYPE
 from clipx.data.files import write_atomic
+from clipx.data.handles import CachedShard, OpenShard
 from clipx.data.remote.cache import Cache, RemoteShard
 from clipx.data.remote.stores import PIPE, download, is_permanent, run_with_retries, size_of
 from clipx.data.tar.headers import DataError
@@ -30,10 +31,10 @@ from clipx.data.tar.index import (
     make_index,
     read_head,
     read_table,
+    successes,
     temporary_dir,
     write_table,
 )
-from clipx.data.tar.index import successes as counted
 from clipx.devices import available_cores
 
 logger = logging.getLogger("clipx")
@@ -51,7 +52,21 @@ class Catalogue:
 
     shards: list[Path]      # a remote shard's path in the cache
     rows: np.ndarray        # (shards,) bytes, mtime (ns; 0 if remote), COUNTS
-    urls: Mapping[int, str] = field(default_factory=dict)       # of remote shards, by number
+    index_dir: Path         # directory of indexes that are not next to their shard
+    remotes: Mapping[int, RemoteShard] = field(default_factory=dict)       # by number
+
+    def open(self, number: int) -> OpenShard | CachedShard:
+        """Open a shard for reading."""
+        if number in self.remotes:
+            return CachedShard(self.remotes[number])
+        row = self.rows[number]
+        return OpenShard(self.shards[number], int(row["bytes"]), int(row["mtime"]), self.index_dir)
+
+    def sidecar_dirs(self) -> dict[Path, str]:
+        """Return the local directories of the shards' sidecar files, and their names in messages."""
+        local = {shard.parent: str(shard.parent) for number, shard in enumerate(self.shards)
+                 if number not in self.remotes}
+        return local | {remote.index.parent: remote.url.rpartition("/")[0] for remote in self.remotes.values()}
 
     @property
     def id(self) -> str:
@@ -85,7 +100,7 @@ def open_catalogue(shards: Sequence[Path], index_dir: Path) -> Catalogue:
         rows[number] = (rows[number]["bytes"], rows[number]["mtime"], *(head[name] for name in COUNTS))
     if len(stale) and len(shards) >= MANY:
         write_table(catalogue_paths(shards, index_dir), {"format": FORMAT}, rows)
-    return Catalogue(list(shards), rows)
+    return Catalogue(list(shards), rows, index_dir)
 
 
 def size_and_time(shard: Path) -> tuple[int, int]:
@@ -118,18 +133,17 @@ def catalogue_paths(shards: Sequence[Path], index_dir: Path) -> list[Path]:
 
 def open_indexes(shards: Sequence[Path], index_dir: Path) -> list[Path]:
     """Return the index files of some shards, after making missing or stale ones."""
-    found = {shard: find_index(shard, index_dir) for shard in shards}
-    stale = [shard for shard, index in found.items() if index is None]
+    found = {shard: index for shard in shards if (index := find_index(shard, index_dir))}
+    stale = [shard for shard in dict.fromkeys(shards) if shard not in found]
     if stale:
         total = sum(shard.stat().st_size for shard in stale)
         with tqdm(total=total, unit="B", unit_scale=True, desc="index", disable=None) as bar:
             for shard, index in zip(stale, make_indexes(stale, index_dir), strict=True):
                 found[shard] = index
                 bar.update(shard.stat().st_size)
-        if temporary := [index for index in map(found.get, stale) if temporary_dir() in index.parents]:
+        if temporary := sum(temporary_dir() in found[shard].parents for shard in stale):
             logger.warning("%d indexes are in the temporary directory %s, as %s is not writable; set "
-                           "data.index_dir=DIR to keep them", len(temporary), temporary_dir(),
-                           stale[0].parent)
+                           "data.index_dir=DIR to keep them", temporary, temporary_dir(), stale[0].parent)
     return [found[shard] for shard in shards]
 
 
@@ -148,11 +162,13 @@ def open_all(shards: Sequence[Path | str], cache: Cache) -> Catalogue:
     local = open_catalogue([shard for shard in shards if isinstance(shard, Path)], cache.index_dir)
     if not urls:
         return local
-    remote = np.isin(np.arange(len(shards)), list(urls))
+    far = np.isin(np.arange(len(shards)), list(urls))
     rows = np.zeros(len(shards), ROW)
-    rows[~remote], rows[remote] = local.rows, remote_rows(list(urls.values()), cache)
-    places = [cache.remote(shard).path if isinstance(shard, str) else shard for shard in shards]
-    return Catalogue(places, rows, urls)
+    rows[~far], rows[far] = local.rows, remote_rows(list(urls.values()), cache)
+    remotes = {number: cache.remote(url, int(rows[number]["bytes"]), int(rows[number]["samples"]))
+               for number, url in urls.items()}
+    paths = [remotes[number].path if isinstance(shard, str) else shard for number, shard in enumerate(shards)]
+    return Catalogue(paths, rows, cache.index_dir, remotes)
 
 
 def remote_rows(urls: Sequence[str], cache: Cache) -> np.ndarray:
@@ -165,13 +181,13 @@ def remote_rows(urls: Sequence[str], cache: Cache) -> np.ndarray:
     known = {place: read_known_rows(place) for place in {remote.index.parent for remote in remotes}}
     for place in known:
         place.mkdir(parents=True, exist_ok=True)
-    missing = [remote for remote in remotes if remote.path.name not in known[remote.index.parent]]
+    missing = [remote for remote in dict.fromkeys(remotes) if remote.path.name not in known[remote.index.parent]]
     places = {remote.index.parent: remote for remote in remotes if not remote.url.startswith(PIPE)}
-    untyped = {remote: remote.url for place, remote in places.items() if not (place / DATASET_TYPE).exists()}
+    untyped = [remote for place, remote in places.items() if not (place / DATASET_TYPE).exists()]
     with ThreadPool(ASKED) as pool, tqdm(total=len(missing), unit="shard", desc="ask", disable=None) as bar:
         run_with_retries(pool, fetch_dataset_type, untyped, Event())
         for start in range(0, len(missing), ASKED):
-            some = {remote: remote.url for remote in missing[start : start + ASKED]}
+            some = missing[start : start + ASKED]
             answers = run_with_retries(pool, ask, some, Event())
             cache.fetch_now([answer for answer in answers.values() if isinstance(answer, RemoteShard)])
             for remote, answer in answers.items():
@@ -208,8 +224,8 @@ def ask(remote: RemoteShard) -> list[int] | RemoteShard:
     if remote.url.startswith(PIPE):
         return remote
     stats = fetch_small(sibling_url(remote.url, f"{remote.path.stem}_stats.json"))
-    size, count = size_of(remote.url), counted(stats or b"")
-    return remote._replace(size=size) if count is None else [size, count, count, count, 0, 0]
+    size, count = size_of(remote.url), successes(stats or b"")
+    return replace(remote, size=size) if count is None else [size, count, count, count, 0, 0]
 
 
 def fetch_dataset_type(remote: RemoteShard) -> None:

@@ -4,8 +4,9 @@ import glob
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TextIO, TypeVar
 
 from PIL import Image
 
@@ -14,6 +15,8 @@ from clipx.data.tar.headers import DataError
 
 WRITING = ".writing-"       # in the name of an incomplete file
 WAITS = (0.2, 1.0, 3.0)     # seconds before each retry of a failed read
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 CLUTTER = {"@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 
 
@@ -28,8 +31,7 @@ class Files:
 
     def read(self, sample: int) -> Sample:
         path = self.paths[sample]
-        check_bytes("the picture", retry_read(path.stat, path).st_size, MAX_IMAGE_BYTES)
-        return Sample(str(path), retry_read(path.read_bytes, path), [""])
+        return Sample(str(path), read_picture(path, "the picture"), [""])
 
 
 def find_sidecar(directory: Path, name: str) -> Path | None:
@@ -67,28 +69,25 @@ def is_clutter(name: str) -> bool:
     return name.startswith(".") or name.lower() in CLUTTER
 
 
-def read_text(path: Path, encoding: str = "utf-8", key: str | None = None) -> str:
-    """Read a text file.
+@contextmanager
+def open_text(path: Path, encoding: str | None = None) -> Iterator[TextIO]:
+    """Open a text file; a byte order mark is skipped and line ends are kept.
 
     Args:
         path: the file.
-        encoding: its encoding.
-        key: config key of the encoding, for the error.
+        encoding: the value of ``source.encoding``; None for UTF-8.
 
     Raises:
-        DataError: the encoding does not fit.
+        DataError: the file, read inside the ``with`` block, has another encoding.
     """
+    codec = "utf-8-sig" if (encoding or "utf-8").lower() in ("utf-8", "utf8") else encoding
     try:
-        return path.read_bytes().decode(codec(encoding))
+        with path.open(encoding=codec, newline="") as file:
+            yield file
     except (UnicodeError, LookupError) as error:
-        what = f"cannot be read as {key}={encoding}" if key else "is not UTF-8 text"
-        fix = f"set its encoding, such as {key}=cp1252" if key else "save it as UTF-8"
+        what = f"cannot be read as source.encoding={encoding}" if encoding else "is not UTF-8 text"
+        fix = "set its encoding, such as source.encoding=cp1252" if encoding else "save it as UTF-8"
         raise DataError(f"{path} {what} ({error}); {fix}") from error
-
-
-def codec(name: str) -> str:
-    """Return the codec of an encoding; for UTF-8, one that skips a byte order mark."""
-    return "utf-8-sig" if name.lower() in ("utf-8", "utf8") else name
 
 
 def read_lines(path: Path, key: str) -> list[str]:
@@ -120,19 +119,31 @@ def write_atomic(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def retry_read(read: Callable[[], Any], path: Path) -> Any:
-    """Call ``read``; retry I/O errors after growing waits.
+def read_picture(path: Path, what: str = "its picture") -> bytes:
+    """Read the bytes of a picture.
+
+    Raises:
+        BadSample: it is too large; the message calls it ``what``.
+        DataError: it cannot be read.
+    """
+    check_bytes(what, retry_read(path, path.stat).st_size, MAX_IMAGE_BYTES)
+    return retry_read(path, path.read_bytes)
+
+
+def retry_read(path: Path, read: Callable[Args, Result], *args: Args.args, **options: Args.kwargs) -> Result:
+    """Call ``read``, which reads from ``path``; retry I/O errors after growing waits.
 
     Raises:
         DataError: it still fails.
     """
-    for wait in (*WAITS, None):
-        try:
-            return read()
-        except OSError as error:
-            if wait is None:
-                raise DataError(
-                    f"{path} cannot be read ({error.strerror}), after {len(WAITS) + 1} tries; rerun the same command "
-                    "to resume from the last checkpoint"
-                ) from error
-            time.sleep(wait)
+    for wait in WAITS:
+        with suppress(OSError):
+            return read(*args, **options)
+        time.sleep(wait)
+    try:
+        return read(*args, **options)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}), after {len(WAITS) + 1} tries; rerun the same command "
+            "to resume from the last checkpoint"
+        ) from error

@@ -11,18 +11,8 @@ import numpy as np
 from typing_extensions import Unpack
 
 from clipx.data.captions import check_captions
-from clipx.data.files import below, read_text, retry_read
-from clipx.data.sample import (
-    IMAGE_SUFFIXES,
-    MAX_IMAGE_BYTES,
-    VALIDATION,
-    BadSample,
-    Data,
-    DataOptions,
-    Sample,
-    check_bytes,
-    hold_out,
-)
+from clipx.data.files import below, open_text, read_picture
+from clipx.data.sample import IMAGE_SUFFIXES, VALIDATION, BadSample, Data, DataOptions, Sample, hold_out
 from clipx.data.tar.headers import DataError
 
 LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
@@ -76,14 +66,14 @@ class Folder:
             path = self.images / self.matched[0][name]
         if not path.is_file():
             raise BadSample("is listed in captions.txt, but there is no such file")
-        check_bytes("its picture", retry_read(path.stat, path).st_size, MAX_IMAGE_BYTES)
-        return Sample(name, retry_read(path.read_bytes, path), check_captions(self.captions[name]))
+        return Sample(name, read_picture(path), check_captions(self.captions[name]))
 
 
-def read_listing(path: Path, encoding: str = "utf-8", key: str | None = None) -> dict[str, list[str]]:
-    """Return captions by file name, in the order of captions.txt; ``encoding`` and ``key`` as in ``read_text``."""
+def read_listing(path: Path, encoding: str | None = None) -> dict[str, list[str]]:
+    """Return captions by file name, in the order of captions.txt; ``encoding`` as in ``open_text``."""
     captions: dict[str, list[str]] = {}
-    lines = read_text(path, encoding, key).split("\n")       # not at U+2028 and the like, which captions contain
+    with open_text(path, encoding) as file:
+        lines = file.read().split("\n")         # not at U+2028 and the like, which captions contain
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -116,11 +106,7 @@ def match_names(images: Path, names: Iterable[str]) -> tuple[dict[str, str], lis
     return found, sorted(name for name in unlisted if PurePosixPath(name).suffix.lower() in IMAGE_KINDS)
 
 
-def open_folder(
-    root: str,
-    val: float | str = 0.02,
-    **options: Unpack[DataOptions],
-) -> Data:
+def open_folder(root: str, val: float | str = 0.02, **options: Unpack[DataOptions]) -> Data:
     """Open a folder of pictures and its validation set.
 
     Args:

@@ -3,19 +3,20 @@
 import os
 import resource
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
 from clipx.data.files import retry_read
-from clipx.data.remote.cache import Cache, RemoteShard
+from clipx.data.remote.cache import RemoteShard
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import find_index, read_table
 
 OPEN_SHARDS = 256           # most open shards per source, with two file descriptors each
 OPEN_FILES = 4096           # limit of a process, if the system allows it
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 
 class OpenShard:
@@ -33,11 +34,11 @@ class OpenShard:
 
     def __init__(self, path: Path, size: int, mtime: int, index_dir: Path):
         self.path, self.size = path, size
-        self.descriptor = retry_read(partial(os.open, path, os.O_RDONLY), path)
+        self.descriptor = retry_read(path, os.open, path, os.O_RDONLY)
         self.stat = os.fstat(self.descriptor)
         if self.stat.st_size != size:
             raise self.changed()
-        index = retry_read(partial(find_index, path, index_dir), path)   # compares the tar's ends
+        index = retry_read(path, find_index, path, index_dir)     # compares the tar's ends
         if index is None:
             raise self.changed()
         self.samples = np.asarray(read_table(index))      # indexing a memmap is slow
@@ -53,7 +54,7 @@ class OpenShard:
         now = os.fstat(self.descriptor)
         if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
             raise self.changed()
-        return retry_read(partial(os.pread, self.descriptor, size, offset), self.path)
+        return retry_read(self.path, os.pread, self.descriptor, size, offset)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -63,28 +64,24 @@ class OpenShard:
 class CachedShard:
     """The copy of a remote tar, opened for each read so that eviction frees its space at once.
 
-    Args:
-        remote: the tar.
-        cache: of its copy.
-
     Raises:
         DataError: it cannot be read or copied.
     """
 
-    def __init__(self, remote: RemoteShard, cache: Cache):
-        self.remote, self.cache, self.path, self.size = remote, cache, remote.path, remote.size
-        self.samples = self.wait_and_read(partial(read_table, remote.index))
+    def __init__(self, remote: RemoteShard):
+        self.remote, self.path, self.size = remote, remote.path, remote.size
+        self.samples = self.wait_and_read(read_table, remote.index)
 
-    def wait_and_read(self, read: Callable[[], Any]) -> Any:
+    def wait_and_read(self, read: Callable[Args, Result], *args: Args.args, **options: Args.kwargs) -> Result:
         while True:
             try:
-                return read()
+                return read(*args, **options)
             except FileNotFoundError:
-                self.cache.wait_for(self.remote)
+                self.remote.cache.wait_for(self.remote)
 
     def read(self, offset: int, size: int) -> bytes:
         """Read bytes from the tar."""
-        return retry_read(partial(self.wait_and_read, partial(self.read_once, offset, size)), self.path)
+        return retry_read(self.path, self.wait_and_read, self.read_once, offset, size)
 
     def read_once(self, offset: int, size: int) -> bytes:
         with self.path.open("rb", buffering=0) as file:

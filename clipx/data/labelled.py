@@ -6,26 +6,25 @@ The caption of a sample is its class number, so workers, ranks and bad samples w
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from PIL import Image
-from pydantic import ConfigDict
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from clipx.data.captions import dataset_type
-from clipx.data.catalogue import Catalogue, open_all
+from clipx.data.catalogue import Catalogue, open_catalogue
 from clipx.data.class_names import plain, read_classnames_file, read_names
-from clipx.data.files import below, is_clutter, retry_read
+from clipx.data.files import below, is_clutter, read_picture
 from clipx.data.images import DECODE_ERRORS, check_size, to_rgb
-from clipx.data.remote.cache import Cache
-from clipx.data.sample import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, BadSample, Sample, Source, check_bytes
-from clipx.data.shard_paths import SCHEME, expand, list_shards
+from clipx.data.sample import IMAGE_SUFFIXES, BadSample, Sample, Source
+from clipx.data.shard_paths import expand, list_shards
 from clipx.data.shards import Shards
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import expand_home
@@ -34,12 +33,12 @@ from clipx.errors import first_line
 logger = logging.getLogger("clipx")
 
 INDEX_DIR = "~/.cache/clipx"
+Opened: TypeAlias = tuple[Source, list[str]]        # and its class names
 
 
+@with_config(ConfigDict(extra="allow"))      # open_set reports unknown keys
 class LabelledConfig(TypedDict, total=False):
     """Config of a labelled data set: one of dataset, folder and shards, with its options."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")      # open_set reports unknown keys
 
     dataset: str    # name in torchvision: CIFAR10, Food101, ImageNet
     root: str       # its directory; nothing is downloaded
@@ -81,26 +80,23 @@ def open_set(key: str, which: LabelledConfig, train: bool) -> LabelledSet:
     for odd in which.keys() - known.keys():
         near = difflib.get_close_matches(odd, known, n=1) or [", ".join(known)]
         raise ValueError(f"{key}.{odd}: there is no such key; did you mean {near[0]}?")
-    kinds: dict[str, Callable[..., tuple[Source, list[str]]]] = {
-        "dataset": open_torchvision, "folder": open_folders, "shards": open_class_shards
-    }  # fmt: skip
-    chosen = [kind for kind in kinds if kind in which]
+    openers = {"dataset": open_torchvision, "folder": open_folders, "shards": open_class_shards}
+    chosen = [kind for kind in openers if kind in which]
     if len(chosen) != 1:
         raise ValueError(f"{key}={dict(which)}: give one of dataset=CIFAR10 (with root=DIR), folder=DIR and shards=DIR")
     kind = chosen[0]
-    if kind != "dataset" and (odd := which.keys() & {"root", "split"}):
-        raise ValueError(f"{key}.{min(odd)} is only for torchvision's data sets (dataset=...), not "
-                         f"for {kind}={which[kind]}")
+    if kind != "dataset" and (misplaced := which.keys() & {"root", "split"}):
+        raise ValueError(f"{key}.{min(misplaced)} is only for torchvision's data sets (dataset=...), not "
+                         f"for {kind}={dict(which)[kind]}")
     names = read_names(which["classes"], f"{key}.classes") if "classes" in which else None
-    test, classes = kinds[kind](key, which, kind, names)
+    test, classes = openers[kind](key, which, False, names)
     if not train:
         return LabelledSet(test, None, classes)
     if kind != "dataset" and "train" not in which:
         raise ValueError(f"{key}.train has no value; a probe needs training pictures other than the test's: train=DIR")
-    learnt = {**which, "split": which.get("train", "train"), kind: which[kind] if kind == "dataset" else which["train"]}
-    source, others = kinds[kind](key, learnt, "train", names)
+    source, others = openers[kind](key, which, True, names)
     if source.id == test.id or others != classes:
-        raise ValueError(f"{key}.train={learnt['split']}: expected the classes of the test set, with other "
+        raise ValueError(f"{key}.train={which.get('train', 'train')}: expected the classes of the test set, with other "
                          "pictures")
     return LabelledSet(test, source, classes)
 
@@ -146,11 +142,11 @@ class TorchvisionSource:
         return Sample(str(sample), file.getvalue(), check_label(int(label), self.classes, self.locate(sample)))
 
 
-def open_torchvision(key: str, which: LabelledConfig, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
+def open_torchvision(key: str, which: LabelledConfig, train: bool, names: list[str] | None) -> Opened:
     """Open a split of a torchvision data set, without downloading."""
     from torchvision import datasets
 
-    name, split = which["dataset"], which.get("split", "test")
+    name, split = which["dataset"], which.get("train", "train") if train else which.get("split", "test")
     if name not in datasets.__all__:
         near = difflib.get_close_matches(name, datasets.__all__, n=1, cutoff=0.3)
         raise ValueError(f"{key}.dataset={name}: torchvision has no such data set; did you mean {near[0]}?" if near else
@@ -169,7 +165,7 @@ def open_torchvision(key: str, which: LabelledConfig, kind: str, names: list[str
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{key}.root={root}: {name} is missing or incomplete ({first_line(error)}); download "
                          f"it with torchvision.datasets.{name}({root!r}, download=True)") from error
-    own = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
+    own = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or []
     if not (names or own):
         raise ValueError(f"{key}.classes has no value, and {name} has no class names; set classes=FILE, one "
                          "name per line")
@@ -195,14 +191,14 @@ class ClassFolders:
 
     def read(self, sample: int) -> Sample:
         path, label = self.files[sample]
-        check_bytes("its picture", retry_read(path.stat, path).st_size, MAX_IMAGE_BYTES)
-        picture = retry_read(path.read_bytes, path)
-        return Sample(self.locate(sample), picture, check_label(label, self.classes, self.locate(sample)))
+        name = self.locate(sample)
+        return Sample(name, read_picture(path), check_label(label, self.classes, name))
 
 
-def open_folders(key: str, which: LabelledConfig, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
+def open_folders(key: str, which: LabelledConfig, train: bool, names: list[str] | None) -> Opened:
     """Open a directory of class directories."""
-    root = Path(which["folder"]).expanduser()
+    kind: Literal["train", "folder"] = "train" if train else "folder"
+    root = Path(which[kind]).expanduser()
     there = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     folders = sorted(path for path in there if not is_clutter(path.name))
     files = [(path, number) for number, folder in enumerate(folders) for path in sorted(below(folder))
@@ -225,14 +221,12 @@ def open_folders(key: str, which: LabelledConfig, kind: str, names: list[str] | 
 class ClassShards(Shards):
     """Tars whose samples have their class number in ``.cls``."""
 
-    kinds = ("cls",)
-
-    def __init__(self, catalogue: Catalogue, caption_key: None, index_dir: Path, cache: Cache, classes: list[str]):
-        super().__init__(catalogue, caption_key, index_dir, cache)
-        self.classes = classes
+    def __init__(self, catalogue: Catalogue, classes: list[str]):
+        super().__init__(catalogue, caption_key=None)
+        self.classes, self.kinds = classes, ("cls",)
 
     def __reduce__(self) -> tuple:
-        return ClassShards, (*super().__reduce__()[1], self.classes)
+        return ClassShards, (self.catalogue, self.classes)
 
     def captions(self, members: Mapping[str, bytes]) -> list[str]:
         if "cls" not in members:
@@ -248,19 +242,19 @@ class ClassShards(Shards):
         return found
 
 
-def open_class_shards(key: str, which: LabelledConfig, kind: str, names: list[str] | None) -> tuple[Source, list[str]]:
+def open_class_shards(key: str, which: LabelledConfig, train: bool, names: list[str] | None) -> Opened:
     """Open local tars, by name or by directory."""
-    place = which["shards"]
+    kind: Literal["train", "shards"] = "train" if train else "shards"
+    place = which[kind]
     root = Path(place).expanduser()
-    split = root / ("train" if kind == "train" else "test")         # CLIP_benchmark's layout
-    tars = (list_shards(root) or list_shards(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
-    if not tars or any(SCHEME.match(str(tar)) for tar in tars):
+    split = root / ("train" if train else "test")         # CLIP_benchmark's layout
+    found = (list_shards(root) or list_shards(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
+    tars = [tar for tar in found if isinstance(tar, Path)]
+    if not tars or len(tars) < len(found):
         raise ValueError(f"{key}.{kind}={place}: expected local tars; copy remote ones first")
     kind_of_set = dataset_type(tars[0].parent)
     if kind_of_set not in ("", "classification"):
         raise ValueError(f"{key}.{kind}={place}: dataset_type.txt says {kind_of_set}; expected classification"
                          + "; evaluate it with evals=[retrieval] data=shards" * (kind_of_set == "retrieval"))
     classes = names or read_classnames_file(tars[0].parent, f"{key}.classes")
-    index_dir = expand_home(INDEX_DIR)
-    cache = Cache(index_dir / "shards", 0, index_dir)           # stays empty
-    return ClassShards(open_all(tars, cache), None, index_dir, cache, classes), classes
+    return ClassShards(open_catalogue(tars, expand_home(INDEX_DIR)), classes), classes

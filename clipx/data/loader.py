@@ -13,8 +13,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from clipx.data.readers import Chunk, Reader, TrainReader
-from clipx.data.remote.prefetch import Prefetcher
-from clipx.data.shards import remote_parts
+from clipx.data.remote.prefetch import Prefetcher, remotes_of
 from clipx.data.tar.headers import DataError
 from clipx.errors import UserError
 
@@ -93,14 +92,9 @@ def exit_with_run() -> None:
 def make_prefetcher(reader: Reader, first: range, fill: bool) -> Prefetcher:
     """Return the prefetcher of the remote training shards, starting at the range ``first``."""
     if not isinstance(reader, TrainReader):
-        return Prefetcher([], {}, None, first.start, 0, fill)
-    parts = list(remote_parts(reader.source))
-    remotes = {
-        start + number: part.remote(number) for start, part in parts for number in part.catalogue.urls
-        if part.sizes[number]
-    }
+        return Prefetcher({}, None, first.start, 0, fill)
     reach = max(reader.plan.window, 2 * len(first))
-    return Prefetcher([part.cache for _, part in parts], remotes, reader.plan, first.start, reach, fill)
+    return Prefetcher(remotes_of(reader.source), reader.plan, first.start, reach, fill)
 
 
 def train_ranges(

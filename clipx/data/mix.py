@@ -8,6 +8,8 @@ import numpy as np
 from typing_extensions import Unpack
 
 from clipx.data.plan import MixPlan
+from clipx.data.remote.cache import RemoteShard
+from clipx.data.remote.prefetch import remotes_of
 from clipx.data.sample import Data, DataOptions, Sample, Source
 from clipx.data.tar.headers import DataError
 
@@ -25,6 +27,12 @@ class Chain:
         number = int(np.searchsorted(self.ends, sample, side="right"))
         before = int(self.ends[number - 1]) if number else 0
         return self.sources[number], sample - before
+
+    @property
+    def remotes(self) -> dict[int, RemoteShard]:
+        firsts = np.cumsum([0, *(len(source.sizes) for source in self.sources)]).tolist()
+        return {first + number: remote for first, source in zip(firsts, self.sources, strict=False)
+                for number, remote in remotes_of(source).items()}
 
     def locate(self, sample: int) -> str:
         source, own = self.find(sample)

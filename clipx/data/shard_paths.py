@@ -2,15 +2,18 @@
 
 import os
 import re
+from collections.abc import Sequence
 from glob import glob
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Event
+from typing import TypeAlias
 
 from clipx.data.remote.stores import PIPE, list_matches, run_with_retries
 from clipx.data.sample import VALIDATION
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://")
+Shard: TypeAlias = Path | str       # a local tar, or the URL of a remote one
 
 
 def find_shards(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:
@@ -45,24 +48,28 @@ def find_shards(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]
     return train, []
 
 
-def exclude_validation(train: list[Path | str], val_paths: list[Path | str]) -> list[Path | str]:
+def exclude_validation(train: Sequence[Shard], val_paths: Sequence[Shard]) -> list[Shard]:
     """Return the training shards that are not validation shards.
 
     Raises:
         ValueError: nothing is left to train on.
     """
-    validating = {shard if isinstance(shard, str) else shard.resolve() for shard in val_paths}
-    kept = [shard for shard in train if (shard if isinstance(shard, str) else shard.resolve()) not in validating]
+    validating = set(map(resolve, val_paths))
+    kept = [shard for shard in train if resolve(shard) not in validating]
     if not kept:
         raise ValueError(f"all {len(train):,} training shards, such as {train[0]}, are validation shards; set others")
     return kept
+
+
+def resolve(shard: Shard) -> Shard:
+    return shard if isinstance(shard, str) else shard.resolve()
 
 
 def list_shards(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.tar"))
 
 
-def expand(patterns: str | list[str], key: str, allow_pipe: bool = False) -> list[Path | str]:
+def expand(patterns: str | list[str], key: str, allow_pipe: bool = False) -> list[Shard]:
     """Expand names, globs and brace lists to files and URLs, in order.
 
     Raises:
@@ -70,7 +77,7 @@ def expand(patterns: str | list[str], key: str, allow_pipe: bool = False) -> lis
     """
     from webdataset.shardlists import expand_urls
 
-    found: list[Path | str] = []
+    found: list[Shard] = []
     for pattern in map(os.path.expanduser, [patterns] if isinstance(patterns, str) else patterns):
         for name in [pattern] if Path(pattern).is_file() else expand_urls(pattern):
             matches = expand_name(name, key, allow_pipe)
@@ -82,7 +89,7 @@ def expand(patterns: str | list[str], key: str, allow_pipe: bool = False) -> lis
     return found
 
 
-def expand_name(name: str, key: str, allow_pipe: bool) -> list[Path | str]:
+def expand_name(name: str, key: str, allow_pipe: bool) -> Sequence[Shard]:
     """Expand one name or glob to files, or to URLs if it is remote."""
     if name.startswith(PIPE):
         if not allow_pipe:
@@ -92,6 +99,6 @@ def expand_name(name: str, key: str, allow_pipe: bool) -> list[Path | str]:
         if "*" not in name:
             return [name]
         with ThreadPool(1) as pool:
-            return run_with_retries(pool, list_matches, {name: name}, Event())[name]
+            return run_with_retries(pool, list_matches, [name], Event())[name]
     path = re.sub(r"^file:(//(localhost)?(?=/))?", "", name)
     return [Path(path)] if Path(path).is_file() else [Path(match) for match in sorted(glob(path))]

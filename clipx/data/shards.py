@@ -1,7 +1,7 @@
 """WebDataset shards as a source: plain tars, read by byte ranges."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from clipx.data.captions import MAX_CAPTION_FILE, caption_per_line, read_caption
 from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.faults import check_faults, lost_samples
 from clipx.data.handles import CachedShard, OpenShard, max_open_shards
-from clipx.data.mix import Chain
 from clipx.data.remote.cache import Cache, RemoteShard
 from clipx.data.sample import (
     MAX_IMAGE_BYTES,
@@ -25,9 +24,9 @@ from clipx.data.sample import (
     check_bytes,
     hold_out,
 )
-from clipx.data.shard_paths import exclude_validation, expand, find_shards, list_shards
+from clipx.data.shard_paths import Shard, exclude_validation, expand, find_shards, list_shards
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import KEY, expand_home
+from clipx.data.tar.index import KEY, byte_ranges, expand_home
 
 logger = logging.getLogger("clipx")
 
@@ -41,46 +40,27 @@ class Shards:
     Args:
         catalogue: the tars, in order.
         caption_key: the key of ``.json`` with the captions; None for ``.txt``, else json's ``caption``.
-        index_dir: directory of indexes that are not next to their shard.
-        cache: copies of remote tars.
     """
 
-    def __init__(
-        self, catalogue: Catalogue, caption_key: str | None, index_dir: Path, cache: Cache | None = None
-    ):
-        self.catalogue, self.caption_key, self.index_dir, self.cache = catalogue, caption_key, index_dir, cache
-        self.caption_per_line = caption_per_line(dict(map(self.sidecar_dir, range(len(catalogue.shards)))))
-        self.sizes = catalogue.rows["samples"]
+    def __init__(self, catalogue: Catalogue, caption_key: str | None):
+        self.catalogue, self.caption_key = catalogue, caption_key
+        self.kinds = CAPTION_KINDS if caption_key is None else ("json",)       # may hold the captions, best first
+        self.caption_per_line = caption_per_line(catalogue.sidecar_dirs())
+        self.sizes: list[int] = catalogue.rows["samples"].tolist()
         self.id = catalogue.id + " one caption a line" * self.caption_per_line
-        self.ends = np.cumsum(self.sizes)
-        self.open = lru_cache(max_open_shards())(self.open)
+        self.ends = np.cumsum(self.sizes, dtype=np.int64)
+        self.open = lru_cache(max_open_shards())(catalogue.open)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.catalogue, self.caption_key, self.index_dir, self.cache)
+        return type(self), (self.catalogue, self.caption_key)
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of member that may hold the captions, best first."""
-        return CAPTION_KINDS if self.caption_key is None else ("json",)
+    def remotes(self) -> dict[int, RemoteShard]:
+        """Remote shards that have samples, by number."""
+        return {number: remote for number, remote in self.catalogue.remotes.items() if self.sizes[number]}
 
     def captions(self, members: Mapping[str, bytes]) -> list[str]:
         return read_captions(members, self.caption_key, self.caption_per_line)
-
-    def remote(self, shard: int) -> RemoteShard:
-        row = self.catalogue.rows[shard]
-        return self.cache.remote(self.catalogue.urls[shard], int(row["bytes"]), int(row["samples"]))
-
-    def sidecar_dir(self, shard: int) -> tuple[Path, str]:
-        """Return the local directory of a shard's sidecar files, and its name in messages."""
-        if shard in self.catalogue.urls:
-            return self.remote(shard).index.parent, self.catalogue.urls[shard].rpartition("/")[0]
-        return (directory := self.catalogue.shards[shard].parent), str(directory)
-
-    def open(self, shard: int) -> OpenShard | CachedShard:
-        if shard in self.catalogue.urls:
-            return CachedShard(self.remote(shard), self.cache)
-        row = self.catalogue.rows[shard]
-        return OpenShard(self.catalogue.shards[shard], int(row["bytes"]), int(row["mtime"]), self.index_dir)
 
     def keys(self, shard: int) -> np.ndarray:
         return self.open(shard).samples[KEY]
@@ -88,7 +68,7 @@ class Shards:
     def row(self, sample: int) -> tuple[OpenShard | CachedShard, np.void]:
         shard = int(np.searchsorted(self.ends, sample, side="right"))
         tar = self.open(shard)
-        return tar, tar.samples[sample - int(self.ends[shard] - self.sizes[shard])]
+        return tar, tar.samples[sample - int(self.ends[shard]) + self.sizes[shard]]
 
     def locate(self, sample: int) -> str:
         tar, row = self.row(sample)
@@ -96,7 +76,7 @@ class Shards:
 
     def read(self, sample: int) -> Sample:
         tar, row = self.row(sample)
-        members = {kind: tuple(row[kind].tolist()) for kind in row.dtype.names[1:] if row[kind][0]}
+        members = byte_ranges(row)
         if min(map(min, members.values()), default=0) < 0:
             raise BadSample("its index points outside the shard; delete the index")
         if max(map(sum, members.values()), default=0) > tar.size:
@@ -154,14 +134,17 @@ def open_shards(
     """
     train, val_paths, notes = select_shards(root, shards, val_shards, val, allow_pipe, made_by)
     copies = Cache(expand_home(cache), int(1e9 * cache_gb), expand_home(index_dir))
-    source = open_source(train, caption_key, copies)
+    source = Shards(open_all(train, copies), caption_key)
+    split: tuple[Source, Source | None]
     if val_paths:
-        split = source, open_source(val_paths, caption_key, copies)
-        if not sum(split[1].sizes):
+        held = Shards(open_all(val_paths, copies), caption_key)
+        if not sum(held.sizes):
             raise DataError(f"{val_paths[0]} and the {len(val_paths) - 1} validation shards after it hold no samples; "
                             "set others (data.val_shards=...), or leave them out")
-        copies.keep([split[1].remote(number) for number in split[1].catalogue.urls])
+        copies.keep(list(held.catalogue.remotes.values()))
+        split = source, held
     else:
+        assert not isinstance(val, str)         # would have given val_paths
         split = hold_out(source, val, copies.index_dir)
     data = Data(*split, **options, lost=lost_samples(source.catalogue), notes=notes)
     check_faults(source.catalogue, data)
@@ -171,14 +154,17 @@ def open_shards(
 def select_shards(
     root: str | None, shards: str | list[str] | None, val_shards: str | list[str] | None, val: float | str,
     allow_pipe: bool, made_by: str | None,
-) -> tuple[list[Path | str], list[Path | str], list[str]]:
+) -> tuple[Sequence[Shard], Sequence[Shard], list[str]]:
     """Return the training shards, the validation shards and what to log about them; arguments as in ``open_shards``."""
-    if (root is None) == (shards is None):
-        raise ValueError(f"root={root} and shards={shards}: set exactly one of them")
-    if shards is not None:
-        train, val_paths = expand(shards, "shards", allow_pipe), []
+    train: Sequence[Shard]
+    val_paths: Sequence[Shard]
+    beside: list[Path] = []
+    if root is not None and shards is None:
+        train, beside = find_shards(root, made_by)
+    elif shards is not None and root is None:
+        train = expand(shards, "shards", allow_pipe)
     else:
-        train, val_paths = find_shards(root, made_by)
+        raise ValueError(f"root={root} and shards={shards}: set exactly one of them")
     notes = []
     if val_shards is not None:
         val_paths = expand(val_shards, "val_shards", allow_pipe)
@@ -191,22 +177,10 @@ def select_shards(
             f"val={val} would hold out pictures of all shards, but these are remote; set data.val_shards=URL, "
             "or data.val=0 for no validation"
         )
-    elif val_paths:
-        notes.append(f"validating on {val_paths[0].parent}")
+    else:
+        val_paths = beside
+        notes += [f"validating on {shard.parent}" for shard in beside[:1]]
     kept = exclude_validation(train, val_paths)
     if shared := len(train) - len(kept):
         notes.append(f"{shared} of {len(train)} shards are validation shards and left out of training")
     return kept, val_paths, notes
-
-
-def open_source(shards: list[Path | str], caption_key: str | None, cache: Cache) -> Shards:
-    return Shards(open_all(shards, cache), caption_key, cache.index_dir, cache)
-
-
-def remote_parts(source: Source) -> Iterator[tuple[int, Shards]]:
-    """Yield the parts of a source that have remote shards, each with the number of its first shard."""
-    first = 0
-    for part in source.sources if isinstance(source, Chain) else [source]:
-        if isinstance(part, Shards) and part.catalogue.urls:
-            yield first, part
-        first += len(part.sizes)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from clipx.data.files import below, read_text
+from clipx.data.files import below, open_text
 from clipx.data.folder import IMAGE_KINDS, match_names, read_listing
 from clipx.data.prepare.layouts import Item, Layout, directory, gather
 from clipx.data.prepare.rows import TextFormat, check_effect, read_rows
@@ -64,7 +64,7 @@ def read_part(root: Path, part: Path, how: Mapping[str, Any]) -> tuple[list[Item
         return read_metadata(root, metadata[0], how)
     if listing.is_file() and (part / "images").is_dir():
         refuse_metadata_keys(listing, how)
-        captions = read_listing(listing, how["encoding"], "source.encoding")
+        captions = read_listing(listing, how["encoding"])
         return match(root, part / "images", captions, listing.name)
     pictures = sorted(path for path in below(part) if path.suffix.lower() in IMAGE_KINDS)
     texts = [path.with_suffix(".txt") for path in pictures]
@@ -111,4 +111,5 @@ def match(
 
 def lines_of(path: Path, encoding: str) -> list[str]:
     """Return the non-empty lines of a text file."""
-    return [line.strip() for line in read_text(path, encoding, "source.encoding").split("\n") if line.strip()]
+    with open_text(path, encoding) as file:
+        return [line.strip() for line in file.read().split("\n") if line.strip()]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import PositiveFloat, PositiveInt
 
+from clipx.data.files import open_text
 from clipx.data.prepare.cells import Cell
 from clipx.data.prepare.download import Download
 from clipx.data.tar.headers import DataError
@@ -185,24 +186,15 @@ def published_json(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} is not the published json: {type(error).__name__} {error}") from error
 
 
-def lines(path: Path) -> Iterator[str]:
-    """Yield the non-empty lines of a text file."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from filter(None, map(str.strip, file))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-
-
 def match_lines(path: Path, pattern: re.Pattern[str], meant: str, header: str = "\0") -> list[tuple[str, str]]:
     """Return the two groups of each matching line; other lines are reported and left out, except a header."""
     found, unmatched = [], []
-    for line in lines(path):
-        match = pattern.fullmatch(line)
-        if match:
-            found.append(match.groups())
-        elif not line.startswith(header):
-            unmatched.append(line)
+    with open_text(path) as file:
+        for line in filter(None, map(str.strip, file)):
+            if match := pattern.fullmatch(line):
+                found.append((match[1], match[2]))
+            elif not line.startswith(header):
+                unmatched.append(line)
     if not found:
         raise DataError(f"{path} has no line {meant}; its first line is {(unmatched or [''])[0][:60]!r}")
     if unmatched:

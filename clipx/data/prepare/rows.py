@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from clipx.data.files import codec
+from clipx.data.files import open_text
 from clipx.data.prepare.cells import Cell, holds_images
 from clipx.data.sample import MIN_BAD_LIMIT
 from clipx.data.tar.headers import DataError
@@ -95,7 +95,7 @@ def csv_rows(
     """Yield picture and caption of each row; add unreadable rows to ``bad``."""
     how, long = form.of(path), []       # first line of each multi-line row
     try:
-        with path.open(encoding=codec(form.encoding), newline="") as file:
+        with open_text(path, form.encoding) as file:
             reader = csv.reader(file, strict=True, **how)
             header = next(reader, [])
             check_columns(path, columns, header)
@@ -120,9 +120,6 @@ def csv_rows(
                     bad.append(bad_row(path, line, f"has fewer fields than the header: {len(row)}, not {len(header)}"))
                 elif row:
                     yield row[places[0]], row[places[1]]
-    except (UnicodeError, LookupError) as error:
-        raise DataError(f"{path} cannot be read as source.encoding={form.encoding} ({error}); set its encoding, such "
-                        "as source.encoding=cp1252") from error
     except (csv.Error, TypeError, ValueError) as error:
         raise DataError(f"{path} cannot be read with source.sep={how['delimiter']!r} and "
                         f"source.quote={how['quotechar'] or ''!r}: {error}") from error

@@ -101,7 +101,7 @@ def verify_shard(shard: Path, root: Path, caption_key: str | None, index_dir: Pa
 
     name = shard.relative_to(root).as_posix()
     try:
-        source = Shards(open_catalogue([shard], index_dir), caption_key, index_dir)
+        source = Shards(open_catalogue([shard], index_dir), caption_key)
     except DataError as error:
         return 0, [{"shard": name, "key": None, "offset": 0, "reason": str(error)}]
     bad = []

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from multiprocessing import parent_process
@@ -19,7 +20,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import mkstemp
 from threading import Event
-from typing import NamedTuple
 
 from clipx.data.remote.stores import PIPE, download, run_with_retries
 from clipx.data.tar.headers import DataError
@@ -31,14 +31,19 @@ MAX_PARALLEL = 4                         # parallel copies
 LOOK = 0.02                         # seconds between two polls for a shard
 
 
-class RemoteShard(NamedTuple):
+@dataclass(frozen=True)
+class RemoteShard:
     """A shard on a server."""
 
     url: str
     path: Path                  # its copy
     index: Path                 # of its copy
-    size: int | None = None     # bytes, if known
-    samples: int | None = None
+    cache: "Cache" = field(compare=False)
+    size: int = 0               # bytes; 0 if unknown
+    samples: int | None = None  # if known
+
+    def __str__(self) -> str:
+        return self.url
 
     def is_cached(self) -> bool:
         return self.path.exists() and self.path.stat().st_size == self.size and self.index.exists()
@@ -59,14 +64,14 @@ class Cache:
         self.filled = False                 # a prefetcher copies missing shards
         self.failed = directory / "failed"
 
-    def remote(self, url: str, size: int | None = None, samples: int | None = None) -> RemoteShard:
+    def remote(self, url: str, size: int = 0, samples: int | None = None) -> RemoteShard:
         """Return a shard with the paths of its copy and index."""
         where, _, name = url.partition("?")[0].rpartition("/")          # a query may hold credentials and dates
         if url.startswith(PIPE):
             where, name = url, (re.findall(r"[\w.-]+\.tar", url) or ["pipe.tar"])[-1]
         place = blake2b(where.encode(), digest_size=8).hexdigest()
         index = self.index_dir / place / f"{name}.index"
-        return RemoteShard(url, self.directory / f"shards-{place}" / name, index, size, samples)
+        return RemoteShard(url, self.directory / f"shards-{place}" / name, index, self, size, samples)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -103,13 +108,13 @@ class Cache:
         Raises:
             DataError: they do not fit, or one cannot be copied.
         """
-        self.make_room(sum(remote.size or 0 for remote in remotes), {remote.path for remote in (*wanted, *self.kept)})
+        self.make_room(sum(remote.size for remote in remotes), {remote.path for remote in (*wanted, *self.kept)})
         work = partial(copy, stopped=stopped, most=self.limit)
-        run_with_retries(pool, work, {remote: remote.url for remote in remotes}, stopped)
+        run_with_retries(pool, work, remotes, stopped)
 
     def fetch_now(self, remotes: Sequence[RemoteShard]) -> None:
         """Copy missing shards and wait for them."""
-        missing = [remote for remote in remotes if not remote.is_cached()]
+        missing = [remote for remote in dict.fromkeys(remotes) if not remote.is_cached()]
         if missing:
             with self.locked(), ThreadPool(MAX_PARALLEL) as pool:
                 for start in range(0, len(missing), MAX_PARALLEL):
@@ -171,11 +176,11 @@ def copy(remote: RemoteShard, stopped: Event, most: int) -> None:
     part = Path(name)
     try:
         os.close(descriptor)
-        download(remote.url, part, stopped, most if remote.size is None else remote.size)
+        download(remote.url, part, stopped, remote.size or most)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         size = part.stat().st_size
-        if remote.size not in (None, size):
+        if remote.size not in (0, size):
             raise OSError(f"got {size:,} bytes instead of {remote.size:,}")
         if not belongs(remote.index, part):
             try:

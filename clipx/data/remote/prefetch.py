@@ -1,16 +1,18 @@
 """Copy remote shards ahead of need, in the plan's order."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from threading import Event
+from typing import Protocol, runtime_checkable
 
 from clipx.data.files import write_atomic
 from clipx.data.plan import MixPlan, Plan, Window
 from clipx.data.remote import stores
-from clipx.data.remote.cache import MAX_PARALLEL, Cache, RemoteShard, counts
+from clipx.data.remote.cache import MAX_PARALLEL, RemoteShard, counts
+from clipx.data.sample import Source
 from clipx.data.tar.headers import DataError
 
 logger = logging.getLogger("clipx")
@@ -19,24 +21,37 @@ AHEAD = 64                          # most windows to prefetch
 CHECKED = 4096                      # windows whose size is checked before a run starts
 
 
+@runtime_checkable
+class RemoteSource(Protocol):
+    """A source that has shards on servers."""
+
+    @property
+    def remotes(self) -> Mapping[int, RemoteShard]:
+        """These shards, by number."""
+
+
+def remotes_of(source: Source) -> Mapping[int, RemoteShard]:
+    """Return the remote shards of a source, by number; most sources have none."""
+    return source.remotes if isinstance(source, RemoteSource) else {}
+
+
 class Prefetcher:
     """Context manager that copies the shards of a plan ahead of a position.
 
     Args:
-        caches: of the sources; a mix shares one directory.
         remotes: remote shards by number; without any, this is a no-op.
-        plan: their order.
+        plan: the order of all shards; None if none is remote.
         position: of the next sample to read; the reader keeps it up to date.
         reach: number of positions that may be read before ``position`` is updated.
         fill: whether this process copies; others wait.
     """
 
     def __init__(
-        self, caches: Sequence[Cache], remotes: Mapping[int, RemoteShard], plan: Plan | MixPlan | None, position: int,
-        reach: int, fill: bool,
+        self, remotes: Mapping[int, RemoteShard], plan: Plan | MixPlan | None, position: int, reach: int, fill: bool
     ):
-        self.caches, self.remotes, self.plan, self.position, self.reach = caches, remotes, plan, position, reach
-        self.kept = [remote for cache in caches for remote in cache.kept]
+        self.remotes, self.plan, self.position, self.reach = remotes, plan, position, reach
+        self.caches = list(dict.fromkeys(remote.cache for remote in remotes.values()))      # one for each source
+        self.kept = [remote for cache in self.caches for remote in cache.kept]
         self.distinct = len({*self.kept, *remotes.values()})
         self.fills = fill and bool(remotes)
         self.stopped, self.stack = Event(), ExitStack()
@@ -96,7 +111,7 @@ class Prefetcher:
         self.check_fits(position)
         found = dict.fromkeys(self.kept)
         room = self.caches[0].limit - sum(remote.size for remote in found)
-        for window in islice(self.plan.windows(position), AHEAD):
+        for window in islice(self.windows(position), AHEAD):
             for remote in self.remotes_of(window):
                 if remote not in found:
                     room -= remote.size
@@ -108,7 +123,7 @@ class Prefetcher:
     def need(self, position: int) -> int:
         """Return the bytes of all shards read before the next update of the position, and of pinned ones."""
         found = set(self.kept)
-        for window in self.plan.windows(position):
+        for window in self.windows(position):
             if window.start >= position + self.reach or len(found) == self.distinct:
                 break       # a small set repeats many times in one reach
             found.update(self.remotes_of(window))
@@ -132,8 +147,12 @@ class Prefetcher:
         """
         if not self.remotes:
             return
-        windows = islice(self.plan.windows(self.position), CHECKED)
+        windows = islice(self.windows(self.position), CHECKED)
         self.check_fits(*(max(self.position, window.start - 1) for window in windows))
+
+    def windows(self, position: int) -> Iterator[Window]:
+        assert self.plan is not None
+        return self.plan.windows(position)
 
     def remotes_of(self, window: Window) -> list[RemoteShard]:
         return [self.remotes[number] for number in window.shards if number in self.remotes]

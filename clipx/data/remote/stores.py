@@ -6,7 +6,7 @@ Every failure becomes an ``OSError``: ``FileNotFoundError`` and ``PermissionErro
 
 import logging
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -20,7 +20,7 @@ from clipx.data.tar.headers import DataError
 from clipx.errors import first_line
 
 if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+    from obstore.store import ClientConfig, ObjectStore
 
 logger = logging.getLogger("clipx")
 
@@ -59,7 +59,7 @@ def download(url: str, part: Path, stopped: Event, most: int) -> None:
                 raise DataError(f"{url} has more than {most:,} bytes, its expected size or data.cache_gb")
 
 
-def blocks(url: str) -> Iterator[bytes]:
+def blocks(url: str) -> Iterator[bytes | memoryview]:
     """Yield the contents of a URL in blocks."""
     if url.startswith(PIPE):
         from webdataset.gopen import gopen
@@ -67,16 +67,14 @@ def blocks(url: str) -> Iterator[bytes]:
         with gopen(url) as source:
             yield from iter(partial(source.read, BLOCK), b"")
         return
-    store, name = open_store(url)
-    with failures(url):
+    with open_store(url) as (store, name):
         for block in store.get(name).stream(min_chunk_size=BLOCK):
             yield memoryview(block)
 
 
 def size_of(url: str) -> int:
     """Return the size of a remote file, bytes."""
-    store, name = open_store(url)
-    with failures(url):
+    with open_store(url) as (store, name):
         return store.head(name)["size"]
 
 
@@ -90,18 +88,19 @@ def list_matches(pattern: str) -> list[str]:
         raise DataError(f"{pattern}: web servers do not list files; give the numbers as {{00000..00041}}")
     root = re.split(r"/[^/]*[*?\[]", pattern, maxsplit=1)[0]
     wanted = PurePosixPath(pattern[len(root) + 1 :])
-    store, _ = open_store(f"{root}/")
-    with failures(pattern):
+    with open_store(f"{root}/") as (store, _):
         names = [PurePosixPath(entry["path"]) for page in store.list() for entry in page]
     found = [name for name in names if len(name.parts) == len(wanted.parts) and name.match(str(wanted))]
     return sorted(f"{root}/{name}" for name in found)
 
 
-def open_store(url: str) -> "tuple[ObjectStore, str]":
-    """Open the directory of a URL as an object store; return it and the file name.
+@contextmanager
+def open_store(url: str) -> "Iterator[tuple[ObjectStore, str]]":
+    """Open the directory of a URL as an object store; yield it and the file name.
 
     Raises:
         DataError: the kind of URL is unknown, or obstore is not installed.
+        OSError: reading in the ``with`` block fails.
     """
     try:
         from obstore.exceptions import BaseError
@@ -112,49 +111,48 @@ def open_store(url: str) -> "tuple[ObjectStore, str]":
     directory, _, name = path.rpartition("/")
     web = url.startswith("http")
     make = HTTPStore.from_url if web else from_url          # an https URL of a bucket needs no credentials
-    client = {"allow_http": True, "connect_timeout": SILENCE, "read_timeout": SILENCE, "timeout": LONGEST}
+    client: ClientConfig = {
+        "allow_http": True, "connect_timeout": SILENCE, "read_timeout": SILENCE, "timeout": LONGEST
+    }  # fmt: skip
     try:
         store = make(directory + mark + query, client_options=client, retry_config={"max_retries": 0})
     except BaseError as error:
         raise DataError(f"{url} cannot be opened: {first_line(error)}; expected http(s)://, s3://, gs:// or az://"
                         ) from error
-    return store, unquote(name) if web else name
-
-
-@contextmanager
-def failures(url: str) -> Iterator[None]:
-    """Convert obstore's errors to an ``OSError`` with a one-line reason, or to a ``DataError`` without retry."""
-    from obstore.exceptions import BaseError
-
     try:
-        yield
+        yield store, unquote(name) if web else name
     except (BaseError, FileNotFoundError) as error:
-        answer = re.search(r"status code: ((\d+)[^:<\n]*)", str(error))
-        status = int(answer[2]) if answer else 0
-        kind = url.partition("://")[0]
-        if METADATA in str(error) or (status == 401 and kind != "http"):
-            raise PermissionError(f"no credentials; {CREDENTIALS.get(kind, 'a signed URL carries its own')}") from error
-        if "Content-Length Header missing" in str(error):
-            raise DataError(f"{url}: the server does not report its size; download it by other means") from error
-        if "incorrectly configured region" in str(error):
-            raise PermissionError("the bucket is in another region; set AWS_REGION") from error
-        reason = f"HTTP {answer[1].strip()}" if answer else first_line(error).rpartition(" - ")[2]
-        if status in (404, 410) or (isinstance(error, FileNotFoundError) and not status):
-            raise FileNotFoundError(reason) from error
-        if 400 <= status < 500 and status not in (408, 429):
-            raise PermissionError(reason) from error
-        raise ConnectionError(reason) from error
+        raise describe_failure(url, error) from error
+
+
+def describe_failure(url: str, error: Exception) -> Exception:
+    """Turn an error of obstore into an ``OSError`` with a one-line reason, or into a ``DataError`` without retry."""
+    answer = re.search(r"status code: ((\d+)[^:<\n]*)", str(error))
+    status = int(answer[2]) if answer else 0
+    kind = url.partition("://")[0]
+    if METADATA in str(error) or (status == 401 and kind != "http"):
+        return PermissionError(f"no credentials; {CREDENTIALS.get(kind, 'a signed URL carries its own')}")
+    if "Content-Length Header missing" in str(error):
+        return DataError(f"{url}: the server does not report its size; download it by other means")
+    if "incorrectly configured region" in str(error):
+        return PermissionError("the bucket is in another region; set AWS_REGION")
+    reason = f"HTTP {answer[1].strip()}" if answer else first_line(error).rpartition(" - ")[2]
+    if status in (404, 410) or (isinstance(error, FileNotFoundError) and not status):
+        return FileNotFoundError(reason)
+    if 400 <= status < 500 and status not in (408, 429):
+        return PermissionError(reason)
+    return ConnectionError(reason)
 
 
 def run_with_retries(
-    pool: ThreadPool, function: Callable[[Item], Result], items: Mapping[Item, str], stopped: Event
+    pool: ThreadPool, function: Callable[[Item], Result], items: Iterable[Item], stopped: Event
 ) -> dict[Item, Result]:
     """Apply a function to items in parallel, with retries after growing waits.
 
     Args:
         pool: threads.
         function: of an item; retried on an OSError that is not permanent.
-        items: with their URLs, for messages.
+        items: distinct; as text, their URLs.
         stopped: set to cancel.
 
     Raises:
@@ -179,16 +177,14 @@ def run_with_retries(
             raise DataError("copying has stopped")
         if not errors:
             break
-        item = next((item for item, error in errors.items() if is_permanent(error)), next(iter(errors)))
-        error = errors[item]
-        if isinstance(error, DataError):
-            raise error
-        if wait is None or is_permanent(error):
-            raise DataError(
-                f"{items[item]} cannot be copied ({first_line(error)}); rerun the same command to resume from the "
-                "last checkpoint once it is available"
-            ) from error
-        logger.warning("%s cannot be copied (%s); trying again in %g s", items[item], first_line(error), wait)
+        item, worst = max(errors.items(), key=lambda failed: is_permanent(failed[1]))       # the first of its kind
+        if isinstance(worst, DataError):
+            raise worst
+        told = f"{item} cannot be copied ({first_line(worst)})"
+        if wait is None or is_permanent(worst):
+            raise DataError(f"{told}; rerun the same command to resume from the last checkpoint once it is available"
+                            ) from worst
+        logger.warning("%s; trying again in %g s", told, wait)
         stopped.wait(wait)
     return found
 

@@ -71,16 +71,16 @@ def scan(shard: Path) -> tuple[np.ndarray, bool]:
         cut = True
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(shard)) from error       # a read's error has no file name
-    kinds = sorted({kind for sample in samples for kind in sample})
-    if len(kinds) > MAX_KINDS:
+    found = sorted({kind for sample in samples for kind in sample})
+    if len(found) > MAX_KINDS:
         raise DataError(
-            f"{shard} has {len(kinds)} kinds of member ({', '.join(kinds[:3])}, ...): everything after the first "
+            f"{shard} has {len(found)} kinds of member ({', '.join(found[:3])}, ...): everything after the first "
             "dot of a name is its extension; rename the members so that keys have no dots"
         )
-    dtype = [(KEY, f"S{max(map(len, keys), default=1)}"), *((kind, "<i8", (2,)) for kind in kinds)]
+    dtype = [(KEY, f"S{max(map(len, keys), default=1)}"), *((kind, "<i8", (2,)) for kind in found)]
     table = np.zeros(len(keys), dtype)
     table[KEY] = keys
-    for kind in kinds:
+    for kind in found:
         table[kind] = [sample.get(kind, (0, 0)) for sample in samples]
     return table, cut
 
@@ -95,15 +95,27 @@ def parts(samples: np.ndarray) -> int:
     if not again.any():
         return 0
     most = np.zeros(len(times), int)                # members per key, for the commonest kind
-    for kind in samples.dtype.names[1:]:
+    for kind in kinds(samples.dtype):
         most = np.maximum(most, np.bincount(key, samples[kind][:, 0] > 0, len(times)).astype(int))
     return int(times[again & (most == 1)].sum())
 
 
 def count_truncated(samples: np.ndarray, size: int) -> int:
     """Count samples that extend past the end of a tar of ``size`` bytes."""
-    kinds = samples.dtype.names[1:]
-    return int(np.any([samples[kind].sum(axis=1) > size for kind in kinds], axis=0).sum()) if len(samples) else 0
+    after = [samples[kind].sum(axis=1) > size for kind in kinds(samples.dtype)]
+    return int(np.any(after, axis=0).sum()) if len(samples) else 0
+
+
+def kinds(dtype: np.dtype) -> tuple[str, ...]:
+    """Return the kinds of member that samples may have: the extensions."""
+    assert dtype.names is not None
+    return dtype.names[1:]
+
+
+def byte_ranges(sample: np.void) -> dict[str, tuple[int, int]]:
+    """Return offset and size of each member of a sample, by kind."""
+    found = {kind: sample[kind].tolist() for kind in kinds(sample.dtype)}
+    return {kind: (offset, size) for kind, (offset, size) in found.items() if offset}
 
 
 def promised(shard: Path, index_dir: Path) -> int:
@@ -168,7 +180,7 @@ def belongs(index: Path, shard: Path) -> bool:
         return False
     now = {"format": FORMAT, "bytes": shard.stat().st_size, "ends": ends(shard)}
     head = read_head(index)
-    return now.items() <= head.items() and head.keys() >= set(COUNTS) and record(head).names[0] == KEY
+    return now.items() <= head.items() and head.keys() >= set(COUNTS) and head["dtype"][0][0] == KEY
 
 
 def ends(shard: Path) -> str:

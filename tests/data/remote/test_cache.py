@@ -203,7 +203,7 @@ def test_what_is_still_needed_is_not_evicted(server: Server, remote: Callable[..
         assert_same([a], [b])
         time.sleep(0.05)                                        # the copies run far ahead
         needed = next(plan.windows(a.position)).shards
-        assert all(data.train.remote(shard).is_cached() for shard in needed)
+        assert all(data.train.catalogue.remotes[shard].is_cached() for shard in needed)
 
 
 def test_too_small_a_cache_is_told_with_what_is_enough(server: Server, remote: Callable[..., Data]) -> None:
@@ -444,7 +444,7 @@ def test_remote_validation_is_copied_whole_and_stays(
     )
     assert sorted(server.copies()) == ["part-005.tar", "part-006.tar"] and list(data.val.sizes) == [5, 12]
     chunks_of(data, 40)
-    assert all(data.val.remote(shard).is_cached() for shard in range(2))
+    assert all(data.val.catalogue.remotes[shard].is_cached() for shard in range(2))
     assert server.copies().count("part-005.tar") == 1 and data.val.read(3).captions[0] == "thing number 49"
 
 
@@ -473,7 +473,7 @@ def test_remote_and_local_shards_mix(
 def test_file_urls_are_files(server: Server, remote: Callable[..., Data]) -> None:
     for prefix in ("file:", "file://", "file://localhost"):
         data = remote(shards=f"{prefix}{server.root}/part-{{000..006}}.tar")
-        assert data.train.id == local(server).train.id and not data.train.catalogue.urls
+        assert data.train.id == local(server).train.id and not data.train.remotes
     assert not server.asked
 
 
