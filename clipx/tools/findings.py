@@ -27,8 +27,9 @@ from clipx.evals.figures import picture_grid, save_figure, shorten
 from clipx.evals.validation import LabelledEvaluation
 from clipx.sched import warmup_steps
 from clipx.tools.machine import Finding, check_device, check_disk, check_memory, check_workers, format_bytes
+from clipx.training.header import describe_length
 from clipx.training.loop import State
-from clipx.training.parts import describe_length, identify, initial_state, run_length, train_reader
+from clipx.training.parts import identify, initial_state, run_length, train_reader
 from clipx.training.resume import restore
 from clipx.weights.load import initialise
 

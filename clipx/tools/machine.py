@@ -19,6 +19,7 @@ from clipx.data.loader import MAX_CHUNK
 from clipx.devices import autocast_dtype, available_cores, select_workers
 from clipx.models.clip import CLIP
 from clipx.training.loop import State
+from clipx.weights.checkpoint import size_on_disk
 
 SHARED_MEMORY = Path("/dev/shm")    # workers pass their chunks through it
 CHUNKS_PER_WORKER = 3               # two prefetched, one in use
@@ -86,7 +87,7 @@ def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
                       "a directory that is")
         return
     size = parameter_bytes(state) + num_moments(state.optimizer) * trained_bytes(state)
-    existing = sum(file.stat().st_size for file in directory.glob("checkpoints/*.pt"))
+    existing = size_on_disk(directory / "checkpoints")
     best = parameter_bytes(state)
     need, free = (FULL_CHECKPOINTS + kept) * size + best - existing, shutil.disk_usage(home).free
     message = (f"{FULL_CHECKPOINTS + kept} checkpoints of {format_bytes(size)} and the best of {format_bytes(best)}; "

@@ -3,9 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +13,7 @@ from clipx.distributed import SharedFlags, gather_lists, rank, world_size
 from clipx.distributed.signals import Signals
 from clipx.duration import Every
 from clipx.errors import UserError
-from clipx.models.clip import CLIP
+from clipx.evals.validation import Validation
 from clipx.training.direction import Mode, is_better
 from clipx.training.health import HealthMonitor, health_metrics, weight_norms
 from clipx.training.logs import RunLog, SilentLog
@@ -54,8 +53,7 @@ class Diverged(UserError):
         return f"the loss or its gradient has not been finite for {self.steps:,} steps, from step {self.first.step} on"
 
 
-@dataclass(frozen=True)
-class Intervals:
+class Intervals(NamedTuple):
     """When to log, evaluate, save, keep a checkpoint, and stop the process."""
 
     log: Every
@@ -74,7 +72,7 @@ class Callbacks:
     Args:
         run_log: receives the metrics.
         intervals: when to do what; minutes are measured on rank 0.
-        validation: evaluates the model at a step; returns metrics by tag.
+        validation: evaluates the model.
         saver: writes checkpoints.
         best: tag of the metric that selects the ``best`` checkpoint, or None.
         mode: whether that metric is better high or low.
@@ -91,7 +89,7 @@ class Callbacks:
         self,
         run_log: RunLog | SilentLog,
         intervals: Intervals,
-        validation: Callable[[CLIP, int, RunLog], dict[str, float]],
+        validation: Validation,
         saver: AsyncSaver,
         best: str | None,
         mode: Mode,
@@ -107,7 +105,7 @@ class Callbacks:
         self.shared_flags = SharedFlags()
         self.unchecked: list[tuple[BadStep, torch.Tensor]] = []     # steps, and whether their gradient was finite
         self.bad_steps: list[BadStep] = []                          # the latest consecutive steps without effect
-        self.records: list[dict[str, int | str]] = []               # of bad samples
+        self.records: list[dict[str, Any]] = []                     # of bad samples, for skipped.jsonl
         self.eval_due = self.save_due = self.keep_due = False
         self.last_logged = self.last_evaluated = self.last_saved = -1
         self.output: StepOutput | None = None
@@ -123,11 +121,10 @@ class Callbacks:
         self.wait += output.data_wait
 
         self.saver.check()
-        every = list(vars(self.intervals).values())
-        minutes = (rank() == 0 and interval.passed() for interval in every)
+        minutes = (rank() == 0 and interval.passed() for interval in self.intervals)
         *passed, signalled = self.shared_flags(*minutes, self.signals.received is not None)
         log, evaluate, save, keep, stop = (
-            flag or interval.due(step) for flag, interval in zip(passed, every, strict=True)
+            flag or interval.due(step) for flag, interval in zip(passed, self.intervals, strict=True)
         )
         self.stopping = self.stopping or stop or signalled
         if signalled:
@@ -148,12 +145,17 @@ class Callbacks:
         if kinds:
             self.save(state, kinds)
 
-    def finish(self, state: State) -> None:
-        """Log, evaluate and save at the end of ``fit``, unless just done; after a signal, skip evaluation."""
+    def finish(self, state: State, complete: bool) -> None:
+        """Log, evaluate and save at the end of ``fit``, unless just done.
+
+        Args:
+            state: of the run.
+            complete: whether the run is; a signal before its end skips evaluation.
+        """
         self.check_finite(state)
         if self.output is not None and self.last_logged != state.step:
             self.log(state, self.output)
-        interrupted = self.signals.received and state.step < self.intervals.eval.steps
+        interrupted = self.signals.received and not complete
         kinds = self.evaluate(state) if self.last_evaluated != state.step and not interrupted else []
         if kinds or self.last_saved != state.step:
             self.save(state, [*kinds, "last"])
@@ -212,7 +214,7 @@ class Callbacks:
             self.run_log.scalars(metrics, state.step, state.samples)
             shown = {tag: metrics[tag] for tag in (self.best, "val/loss") if tag in metrics}
             logger.info("step %s  %s", f"{state.step:,}", "  ".join(f"{tag} {one:.4g}" for tag, one in shown.items()))
-        value = metrics.get(self.best)
+        value = metrics.get(self.best) if self.best else None
         known = (state.best.get("metric"), state.best.get("mode", "max")) == (self.best, self.mode)
         better = value is not None and is_better(value, state.best["value"] if known else None, self.mode)
         if better:

@@ -2,12 +2,21 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clipx.config.console import columns
 from clipx.training.direction import Mode, is_better, mode_of
+from clipx.weights.checkpoint import size_on_disk
 
-Bests = dict[str, tuple[float, int]]        # tag -> best value and its step
+
+class Best(NamedTuple):
+    """The best value of a score."""
+
+    value: float
+    step: int
+
+
+Bests = dict[str, Best]     # by tag
 
 HEAD = ("metric", "value", "best", "at step")
 
@@ -22,9 +31,9 @@ def note_bests(bests: Bests, numbers: Mapping[str, float], step: int, mode: Mapp
         mode: by tag, if the user set it; otherwise inferred from the tag.
     """
     for tag, value in numbers.items():
-        before = bests[tag][0] if tag in bests else None
+        before = bests[tag].value if tag in bests else None
         if tag.startswith("val/") and is_better(value, before, mode.get(tag) or mode_of(tag, None)):
-            bests[tag] = value, step
+            bests[tag] = Best(value, step)
 
 
 def final_report(directory: Path, summary: Mapping[str, Any], bests: Bests) -> list[str]:
@@ -48,8 +57,8 @@ def score_table(final: Mapping[str, float], bests: Bests, chosen: str | None) ->
         chosen: tag that selects clip_best.pt; it is marked.
     """
     tags = [tag for tag in final if tag in bests]
-    rows = [(f"{tag} *" if tag == chosen else tag, f"{final[tag]:.4g}", f"{bests[tag][0]:.4g}", f"{bests[tag][1]:,}")
-            for tag in tags]
+    rows = [(f"{tag} *" if tag == chosen else tag, f"{final[tag]:.4g}", f"{best.value:.4g}", f"{best.step:,}")
+            for tag in tags for best in [bests[tag]]]
     if not rows:
         return []
     return ["", *columns([HEAD, *rows], ">"), *(["* selects clip_best.pt"] if chosen in tags else []), ""]
@@ -57,5 +66,4 @@ def score_table(final: Mapping[str, float], bests: Bests, chosen: str | None) ->
 
 def checkpoints_line(checkpoints: Path) -> str:
     """Path and total size of the checkpoints."""
-    size = sum(file.stat().st_size for file in checkpoints.glob("clip_*.pt"))
-    return f"{checkpoints}  ({size / 1e6:,.0f} MB)"
+    return f"{checkpoints}  ({size_on_disk(checkpoints) / 1e6:,.0f} MB)"

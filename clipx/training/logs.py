@@ -80,12 +80,17 @@ class RunLog:
         self.metrics.close()
         self.tensorboard.close()
         if error is not None:
-            self.summary["state"], self.summary["reason"] = "failed", str(error) or kind.__name__
+            self.summary["state"], self.summary["reason"] = "failed", str(error) or type(error).__name__
             logger.debug("".join(traceback.format_exception(error)))
         if self.directory.is_dir():
             self.write_summary()
         self.early.setTarget(None)
         self.file.close()
+
+    @property
+    def objective(self) -> float | None:
+        """The last value of the objective."""
+        return self.summary["final"].get(self.summary["objective"])
 
     @property
     def seconds(self) -> float:
@@ -187,9 +192,8 @@ def missing_message(directory: Path) -> str:
 class SilentLog:
     """Log of a rank that writes nothing."""
 
-    def __init__(self) -> None:
-        self.summary: dict[str, Any] = {}
-        self.seconds = 0.0
+    objective = None
+    seconds = 0.0
 
     def __enter__(self) -> "SilentLog":
         return self
@@ -197,10 +201,10 @@ class SilentLog:
     def __exit__(self, *_error: object) -> None:
         pass
 
-    def ignore(self, *_args: object) -> None:
+    def ignore(self, *_args: object, **_kwargs: object) -> None:
         pass
 
-    scalars = best = progress = skipped = pictures = figure = finish = flush = write_summary = ignore
+    scalars = best = progress = skipped = pictures = figure = finish = flush = ignore
 
 
 def truncate_jsonl(path: Path, samples: int) -> list[dict[str, Any]]:

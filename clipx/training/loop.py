@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,9 +111,8 @@ def fit(
 
     Args:
         state: is advanced in place.
-        forward: normalised images (b, 3, S, S), packed captions -> unit features (b, E), (b, E), scale (); the bare
-            model, or a wrapper around it.
-        loss_fn: unit features (b, E), (b, E), scale (), ids (b, 2) or None -> loss ().
+        forward: the bare model, or a wrapper around it, as ``MicroBatchEncoder`` takes it.
+        loss_fn: as ``backward`` takes it.
         batches: this rank's share of each batch, as lists of chunks.
         micro_batch_size: samples per forward pass; None for the whole batch.
         should_stop: step (from 0) -> whether to stop before it.
@@ -127,10 +126,9 @@ def fit(
     """
     encoder = MicroBatchEncoder(forward, state.model.logit_scale.device, amp)
     edges = grid_edges(encoder.device, amp, is_compiled(forward))
-    optimizer, scaler = state.optimizer, state.scaler
     state.model.train()
     while not should_stop(state.step):
-        for group in optimizer.param_groups:
+        for group in state.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_multiplier(state.step)
         start = time.perf_counter()
         chunks = next(batches)
@@ -138,31 +136,41 @@ def fit(
         share = sum(map(len, chunks))
         with explain_oom(min(share, micro_batch_size or share), encoder.device):
             micro_batches = split_micro_batches(chunks, micro_batch_size, edges)
-            loss, image, text, scale = backward(encoder, loss_fn, micro_batches, scaler)
-            scaler.unscale_(optimizer)
-            tower_grad_norms, grad_norm = gradient_norms(state.model)
-            if clip_norm is not None:
-                clip_grads_with_norm_(state.model.parameters(), clip_norm, grad_norm)
-            scaler.step(optimizer)              # no-op if a gradient is not finite
-        scaler.update(None if amp is torch.float16 else 1.0)        # only fp16 adapts its loss scale
-        optimizer.zero_grad(set_to_none=True)
-        state.model.clamp_scale()
+            batch = backward(encoder, loss_fn, micro_batches, state.scaler)
+            norms = step_optimizer(state, clip_norm, amp)
         position, samples = state.samples, share * distributed.world_size()
         state.advance(samples)
         skipped = [record for chunk in chunks for record in chunk.skipped]
-        lr = optimizer.param_groups[0]["lr"]
-        output = StepOutput(
-            loss, image, text, scale, tower_grad_norms, grad_norm, lr, data_wait, position, samples, skipped
-        )
-        callbacks(state, output)
+        lr = state.optimizer.param_groups[0]["lr"]
+        callbacks(state, StepOutput(*batch, *norms, lr, data_wait, position, samples, skipped))
 
 
-def gradient_norms(model: CLIP) -> tuple[Tensor, Tensor]:
-    """Gradient norms of the image and the text tower (2,), and of the whole model ()."""
+class GradientNorms(NamedTuple):
+    """Before clipping."""
+
+    towers: Tensor      # (2,) image and text tower
+    model: Tensor       # ()
+
+
+def step_optimizer(state: State, clip_norm: float | None, amp: torch.dtype | None) -> GradientNorms:
+    """Clip the gradient, step the optimiser, clamp the temperature.  Arguments as in ``fit``."""
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    scaler.unscale_(optimizer)
+    norms = gradient_norms(model)
+    if clip_norm is not None:
+        clip_grads_with_norm_(model.parameters(), clip_norm, norms.model)
+    scaler.step(optimizer)              # no-op if a gradient is not finite
+    scaler.update(None if amp is torch.float16 else 1.0)        # only fp16 adapts its loss scale
+    optimizer.zero_grad(set_to_none=True)
+    model.clamp_scale()
+    return norms
+
+
+def gradient_norms(model: CLIP) -> GradientNorms:
     zero = model.logit_scale.new_zeros(())          # for a frozen tower
     image, text, scale = (
         get_total_norm([p.grad for p in parameters if p.grad is not None] or [zero])
         for parameters in (model.visual.parameters(), model.text.parameters(), [model.logit_scale])
     )
-    norms = torch.stack([image, text])
-    return norms, get_total_norm([norms, scale])
+    towers = torch.stack([image, text])
+    return GradientNorms(towers, get_total_norm([towers, scale]))

@@ -21,7 +21,6 @@ from clipx.data.sample import Data
 from clipx.errors import UserError
 from clipx.evals.validation import Evaluation, LabelledEvaluation
 from clipx.models.clip import CLIP
-from clipx.sched import warmup_steps
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.compile import compile_model
 from clipx.training.loop import State
@@ -102,14 +101,3 @@ def run_length(config: TrainConfig, plan: Plan | MixPlan) -> int:
         )
     length = -int(-config.epochs * plan.samples // config.batch_size)
     return length if config.max_steps is None else min(length, config.max_steps)
-
-
-def describe_length(config: TrainConfig, samples: int, length: int) -> str:
-    """Steps, epochs and warm-up of a run."""
-    epochs = length * config.batch_size / samples
-    warm = ""
-    if {"warmup", "warmup_cap"} <= config.sched.keys():
-        steps, wanted = warmup_steps(length, config.sched["warmup"], config.sched["warmup_cap"]), config.sched["warmup"]
-        limit = "sched.warmup" if steps == wanted else f"sched.warmup={wanted:,}, capped by sched.warmup_cap"
-        warm = f", warm-up {steps:,} ({limit})"
-    return f"{length:,} steps of {config.batch_size:,}, {epochs:.3g} epochs{warm}"

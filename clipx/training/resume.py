@@ -1,10 +1,10 @@
 """Resume a run: find its checkpoint and check that it is still the same run."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,13 @@ class Identity:
     steps: int              # length of the run
 
 
+class Saved(NamedTuple):
+    """A checkpoint that has been read."""
+
+    path: Path
+    content: dict[str, Any]
+
+
 def restore(state: State, config: TrainConfig, directory: Path, identity: Identity) -> Path | None:
     """Restore the state of a run from its checkpoint, if it has one.
 
@@ -45,7 +52,7 @@ def restore(state: State, config: TrainConfig, directory: Path, identity: Identi
         UserError: the directory contains another run, ``resume`` is None, or all checkpoints are corrupt.
     """
     found = find_checkpoint(config.resume, directory / "checkpoints")
-    steps = gather(torch.tensor([found[1].get("step", 0) if found else 0])).tolist()
+    steps = gather(torch.tensor([found.content.get("step", 0) if found else 0])).tolist()
     if len(set(steps)) > 1:
         raise CheckpointError(f"the ranks find different checkpoints in {directory}, of steps {steps}; it has to be "
                               "on a file system that all machines share")
@@ -76,34 +83,33 @@ def restore(state: State, config: TrainConfig, directory: Path, identity: Identi
     return path
 
 
-def find_checkpoint(resume: str | None, checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(resume: str | None, checkpoints: Path) -> Saved | None:
     """Find the checkpoint to resume from: the path in ``resume``, or the newest of the run."""
-    last, previous = checkpoints / "clip_last.pt", checkpoints / "clip_previous.pt"
     check_new(resume, checkpoints)
-    if resume not in (None, "auto"):
-        return find_named(Path(resume), last, previous)
-    return newest_checkpoint(last, previous)
+    if resume is None or resume == "auto":
+        return newest_checkpoint(checkpoints)
+    return find_named(Path(resume), resumable(checkpoints))
 
 
-def find_named(path: Path, last: Path, previous: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint at ``path``, or a newer one that this run has saved since it resumed from ``path``."""
+def find_named(path: Path, own: Sequence[Path]) -> Saved:
+    """The checkpoint at ``path``, or a newer one among the run's own, saved since it resumed from ``path``."""
     named = checkpoint.read(path)
-    for own in (last, previous):
+    for newer in own:
         try:
-            saved = checkpoint.read(own) if own.exists() and not own.samefile(path) else {}
+            saved = checkpoint.read(newer) if not newer.samefile(path) else {}
         except CheckpointError as error:
             logger.warning("%s", error)
             continue
         if saved.get("resumed_from", "") == named.get("checksum"):
-            logger.info("resume=%s: this run has already resumed from it; resuming from %s", path, own)
-            return own, saved
+            logger.info("resume=%s: this run has already resumed from it; resuming from %s", path, newer)
+            return Saved(newer, saved)
     named["resumed_from"] = named.get("checksum")
-    return path, named
+    return Saved(path, named)
 
 
-def newest_checkpoint(last: Path, previous: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_checkpoint(checkpoints: Path) -> Saved | None:
     """The last checkpoint, or the one before if the last is corrupt."""
-    checkpoints, errors = last.parent, []
+    errors: list[str] = []
     for path in resumable(checkpoints):
         try:
             saved = checkpoint.read(path)
@@ -112,7 +118,7 @@ def newest_checkpoint(last: Path, previous: Path) -> tuple[Path, dict[str, Any]]
             continue
         if errors:
             logger.warning("%s; resuming from %s, after step %d", errors[0], path, saved["step"])
-        return path, saved
+        return Saved(path, saved)
     if errors:
         others = sorted(str(path) for path in checkpoints.glob("clip_step_*.pt"))
         raise CheckpointError(f"{'; '.join(errors)}; resume=PATH resumes from another checkpoint "

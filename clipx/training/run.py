@@ -30,12 +30,13 @@ from clipx.evals.validation import Validation
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.callbacks import Callbacks, Diverged, Intervals
 from clipx.training.direction import mode_of
+from clipx.training.header import header_lines, lost_samples
 from clipx.training.health import HealthMonitor
 from clipx.training.lock import directory_lock
 from clipx.training.logs import RunLog, SilentLog, buffered_logs, missing_message
 from clipx.training.loop import State, fit
 from clipx.training.memory import keep_freed_memory
-from clipx.training.parts import RunParts, build_forward, describe_length, identify, initial_state, train_batches
+from clipx.training.parts import RunParts, build_forward, identify, initial_state, train_batches
 from clipx.training.resume import restore
 from clipx.training.summary import read_summary
 from clipx.training.tensorboard import hparams_row
@@ -89,14 +90,14 @@ def run_on_rank(
     parts = RunParts(config, directory, device, workers, data, plan, evals, identify(config, data, plan), early)
     left_out: list[range] = []
     with locked_by_rank0(directory):
-        while diverged := train(parts, signals, left_out):
-            left_out.append(range(diverged.first.position, diverged.end))
+        while isinstance(result := train(parts, signals, left_out), Diverged):
+            left_out.append(range(result.first.position, result.end))
             distributed.barrier()           # until rank 0 has finished writing checkpoints
-            logger.warning("%s; going back to the last checkpoint and skipping the samples of these steps", diverged)
-    return objective(directory, config.objective) if distributed.rank() == 0 else None
+            logger.warning("%s; going back to the last checkpoint and skipping the samples of these steps", result)
+    return result
 
 
-def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> Diverged | None:
+def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> float | None | Diverged:
     """Train from the last checkpoint to the end of the run, or until ``stop_at`` or a signal.
 
     Args:
@@ -105,7 +106,7 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> Diver
         left_out: positions to skip.
 
     Returns:
-        Why the run has to go back to its last checkpoint, or None.
+        The objective, on rank 0; or why the run has to go back to its last checkpoint.
     """
     config, directory = parts.config, parts.directory
     state, length = initial_state(config, parts.device), parts.identity.steps
@@ -115,9 +116,7 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> Diver
     if state.step >= length:
         check_effect(state, directory)
         logger.info("%s is finished (%d steps); nothing is changed. name=... starts another run", directory, state.step)
-        if distributed.rank() == 0 and not read_summary(directory):
-            rewrite_summary(parts, state)
-        return None
+        return known_objective(parts, state)
     state.leave_out(left_out)
     keep_freed_memory()
     batches = train_batches(parts, state)
@@ -128,15 +127,18 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> Diver
         open_log(parts, state, logged) as log,
         AsyncSaver(directory / "checkpoints", asdict(parts.identity), last_is_good) as saver,
     ):
-        log_header(parts, state, log, origin, is_new=found is None)
+        for line in header_lines(parts, state, origin):
+            logger.info(line)
+        if found is None:
+            log.skipped(lost_samples(parts.data))
         callbacks = build_callbacks(parts, state, log, saver, signals)
         signals.deferred = True
-        diverged = train_steps(parts, state, batches, lr_multiplier, callbacks)
-        if diverged is None:
-            if signals.received:
-                logger.warning("%s: checkpoint saved, stopping", signals.received)
-            log.finish("finished" if state.step >= length else "stopped")
-    return diverged
+        if diverged := train_steps(parts, state, batches, lr_multiplier, callbacks):
+            return diverged
+        if signals.received:
+            logger.warning("%s: checkpoint saved, stopping", signals.received)
+        log.finish("finished" if state.step >= length else "stopped")
+        return log.objective
 
 
 def train_steps(
@@ -165,8 +167,9 @@ def train_steps(
             clip_norm=config.clip_norm,
             callbacks=callbacks,
         )
-        callbacks.finish(state)
-        if state.step >= length:
+        complete = state.step >= length
+        callbacks.finish(state, complete)
+        if complete:
             check_effect(state, parts.directory)
     except Diverged as diverged:
         if len(state.left_out) >= config.max_rollbacks:
@@ -224,11 +227,6 @@ def build_callbacks(
     )
 
 
-def objective(directory: Path, tag: str | None) -> float | None:
-    """The final value of a tag in a run's summary."""
-    return read_summary(directory).get("final", {}).get(tag)
-
-
 def check_directory(directory: Path) -> None:
     """
     Raises:
@@ -252,39 +250,16 @@ def check_effect(state: State, directory: Path) -> None:
                         "another run")
 
 
-def rewrite_summary(parts: RunParts, state: State) -> None:
-    """Rewrite the summary.json of a finished run from its metrics and its last checkpoint."""
+def known_objective(parts: RunParts, state: State) -> float | None:
+    """The objective of a finished run, on rank 0; a summary.json that is missing is written again."""
+    if distributed.rank():
+        return None
+    if summary := read_summary(parts.directory):
+        return summary["final"].get(parts.config.objective)
     with open_log(parts, state, state.samples) as log:
         log.best(state.best, state.step)
         log.finish("finished")
-
-
-def log_header(parts: RunParts, state: State, log: RunLog | SilentLog, origin: str, is_new: bool) -> None:
-    """Log what this run is; list the samples that its shards have lost."""
-    for line in header_lines(parts, state, origin):
-        logger.info(line)
-    if is_new:
-        log.skipped([
-            {"samples": 0, "place": shard, "reason": f"{count} of its samples are lost: cut short, or empty"}
-            for shard, count in parts.data.lost.items()
-        ])
-
-
-def header_lines(parts: RunParts, state: State, origin: str) -> list[str]:
-    """Lines logged before a run starts."""
-    config, data, ranks = parts.config, parts.data, distributed.world_size()
-    samples, parameters = int(sum(data.train.sizes)), sum(p.numel() for p in state.model.parameters())
-    validation = sum(sum(val.sizes) for val in data.vals.values())
-    return [
-        f"run       {parts.directory}" + (f", resuming after step {state.step:,}" if state.step else ""),
-        f"model     {parameters:,} parameters on {parts.device}, amp={config.amp}"
-        + (f", {ranks} ranks of {config.batch_size // ranks:,} samples" if ranks > 1 else ""),
-        *([f"weights   {origin}"] if origin else []),
-        *([f"frozen    {', '.join(config.freeze)}"] if config.freeze else []),
-        f"data      {samples:,} pictures to train, {validation:,} to validate; workers={parts.workers}",
-        *(f"          {note}" for note in data.notes),
-        f"length    {describe_length(config, samples, parts.identity.steps)}",
-    ]
+        return log.objective
 
 
 def divergence_message(diverged: Diverged, parts: RunParts) -> str:

@@ -35,7 +35,7 @@ GLANCE = {      # tags repeated at the top
 
 def at_a_glance(numbers: Mapping[str, float], objective: str | None) -> dict[str, float]:
     """Tags shown at the top of the first page: is it learning, is it healthy, is it fast."""
-    names = {**GLANCE, objective: f"2_learning_{(objective or '').rpartition('/')[2]}"}
+    names = {**GLANCE, **({objective: f"2_learning_{objective.rpartition('/')[2]}"} if objective else {})}
     return {f"at_a_glance/{name}": numbers[tag] for tag, name in names.items() if tag in numbers}
 
 

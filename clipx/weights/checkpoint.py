@@ -3,6 +3,7 @@
 import io
 import os
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -22,13 +23,14 @@ from clipx.weights.archive import CheckpointError, read_file
 FORMAT = 2          # of what a run needs to resume
 
 
-def save(path: Path, content: Mapping[str, Any], backup: Path | None = None) -> None:
+def save(path: Path, content: Mapping[str, Any], backup: Path | None = None, links: Sequence[Path] = ()) -> None:
     """Replace the checkpoint at ``path`` atomically: a failure leaves the old one intact.
 
     Args:
         path: the file.
         content: plain dicts, lists, tensors, strings and numbers; format, versions and checksum are added.
         backup: where to move the old checkpoint, or None to overwrite it.
+        links: further paths of the same checkpoint.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -48,6 +50,8 @@ def save(path: Path, content: Mapping[str, Any], backup: Path | None = None) -> 
         if backup and path.exists():
             os.replace(path, backup)
         os.replace(temporary, path)
+        for link in links:
+            link_or_copy(path, link)
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
@@ -59,6 +63,21 @@ def save(path: Path, content: Mapping[str, Any], backup: Path | None = None) -> 
             f"{path} cannot be written: {error.strerror}. It needs {need / 1e9:.3g} GB. The previous checkpoint is "
             "intact; free some space and rerun the same command to resume"
         ) from error
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Replace ``path`` by a hard link to ``source``, or by a copy if the file system has no links."""
+    temporary = path.with_suffix(".writing")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class ErrorRecorder(io.BufferedWriter):
@@ -104,7 +123,7 @@ class AsyncSaver:
             self.wait()
 
     def __call__(self, content: Mapping[str, Any], kinds: Sequence[str]) -> None:
-        """Save as clip_KIND.pt, once for each kind."""
+        """Save as clip_KIND.pt for each of ``best``, ``last`` and ``step_N`` that is given, in this order."""
         if rank() == 0:
             self.wait()
             # copies, which training does not change
@@ -112,11 +131,14 @@ class AsyncSaver:
             self.job = self.pool.submit(self.write, kept, kinds)
 
     def write(self, content: Mapping[str, Any], kinds: Sequence[str]) -> None:
-        to_use = {key: value for key, value in content.items() if key != "optimizer"}       # a third of the bytes
-        for kind in kinds:
-            backup = self.directory / "clip_previous.pt" if kind == "last" and self.previous else None
-            save(self.directory / f"clip_{kind}.pt", to_use if kind == "best" else content, backup)
-            self.previous |= kind == "last"
+        paths = {kind: self.directory / f"clip_{kind}.pt" for kind in kinds}
+        if best := paths.pop("best", None):
+            save(best, {key: value for key, value in content.items() if key != "optimizer"})    # a third of the bytes
+        if paths:
+            backup = self.directory / "clip_previous.pt" if "last" in paths and self.previous else None
+            path, *links = paths.values()
+            save(path, content, backup, links)
+            self.previous |= "last" in paths
 
     def wait(self) -> None:
         """Wait for the save in progress.
@@ -132,6 +154,12 @@ class AsyncSaver:
         """Raise the error of a failed save, without waiting."""
         if self.job and self.job.done():
             self.wait()
+
+
+def size_on_disk(checkpoints: Path) -> int:
+    """Bytes of all checkpoints in a directory; several names of one file count once."""
+    files = [file.stat() for file in checkpoints.glob("clip_*.pt")]
+    return sum({file.st_ino: file.st_size for file in files}.values())
 
 
 def best_or_last(run: Path) -> Path:

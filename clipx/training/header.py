@@ -1,0 +1,44 @@
+"""What is logged before a run starts."""
+
+from typing import Any
+
+from clipx import distributed
+from clipx.config.schema import TrainConfig
+from clipx.data.sample import Data
+from clipx.sched import warmup_steps
+from clipx.training.loop import State
+from clipx.training.parts import RunParts
+
+
+def header_lines(parts: RunParts, state: State, origin: str) -> list[str]:
+    """Lines logged before a run starts."""
+    config, data, ranks = parts.config, parts.data, distributed.world_size()
+    samples, parameters = int(sum(data.train.sizes)), sum(p.numel() for p in state.model.parameters())
+    validation = sum(sum(val.sizes) for val in data.vals.values())
+    return [
+        f"run       {parts.directory}" + (f", resuming after step {state.step:,}" if state.step else ""),
+        f"model     {parameters:,} parameters on {parts.device}, amp={config.amp}"
+        + (f", {ranks} ranks of {config.batch_size // ranks:,} samples" if ranks > 1 else ""),
+        *([f"weights   {origin}"] if origin else []),
+        *([f"frozen    {', '.join(config.freeze)}"] if config.freeze else []),
+        f"data      {samples:,} pictures to train, {validation:,} to validate; workers={parts.workers}",
+        *(f"          {note}" for note in data.notes),
+        f"length    {describe_length(config, samples, parts.identity.steps)}",
+    ]
+
+
+def describe_length(config: TrainConfig, samples: int, length: int) -> str:
+    """Steps, epochs and warm-up of a run."""
+    epochs = length * config.batch_size / samples
+    warm = ""
+    if {"warmup", "warmup_cap"} <= config.sched.keys():
+        steps, wanted = warmup_steps(length, config.sched["warmup"], config.sched["warmup_cap"]), config.sched["warmup"]
+        limit = "sched.warmup" if steps == wanted else f"sched.warmup={wanted:,}, capped by sched.warmup_cap"
+        warm = f", warm-up {steps:,} ({limit})"
+    return f"{length:,} steps of {config.batch_size:,}, {epochs:.3g} epochs{warm}"
+
+
+def lost_samples(data: Data) -> list[dict[str, Any]]:
+    """Lines of skipped.jsonl for the samples that shards have lost."""
+    return [{"samples": 0, "place": shard, "reason": f"{count} of its samples are lost: cut short, or empty"}
+            for shard, count in data.lost.items()]
