@@ -71,10 +71,11 @@ def read_cell(value: Any, root: Path) -> bytes | BadSample:
     """Return the bytes of a picture from its cell or from the path in it."""
     file, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     try:
-        if file is None and path is None:
-            raise BadSample("its cell is empty")
         if file is not None:
             check_bytes("its picture", len(file), MAX_IMAGE_BYTES)
-        return read_file(root, path) if file is None else file
+            return file
+        if path is not None:
+            return read_file(root, path)
+        raise BadSample("its cell is empty")
     except BadSample as error:
         return error

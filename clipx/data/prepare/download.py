@@ -4,6 +4,7 @@ import re
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from urllib3 import PoolManager, Retry, Timeout
 from urllib3.exceptions import HTTPError
@@ -60,5 +61,5 @@ class Download:
         return bytes(data)
 
 
-def is_url(picture: object) -> bool:
+def is_url(picture: object) -> TypeGuard[str]:
     return isinstance(picture, str) and picture.startswith(("http://", "https://"))

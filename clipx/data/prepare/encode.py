@@ -41,19 +41,21 @@ def encode(
         BadSample: it does not decode, or is too small or too large; details follow a colon.
     """
     kind, width, height = look(file)
-    if min(width, height) < min_size:
+    short = min(width, height)
+    if short < min_size:
         raise BadSample(f"is too small: {width} x {height} pixels")
-    shrink = resize is not None and min(width, height) > resize
-    wanted = wanted or ("jpg" if shrink else None if kind else "png")
-    if wanted is None and not verify:
-        return Encoded(kind, file, width, height)
+    size = resize if resize is not None and resize < short else short
+    keep = kind if wanted is None and size == short else None
+    if keep and not verify:
+        return Encoded(keep, file, width, height)
     from clipx.data.images import decode  # brings torch
 
     image = decode(file)
-    if wanted is None:
-        return Encoded(kind, file, width, height)
-    if shrink:
-        scale = resize / min(image.size)
+    if keep:
+        return Encoded(keep, file, width, height)
+    wanted = wanted or ("jpg" if size < short else "png")
+    if size < short:
+        scale = size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     buffer = BytesIO()
     try:
@@ -68,7 +70,7 @@ def look(file: bytes) -> tuple[str | None, int, int]:
     try:
         with Image.open(BytesIO(file), formats=DECODED) as image:
             width, height = image.size
-            kind = KINDS.get(image.format)
+            kind = KINDS.get(image.format or "")
     except UnidentifiedImageError as error:
         raise BadSample(describe_unreadable(file) or "is not a picture") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -88,7 +90,8 @@ def read_file(root: Path, name: str) -> bytes:
         DataError: it exists but cannot be read.
     """
     try:
-        path = next(path for path in (root / name, *spellings(root, name)) if path.is_file())
+        spellings = (name, normalize("NFC", name), normalize("NFD", name))      # files may come from another system
+        path = next(path for path in (root / spelling for spelling in spellings) if path.is_file())
         check_bytes("its picture", path.stat().st_size, MAX_IMAGE_BYTES)
         return path.read_bytes()
     except (StopIteration, FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
@@ -96,8 +99,3 @@ def read_file(root: Path, name: str) -> bytes:
     except OSError as error:
         raise DataError(f"{root / name} cannot be read ({error.strerror}); fix that and rerun the same command to "
                         "resume") from error
-
-
-def spellings(root: Path, name: str) -> list[Path]:
-    """Return a path in both Unicode normalisations; files may come from another system."""
-    return [root / normalize(form, name) for form in ("NFC", "NFD")]

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from clipx.data.files import below, open_text
 from clipx.data.folder import IMAGE_KINDS, match_names, read_listing
-from clipx.data.prepare.layouts import Item, Layout, directory, gather
+from clipx.data.prepare.layouts import Item, Layout, directory
 from clipx.data.prepare.rows import TextFormat, check_effect, read_rows
 from clipx.data.sample import VALIDATION
 from clipx.data.tar.headers import DataError
@@ -91,10 +91,12 @@ def read_metadata(root: Path, file: Path, how: Mapping[str, Any]) -> tuple[list[
         check_effect(folder, {"max_bad": how["max_bad"]}, file, "metadata.csv and metadata.jsonl")
     columns = (how["image"], how["caption"])
     rows, bad = read_rows(file, columns, TextFormat(encoding=how["encoding"]), how["max_bad"])
-    if any(not isinstance(name, str) for name, _ in rows):
-        raise DataError(f"source.image={columns[0]} holds the bytes of pictures in {file}; pack it with: source=csv "
-                        f"src={file} source.image={columns[0]} source.caption={columns[1]}")
-    captions = {item.picture: item.captions for item in gather(rows)}
+    captions: dict[str, list[str]] = {}
+    for name, said in rows:
+        if not isinstance(name, str):
+            raise DataError(f"source.image={columns[0]} holds the bytes of pictures in {file}; pack it with: "
+                            f"source=csv src={file} source.image={columns[0]} source.caption={columns[1]}")
+        captions.setdefault(name, []).extend(said)
     items, unlisted = match(root, file.parent, captions, file.name)
     return items, [*bad, *unlisted]
 

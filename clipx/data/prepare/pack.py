@@ -238,7 +238,9 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
         directory.mkdir(exist_ok=True)
     for left in task.shard.parent.glob(f"{task.shard.name}*"):
         left.unlink(missing_ok=True)        # of an interrupted run
-    captions, sides, words, dropped = 0, Counter(), Counter(), []
+    dropped: list[dict[str, str]] = []
+    sides: Counter[int] = Counter()
+    words: Counter[int] = Counter()
     temporary = task.shard.with_name(f"{task.shard.name}{WRITING}{os.getpid()}")
     with temporary.open("wb") as file:
         with TarWriter(file, user="clipx", group="clipx", encoder=False, mtime=0) as tar:
@@ -249,21 +251,21 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
                 if isinstance(picture, BadSample):
                     dropped.append({"split": task.split, "picture": str(item.picture), "reason": str(picture)})
                     continue
-                text = {"caption": non_empty_captions(item), "height": picture.height, "name": str(item.picture),
+                captions = non_empty_captions(item)
+                text = {"caption": captions, "height": picture.height, "name": str(item.picture),
                         "width": picture.width}
                 tar.write({"__key__": f"{number:09d}", picture.kind: picture.file,
                            "json": json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")})
-                captions += len(text["caption"])
                 sides[min(picture.width, picture.height)] += 1
-                words.update(len(caption.split()) for caption in text["caption"])
+                words.update(len(caption.split()) for caption in captions)
         file.flush()
         os.fsync(file.fileno())
-    if not captions:
+    if not sides:
         temporary.unlink()
         return Packed(task.shard, len(task.items), dropped)
     os.replace(temporary, task.shard)
     make_index(task.shard, task.shard.parent)
-    report = {"samples": len(task.items) - len(dropped), "captions": captions, "bytes": task.shard.stat().st_size,
+    report = {"samples": len(task.items) - len(dropped), "captions": words.total(), "bytes": task.shard.stat().st_size,
               "short_side": sides, "caption_words": words, "dropped": dropped}
     write(task.report, json.dumps(report))
     return Packed(task.shard, len(task.items), None)

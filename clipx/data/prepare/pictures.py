@@ -24,16 +24,17 @@ def encode_all(items: list[Item], root: Path, encode: Encode, download: Download
         yield from (encode_one(item, read, encode) for item, read in zip(items, readers(root, items), strict=True))
         return
     with download.pool() as pool, ThreadPoolExecutor(download.connections) as threads:
-        reads = [partial(download.fetch, pool, item.picture) if is_url(item.picture)
-                 else partial(read_file, root, item.picture) for item in items]
+        reads = [partial(download.fetch, pool, item.picture) if is_url(item.picture) else read
+                 for item, read in zip(items, readers(root, items), strict=True)]
         yield from threads.map(encode_one, items, reads, [encode] * len(items))
 
 
 def encode_one(item: Item, read: Read, encode: Encode) -> Encoded | BadSample:
     try:
-        if not non_empty_captions(item):
+        captions = non_empty_captions(item)
+        if not captions:
             raise BadSample("has no caption")
-        check_captions(non_empty_captions(item))
+        check_captions(captions)
         return encode(read())
     except BadSample as error:
         return error
@@ -46,12 +47,11 @@ def non_empty_captions(item: Item) -> list[str]:
 
 def readers(root: Path, items: Iterable[Item]) -> Iterator[Read]:
     """Yield a function that reads the picture of each item, in order; table rows are read by group."""
-    for group, some in groupby(items, lambda item: group_of(item.picture)):
+    for _, some in groupby(items, lambda item: group_of(item.picture)):
         pictures = [item.picture for item in some]
-        if group is None:
-            yield from (partial(read_file, root, picture) for picture in pictures)
-        else:
-            yield from (partial(value_or_raise, file) for file in read_cells(root, pictures))
+        yield from (partial(read_file, root, picture) for picture in pictures if isinstance(picture, str))
+        if cells := [picture for picture in pictures if isinstance(picture, Cell)]:     # then all are
+            yield from (partial(value_or_raise, file) for file in read_cells(root, cells))
 
 
 def group_of(picture: str | Cell) -> tuple[str, int] | None:

@@ -4,8 +4,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -15,7 +15,9 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Generator[Result, None, None]:
     """Yield the results of tasks as they complete; closing the generator ends running tasks.
 
     Args:
@@ -46,7 +48,9 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
             raise
 
 
-def submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task]) -> list:
+def submit(
+    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task]
+) -> list[Future[Result]]:
     """Submit tasks to a pool whose workers inherit that Ctrl-C is ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -61,5 +65,7 @@ def end_with_parent() -> None:
 
 
 def watch_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)

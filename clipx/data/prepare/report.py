@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clipx.data.files import write_atomic
 
 
@@ -52,11 +54,6 @@ def listed(reasons: Mapping[str, int]) -> str:
 
 def describe_histogram(histogram: Mapping[int | str, int]) -> str:
     """Describe the range and percentiles of a histogram."""
-    total, seen, found = sum(histogram.values()), 0, {}
-    for value, count in histogram.items():
-        seen += count
-        for share in (0.05, 0.5, 0.95):
-            if seen >= share * total:
-                found.setdefault(share, value)
-    values = list(histogram)
-    return f"{values[0]} to {values[-1]}, median {found[0.5]}; 5 % up to {found[0.05]}, 95 % up to {found[0.95]}"
+    values, counts = [int(value) for value in histogram], list(histogram.values())
+    few, half, most = np.quantile(values, (0.05, 0.5, 0.95), weights=counts, method="inverted_cdf")
+    return f"{min(values)} to {max(values)}, median {half}; 5 % up to {few}, 95 % up to {most}"

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from clipx.data.catalogue import open_catalogue
@@ -18,7 +17,7 @@ from clipx.data.prepare.report import write
 from clipx.data.sample import MIN_BAD_LIMIT, BadSample, Data
 from clipx.data.shards import IMAGE_KINDS, Shards
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import published
+from clipx.data.tar.index import KEY, byte_ranges, published
 
 logger = logging.getLogger("clipx")
 
@@ -82,17 +81,17 @@ def verify(tars: Tars, listing: Path, workers: int) -> tuple[Tars, int]:
     listing.parent.mkdir(parents=True, exist_ok=True)
     write(listing, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
     broken = {row["shard"]: row["reason"] for row in bad if row["key"] is None}
-    samples = [row for row in bad if row["key"] is not None]
+    unusable = [row for row in bad if row["key"] is not None]
     for reason in broken.values():
         logger.warning(reason)
-    for row in samples[:SHOWN]:
+    for row in unusable[:SHOWN]:
         logger.warning("%(shard)s, %(key)s, byte %(offset)s: %(reason)s", row)
-    logger.info("verified  %s samples, %s of them bad%s", f"{total:,}", f"{len(samples):,}",
-                f"; {listing} lists them" if samples else "")
+    logger.info("verified  %s samples, %s of them bad%s", f"{total:,}", f"{len(unusable):,}",
+                f"; {listing} lists them" if unusable else "")
     whole = [shard for shard in tars.shards if shard.relative_to(tars.root).as_posix() not in broken]
     if not whole:
         raise DataError(f"{tars.root} holds no readable shard; see {listing}")
-    return tars._replace(shards=whole), len(samples)
+    return tars._replace(shards=whole), len(unusable)
 
 
 def verify_shard(shard: Path, root: Path, caption_key: str | None, index_dir: Path) -> tuple[int, list[dict[str, Any]]]:
@@ -104,19 +103,15 @@ def verify_shard(shard: Path, root: Path, caption_key: str | None, index_dir: Pa
         source = Shards(open_catalogue([shard], index_dir), caption_key)
     except DataError as error:
         return 0, [{"shard": name, "key": None, "offset": 0, "reason": str(error)}]
-    bad = []
-    for sample in range(sum(source.sizes)):
+    samples, bad = sum(source.sizes), []
+    for sample in range(samples):
         try:
             decode(source.read(sample).picture)
         except BadSample as error:
             _, row = source.row(sample)
-            key = row["__key__"].decode("utf-8", "replace")
-            bad.append({"shard": name, "key": key, "offset": where(row), "reason": str(error)})
-    return sum(source.sizes), bad
-
-
-def where(row: np.void) -> int:
-    """Return the offset of a sample's picture, or else of its first member."""
-    offsets = {kind: int(row[kind][0]) for kind in row.dtype.names[1:] if row[kind][0]}
-    pictures = [offsets[kind] for kind in IMAGE_KINDS if kind in offsets]
-    return (pictures or sorted(offsets.values()) or [0])[0]
+            key = row[KEY].decode("utf-8", "replace")
+            ranges = byte_ranges(row)
+            picture = next((ranges[kind] for kind in IMAGE_KINDS if kind in ranges), None)
+            offset, _ = picture or min(ranges.values(), default=(0, 0))
+            bad.append({"shard": name, "key": key, "offset": offset, "reason": str(error)})
+    return samples, bad
