@@ -29,7 +29,7 @@ class Dummy:
         self.sizes = [samples]
         self.id = f"dummy {samples} {size} {seed}"
 
-    def keys(self, shard: int = 0) -> np.ndarray:
+    def keys(self, shard: int) -> np.ndarray:
         return np.array([f"{self.seed}-{sample}".encode() for sample in range(self.sizes[0])])
 
     def locate(self, sample: int) -> str:

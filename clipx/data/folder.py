@@ -48,7 +48,7 @@ class Folder:
         self.sizes = [len(self.names)]
         self.id = f"{listing.name} {blake2b(listing.read_bytes(), digest_size=16).hexdigest()}"
 
-    def keys(self, shard: int = 0) -> np.ndarray:
+    def keys(self, shard: int) -> np.ndarray:
         return np.array([name.encode() for name in self.names])
 
     def locate(self, sample: int) -> str:

@@ -26,9 +26,10 @@ def find_shards(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]
     if SCHEME.match(name):
         raise ValueError(f"root={name} is a URL; list the shards: data.shards='{name}/{{00000..00099}}.tar'")
     train = list_shards(root / "train") or list_shards(root)
+    val_paths = next(filter(None, (list_shards(root / name) for name in VALIDATION)), [])
     if not train:
-        validating = next((root / name for name in VALIDATION if list_shards(root / name)), None)
-        if validating:
+        if val_paths:
+            validating = val_paths[0].parent
             raise ValueError(f"root={root} holds no shards to train on, but some in {validating.name}/; "
                              f"to evaluate on them, set data.root={validating} data.val=0 split=train")
         reason = "holds no shards (*.tar, train/*.tar)" if root.is_dir() else "is not a directory"
@@ -42,10 +43,7 @@ def find_shards(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]
         elif made_by:
             remedy = f"make its shards with: python -m clipx.prepare source={made_by} src=DIR out={root}"
         raise ValueError(f"root={root} {reason}; {remedy}")
-    for directory in (root / name for name in VALIDATION):
-        if val_paths := list_shards(directory):
-            return train, val_paths
-    return train, []
+    return train, val_paths
 
 
 def exclude_validation(train: Sequence[Shard], val_paths: Sequence[Shard]) -> list[Shard]:

@@ -1,6 +1,5 @@
 """WebDataset shards as a source: plain tars, read by byte ranges."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,8 +26,6 @@ from clipx.data.sample import (
 from clipx.data.shard_paths import Shard, exclude_validation, expand, find_shards, list_shards
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import KEY, byte_ranges, expand_home
-
-logger = logging.getLogger("clipx")
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KINDS = ("txt", "json")

@@ -36,11 +36,11 @@ def holds_images(type: DataType) -> bool:
     return types.is_binary(type) or types.is_large_binary(type)
 
 
-def read_cells(root: Path, cells: Sequence[Cell]) -> list[bytes | BadSample]:
-    """Return the picture of each cell of one row group, or its error.
+def read_cells(root: Path, cells: Sequence[Cell]) -> list[Any]:
+    """Return the value of each cell of one row group, for ``read_cell``; a BadSample if it cannot be had.
 
     Args:
-        root: directory of the table and of pictures that it names by path.
+        root: directory of the table.
         cells: all of the same file and group, in any order.
 
     Raises:
@@ -51,14 +51,14 @@ def read_cells(root: Path, cells: Sequence[Cell]) -> list[bytes | BadSample]:
 
     path, group = root / cells[0].file, cells[0].group
     wanted = {cell.row for cell in cells}
-    found: dict[int, bytes | BadSample] = {}
+    found: dict[int, Any] = {}
     broken = BadSample("there is no such row")
     try:
         with ParquetFile(path) as file:
             row = sum(file.metadata.row_group(before).num_rows for before in range(group))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[cells[0].column]):
                 for number in wanted.intersection(range(row, row + len(batch))):
-                    found[number] = read_cell(batch.column(0)[number - row].as_py(), root)
+                    found[number] = batch.column(0)[number - row].as_py()
                 row += len(batch)
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
@@ -67,15 +67,18 @@ def read_cells(root: Path, cells: Sequence[Cell]) -> list[bytes | BadSample]:
     return [found.get(cell.row, broken) for cell in cells]
 
 
-def read_cell(value: Any, root: Path) -> bytes | BadSample:
-    """Return the bytes of a picture from its cell or from the path in it."""
+def read_cell(root: Path, value: Any) -> bytes:
+    """Return the bytes of a picture from the value of its cell, or from the path in it, which is relative to ``root``.
+
+    Raises:
+        BadSample: there are none.
+    """
+    if isinstance(value, BadSample):
+        raise value
     file, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    try:
-        if file is not None:
-            check_bytes("its picture", len(file), MAX_IMAGE_BYTES)
-            return file
-        if path is not None:
-            return read_file(root, path)
-        raise BadSample("its cell is empty")
-    except BadSample as error:
-        return error
+    if file is not None:
+        check_bytes("its picture", len(file), MAX_IMAGE_BYTES)
+        return file
+    if path is not None:
+        return read_file(root, path)
+    raise BadSample("its cell is empty")

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
-from urllib3 import PoolManager, Retry, Timeout
+from urllib3 import PoolManager, Retry
 from urllib3.exceptions import HTTPError
 
 from clipx.data.sample import BadSample
@@ -14,6 +14,7 @@ from clipx.data.sample import BadSample
 MAX_BYTES = 64 << 20       # of a picture
 MAX_TIMEOUTS = 6           # limit of a whole download, in timeouts
 AGENT = {"User-Agent": "Mozilla/5.0 (compatible; clipx)", "Accept": "image/*"}
+RETRIES = 2
 BUSY = (429, 500, 502, 503, 504)    # status codes to retry
 
 
@@ -23,7 +24,6 @@ class Download:
 
     connections: int = 64   # parallel, over all processes
     timeout: float = 10.0   # seconds to wait for a server
-    retries: int = 2
 
     def shared_by(self, processes: int) -> "Download":
         """Return the settings for one of ``processes``."""
@@ -31,11 +31,10 @@ class Download:
 
     def pool(self) -> PoolManager:
         """Open the connection pool of one process."""
-        again = Retry(total=None, connect=self.retries, read=self.retries, status=self.retries, redirect=5, other=0,
+        again = Retry(total=None, connect=RETRIES, read=RETRIES, status=RETRIES, redirect=5, other=0,
                       backoff_factor=0.5, status_forcelist=BUSY, raise_on_status=False,
                       respect_retry_after_header=False)
-        return PoolManager(self.connections, AGENT, maxsize=self.connections, retries=again,
-                           timeout=Timeout(self.timeout, self.timeout))
+        return PoolManager(self.connections, AGENT, maxsize=self.connections, retries=again, timeout=self.timeout)
 
     def fetch(self, pool: PoolManager, url: str) -> bytes:
         """Download a URL.

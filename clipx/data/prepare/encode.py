@@ -24,8 +24,7 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    file: bytes, resize: int | None = None, wanted: str | None = None, quality: int = 95, min_size: int = 0,
-    verify: bool = False,
+    file: bytes, resize: int | None, wanted: str | None, quality: int, min_size: int, verify: bool
 ) -> Encoded:
     """Encode a picture for a shard.
 

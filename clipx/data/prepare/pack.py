@@ -152,7 +152,10 @@ def claim(out: Path, meaning: dict[str, Any]) -> None:
     own = f"out={out} holds %s; shards need a new or empty directory, or one where the same command was interrupted"
     note = out / NOTE
     if note.is_file():
-        before = read_note(note)
+        try:
+            before = dict(json.loads(note.read_bytes()))
+        except (ValueError, TypeError):         # not ours
+            before = {}
         changes = [f"{key}={json.dumps(before.get(key))} there, {json.dumps(value)} now"
                    for key, value in meaning.items() if before.get(key) != value]
         if changes:
@@ -173,14 +176,6 @@ def release(out: Path) -> None:
         (out / NOTE).unlink()
         for directory in sorted(out.rglob("*"), reverse=True):
             directory.rmdir()
-
-
-def read_note(path: Path) -> dict[str, Any]:
-    """Read the settings of a directory; empty if the file is not ours."""
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError):
-        return {}
 
 
 def fingerprint(splits: dict[str, list[Item]]) -> str:

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from clipx.data.captions import check_captions
-from clipx.data.prepare.cells import Cell, read_cells
+from clipx.data.prepare.cells import Cell, read_cell, read_cells
 from clipx.data.prepare.download import Download, is_url
 from clipx.data.prepare.encode import Encoded, read_file
 from clipx.data.prepare.layouts import Item
@@ -51,18 +51,12 @@ def readers(root: Path, items: Iterable[Item]) -> Iterator[Read]:
         pictures = [item.picture for item in some]
         yield from (partial(read_file, root, picture) for picture in pictures if isinstance(picture, str))
         if cells := [picture for picture in pictures if isinstance(picture, Cell)]:     # then all are
-            yield from (partial(value_or_raise, file) for file in read_cells(root, cells))
+            yield from (partial(read_cell, root, value) for value in read_cells(root, cells))
 
 
 def group_of(picture: str | Cell) -> tuple[str, int] | None:
     """Return the row group of a picture; None for files and URLs."""
     return (picture.file, picture.group) if isinstance(picture, Cell) else None
-
-
-def value_or_raise(file: bytes | BadSample) -> bytes:
-    if isinstance(file, BadSample):
-        raise file
-    return file
 
 
 def content_hashes(root: Path, items: Iterable[Item], workers: int) -> Iterator[bytes | None]:

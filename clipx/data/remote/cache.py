@@ -6,7 +6,6 @@ fails, the reason is in the file ``failed``.
 """
 
 import fcntl
-import logging
 import os
 import re
 import time
@@ -24,8 +23,6 @@ from threading import Event
 from clipx.data.remote.stores import PIPE, download, run_with_retries
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import belongs, make_index, read_head
-
-logger = logging.getLogger("clipx")
 
 MAX_PARALLEL = 4                         # parallel copies
 LOOK = 0.02                         # seconds between two polls for a shard

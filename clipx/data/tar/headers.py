@@ -47,8 +47,8 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
         DataError: a header is corrupt, or the file or what follows its end mark is not a tar.
     """
     end = shard.stat().st_size
-    descriptor = os.open(shard, os.O_RDONLY)
-    try:
+    with shard.open("rb", buffering=0) as file:
+        descriptor = file.fileno()
         position, count, mark, long_name, long_size = 0, 0, None, None, None
         while position < end:
             header = os.pread(descriptor, BLOCK, position)
@@ -76,7 +76,7 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
                     long_name, long_size = pax_name_and_size(data, shard, count)
             else:
                 size = size if long_size is None else long_size
-                if kind in b"0\0" or kind == b"7":
+                if kind in b"0\x007":
                     if len(name := long_name or name) > MAX_NAME:
                         raise DataError(f"{shard} has a name of {len(name):,} bytes, more than {MAX_NAME:,}; pack it "
                                         "again with shorter ones")
@@ -86,8 +86,6 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
                 long_name, long_size = None, None
             position = start + size + -size % BLOCK
         raise CutShort
-    finally:
-        os.close(descriptor)
 
 
 def skip_zeros(descriptor: int, position: int) -> int:
