@@ -7,7 +7,7 @@ LOCK := requirements.lock
 # Containers often set it; without bytecode every process compiles all of torch's modules anew, for seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all test-lowest test-newest lint lock
+.PHONY: demo test test-all test-lowest test-newest lint types lock
 
 demo: .venv/installed
 	$(BIN)/python -m clipx.train experiment=demo
@@ -15,11 +15,14 @@ demo: .venv/installed
 test: .venv/tested lint
 	$(BIN)/python -m pytest --numprocesses auto
 
-test-all: .venv/tested lint
+test-all: .venv/tested lint types
 	$(BIN)/python -m pytest --numprocesses auto -m ""
 
 lint: .venv/tested
 	$(BIN)/ruff check .
+
+types: .venv/tested
+	$(BIN)/mypy
 
 # The ends of the ranges in setup.cfg; the lock lies between them.  Old releases warn of what newer neighbours deprecate.
 test-lowest: .venv-lowest/tested

@@ -58,10 +58,8 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
                     return
                 header = os.pread(descriptor, BLOCK, position)
                 if not is_header(header):
-                    raise DataError(
-                        f"{shard} holds {end - position:,} bytes after its end mark (byte {mark:,}) that are not a "
-                        f"tar; pack it again, or cut them off: truncate -s {position} {shard}"
-                    )
+                    raise DataError(f"{shard} holds {end - position:,} bytes after its end mark (byte {mark:,}) that "
+                                    f"are not a tar; pack it again, or cut them off: truncate -s {position} {shard}")
             name, size, kind = parse_header(header, shard, count)
             start = position + BLOCK
             if kind in b"xgLK":
