@@ -97,7 +97,7 @@ def test_the_loader_is_measured_alone(bench: Callable[..., None], tmp_path: Path
         ({"wait": 0.01, "optimiser": 0.1}, 50.0, "compute-bound; try compile=true"),
     ],
 )
-def test_what_bounds_a_run_is_told_with_the_remedy(
+def test_the_bottleneck_is_named_with_a_remedy(
     shares: dict[str, float], loader: float, told: str, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -37,7 +37,7 @@ def composed(*given: str) -> TrainConfig:
         return resolve(hydra.compose("check", list(given)), TrainConfig)
 
 
-def test_a_sound_run_is_told_without_a_complaint_and_leaves_a_picture_alone(
+def test_a_sound_run_has_no_complaints_and_leaves_one_image(
     check: Check, make_shards: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = make_shards(120, 80)
@@ -67,7 +67,7 @@ def test_check_and_train_compose_the_same_run() -> None:
             assert hydra.compose("check", given) == hydra.compose("train", given)
 
 
-def test_where_there_are_no_data_the_rest_is_told(check: Check) -> None:
+def test_without_data_the_rest_is_still_checked(check: Check) -> None:
     told, code = check("data=coco", "data.root=no where/é=x", *FEW)
     assert code == 1
     assert "WRONG data      data.root=no where/é=x is not a directory; make its shards with: python" in told
@@ -84,13 +84,13 @@ def test_where_there_are_no_data_the_rest_is_told(check: Check) -> None:
         (["resume=none.pt"], "run       none.pt: there is no such checkpoint"),
     ],
 )
-def test_what_would_stop_the_run_is_told(words: list[str], finding: str, check: Check) -> None:
+def test_what_would_stop_the_run_is_reported(words: list[str], finding: str, check: Check) -> None:
     told, code = check(*MADE_UP, *words)
     assert f"WRONG {finding}" in told and code == 1
     assert told.endswith("this run would fail: 1 of the findings, marked WRONG, would stop it\n")
 
 
-def test_what_is_odd_is_told_with_its_remedy_and_stops_nothing(check: Check) -> None:
+def test_what_is_odd_is_reported_with_a_remedy_and_stops_nothing(check: Check) -> None:
     told, code = check(*MADE_UP, "amp=fp16", "sched.warmup_cap=1", "eval_every=30ep", "save_every=101", "evals=[]",
                        "model.text.context=6", "workers=999")
     assert code == 0
@@ -106,7 +106,7 @@ def test_what_is_odd_is_told_with_its_remedy_and_stops_nothing(check: Check) -> 
         assert finding in told, finding
 
 
-def test_what_fits_in_memory_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_that_fits_in_memory_is_reported(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {}
     for free in (60, 142.5, 150):       # MB; the step takes 114, and a quarter for what is about them
         monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: int(free * 1_000_000))
@@ -118,7 +118,7 @@ def test_what_fits_in_memory_is_told(check: Check, monkeypatch: pytest.MonkeyPat
     assert "ok    memory    " in told[150]
 
 
-def test_shards_that_are_broken_are_told(check: Check, make_shards: Callable[..., Path]) -> None:
+def test_broken_shards_are_reported(check: Check, make_shards: Callable[..., Path]) -> None:
     root = make_shards(20, 20)
     first, second = sorted(root.glob("*.tar"))
     second.write_bytes(b"not a tar" * 1000)
@@ -132,7 +132,7 @@ def test_shards_that_are_broken_are_told(check: Check, make_shards: Callable[...
     assert "odd   evals     there are no validation pictures, so nothing is scored; data.val=0.5 holds out 7" in told
 
 
-def test_a_cache_too_small_for_remote_shards_is_told(
+def test_too_small_a_cache_for_remote_shards_is_reported(
     check: Check, make_shards: Callable[..., Path], serve: Callable[[Path], str], tmp_path: Path
 ) -> None:
     root = make_shards(10, 12)
@@ -174,7 +174,7 @@ def test_where_nothing_is_held_out_a_share_is_named_that_holds_something_out(
     assert "nothing is scored; data.val_samples=256 makes some" in told
 
 
-def test_captions_that_are_all_the_same_are_told(check: Check, tmp_path: Path) -> None:
+def test_identical_captions_are_reported(check: Check, tmp_path: Path) -> None:
     members = [member for n in range(20) for member in ((f"{n}.png", picture(n)), (f"{n}.txt", "导盲犬 $x".encode()))]
     write_tar(tmp_path / "same" / "train" / "a.tar", members)
     write_tar(tmp_path / "same" / "val" / "a.tar", [("0.png", b"x"), ("0.txt", b"x"), *members[2:]])
@@ -203,7 +203,7 @@ def test_equal_captions_are_counted_in_a_batch_not_among_all(check: Check, tmp_p
     assert "ok    samples   0 of the first 2 captions of a batch are equal to another one" in told
 
 
-def test_few_validation_pictures_are_told(check: Check, make_shards: Callable[..., Path]) -> None:
+def test_a_small_validation_set_is_reported(check: Check, make_shards: Callable[..., Path]) -> None:
     told, code = check("data=shards", f"data.root={make_shards(200, 200)}", *FEW)
     assert code == 0 and ("odd   evals     8 pictures to validate: recall at 10 is 100% by chance; "
                           "data.val=0.5 holds out 200") in told
@@ -211,7 +211,7 @@ def test_few_validation_pictures_are_told(check: Check, make_shards: Callable[..
     assert "ok    evals     200 pictures to validate" in told
 
 
-def test_a_run_that_stands_there_is_told_and_left_as_it_is(
+def test_an_existing_run_is_reported_and_left_unchanged(
     check: Check, train: Callable[..., None], tmp_path: Path
 ) -> None:
     given = (*MADE_UP, "name=x", "workers=0", "max_steps=6", "eval_every=null", "log_every=1")
@@ -228,7 +228,7 @@ def test_a_run_that_stands_there_is_told_and_left_as_it_is(
     assert code == 0 and "odd   run       outputs/x is finished, so this command would change nothing; name=..." in told
 
 
-def test_a_place_that_cannot_be_written_or_is_full_is_told(
+def test_an_unwritable_or_full_directory_is_reported(
     check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "outputs").write_text("a file")
@@ -245,14 +245,14 @@ def test_a_place_that_cannot_be_written_or_is_full_is_told(
     assert "WRONG workers   their pictures need 36.1MB of /dev/shm, which has 1.00MB free; give the container" in told
 
 
-def test_a_read_only_place_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_directory_is_reported(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)         # the tests run as root, who may write anywhere
     told, code = check(*MADE_UP)
     assert code == 1 and "is not writable, so outputs/" in told
 
 
 @pytest.mark.parametrize("words", [[], ["amp=bf16"], ["grad_checkpoint=true"], ["loss.same=mask"]])
-def test_the_activations_of_a_batch_are_those_that_tiny_batches_foretell(words: list[str]) -> None:
+def test_tiny_batches_predict_the_activations_of_a_batch(words: list[str]) -> None:
     config = composed(*MADE_UP, *words)
     model, loss_fn = initial_state(config, torch.device("cpu")).model, build(config.loss)
     amp = autocast_dtype(config.amp)
@@ -266,7 +266,7 @@ def test_the_activations_of_a_batch_are_those_that_tiny_batches_foretell(words: 
         assert foretold == pytest.approx(real, rel=0.02)
 
 
-def test_a_step_takes_what_was_foretold() -> None:
+def test_a_step_takes_the_predicted_memory() -> None:
     """Held against torch's own account of what it allocates on the way forward and back."""
     config, size = composed(*MADE_UP), 64
     state, loss_fn = initial_state(config, torch.device("cpu")), build(config.loss)
@@ -288,7 +288,7 @@ def test_the_optimisers_moments_are_counted_and_nothing_changes() -> None:
     assert machine.num_moments(torch.optim.SGD(state.model.parameters(), lr=1.0)) == 0
 
 
-def test_help_needs_no_torch_and_in_a_sweep_every_job_is_told(tmp_path: Path) -> None:
+def test_help_needs_no_torch_and_every_job_of_a_sweep_is_checked(tmp_path: Path) -> None:
     (tmp_path / "no" / "torch").mkdir(parents=True)
     (tmp_path / "no" / "torch" / "__init__.py").write_text("raise ImportError('torch was imported')")
     shown = in_process("-m", "clipx.check", "--help", cwd=tmp_path / "no")

@@ -48,7 +48,7 @@ def test_the_table_has_what_differs_and_the_best_first(tmp_path: Path) -> None:
     assert (rows[0][TAG], rows[0]["best"], rows[0]["optim.lr"], rows[-1]["state"]) == (0.5, 0.51, 5e-4, "failed")
 
 
-def test_seeds_of_one_setting_stand_together(tmp_path: Path) -> None:
+def test_seeds_of_one_setting_are_listed_together(tmp_path: Path) -> None:
     for number, value in enumerate([0.1, 0.2, 0.6, 0.8]):
         made_up(tmp_path, number, value, **{"optim.lr": 1e-4 if number < 2 else 1e-3, "seed": number % 2})
     good, poor = table(find_runs([tmp_path]))

@@ -135,11 +135,11 @@ def test_other_data_of_the_same_name_do_not_take_the_place_of_the_first(run: Pat
         (["one/a", "two/a", "one/a"], {"one/a": "one/a", "two/a": "two/a"}),
     ],
 )
-def test_runs_are_headed_by_names_that_tell_them_apart(given: str | list[str], names: dict[str, str]) -> None:
+def test_runs_are_headed_by_distinct_names(given: str | list[str], names: dict[str, str]) -> None:
     assert expand_runs(given) == names
 
 
-def test_two_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_two_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
     code = ("import sys; from pathlib import Path; from clipx.tools.score import locked_json\n"
             "for number in range(40):\n"
             "    with locked_json(Path('metrics.json')) as found: found[f'{sys.argv[1]}-{number}'] = number\n")
@@ -218,7 +218,7 @@ def test_a_mistake_ends_in_one_line(given: list[str], line: str, run: Path, eval
 
 
 @pytest.mark.parametrize("odd", ["directory", "text", "list", "read-only"])
-def test_results_that_cannot_be_written_are_told_before_anything_is_scored(
+def test_unwritable_results_are_refused_before_scoring(
     odd: str, run: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Validation, "__call__", lambda *_: pytest.fail("scored"))

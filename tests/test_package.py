@@ -17,7 +17,7 @@ def test_one_version_everywhere() -> None:
     assert f"\n## {clipx.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_citation_names_what_clipx_stands_on() -> None:
+def test_the_citation_names_what_clipx_builds_on() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors", "version", "license"} < cited.keys()
     assert cited["authors"] == [{"name": "the clipx authors"}]

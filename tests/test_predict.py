@@ -80,7 +80,7 @@ def test_a_search_shows_the_nearest_pictures(ask: Ask, asked: Path, capsys: pyte
     assert len(every) == 12 and every[:5] == rows
 
 
-def test_a_picture_that_cannot_be_read_is_told_and_left_out(
+def test_an_unreadable_image_is_reported_and_left_out(
     ask: Ask, asked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = asked / "some"

@@ -397,7 +397,7 @@ def test_in_evaluation_a_picture_that_would_fill_the_memory_is_skipped(tmp_path:
 
 
 @pytest.mark.parametrize("url", ["", "pipe:yes"])
-def test_a_server_that_does_not_end_is_not_heard_to_the_end(
+def test_an_endless_response_is_cut_off(
     tmp_path: Path, serve: Callable[[Path], str], url: str
 ) -> None:
     (tmp_path / "x.tar").write_bytes(bytes(20 << 20))

@@ -73,7 +73,7 @@ def test_a_resume_in_the_middle_of_an_epoch_and_with_other_workers_changes_nothi
     assert_same_state(tmp_path / "outputs" / "straight", tmp_path / "outputs" / "broken")
 
 
-def test_what_was_logged_behind_the_checkpoint_is_dropped_on_resume(train: Callable[..., None], tmp_path: Path) -> None:
+def test_rows_logged_after_the_checkpoint_are_dropped_on_resume(train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, "name=x", "max_steps=12", "stop_at=6", "save_every=4")
     run = tmp_path / "outputs" / "x"
     shutil.copy(run / "checkpoints/clip_last.pt", tmp_path / "six.pt")
@@ -84,7 +84,7 @@ def test_what_was_logged_behind_the_checkpoint_is_dropped_on_resume(train: Calla
     assert steps == list(range(1, 13))
 
 
-def test_a_run_goes_on_from_a_checkpoint_that_is_named(train: Callable[..., None], tmp_path: Path) -> None:
+def test_a_run_resumes_from_a_named_checkpoint(train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, "name=x", "max_steps=6", "keep_every=3")
     train(*FEW, "name=y", "max_steps=6", f"resume={tmp_path}/outputs/x/checkpoints/clip_step_3.pt")
     assert_same_state(tmp_path / "outputs/x", tmp_path / "outputs/y")
@@ -115,7 +115,7 @@ def test_a_run_of_other_meaning_in_the_same_directory_is_refused(
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 2
 
 
-def test_other_data_behind_the_same_words_are_refused(
+def test_other_data_under_the_same_arguments_are_refused(
     train: Callable[..., None], fails: Callable[..., str], make_shards: Callable[..., Path]
 ) -> None:
     few = ("data=shards", f"data.root={make_shards(30)}", "workers=0", "batch_size=8", "max_steps=4", "evals=[]")
@@ -168,7 +168,7 @@ def test_bad_samples_are_listed_and_too_many_end_the_run(
     assert message.startswith("12 bad samples, more than data.max_skipped allows, last x.tar/")
 
 
-def test_a_run_shorter_than_log_every_still_tells_its_last_step(train: Callable[..., None], tmp_path: Path) -> None:
+def test_a_run_shorter_than_log_every_still_logs_its_last_step(train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, "name=x", "max_steps=2", "log_every=50", "evals=[]")
     assert [line["step"] for line in lines(tmp_path / "outputs/x")] == [2]
 
@@ -180,7 +180,7 @@ def test_a_number_is_a_name(name: str, train: Callable[..., None], tmp_path: Pat
     assert run.name in (name, "1000.0")
 
 
-def test_the_log_says_which_warm_up_held(train: Callable[..., None], tmp_path: Path) -> None:
+def test_the_log_says_which_warm_up_applied(train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, "name=x", "max_steps=20", "stop_at=1", "evals=[]")
     log = (tmp_path / "outputs/x/train.log").read_text()
     assert "warm-up 2 (sched.warmup=2,000, capped by sched.warmup_cap)" in log
@@ -197,7 +197,7 @@ def test_a_batch_larger_than_the_data_is_refused(fails: Callable[..., str]) -> N
     assert fails(*FEW, "batch_size=41").startswith("batch_size=41 is more than the 40 training samples")
 
 
-def test_a_device_that_is_not_there_is_named(fails: Callable[..., str]) -> None:
+def test_a_missing_device_is_named(fails: Callable[..., str]) -> None:
     assert fails(*FEW, "device=tpu9").startswith("device=tpu9 cannot be used (")
 
 

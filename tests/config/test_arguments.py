@@ -44,7 +44,7 @@ def test_a_mistyped_argument_is_refused_with_the_right_form(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_key_given_twice_is_refused_and_told_of_the_shells_braces(
+def test_a_repeated_key_is_refused_with_a_hint_at_shell_braces(
     train: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["clipx.train", "data=shards", "data.shards=s/0.tar", "data.shards=s/1.tar"])
@@ -64,7 +64,7 @@ def test_a_setting_of_hydra_without_effect_is_refused(setting: str, fails: Calla
     assert "has no effect in clipx" in fails(setting)
 
 
-def test_values_with_commas_are_told_of_sweeps_and_lists(fails: Callable[..., str]) -> None:
+def test_values_with_commas_get_a_hint_at_sweeps_and_lists(fails: Callable[..., str]) -> None:
     assert fails("seed=0,1").endswith("; -m runs once for each value (seed=0,1), and seed=[0,1] is one list")
     assert fails("model=tiny,small").endswith("; -m runs once for each value (model=tiny,small), and "
                                               "model=[tiny,small] is one list")
@@ -101,13 +101,13 @@ def test_a_home_directory_is_found_in_data_root(
         assert fails(f"data={option}", "data.root=~/x").startswith(f"data.root={tmp_path}/x is not a directory")
 
 
-def test_a_run_lives_where_hydra_is_told_to_put_it(train: Callable[..., None], tmp_path: Path) -> None:
+def test_hydra_run_dir_is_obeyed(train: Callable[..., None], tmp_path: Path) -> None:
     train(*SHORT, "hydra.run.dir=here/${name}", "name=mine")
     assert json.loads((tmp_path / "here/mine/summary.json").read_text())["state"] == "finished"
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_sweep_lives_where_hydra_is_told_to_put_it(train: Callable[..., None], tmp_path: Path) -> None:
+def test_hydra_sweep_dir_and_subdir_are_obeyed(train: Callable[..., None], tmp_path: Path) -> None:
     train("-m", *SHORT, "hydra.sweep.dir=all", "seed=1,2", "name=s")
     assert sorted(path.parent.name for path in tmp_path.glob("all/*/summary.json")) == ["seed=1", "seed=2"]
     train("-m", *SHORT, "hydra.sweep.subdir=job${hydra.job.num}", "seed=1,2", "name=s")
@@ -153,7 +153,7 @@ def test_a_page_may_be_read_in_part(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", ["2>&1 | true", ">&- 2>&-"])
-def test_a_run_goes_on_when_nobody_reads_its_console(closed: str, tmp_path: Path) -> None:
+def test_a_closed_console_does_not_end_a_run(closed: str, tmp_path: Path) -> None:
     ended = shell(f"$PY -m clipx.train {' '.join(SHORT)} name=x {closed}", tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "outputs/x/summary.json").read_text())["state"] == "finished"

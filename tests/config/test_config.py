@@ -132,7 +132,7 @@ def test_a_mistake_ends_in_one_line_before_anything_is_built(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_duration_is_told_what_is_right(fails: Callable[..., str]) -> None:
+def test_a_wrong_duration_is_refused_with_the_right_form(fails: Callable[..., str]) -> None:
     assert fails("save_every=3parsecs").startswith("save_every='3parsecs': should be a duration above 0: steps (500),")
 
 
@@ -217,7 +217,7 @@ def test_the_composed_config_needs_no_torch(tmp_path: Path) -> None:
     assert "batch_size: 256" in ended.stdout
 
 
-def test_ones_own_options_and_code_come_from_a_directory(
+def test_users_options_and_code_come_from_a_directory(
     train: Callable[..., None], fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine" / "optim").mkdir(parents=True)

@@ -53,7 +53,7 @@ def test_a_mistake_is_refused_before_torch_is_imported(
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1
 
 
-def test_a_runs_own_config_may_be_placed_and_have_options_of_ones_own(
+def test_a_runs_own_config_may_be_moved_and_name_users_options(
     early: Path, fails: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
@@ -102,7 +102,7 @@ def test_only_what_no_conversion_makes_equal_is_surely_another_value(one: object
     assert meaning.certainly_differ(one, other) is meaning.certainly_differ(other, one) is differ
 
 
-def test_of_many_runs_those_of_like_names_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_runs_the_similar_names_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from clipx.config.runs import suggest_runs
 
     monkeypatch.chdir(tmp_path)
@@ -154,7 +154,7 @@ def test_a_refused_sweep_leaves_nothing(fails: Callable[..., str], tmp_path: Pat
 
 @pytest.mark.parametrize("given", [["data=folder", "data.root=no"], ["batch_size=x"], ["optim.lr=fast"]])
 @pytest.mark.parametrize("place", ["new/deep", "there/new/${name}", "there"])
-def test_a_refused_command_makes_no_directory_where_hydra_is_told_to_put_the_run(
+def test_a_refused_command_does_not_create_hydra_run_dir(
     place: str, given: list[str], fails: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "there").mkdir()

@@ -34,7 +34,7 @@ def test_each_of_two_jobs_has_half_of_the_cores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", ["Interrupted(3)", "Diverged(BadStep(1, 2, 0.5), 4, 5, 0.6, {'image': 1.0})"])
-def test_an_error_comes_whole_from_another_process(error: str) -> None:
+def test_an_error_from_another_process_keeps_its_message(error: str) -> None:
     import pickle
 
     from clipx.errors import Interrupted

@@ -105,7 +105,7 @@ def test_a_recipe_that_sweeps_needs_no_m(sweep: Callable[..., tuple[str, str]], 
     assert names == [f"optim.lr={lr},seed={seed}" for lr in ("0.0001", "0.001") for seed in (3, 4)]
 
 
-def test_jobs_leave_nothing_behind_in_the_process(
+def test_jobs_leave_no_threads_handlers_or_files_open(
     sweep: Callable[..., tuple[str, str]], train: Train, tmp_path: Path
 ) -> None:
     def traces() -> tuple[Any, ...]:

@@ -82,7 +82,7 @@ def trials() -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name="clipx", storage=optuna.storages.JournalStorage(journal)).trials
 
 
-def test_poor_trials_stop_early_and_the_others_end_as_runs_that_never_stopped(
+def test_poor_trials_stop_early_and_the_others_equal_uninterrupted_runs(
     search: Callable[..., tuple[list[str], str]], train: Callable[..., None]
 ) -> None:
     worth = ("objective=train/lr", "best=null")         # a number that is the same on every processor
@@ -114,7 +114,7 @@ def test_poor_trials_stop_early_and_the_others_end_as_runs_that_never_stopped(
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_a_search_that_is_broken_off_proposes_what_an_unbroken_one_does(
+def test_an_interrupted_search_proposes_what_an_uninterrupted_one_does(
     search: Callable[..., tuple[list[str], str]], pretended: Pretended, sampler: str
 ) -> None:
     words = (SPACE, "model.image.depth=range(1,4)", "hydra.sweeper.n_trials=8", f"hydra.sweeper.sampler={sampler}",
@@ -141,7 +141,7 @@ def test_a_search_that_is_broken_off_proposes_what_an_unbroken_one_does(
     assert search(*words[:2], *words[4:], "hydra.sweeper.n_trials=3")[1] == "" and len(trials()) == 9
 
 
-def test_halving_lets_the_better_half_go_on(
+def test_halving_continues_the_better_half(
     search: Callable[..., tuple[list[str], str]], pretended: Pretended
 ) -> None:
     search(SPACE, "hydra.sweeper.n_trials=12", "hydra.sweeper.rungs=[20%,50%]", "hydra.sweeper.pruner=halving",
@@ -152,7 +152,7 @@ def test_halving_lets_the_better_half_go_on(
     assert best.state == optuna.trial.TrialState.COMPLETE
 
 
-def test_a_failed_trial_ends_no_other_and_is_told_at_the_end(
+def test_a_failed_trial_ends_no_other_and_is_reported_at_the_end(
     search: Callable[..., tuple[list[str], str]], pretended: Pretended
 ) -> None:
     def fails(config: TrainConfig) -> None:
@@ -225,7 +225,7 @@ def test_trials_at_once_are_one_batch_and_a_job_whose_process_is_killed_fails_al
     assert code == "optim.lr=5: its process was killed, probably out of memory"
 
 
-def test_in_a_grid_a_killed_process_is_told_in_a_line(
+def test_in_a_grid_a_killed_process_is_reported_in_one_line(
     fails: Callable[..., str], pretended: Pretended, launched: Callable[..., None]
 ) -> None:
     def kill(jobs: list[str]) -> None:
@@ -316,7 +316,7 @@ def test_a_start_without_a_search_imports_no_optuna(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_search_that_is_killed_goes_on_with_the_trial_it_was_at(
+def test_a_killed_search_resumes_its_unfinished_trial(
     search: Callable[..., tuple[list[str], str]], tmp_path: Path
 ) -> None:
     words = (SPACE, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[20%,50%]", "max_steps=60", "eval_every=null")

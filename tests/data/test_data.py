@@ -94,7 +94,7 @@ def test_validation_shards_do_not_train_and_the_log_says_so(
         open_shards(str(root), val=str(root))
 
 
-def test_globs_and_brace_lists_stand_in_for_a_directory(make_shards: Callable[..., Path]) -> None:
+def test_globs_and_brace_lists_replace_a_directory(make_shards: Callable[..., Path]) -> None:
     root = make_shards(4, 2, 3)
     brace = open_shards(shards=f"{root}/part-{{000..001}}.tar", val_shards=f"{root}/part-002.tar")
     assert list(brace.train.sizes) == [4, 2] and list(brace.val.sizes) == [3]
@@ -155,7 +155,7 @@ def test_root_or_shards_is_given(words: dict[str, str]) -> None:
         open_shards(**words)
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^root=.*nowhere is not a directory"):
         open_shards(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"^root=.* holds no shards"):
@@ -166,7 +166,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         open_shards(shards=[])
 
 
-def test_each_named_set_says_what_makes_it_where_it_is_not_there(fails: Callable[..., str], tmp_path: Path) -> None:
+def test_a_missing_named_set_says_which_command_makes_it(fails: Callable[..., str], tmp_path: Path) -> None:
     prepare = "python -m clipx.prepare source="
     for name in ("coco", "cc3m", "flickr30k"):
         assert fails(f"data={name}", f"data.root={name}") == (
@@ -248,7 +248,7 @@ def test_each_line_is_a_caption_where_clip_benchmark_says_that_a_set_is_for_retr
     assert len(other.read(0).captions) == 1 and other.id != source.id
 
 
-def test_a_set_with_test_shards_alone_is_told_how_they_are_scored(tmp_path: Path) -> None:
+def test_a_set_with_only_test_shards_is_refused_with_the_evaluate_command(tmp_path: Path) -> None:
     root = benchmark_set(tmp_path / "x", "retrieval")
     with pytest.raises(ValueError, match=rf"^root={root} holds no shards to train on, but some in test/; "
                        rf"to evaluate on them, set data\.root={root}/test data\.val=0 split=train$"):
@@ -291,7 +291,7 @@ def test_a_sample_without_a_picture_is_bad(tmp_path: Path) -> None:
         open_shards(str(tmp_path), val=0).train.read(0)
 
 
-def test_a_key_with_a_dot_is_told(tmp_path: Path) -> None:
+def test_a_key_with_a_dot_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("Track 2.0.jpg", picture(1, "jpeg")), ("Track 2.0.txt", b"words")])
     source = open_shards(str(tmp_path), val=0).train
     with pytest.raises(BadSample, match=r"no picture .* but \.0\.jpg: .* rename the members so that keys have no dots"):
@@ -324,7 +324,7 @@ def test_a_folder_is_read_as_it_is(tmp_path: Path) -> None:
     assert source.locate(2) == "images/sub/ç.png" and source.read(0).picture == picture(0)
 
 
-def test_a_picture_that_is_not_there_is_a_bad_sample(tmp_path: Path) -> None:
+def test_a_missing_image_is_a_bad_sample(tmp_path: Path) -> None:
     source = open_folder(str(make_folder(tmp_path / "f", "gone.png\tone\n")), val=0).train
     with pytest.raises(BadSample, match="no such file"):
         source.read(0)

@@ -110,7 +110,7 @@ def bomb() -> bytes:
     ids=["cut", "flipped", "zero bytes", "no picture", "bomb", "no caption", "empty caption", "no captions",
          "not UTF-8", "json without the key", "broken json", "no image"],
 )
-def test_a_bad_sample_is_survived_replaced_and_told(
+def test_a_bad_sample_is_replaced_and_listed(
     tmp_path: Path, change: Callable[[Members], None], reason: str
 ) -> None:
     samples = members()
@@ -159,7 +159,7 @@ def cut_shard(root: Path) -> Path:
     return shard
 
 
-def test_of_a_tar_cut_in_a_member_all_before_the_cut_is_used(
+def test_a_tar_truncated_in_a_member_is_used_up_to_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cut_shard(tmp_path)
@@ -187,7 +187,7 @@ def test_what_a_cut_has_lost_counts_and_is_listed(tmp_path: Path, train: Callabl
     assert {line["place"] for line in listed[1:]} == {"b.tar/022"}
 
 
-def test_a_warning_about_shards_stands_in_the_runs_log_once(tmp_path: Path, train: Callable[..., None]) -> None:
+def test_a_warning_about_shards_is_logged_once(tmp_path: Path, train: Callable[..., None]) -> None:
     cut_shard(tmp_path / "data").with_name("b_stats.json").write_text(json.dumps({"successes": 31}))
     train("data=shards", "data.root=data", "data.val=0", "batch_size=21", "max_steps=2", "name=x", "workers=0")
     assert (tmp_path / "outputs/x/train.log").read_text().count("b.tar is cut short") == 1
@@ -313,7 +313,7 @@ def test_a_tar_that_was_not_sorted_says_so_and_how_to_write_it_again(tmp_path: P
     assert list(reader.source.sizes) == [SAMPLES] and account(two_epochs(reader)) == {}
 
 
-def test_few_samples_whose_members_are_not_adjacent_are_told_and_skipped(
+def test_a_few_samples_with_scattered_members_are_reported_and_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     samples = members()

@@ -66,7 +66,7 @@ def test_an_epoch_brings_every_sample_once_across_the_ends_of_batches(shards: Pa
     assert all(sorted(epoch.tolist()) == list(range(27)) for epoch in ids)
 
 
-def test_the_loader_goes_on_from_a_position_alone(shards: Path) -> None:
+def test_the_loader_resumes_from_a_position_alone(shards: Path) -> None:
     reader = reader_of(shards)
     straight = batches(reader, 6, 5)
     assert all(same(a, b) for a, b in zip(straight[3:], batches(reader, 3, 5, start=15), strict=True))
@@ -131,7 +131,7 @@ def spoilt(tmp_path: Path) -> Path:
     return tmp_path / "spoilt"
 
 
-def test_a_bad_sample_is_replaced_and_told(spoilt: Path) -> None:
+def test_a_bad_sample_is_replaced_and_reported(spoilt: Path) -> None:
     chunks = batches(reader_of(spoilt), 10, 4)
     assert all(len(chunk) == 4 for chunk in chunks)
     records = [record for chunk in chunks for record in chunk.skipped]
@@ -173,7 +173,7 @@ def test_the_first_caption_always_where_asked(shards: Path) -> None:
     assert all(caption.startswith("thing number") for chunk in batches(reader, 8, 27) for caption in chunk.captions)
 
 
-def test_chunks_tell_which_rows_are_alike(tmp_path: Path) -> None:
+def test_chunks_carry_the_ids_of_equal_rows(tmp_path: Path) -> None:
     rows = [(1, "a cat"), (2, "a dog"), (1, "a pet"), (3, "a cat")]
     write_tar(tmp_path / "x.tar", [(f"{number}.{kind}", data) for number, (shade, caption) in enumerate(rows)
                                    for kind, data in (("png", picture(shade)), ("txt", caption.encode()))])
@@ -187,7 +187,7 @@ def test_chunks_tell_which_rows_are_alike(tmp_path: Path) -> None:
                               [True, False, True, False], [True, False, False, True]]
 
 
-def test_a_worker_ends_at_the_word_of_its_run_alone(shards: Path) -> None:
+def test_a_worker_ends_only_when_its_run_says_so(shards: Path) -> None:
     chunks = load_chunks(reader_of(shards), train_ranges(0, 5), 1, pin=False)
     next(chunks)
     (worker,) = active_children()

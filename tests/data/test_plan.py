@@ -10,7 +10,7 @@ from clipx.data.plan import MixPlan, Plan, permutation, shares
 
 @pytest.mark.parametrize("sizes", [[7, 1, 12, 5], [5], [100, 3], [1] * 30])
 @pytest.mark.parametrize("window", [4, 25, 1000])
-def test_every_sample_stands_exactly_once_in_every_epoch(sizes: list[int], window: int) -> None:
+def test_every_sample_occurs_exactly_once_in_every_epoch(sizes: list[int], window: int) -> None:
     plan, total = Plan(sizes, seed=3, window=window), sum(sizes)
     for epoch in range(3):
         places = [plan[position] for position in range(epoch * total, (epoch + 1) * total)]
@@ -57,7 +57,7 @@ def test_substitutes_come_from_the_same_window_and_differ() -> None:
     assert found == [plan.substitute(250, attempt).sample for attempt in range(1, 65)]
 
 
-def test_windows_tell_what_will_be_read_and_from_where_on() -> None:
+def test_windows_list_what_will_be_read_and_from_which_position() -> None:
     plan = Plan([10] * 100, seed=0, window=50)
     windows = list(itertools.islice(plan.windows(1230), 40))
     assert [window.start for window in windows[:3]] == [1200, 1250, 1300]

@@ -180,7 +180,7 @@ def test_a_lost_rank_is_named_by_all_others_within_a_minute(victim: int, tmp_pat
 
 @pytest.mark.long
 @pytest.mark.parametrize(("victim", "saving"), [(1, False), (0, True)], ids=["in a step", "while it saves"])
-def test_torchrun_restarts_a_job_that_lost_a_rank_and_it_ends_as_an_unbroken_one(
+def test_torchrun_restarts_a_job_that_lost_a_rank_with_the_same_result(
     victim: int, saving: bool, torchrun: Callable[..., str], tmp_path: Path
 ) -> None:
     torchrun(2, name="straight")
@@ -217,7 +217,7 @@ def test_a_node_that_is_lost_leaves_the_job_to_the_others(torchrun: Callable[...
 
 
 @pytest.mark.long
-def test_what_ends_one_rank_is_told_by_all_and_a_sigterm_saves(torchrun: Callable[..., str], tmp_path: Path) -> None:
+def test_one_ranks_error_is_reported_by_all_and_sigterm_saves(torchrun: Callable[..., str], tmp_path: Path) -> None:
     told = torchrun(2, "batch_size=15", code=1)
     assert "batch_size=15 does not divide among 2 ranks; 14 and 16 do\n" in told
     agent = start(tmp_path, 2)
@@ -239,7 +239,7 @@ def test_a_job_of_a_sweep_that_fails_leaves_the_ranks_to_the_next(
 
 
 @pytest.mark.long
-def test_what_one_rank_alone_meets_is_told_by_the_others(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_alone_is_reported_by_the_others(tmp_path: Path) -> None:
     agent = start(tmp_path, 2, *RUN, "workers=1", "eval_every=null")
     until(lambda: logged(tmp_path) > 12, agent)
     ranks_of(agent)[1].children()[0].kill()         # the process that reads for it

@@ -218,7 +218,7 @@ def test_open_clips_class_names_are_1000() -> None:
 
 
 @pytest.mark.parametrize("which", ["folder", "shards"])
-def test_a_broken_picture_is_counted_and_told(
+def test_a_broken_image_is_counted_and_reported(
     which: str, model: CLIP, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if which == "folder":
@@ -264,7 +264,7 @@ def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None
         ({"shards": "http://h/a.tar"}, "sets.x.shards=http://h/a.tar: expected local tars"),
     ],
 )
-def test_a_set_that_is_wrong_is_told_in_one_line(
+def test_a_wrong_set_is_one_line(
     which: dict[str, str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -260,7 +260,7 @@ def test_a_shape_that_cannot_be_is_named(wrong: object, message: str) -> None:
         wrong()
 
 
-def test_the_public_names_are_there() -> None:
+def test_the_public_names_exist() -> None:
     assert clipx.CLIP is CLIP and clipx.clip_small is clip_small
     for name in clipx.__all__:
         assert getattr(clipx, name).__doc__

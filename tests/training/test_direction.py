@@ -22,11 +22,11 @@ from clipx.weights.checkpoint import read
     ("val/retrieval@b/i2t_r1", "max"), ("val/zero_shot@a/top1", "max"), ("val/gap/closeness", "max"),
     ("val/retrieval/shuffled_t2i_mean_rank", "min"), ("val/retrieval/mean_recall", "max"),
 ])  # fmt: skip
-def test_of_clipx_s_own_metrics_the_direction_is_known(tag: str, mode: str) -> None:
+def test_the_direction_of_built_in_metrics_is_known(tag: str, mode: str) -> None:
     assert mode_of(tag, None) == mode
 
 
-def test_what_contradicts_what_is_known_is_refused_and_a_metric_of_one_s_own_goes_as_said() -> None:
+def test_a_wrong_mode_is_refused_and_a_users_metric_follows_it() -> None:
     assert mode_of("val/gap/closeness", "min") == "min"
     with pytest.raises(UserError, match="^mode=max: val/loss is better when it is low; leave out mode, or"):
         mode_of("val/loss", "max")
@@ -57,7 +57,7 @@ def test_the_best_checkpoint_by_a_loss_is_that_of_the_lowest(
     assert all((tensor == best[name]).all() for name, tensor in load(str(run))[0].state_dict().items())
 
 
-def test_a_best_that_an_earlier_version_took_for_high_is_not_kept(
+def test_a_best_chosen_in_the_wrong_direction_is_dropped(
     losses: None, train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Older(Callbacks):

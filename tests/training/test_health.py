@@ -45,12 +45,12 @@ def test_the_effective_rank_counts_directions() -> None:
 
 
 @pytest.mark.parametrize(("scale", "clamped"), [(100.0, 1.0), (1.0, 1.0), (14.0, 0.0)])
-def test_a_temperature_at_its_bound_is_told(scale: float, clamped: float) -> None:
+def test_a_temperature_at_its_bound_is_reported(scale: float, clamped: float) -> None:
     image = F.normalize(torch.randn(8, 4), dim=-1)
     assert health_metrics(numbers(image, image, scale))["health/scale_at_clamp"] == clamped
 
 
-def test_words_come_once_and_only_for_what_lasts() -> None:
+def test_warnings_come_once_and_only_for_lasting_problems() -> None:
     monitor, told = HealthMonitor(256), []
     bad = {"health/loss_over_chance": 0.999, "health/image_rank": 1.2, "health/text_rank": 90.0}
     good = {"health/loss_over_chance": 0.7, "health/image_rank": 80.0, "health/text_rank": 90.0}
@@ -60,7 +60,7 @@ def test_words_come_once_and_only_for_what_lasts() -> None:
     assert list(monitor.check(2000, bad)) == []
 
 
-def test_a_run_that_learns_nothing_is_told_so(
+def test_a_run_that_learns_nothing_is_reported(
     train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "PATIENCE", 5)
@@ -70,7 +70,7 @@ def test_a_run_that_learns_nothing_is_told_so(
     assert {"health/image_rank", "health/scale_at_clamp"} <= lines(tmp_path / "outputs/x")[0].keys()
 
 
-def test_a_run_whose_embeddings_collapse_is_told_so(
+def test_collapsed_embeddings_are_reported(
     train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "PATIENCE", 5)

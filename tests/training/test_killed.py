@@ -86,7 +86,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-def test_killed_at_twelve_random_moments_it_ends_as_the_unbroken_run_does(straight: Path, tmp_path: Path) -> None:
+def test_killed_at_twelve_random_moments_it_equals_an_uninterrupted_run(straight: Path, tmp_path: Path) -> None:
     def trial(seed: int) -> str:
         cwd = tmp_path / str(seed)
         at = killed(cwd, seed)
@@ -102,7 +102,7 @@ def test_killed_at_twelve_random_moments_it_ends_as_the_unbroken_run_does(straig
 
 
 @pytest.mark.long
-def test_killed_again_and_again_it_still_ends_as_the_unbroken_run_does(straight: Path, tmp_path: Path) -> None:
+def test_killed_repeatedly_it_equals_an_uninterrupted_run(straight: Path, tmp_path: Path) -> None:
     for seed in range(5):
         process = start(tmp_path)
         begun = logged(tmp_path)

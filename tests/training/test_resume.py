@@ -51,7 +51,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_saves_and_ends_and_the_same_words_go_on(
+def test_a_signal_saves_and_the_same_command_resumes(
     number: signal.Signals, train: Train, tmp_path: Path, at_step: Callable[..., None],
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -95,7 +95,7 @@ def test_a_sweep_ends_with_its_job_at_a_signal(train: Train, tmp_path: Path, at_
     assert ended.value.code == 0 and len(list((tmp_path / "outputs/sweeps/sweep").iterdir())) == 1
 
 
-def test_a_sweeps_job_that_a_signal_ends_tells_where(
+def test_a_job_ended_by_a_signal_says_at_which_step(
     train: Train, at_step: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     at_step(2, lambda: signal.raise_signal(signal.SIGTERM))
@@ -333,7 +333,7 @@ def test_a_run_that_diverges_too_often_names_step_samples_and_norms(
     assert summary(tmp_path / "outputs/x")["state"] == "failed"
 
 
-def test_a_full_disk_ends_the_run_with_what_was_needed_and_keeps_what_stands(
+def test_a_full_disk_ends_the_run_with_the_space_needed_and_keeps_the_old_checkpoint(
     train: Train, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(*FEW, "name=straight", "max_steps=9")

@@ -50,7 +50,7 @@ def test_a_directory_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.M
         save(tmp_path / "clip_last.pt", CONTENT)
 
 
-def test_what_is_saved_in_the_background_is_what_stood_there_when_it_was_asked_for(tmp_path: Path) -> None:
+def test_a_background_save_is_of_the_state_when_it_was_requested(tmp_path: Path) -> None:
     weights = torch.zeros(2_000_000)
     with AsyncSaver(tmp_path, {"plan": "x"}, previous=False) as saver:
         for step in range(3):
@@ -61,7 +61,7 @@ def test_what_is_saved_in_the_background_is_what_stood_there_when_it_was_asked_f
         assert found["step"] == step and found["plan"] == "x" and (found["model_state_dict"]["a"] == step).all()
 
 
-def test_what_fails_in_the_background_is_told_at_the_next_step(tmp_path: Path) -> None:
+def test_a_failed_background_save_is_raised_at_the_next_step(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("a file where the directory should be")
     match = "cannot be written: File exists"
     with pytest.raises(CheckpointError, match=match), AsyncSaver(tmp_path / "x", {}, previous=False) as saver:

@@ -129,7 +129,7 @@ def test_hugging_faces_own_directory_comes_back_with_the_tensors_that_it_had(exp
         (["too=hf", "run=w.pt", "out=new"], "too: there is no such key; did you mean to?"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_and_leaves_nothing(
+def test_a_mistake_is_one_line_and_leaves_nothing(
     refuses: Callable[..., str], weights: Path, words: list[str], message: str
 ) -> None:
     assert refuses(*words) == message
@@ -162,7 +162,7 @@ def test_an_export_that_computes_something_else_is_not_made(
     assert message.startswith("the features of pictures differ by ") and message.endswith("; nothing is exported")
 
 
-def test_a_package_that_is_not_there_is_named(
+def test_a_missing_package_is_named(
     refuses: Callable[..., str], weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec

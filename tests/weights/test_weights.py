@@ -226,7 +226,7 @@ def test_what_open_clip_has_cached_is_found_by_its_name(tmp_path: Path, monkeypa
         ({"path": "."}, "clip_last.pt: there is no such checkpoint"),
     ],
 )
-def test_what_cannot_be_loaded_is_told_in_one_line(
+def test_what_cannot_be_loaded_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -357,7 +357,7 @@ def test_with_a_low_rate_a_tower_moves_less(train: Callable[..., None], tmp_path
     assert moved["visual.proj"] == pytest.approx(0.01 * moved["text_projection"], rel=0.05)
 
 
-def test_when_a_run_goes_on_its_checkpoint_wins_and_the_weights_may_be_gone(
+def test_on_resume_the_checkpoint_wins_over_init_from(
     train: Callable[..., None], fails: Callable[..., str], tmp_path: Path
 ) -> None:
     torch.save(peer().state_dict(), tmp_path / "w.pt")
@@ -429,7 +429,7 @@ def test_position_embeddings_are_resized_as_open_clip_does(
         (["freeze=[vision]"], "freeze=['vision']: should be 'image' or 'text'"),
     ],
 )
-def test_what_does_not_fit_is_told_with_the_remedy(
+def test_weights_that_do_not_fit_are_refused_with_a_remedy(
     fails: Callable[..., str], tmp_path: Path, words: list[str], message: str
 ) -> None:
     torch.save(peer().state_dict(), tmp_path / "w.pt")
@@ -439,7 +439,7 @@ def test_what_does_not_fit_is_told_with_the_remedy(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_check_tells_of_weights_that_do_not_fit(
+def test_check_reports_weights_that_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     from clipx.check import main

@@ -245,7 +245,7 @@ def web() -> Iterator[ThreadingHTTPServer]:
     thread.join()
 
 
-def test_cc3m_is_fetched_shrunk_and_what_is_unreachable_is_told(
+def test_cc3m_is_downloaded_and_shrunk_and_unreachable_urls_are_reported(
     prepare: Callable[..., None], tmp_path: Path, web: ThreadingHTTPServer
 ) -> None:
     odd = ["gone", "slow", "html", "cut", "shy", "busy"]
@@ -278,7 +278,7 @@ def test_labels_after_the_url_of_cc3m_are_left_alone(
         (f"{web.url}/1", ["one"]), (f"{web.url}/2", ["two"])]
 
 
-def test_a_network_that_is_gone_ends_the_run_and_the_same_words_go_on(
+def test_a_lost_network_ends_the_run_and_the_same_command_resumes(
     prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     save(tmp_path / "x.tsv", "one\thttp://127.0.0.1:9/a\ntwo\thttp://127.0.0.1:9/b\n")
@@ -395,7 +395,7 @@ def test_nothing_left_is_an_error(
 # ---------------------------------------------------------------- interruptions
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(prepare: Callable[..., None], tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(prepare: Callable[..., None], tmp_path: Path) -> None:
     make_coco(tmp_path / "coco", 300, 20)
     given = ["source=coco", "src=coco", "samples_per_shard=10", "encode=webp", "workers=2"]
     command = [sys.executable, "-m", "clipx.prepare", *given, "out=killed"]

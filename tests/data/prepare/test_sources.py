@@ -77,7 +77,7 @@ def test_pictures_of_every_ending_are_packed(prepare: Callable[..., None], tmp_p
         assert shown.size == (40, 32) and shown.getpixel((20, 16))[2] <= 3
 
 
-def test_a_picture_whose_reader_is_not_installed_is_counted_with_the_words_that_install_it(
+def test_an_image_whose_reader_is_not_installed_is_counted_with_the_install_command(
     prepare: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (sample, encode, images):
@@ -141,7 +141,7 @@ def test_an_imagefolder_may_have_splits(prepare: Callable[..., None], tmp_path: 
     assert '"split": "test"' in (tmp_path / "o/dropped.jsonl").read_text()
 
 
-def test_a_folder_that_training_cannot_read_is_refused_with_the_words_that_pack_it(
+def test_a_folder_that_training_cannot_read_is_refused_with_the_prepare_command(
     fails: Callable[..., str], prepare: Callable[..., None], tmp_path: Path
 ) -> None:
     save(tmp_path / "f/1.png", picture(1))
@@ -453,7 +453,7 @@ def make_holes(root: Path, there: set[int]) -> None:
         save(root / f"images/{n}.png", picture(n))
 
 
-def test_a_shard_that_would_be_empty_is_left_out_told_and_bounded(
+def test_an_empty_shard_is_left_out_reported_and_bounded(
     prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_holes(tmp_path / "a", set(range(12)) - {4, 5, 6, 7})
@@ -474,7 +474,7 @@ def test_a_shard_that_would_be_empty_is_left_out_told_and_bounded(
     assert report["empty"] == ["train/folder-train-000002.tar", "train/folder-train-000003.tar"]
 
 
-def test_shards_that_came_out_empty_are_tried_again_by_the_same_words(
+def test_empty_shards_are_retried_by_the_same_command(
     prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     given = ("source=folder", "src=a", "samples_per_shard=2", "shuffle=false")

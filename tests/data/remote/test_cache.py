@@ -206,7 +206,7 @@ def test_what_is_still_needed_is_not_evicted(server: Server, remote: Callable[..
         assert all(data.train.catalogue.remotes[shard].is_cached() for shard in needed)
 
 
-def test_too_small_a_cache_is_told_with_what_is_enough(server: Server, remote: Callable[..., Data]) -> None:
+def test_too_small_a_cache_is_refused_with_a_sufficient_size(server: Server, remote: Callable[..., Data]) -> None:
     with pytest.raises(DataError, match=r"data\.cache_gb=1e-05 is too small for two windows of shards") as raised:
         chunks_of(remote(cache_gb=0.00001))
     told = float(str(raised.value).partition("at least data.cache_gb=")[2])
@@ -234,7 +234,7 @@ def test_a_set_much_smaller_than_the_window_starts_at_once(
     assert "part-007.tar" not in server.asked
 
 
-def test_what_is_there_is_used_again_and_nothing_is_asked_twice(
+def test_cached_shards_are_reused_without_another_request(
     server: Server, remote: Callable[..., Data]
 ) -> None:
     chunks_of(remote())
@@ -306,7 +306,7 @@ def test_a_shard_that_cannot_be_had_ends_the_run_with_its_url_when_it_is_needed(
     assert server.asked.count(name) == tries and time.perf_counter() - began < 8
 
 
-def test_a_server_that_is_down_is_told_by_all_who_wait(server: Server, remote: Callable[..., Data]) -> None:
+def test_a_server_that_is_down_is_reported_by_every_rank(server: Server, remote: Callable[..., Data]) -> None:
     data = remote(cache_gb=enough(server))
     batches = load_chunks(reader_of(data), train_ranges(0, 5), 2, pin=False)
     next(batches)
@@ -490,7 +490,7 @@ def test_a_pipe_runs_only_where_it_is_allowed(server: Server, remote: Callable[.
         remote(shards=f"pipe:cat {tmp_path}/nowhere.tar", allow_pipe=True)
 
 
-def test_what_cannot_be_opened_is_told_in_one_line(
+def test_what_cannot_be_opened_is_one_line(
     remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match=r"^odd://b/x\.tar cannot be opened: .* http\(s\)://, s3://, gs:// or az:"):
@@ -554,7 +554,7 @@ def test_a_signed_url_keeps_its_query(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "part").read_bytes() == (server.root / "part-001.tar").read_bytes()
 
 
-def test_a_run_trains_from_http_and_goes_on_when_the_server_is_back(
+def test_a_run_trains_from_http_and_resumes_when_the_server_is_back(
     server: Server, train: Callable[..., None], fails: Callable[..., str], tmp_path: Path
 ) -> None:
     words = [

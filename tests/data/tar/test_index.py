@@ -89,7 +89,7 @@ def test_members_of_one_kind_twice_make_two_samples(tmp_path: Path) -> None:
     [(1700, 1, 2), (1400, 1, 1), (1024, 1, 1), (700, 0, 1)],
     ids=["in a member", "in a header", "between", "in the first"],
 )
-def test_of_a_tar_that_is_cut_short_what_stands_before_the_cut_is_used(
+def test_a_truncated_tar_is_used_up_to_the_cut(
     tmp_path: Path, kept: int, readable: int, samples: int
 ) -> None:
     shard = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 300), ("b.jpg", b"2" * 1000), ("c.jpg", b"3")])
