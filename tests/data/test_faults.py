@@ -431,7 +431,7 @@ def test_a_shard_that_cannot_be_read_is_tried_again_and_then_ends_the_run(
         two_epochs(reader_of_again(reader))
 
 
-@pytest.mark.parametrize(("module", "call"), [(os, "open"), (os, "pread"), (io, "open")])
+@pytest.mark.parametrize(("module", "call"), [(os, "pread"), (io, "open")])
 def test_a_shard_that_cannot_be_read_when_a_run_begins_is_named(
     tmp_path: Path, module: ModuleType, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
