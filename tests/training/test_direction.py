@@ -12,6 +12,7 @@ from conftest import FEW, summary
 from clipx import compare, load
 from clipx.errors import UserError
 from clipx.evals.validation import Validation
+from clipx.training import run as training
 from clipx.training.callbacks import Callbacks
 from clipx.training.direction import is_better, mode_of
 from clipx.weights.checkpoint import read
@@ -55,6 +56,23 @@ def test_the_best_checkpoint_by_a_loss_is_that_of_the_lowest(
     assert summary(run)["mode"] == "min" and read(run / "checkpoints/clip_best.pt")["step"] == 2
     best = read(run / "checkpoints/clip_best.pt")["model_state_dict"]
     assert all((tensor == best[name]).all() for name, tensor in load(str(run))[0].state_dict().items())
+
+
+def test_a_run_returns_its_objective_also_when_it_has_finished_before(
+    losses: None, train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned = []
+    run = training.run
+    monkeypatch.setattr(training, "run", lambda *given: returned.append(run(*given)))
+    words = [*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "read_summary", None)       # a run does not read what it has written
+        train(*words, "stop_at=2")
+        train(*words)
+    train(*words)
+    (tmp_path / "outputs/x/summary.json").unlink()
+    train(*words)
+    assert returned == [1.0, 2.0, 2.0, 2.0] and summary(tmp_path / "outputs/x")["state"] == "finished"
 
 
 def test_a_best_chosen_in_the_wrong_direction_is_dropped(

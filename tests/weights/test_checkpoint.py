@@ -61,6 +61,27 @@ def test_a_background_save_is_of_the_state_when_it_was_requested(tmp_path: Path)
         assert found["step"] == step and found["plan"] == "x" and (found["model_state_dict"]["a"] == step).all()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_the_checkpoints_of_one_step_are_one_file_where_the_file_system_has_links(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    with AsyncSaver(tmp_path, {}, previous=False) as saver:
+        for step in (1, 2):
+            saver({**CONTENT, "optimizer": {}, "step": step}, ["best", "last", f"step_{step}"])
+    for last, kept in (("last", "step_2"), ("previous", "step_1")):
+        one, other = (tmp_path / f"clip_{kind}.pt" for kind in (last, kept))
+        assert one.samefile(other) == links and one.read_bytes() == other.read_bytes()
+    assert read(tmp_path / "clip_best.pt").keys().isdisjoint({"optimizer"}) and not [*tmp_path.glob("*.writing")]
+    distinct = ("best", "last", "previous") if links else ("best", "last", "previous", "step_1", "step_2")
+    sizes = [(tmp_path / f"clip_{kind}.pt").stat().st_size for kind in distinct]
+    assert checkpoint.size_on_disk(tmp_path) == sum(sizes)
+
+
 def test_a_failed_background_save_is_raised_at_the_next_step(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("a file where the directory should be")
     match = "cannot be written: File exists"
