@@ -1,6 +1,7 @@
 """What tests share: one thread, small real shards, and a way to call a command in this process."""
 
 import csv
+import importlib
 import io
 import json
 import multiprocessing
@@ -99,12 +100,16 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``python -m clipx.train ARGUMENTS`` in this process, from an empty directory."""
-    from clipx.train import main
+    return command("train", tmp_path, monkeypatch)
 
-    monkeypatch.chdir(tmp_path)
+
+def command(name: str, cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``python -m clipx.NAME ARGUMENTS`` in this process, from a directory."""
+    main = importlib.import_module(f"clipx.{name}").main
+    monkeypatch.chdir(cwd)
 
     def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.train", *once(*words)])
+        monkeypatch.setattr(sys, "argv", [f"clipx.{name}", *once(*words)])
         main()
 
     return run
@@ -239,21 +244,14 @@ def reader(train: Callable[..., None], tmp_path: Path) -> Path:
 @pytest.fixture
 def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``python -m clipx.prepare ARGUMENTS`` in this process."""
-    from clipx.prepare import main
-
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.prepare", *once("workers=0", *words)])
-        main()
-
-    return run
+    return partial(command("prepare", tmp_path, monkeypatch), "workers=0")
 
 
 @pytest.fixture
 def refused(prepare: Callable[..., None]) -> Callable[..., str]:
     """The one line that the command ends with."""
     return partial(last_line, prepare)
+
 
 def until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     while not happened():
@@ -266,22 +264,20 @@ def check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, int]]:
     """``python -m clipx.check ARGUMENTS`` in this process, from an empty directory: its output and exit code."""
-    from clipx.check import main
-
-    monkeypatch.chdir(tmp_path)
+    call = command("check", tmp_path, monkeypatch)
 
     def run(*words: str) -> tuple[str, int]:
-        monkeypatch.setattr(sys, "argv", ["clipx.check", *once(*words)])
         capsys.readouterr()
         code = 0
         try:
-            main()
+            call(*words)
         except SystemExit as ended:
             print(ended.code, file=sys.stderr)
             code = 1
         return capsys.readouterr().err, code
 
     return run
+
 
 EARLY = (*FEW, "model.image.width=2", "model.image.heads=1", "model.text.width=2", "model.text.heads=1",
          "model.image.embed=2", "evals=[]", "max_steps=4", "eval_every=null", "name=early")

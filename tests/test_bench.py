@@ -2,13 +2,12 @@ import importlib
 import itertools
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, in_process, once
+from conftest import ROOT, command, in_process, once
 from hydra import compose, initialize_config_module
 
 from clipx.config.resolve import resolve
@@ -22,15 +21,7 @@ FEW = ("data=dummy", "data.samples=80", "data.val_samples=4", "batch_size=16", "
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    from clipx.bench import main
-
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.bench", *once(*words)])
-        main()
-
-    return run
+    return command("bench", tmp_path, monkeypatch)
 
 
 def config_of(*words: str) -> TrainConfig:

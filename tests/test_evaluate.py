@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FEW, once, picture, run_ranks, summary, train_in
+from conftest import FEW, command, picture, run_ranks, summary, train_in
 from labelled_data import class_folders, class_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -48,15 +48,12 @@ def run(trained: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Evaluate:
     """``python -m clipx.evaluate ARGUMENTS`` in this process, from an empty directory: what it tells."""
-    from clipx.evaluate import main
-
-    monkeypatch.chdir(tmp_path)
+    call = command("evaluate", tmp_path, monkeypatch)
 
     def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["clipx.evaluate", *once(*words)])
         capsys.readouterr()
         try:
-            main()
+            call(*words)
         except SystemExit as ended:
             assert "\n" not in str(ended.code)
             return str(ended.code)

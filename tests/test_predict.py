@@ -1,13 +1,12 @@
 """A trained model is asked: scores of pictures, and pictures that are looked for."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import last_line, once, picture, train_in
+from conftest import command, last_line, picture, train_in
 from PIL import Image
 
 from clipx import load
@@ -31,15 +30,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ask(asked: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
-    from clipx.predict import main
-
-    monkeypatch.chdir(asked)
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.predict", *once(*words)])
-        main()
-
-    return run
+    return command("predict", asked, monkeypatch)
 
 
 TEXTS = ["a red circle in the upper left", "a blue bar in the lower right", "a green square"]

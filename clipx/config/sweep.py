@@ -151,4 +151,3 @@ def describe_run(directory: Path) -> str:
     tag = summary.get("objective")
     objective = f", {tag} {summary['final'][tag]:.4g}" if tag in summary["final"] else ""
     return f"{summary['state']} at step {summary['step']:,}{objective}, {summary['seconds'] / 60:.1f} min"
-

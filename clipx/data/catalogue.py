@@ -59,8 +59,7 @@ class Catalogue:
         """Open a shard for reading."""
         if number in self.remotes:
             return CachedShard(self.remotes[number])
-        row = self.rows[number]
-        return OpenShard(self.shards[number], int(row["bytes"]), int(row["mtime"]), self.index_dir)
+        return OpenShard(self.shards[number], int(self.rows[number]["bytes"]), self.index_dir)
 
     def sidecar_dirs(self) -> dict[Path, str]:
         """Return the local directories of the shards' sidecar files, and their names in messages."""

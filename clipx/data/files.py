@@ -15,9 +15,9 @@ from clipx.data.tar.headers import DataError
 
 WRITING = ".writing-"       # in the name of an incomplete file
 WAITS = (0.2, 1.0, 3.0)     # seconds before each retry of a failed read
+CLUTTER = {"@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
-CLUTTER = {"@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 
 
 class Files:
@@ -112,7 +112,7 @@ def read_lines(path: Path, key: str) -> list[str]:
                     f"iconv -f {encoding} -t UTF-8 {path} > NEW")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all; other processes may write it at the same time."""
     temporary = path.with_name(f"{path.name}{WRITING}{os.getpid()}")
     temporary.write_bytes(data)

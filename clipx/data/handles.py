@@ -25,14 +25,13 @@ class OpenShard:
     Args:
         path: the tar.
         size: its bytes when the run started.
-        mtime: the time of its last change then, ns.
         index_dir: directory of its index if that is not next to it.
 
     Raises:
         DataError: it cannot be read, or has changed since.
     """
 
-    def __init__(self, path: Path, size: int, mtime: int, index_dir: Path):
+    def __init__(self, path: Path, size: int, index_dir: Path):
         self.path, self.size = path, size
         self.descriptor = retry_read(path, os.open, path, os.O_RDONLY)
         self.stat = os.fstat(self.descriptor)

@@ -118,12 +118,11 @@ class EvalEncoder:
         images, labels, samples = [], [], []
         hidden: list[Tensor] = []
         skipped: list[Skip] = []
-        hook = visual.ln_post.register_forward_hook(lambda _layer, _inputs, x: hidden.append(x.float().cpu()))
-        for chunk, image in self.encode_images(source, skipped):
-            images.append(image)
-            labels.append(torch.tensor([int(label) for label in chunk.captions]))
-            samples.append(chunk.samples)
-        hook.remove()
+        with visual.ln_post.register_forward_hook(lambda _layer, _inputs, x: hidden.append(x.float().cpu())):
+            for chunk, image in self.encode_images(source, skipped):
+                images.append(image)
+                labels.append(torch.tensor([int(label) for label in chunk.captions]))
+                samples.append(chunk.samples)
         everywhere = join(images, visual.embed)
         return LabelledFeatures(
             skipped=gather_skipped(skipped, len(everywhere)),
@@ -172,7 +171,7 @@ class EvalEncoder:
             torch.save(vars(features), content)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(file, content.getvalue())
+                write_atomic(file, content.getbuffer())
             except OSError as error:
                 raise UserError(f"cache={file.parent} cannot be written: {error.strerror}; cache=null turns the cache "
                                 "off") from error

@@ -25,9 +25,8 @@ from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.evals.figures import picture_grid, save_figure, shorten
 from clipx.evals.validation import LabelledEvaluation
-from clipx.sched import warmup_steps
 from clipx.tools.machine import Finding, check_device, check_disk, check_memory, check_workers, format_bytes
-from clipx.training.header import describe_length
+from clipx.training.header import describe_length, warmup_of
 from clipx.training.loop import State
 from clipx.training.parts import identify, initial_state, run_length, train_reader
 from clipx.training.resume import restore
@@ -147,10 +146,8 @@ def check_length(config: TrainConfig, samples: int, length: int) -> Iterator[Fin
     build(config.sched, "sched", config.trust)(length)
     epoch = samples / config.batch_size
     yield Finding("ok", f"{describe_length(config, samples, length)}; {epoch:,.4g} batches an epoch")
-    if {"warmup", "warmup_cap"} <= config.sched.keys():
-        warm = warmup_steps(length, config.sched["warmup"], config.sched["warmup_cap"])
-        if warm >= length:
-            yield Finding("odd", f"warm-up lasts for all {length:,} steps; sched.warmup_cap=0.1 shortens it")
+    if (warmup_of(config, length) or 0) >= length:
+        yield Finding("odd", f"warm-up lasts for all {length:,} steps; sched.warmup_cap=0.1 shortens it")
     for key in ("log_every", "eval_every", "save_every", "keep_every"):
         steps = Every(getattr(config, key), length, epoch).in_steps
         if steps is not None and steps > length:

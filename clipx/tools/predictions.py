@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from clipx.data.files import Files, find_pictures, read_lines
-from clipx.data.images import Normalise, decode, eval_crop
-from clipx.data.loader import load_chunks, split_range
-from clipx.data.readers import EvalReader
+from clipx.data.images import decode, eval_crop
 from clipx.devices import limit_threads, select_device, select_workers
 from clipx.errors import UserError
-from clipx.evals.encoder import EvalEncoder
+from clipx.evals.encoder import CPU_BATCH, EvalEncoder
+from clipx.evals.features import Skip
 from clipx.evals.figures import picture_grid, save_figure, shorten
 from clipx.models.clip import CLIP
 from clipx.models.layers import Act
@@ -24,7 +23,6 @@ from clipx.tokenizer import SimpleTokenizer
 from clipx.weights.load import load
 
 THUMBNAIL = 224     # pixels
-CHUNK = 64          # pictures that a worker reads at once
 LIKE_A_FILE = re.compile(r"^[^,]*(/[^,]*|\.[A-Za-z]\w{0,4})$")      # one text with a slash or an extension
 
 
@@ -55,19 +53,16 @@ def encode_pictures(
     limit_threads()
     paths = find_pictures(images)
     model, _, tokenizer = load(run, select_device(device), trust, act)
-    where, size = model.logit_scale.device, model.visual.size
-    reader, normalise = EvalReader(Files(paths), size, tokenizer), Normalise(where)
-    processes = select_workers(workers) if len(paths) > CHUNK else 0
-    kept, features, bad = [], [torch.empty(0, model.visual.embed)], {}
-    for chunk in load_chunks(reader, split_range(range(len(paths)), CHUNK), processes, pin=where.type == "cuda"):
-        if len(chunk):
-            features.append(model.encode_image(normalise(chunk.images.to(where)), True).cpu())
+    encoder = EvalEncoder(model, tokenizer, select_workers(workers) if len(paths) > CPU_BATCH else 0)
+    kept, features = [], []
+    skipped: list[Skip] = []
+    for chunk, image in encoder.encode_images(Files(paths), skipped):
+        features.append(image)
         kept += [paths[sample] for sample in chunk.samples.tolist()]
-        bad.update({record.place: record.reason for record in chunk.skipped})
     if not kept:
-        first = next(iter(bad))
-        raise UserError(f"images={images}: no picture can be read, for example {first}: {bad[first]}")
-    return EncodedPictures(model, tokenizer, kept, torch.cat(features), bad)
+        first, reason = skipped[0]
+        raise UserError(f"images={images}: no picture can be read, for example {first}: {reason}")
+    return EncodedPictures(model, tokenizer, kept, torch.cat(features), dict(skipped))
 
 
 def read_texts(given: str) -> list[str]:

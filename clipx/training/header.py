@@ -29,13 +29,20 @@ def header_lines(parts: RunParts, state: State, origin: str) -> list[str]:
 
 def describe_length(config: TrainConfig, samples: int, length: int) -> str:
     """Steps, epochs and warm-up of a run."""
-    epochs = length * config.batch_size / samples
+    epochs, steps = length * config.batch_size / samples, warmup_of(config, length)
     warm = ""
-    if {"warmup", "warmup_cap"} <= config.sched.keys():
-        steps, wanted = warmup_steps(length, config.sched["warmup"], config.sched["warmup_cap"]), config.sched["warmup"]
+    if steps is not None:
+        wanted = config.sched["warmup"]
         limit = "sched.warmup" if steps == wanted else f"sched.warmup={wanted:,}, capped by sched.warmup_cap"
         warm = f", warm-up {steps:,} ({limit})"
     return f"{length:,} steps of {config.batch_size:,}, {epochs:.3g} epochs{warm}"
+
+
+def warmup_of(config: TrainConfig, length: int) -> int | None:
+    """Steps of warm-up, if the schedule has clipx's keys for it."""
+    if not {"warmup", "warmup_cap"} <= config.sched.keys():
+        return None
+    return warmup_steps(length, config.sched["warmup"], config.sched["warmup_cap"])
 
 
 def lost_samples(data: Data) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +9,13 @@ import open_clip
 import pytest
 import torch
 import transformers
-from conftest import FEW, last_line, once
+from conftest import FEW, command, last_line
 from peers import PIXELS, peer, real_batch
 from safetensors.torch import load_file
 
 from clipx import load
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode
-from clipx.export import main
 from clipx.models.clip import CLIP
 from clipx.weights.load import model_node
 
@@ -27,13 +25,7 @@ Export = Callable[..., None]
 @pytest.fixture
 def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
     """``python -m clipx.export ARGUMENTS`` in this process, from an empty directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["clipx.export", *once(*words)])
-        main()
-
-    return run
+    return command("export", tmp_path, monkeypatch)
 
 
 @pytest.fixture

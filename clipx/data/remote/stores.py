@@ -180,11 +180,11 @@ def run_with_retries(
         item, worst = max(errors.items(), key=lambda failed: is_permanent(failed[1]))       # the first of its kind
         if isinstance(worst, DataError):
             raise worst
-        told = f"{item} cannot be copied ({first_line(worst)})"
+        failure = f"{item} cannot be copied ({first_line(worst)})"
         if wait is None or is_permanent(worst):
-            raise DataError(f"{told}; rerun the same command to resume from the last checkpoint once it is available"
+            raise DataError(f"{failure}; rerun the same command to resume from the last checkpoint once it is available"
                             ) from worst
-        logger.warning("%s; trying again in %g s", told, wait)
+        logger.warning("%s; trying again in %g s", failure, wait)
         stopped.wait(wait)
     return found
 

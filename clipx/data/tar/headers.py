@@ -74,7 +74,7 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
                     long_name, long_size = pax_name_and_size(data, shard, count)
             else:
                 size = size if long_size is None else long_size
-                if kind in b"0\x007":
+                if kind in (b"0", b"\0", b"7"):
                     if len(name := long_name or name) > MAX_NAME:
                         raise DataError(f"{shard} has a name of {len(name):,} bytes, more than {MAX_NAME:,}; pack it "
                                         "again with shorter ones")
