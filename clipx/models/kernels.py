@@ -9,10 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipx.devices import has_amx
 
-try:
+HAS_VARLEN = torch.__version__ >= "2.11"        # a TorchVersion, compared by number; 2.10 has no window_size
+if HAS_VARLEN:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:             # torch 2.9
-    varlen_attn = None  # type: ignore[assignment]
 
 # without cuDNN's, whose backward pass was seen to give NaN for a single query and for masked rows
 # (NVIDIA/cudnn-frontend issue 1072, pytorch issue 196678)
@@ -34,7 +33,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, seen: Tenso
 
 def has_varlen(device: torch.device, dtype: torch.dtype | None) -> bool:
     """Whether ``varlen_attention`` exists for a device and a precision."""
-    return varlen_attn is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return HAS_VARLEN and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def varlen_attention(

@@ -90,7 +90,7 @@ class Attention(nn.Module):
             one_each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
             rows = varlen_attention(q.unflatten(-1, (self.heads, -1)), k, v, one_each, packed.offsets, packed.longest)
             return self.out_proj(rows.flatten(1))
-        queries = q.split([grid.shape[0] for grid in packed.grids])
+        queries = q.split([len(grid.seen) for grid in packed.grids])
         parts = zip(queries, packed.split(kv), packed.grids, strict=True)
         return self.out_proj(torch.cat([self.attend_once(q, grid.spread(kv), grid.seen) for q, kv, grid in parts]))
 

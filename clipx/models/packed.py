@@ -26,13 +26,9 @@ class Grid(NamedTuple):
     places: Tensor              # (T,) flat indices of the tokens, row by row
     seen: Tensor                # (G, 1, 1, L) bool: tokens up to the end token
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.seen.shape[0], self.seen.shape[-1]
-
     def spread(self, x: Tensor) -> Tensor:
         """(T, D) -> (G, L, D); zeros where there is no token."""
-        return Spread.apply(x, self.places, self.shape)
+        return Spread.apply(x, self.places, self.seen)
 
     def gather(self, x: Tensor) -> Tensor:
         """(G, L, D) -> (T, D)."""
@@ -43,10 +39,11 @@ class Spread(torch.autograd.Function):
     """Scatter rows into the cells of a grid.  The backward pass is a gather: no sums, so it is deterministic."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, places: Tensor, seen: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        grid = x.new_zeros(shape[0] * shape[1], x.shape[-1])
-        return grid.index_copy_(0, places, x).view(*shape, -1)
+        rows, _, _, width = seen.shape
+        grid = x.new_zeros(rows * width, x.shape[-1])
+        return grid.index_copy_(0, places, x).view(rows, width, -1)
 
     @staticmethod
     @once_differentiable
