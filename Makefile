@@ -20,6 +20,7 @@ test-all: .venv/tested lint types
 
 lint: .venv/tested
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: .venv/tested
 	$(BIN)/mypy

@@ -43,8 +43,10 @@ def split_config(composed: DictConfig) -> tuple[BenchConfig, TrainConfig]:
     """
     own = [field.name for field in fields(BenchConfig)]
     rest = [str(key) for key in composed if key not in own]
-    return (resolve(OmegaConf.masked_copy(composed, own), BenchConfig),
-            resolve(OmegaConf.masked_copy(composed, rest), TrainConfig))
+    return (
+        resolve(OmegaConf.masked_copy(composed, own), BenchConfig),
+        resolve(OmegaConf.masked_copy(composed, rest), TrainConfig),
+    )
 
 
 if __name__ == "__main__":

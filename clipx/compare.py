@@ -14,12 +14,19 @@ from clipx.tools.runs_table import Row, Run, export_rows, find_runs, show, table
 @survive_closed_output()
 def main() -> None:
     parser = argparse.ArgumentParser(
-        "clipx.compare", description="Compare runs: one table, the best first; only what differs between them.",
+        "clipx.compare",
+        description="Compare runs: one table, the best first; only what differs between them.",
         epilog="python -m clipx.compare outputs/sweeps/NAME --out NAME.md --out NAME.png",
     )
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, or folders of them")
-    parser.add_argument("--out", action="append", type=Path, default=[], metavar="FILE",
-                        help=".md the table; .csv, .json every number; .png, .svg curves and the effect of each key")
+    parser.add_argument(
+        "--out",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help=".md the table; .csv, .json every number; .png, .svg curves and the effect of each key",
+    )
     options = parser.parse_args()
     try:
         runs = find_runs(options.runs)
@@ -37,8 +44,11 @@ def write(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> None:
     Raises:
         UserError: the extension is unknown, or the file cannot be written.
     """
-    formats = {".md": lambda: to_markdown(rows), ".csv": lambda: to_csv(export_rows(runs)),
-               ".json": lambda: json.dumps(export_rows(runs), indent=2) + "\n"}
+    formats = {
+        ".md": lambda: to_markdown(rows),
+        ".csv": lambda: to_csv(export_rows(runs)),
+        ".json": lambda: json.dumps(export_rows(runs), indent=2) + "\n",
+    }
     try:
         if out.suffix in (".png", ".svg"):
             from clipx.tools.curves import plot  # imports matplotlib

@@ -13,7 +13,7 @@ from clipx.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-MAX_WORKERS = 8                 # for ``workers=auto``
+MAX_WORKERS = 8  # for ``workers=auto``
 OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 PROCESSOR = Path("/proc/cpuinfo")
 
@@ -46,7 +46,7 @@ def quotas() -> Iterator[float]:
     """
     try:
         lines = OWN_GROUPS.read_text().splitlines()
-    except OSError:             # not Linux
+    except OSError:  # not Linux
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)

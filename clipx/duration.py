@@ -4,7 +4,7 @@ import re
 import time
 from dataclasses import dataclass, field
 
-Duration = int | str        # 500, "2ep", "10%", "15min"
+Duration = int | str  # 500, "2ep", "10%", "15min"
 
 
 def parse(duration: Duration) -> tuple[float, str]:

@@ -14,7 +14,7 @@ from clipx.errors import UserError
 
 logger = logging.getLogger("clipx")
 
-PACKAGES = {"open_clip": ("open_clip", "open_clip_torch"), "hf": ("transformers", '"clipx[hf]"')}   # module, to install
+PACKAGES = {"open_clip": ("open_clip", "open_clip_torch"), "hf": ("transformers", '"clipx[hf]"')}  # module, to install
 OPENED_BY = {
     "open_clip": 'open_clip.create_model_and_transforms("local-dir:{0}")',
     "hf": 'transformers.CLIPModel.from_pretrained("{0}"), CLIPProcessor.from_pretrained("{0}")',

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from clipx import distributed
 from clipx.models.layers import linear
 
-TILE = 1 << 21      # logits at once; 8 MB in float32
+TILE = 1 << 21  # logits at once; 8 MB in float32
 
 
 def clip_loss(
@@ -53,19 +53,19 @@ class TiledLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None) -> Tensor:
-        texts = distributed.gather(text)                                            # (B, E)
-        all_ids = None if ids is None else distributed.gather(ids)                  # (B, 2)
-        over_texts = image.new_empty(len(image))                                    # (b,) logsumexp
-        peak = image.new_full((len(texts),), torch.finfo(image.dtype).min)          # (B,) largest over images
-        total = torch.zeros_like(peak)                                              # (B,) sum of exp(logit - peak)
+        texts = distributed.gather(text)  # (B, E)
+        all_ids = None if ids is None else distributed.gather(ids)  # (B, 2)
+        over_texts = image.new_empty(len(image))  # (b,) logsumexp
+        peak = image.new_full((len(texts),), torch.finfo(image.dtype).min)  # (B,) largest over images
+        total = torch.zeros_like(peak)  # (B,) sum of exp(logit - peak)
         for part, scaled in tiles(image, scale, len(texts)):
-            logits = masked(linear(texts, scaled), part, ids, all_ids)              # (B, t)
+            logits = masked(linear(texts, scaled), part, ids, all_ids)  # (B, t)
             over_texts[part] = logits.logsumexp(dim=0)
             before, peak = peak, torch.maximum(peak, logits.amax(dim=1))
             total = total * (before - peak).exp_() + logits.sub_(peak[:, None]).exp_().sum(dim=1)
         highest = distributed.all_max(peak.clone())
-        over_images = distributed.all_sum(total * (peak - highest).exp_()).log_() + highest     # (B,) logsumexp
-        own = distributed.all_sum(over_texts.sum() - 2 * scale * (image * text).sum())      # rows and pairs of a rank
+        over_images = distributed.all_sum(total * (peak - highest).exp_()).log_() + highest  # (B,) logsumexp
+        own = distributed.all_sum(over_texts.sum() - 2 * scale * (image * text).sum())  # rows and pairs of a rank
         ctx.save_for_backward(image, texts, scale, ids, all_ids, over_texts, over_images)
         return (own + over_images.sum()) / (2 * len(texts))
 
@@ -78,11 +78,11 @@ class TiledLoss(torch.autograd.Function):
         first = distributed.rank() * len(image)
         for part, scaled in tiles(image, scale, len(texts)):
             with torch.enable_grad():
-                products = linear(texts, scaled.requires_grad_())                   # (B, t)
+                products = linear(texts, scaled.requires_grad_())  # (B, t)
             logits = masked(products.detach(), part, ids, all_ids)
-            surplus = (logits - over_texts[part]).exp_()                            # softmax over texts
-            surplus += logits.sub_(over_images[:, None]).exp_()                     # and over images
-            surplus.diagonal(-first - part.start).sub_(2)                           # minus the targets
+            surplus = (logits - over_texts[part]).exp_()  # softmax over texts
+            surplus += logits.sub_(over_images[:, None]).exp_()  # and over images
+            surplus.diagonal(-first - part.start).sub_(2)  # minus the targets
             more, d_image[part] = torch.autograd.grad(products, (texts, scaled), surplus)
             d_texts += more
         grad = grad * (distributed.world_size() / (2 * len(texts)))

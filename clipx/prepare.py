@@ -69,8 +69,10 @@ def check_shards(config: PrepareConfig, tars: Tars, workers: int) -> tuple[Path,
         UserError: training would fail on a shard, or a key has no effect.
     """
     if tars.caption_key is not None and not config.verify:
-        raise UserError(f"source.caption_key={tars.caption_key} has no effect on an index; add verify=true, which "
-                        "reads captions, or leave it out")
+        raise UserError(
+            f"source.caption_key={tars.caption_key} has no effect on an index; add verify=true, which "
+            "reads captions, or leave it out"
+        )
     whole, bad = tars, 0
     if config.verify:
         default = tars.root if os.access(tars.root, os.W_OK) else temporary_dir()
@@ -78,8 +80,10 @@ def check_shards(config: PrepareConfig, tars: Tars, workers: int) -> tuple[Path,
         whole, bad = verify(tars, folder / "bad.jsonl", workers)
     index(whole, bad)
     if broken := [shard.name for shard in tars.shards if shard not in whole.shards]:
-        raise UserError(f"training would fail on {', '.join(broken[:3])}, {len(broken)} of {len(tars.shards)} files; "
-                        f"pack the incomplete tars again, or move them out of {tars.root}")
+        raise UserError(
+            f"training would fail on {', '.join(broken[:3])}, {len(broken)} of {len(tars.shards)} files; "
+            f"pack the incomplete tars again, or move them out of {tars.root}"
+        )
     return tars.root, "shards"
 
 

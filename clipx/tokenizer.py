@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 START, END = 49_406, 49_407
-CACHE_SIZE = 16_384     # captions
+CACHE_SIZE = 16_384  # captions
 
 
 class Tokens(NamedTuple):
     """B captions without padding."""
 
-    ids: Tensor         # (T,) int64, caption after caption
-    lengths: Tensor     # (B,) int64, tokens of each caption, including start and end
+    ids: Tensor  # (T,) int64, caption after caption
+    lengths: Tensor  # (B,) int64, tokens of each caption, including start and end
 
 
 class SimpleTokenizer:
@@ -57,7 +57,7 @@ class SimpleTokenizer:
     def encode(self, caption: str) -> list[int]:
         return [START, *self.ids(caption)[: self.context - 2], END]
 
-    def __getstate__(self) -> dict[str, Any]:       # workers read the vocabulary again
+    def __getstate__(self) -> dict[str, Any]:  # workers read the vocabulary again
         return {"context": self.context}
 
 

@@ -52,9 +52,9 @@ def check_early(values: Mapping[str, Any], directory: Path) -> None:
     check_existing_run(values, directory)
     data, trust = values["data"], values["trust"]
     root = data.get("root")
-    is_ours = str(data.get("_target_")).startswith("clipx.data.")          # without torch
+    is_ours = str(data.get("_target_")).startswith("clipx.data.")  # without torch
     if is_ours and isinstance(root, str) and not data.get("shards") and not Path(root).expanduser().is_dir():
-        build(check_node(data, "data", trust), "data", trust)           # raises the error that names the layout
+        build(check_node(data, "data", trust), "data", trust)  # raises the error that names the layout
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -26,10 +26,20 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
-torch.set_num_threads(1)        # two threads on a busy two-core machine wait for each other
+torch.set_num_threads(1)  # two threads on a busy two-core machine wait for each other
 
-FEW = ("experiment=smoke", "workers=0", "batch_size=16", "data.samples=40", "data.val_samples=20",
-       "model.image.depth=1", "model.text.depth=1", "log_every=1", "eval_every=7", "save_every=null")
+FEW = (
+    "experiment=smoke",
+    "workers=0",
+    "batch_size=16",
+    "data.samples=40",
+    "data.val_samples=20",
+    "model.image.depth=1",
+    "model.text.depth=1",
+    "log_every=1",
+    "eval_every=7",
+    "save_every=null",
+)
 
 
 def once(*words: str) -> list[str]:
@@ -176,8 +186,8 @@ def assert_same_state(a: Path, b: Path) -> None:
 class Block(NamedTuple):
     """What stands between fences in a document."""
 
-    mark: str           # of the comment right before it, without which it is run: "not run: needs COCO"
-    file: str           # of the line before it, where it is what a file holds
+    mark: str  # of the comment right before it, without which it is run: "not run: needs COCO"
+    file: str  # of the line before it, where it is what a file holds
     language: str
     text: str
 
@@ -279,8 +289,18 @@ def check(
     return run
 
 
-EARLY = (*FEW, "model.image.width=2", "model.image.heads=1", "model.text.width=2", "model.text.heads=1",
-         "model.image.embed=2", "evals=[]", "max_steps=4", "eval_every=null", "name=early")
+EARLY = (
+    *FEW,
+    "model.image.width=2",
+    "model.image.heads=1",
+    "model.text.width=2",
+    "model.text.heads=1",
+    "model.image.embed=2",
+    "evals=[]",
+    "max_steps=4",
+    "eval_every=null",
+    "name=early",
+)
 
 
 @pytest.fixture

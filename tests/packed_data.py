@@ -8,7 +8,7 @@ import webdataset
 from clipx.data.sample import Sample
 from clipx.data.shards import open_shards
 
-SOURCES = {"csv": ["source.image=a", "source.caption=b"]}       # what must be given besides src
+SOURCES = {"csv": ["source.image=a", "source.caption=b"]}  # what must be given besides src
 
 
 def save(path: Path, data: bytes | str | dict) -> Path:
@@ -26,8 +26,11 @@ def samples(out: Path, split: str = "train") -> list[Sample]:
 
 def words_of(out: Path, split: str = "train") -> list[dict]:
     """The json of each sample, as webdataset reads it."""
-    return [json.loads(sample["json"]) for shard in sorted((out / split).glob("*.tar"))
-            for sample in webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)]
+    return [
+        json.loads(sample["json"])
+        for shard in sorted((out / split).glob("*.tar"))
+        for sample in webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)
+    ]
 
 
 def everything(root: Path) -> dict[str, bytes]:

@@ -15,8 +15,17 @@ from clipx.config.schema import TrainConfig
 from clipx.tools import measure
 from clipx.tools.bench import report_bound
 
-FEW = ("data=dummy", "data.samples=80", "data.val_samples=4", "batch_size=16", "workers=1", "rounds=1", "steps=2",
-       "model.image.depth=1", "model.text.depth=1")
+FEW = (
+    "data=dummy",
+    "data.samples=80",
+    "data.val_samples=4",
+    "batch_size=16",
+    "workers=1",
+    "rounds=1",
+    "steps=2",
+    "model.image.depth=1",
+    "model.text.depth=1",
+)
 
 
 @pytest.fixture
@@ -59,7 +68,7 @@ def test_each_part_of_each_step_counts_once(monkeypatch: pytest.MonkeyPatch) -> 
     steps = measure.StepBenchmark(config_of(*few, "workers=0"))
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # 1 s a call
     shares = steps.shares(3)
-    assert shares.pop("backward") == pytest.approx(2 / 8)           # before and after the loss
+    assert shares.pop("backward") == pytest.approx(2 / 8)  # before and after the loss
     assert list(shares.values()) == pytest.approx([1 / 8] * 6)
 
 
@@ -89,7 +98,10 @@ def test_the_loader_is_measured_alone(bench: Callable[..., None], tmp_path: Path
     ],
 )
 def test_the_bottleneck_is_named_with_a_remedy(
-    shares: dict[str, float], loader: float, told: str, caplog: pytest.LogCaptureFixture,
+    shares: dict[str, float],
+    loader: float,
+    told: str,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("clipx.tools.bench.available_cores", lambda: 8)
@@ -108,6 +120,6 @@ def test_fifty_losses_are_those_of_open_clip(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(str(ROOT / "experiments/speed"))
     curves = importlib.import_module("curves")
     ours, theirs = curves.losses(config_of("batch_size=32", "workers=0", "optim.lr=5e-4"), 50)
-    assert ours[-1] < ours[0] - 0.05          # it does learn
+    assert ours[-1] < ours[0] - 0.05  # it does learn
     assert max(abs(a - b) for a, b in zip(ours[:10], theirs[:10], strict=True)) < 1e-4
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-2

@@ -43,10 +43,16 @@ def test_a_sound_run_has_no_complaints_and_leaves_one_image(
     root = make_shards(120, 80)
     told, code = check("data=shards", f"data.root={root}", "data.val=0.5", "epochs=10", *FEW)
     assert code == 0 and {line.split()[0] for line in told.splitlines()} == {"ok"}, told
-    for expected in ("100 pictures to train in 2 shards", "parameters", "125 steps of 8", "12.5 batches an epoch",
-                     "warm-up 12 (sched.warmup=2,000, capped by sched.warmup_cap)", "100 pictures to validate",
-                     "55 of 55 samples checked (100%) have a picture and a caption",
-                     "0% are truncated at model.text.context=77"):
+    for expected in (
+        "100 pictures to train in 2 shards",
+        "parameters",
+        "125 steps of 8",
+        "12.5 batches an epoch",
+        "warm-up 12 (sched.warmup=2,000, capped by sched.warmup_cap)",
+        "100 pictures to validate",
+        "55 of 55 samples checked (100%) have a picture and a caption",
+        "0% are truncated at model.text.context=77",
+    ):
         assert expected in told, expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clipx-check.png", "shards"]
     with Image.open(tmp_path / "clipx-check.png") as image:
@@ -56,7 +62,8 @@ def test_a_sound_run_has_no_complaints_and_leaves_one_image(
 
 def test_a_mistake_in_the_config_is_the_line_that_train_ends_with(check: Check) -> None:
     assert check("optim.lr=fast") == (
-        "optim.lr='fast': should be a valid number, unable to parse string as a number\n", 1
+        "optim.lr='fast': should be a valid number, unable to parse string as a number\n",
+        1,
     )
     assert check("model=smal") == ("model=smal: there is no such option; did you mean small?\n", 1)
 
@@ -91,8 +98,16 @@ def test_what_would_stop_the_run_is_reported(words: list[str], finding: str, che
 
 
 def test_what_is_odd_is_reported_with_a_remedy_and_stops_nothing(check: Check) -> None:
-    told, code = check(*MADE_UP, "amp=fp16", "sched.warmup_cap=1", "eval_every=30ep", "save_every=101", "evals=[]",
-                       "model.text.context=6", "workers=999")
+    told, code = check(
+        *MADE_UP,
+        "amp=fp16",
+        "sched.warmup_cap=1",
+        "eval_every=30ep",
+        "save_every=101",
+        "evals=[]",
+        "model.text.context=6",
+        "workers=999",
+    )
     assert code == 0
     for finding in (
         "odd   device    amp=fp16 is many times slower than amp=none on a CPU",
@@ -108,7 +123,7 @@ def test_what_is_odd_is_reported_with_a_remedy_and_stops_nothing(check: Check) -
 
 def test_the_batch_that_fits_in_memory_is_reported(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {}
-    for free in (60, 142.5, 150):       # MB; the step takes 114, and a quarter for what is about them
+    for free in (60, 142.5, 150):  # MB; the step takes 114, and a quarter for what is about them
         monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: int(free * 1_000_000))
         told[free], code = check(*MADE_UP)
         assert code == (free == 60)
@@ -125,7 +140,7 @@ def test_broken_shards_are_reported(check: Check, make_shards: Callable[..., Pat
     told, code = check("data=shards", f"data.root={root}", *FEW)
     assert code == 1 and "WRONG data      " in told and "part-001.tar" in told
     second.unlink()
-    assert check("data=shards", f"data.root={root}", "data.val=0", *FEW)[1] == 0        # is indexed now
+    assert check("data=shards", f"data.root={root}", "data.val=0", *FEW)[1] == 0  # is indexed now
     first.write_bytes(first.read_bytes()[:-24_000])
     told, code = check("data=shards", f"data.root={root}", "data.val=0", *FEW)
     assert code == 0 and "odd   data      " in told and "samples are lost with the ends of part-000.tar; fetch" in told
@@ -136,9 +151,15 @@ def test_too_small_a_cache_for_remote_shards_is_reported(
     check: Check, make_shards: Callable[..., Path], serve: Callable[[Path], str], tmp_path: Path
 ) -> None:
     root = make_shards(10, 12)
-    open_shards(str(root), val=0)                                   # makes the indexes
-    remote = ("data=shards", f"data.shards={serve(root)}/part-{{000..001}}.tar", "data.val=0", "data.cache=cache",
-              f"data.index_dir={tmp_path}/indexes", *FEW)
+    open_shards(str(root), val=0)  # makes the indexes
+    remote = (
+        "data=shards",
+        f"data.shards={serve(root)}/part-{{000..001}}.tar",
+        "data.val=0",
+        "data.cache=cache",
+        f"data.index_dir={tmp_path}/indexes",
+        *FEW,
+    )
     told, code = check(*remote, "data.cache_gb=1e-5")
     assert code == 1 and "WRONG samples   data.cache_gb=1e-05 is too small for two windows of shards" in told
     told, code = check(*remote)
@@ -180,8 +201,14 @@ def test_identical_captions_are_reported(check: Check, tmp_path: Path) -> None:
     write_tar(tmp_path / "same" / "val" / "a.tar", [("0.png", b"x"), ("0.txt", b"x"), *members[2:]])
     given = ("data=shards", f"data.root={tmp_path / 'same'}", *FEW)
     told, code = check(*given)
-    assert code == 0 and ("odd   samples   8 of the first 8 captions of a batch are equal to another one, for example "
-                          "'导盲犬 $x', 8 times; with loss.same=mask, pictures with equal captions") in told
+    assert (
+        code == 0
+        and (
+            "odd   samples   8 of the first 8 captions of a batch are equal to another one, for example "
+            "'导盲犬 $x', 8 times; with loss.same=mask, pictures with equal captions"
+        )
+        in told
+    )
     assert "odd   evals     1 of the first 32 are skipped, for example a.tar/0: does not decode: it is not" in told
     assert "ok    samples   8 of the first 8 captions of a batch are equal" in check(*given, "loss.same=mask")[0]
     write_tar(tmp_path / "same" / "val" / "a.tar", [])
@@ -198,15 +225,18 @@ def test_equal_captions_are_counted_in_a_batch_not_among_all(check: Check, tmp_p
     given = ("data=shards", f"data.root={tmp_path / 'x'}", "data.val=0", *FEW)
     told, _ = check(*given, "batch_size=100")
     count = int(re.search(r"odd   samples   (\d+) of the first 100 captions of a batch are equal", told)[1])
-    assert 70 < count < 100                 # of 50 things each is drawn twice in the mean: 1 - exp(-2) of them again
+    assert 70 < count < 100  # of 50 things each is drawn twice in the mean: 1 - exp(-2) of them again
     told, _ = check(*given, "batch_size=2", "seed=1")
     assert "ok    samples   0 of the first 2 captions of a batch are equal to another one" in told
 
 
 def test_a_small_validation_set_is_reported(check: Check, make_shards: Callable[..., Path]) -> None:
     told, code = check("data=shards", f"data.root={make_shards(200, 200)}", *FEW)
-    assert code == 0 and ("odd   evals     8 pictures to validate: recall at 10 is 100% by chance; "
-                          "data.val=0.5 holds out 200") in told
+    assert (
+        code == 0
+        and ("odd   evals     8 pictures to validate: recall at 10 is 100% by chance; data.val=0.5 holds out 200")
+        in told
+    )
     told, _ = check("data=shards", f"data.root={make_shards(200, 200)}", "data.val=0.5", *FEW)
     assert "ok    evals     200 pictures to validate" in told
 
@@ -240,13 +270,19 @@ def test_an_unwritable_or_full_directory_is_reported(
     little = namedtuple("usage", "total used free")(10, 9, 1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
     told, code = check(*MADE_UP, "keep_every=10", "workers=2", "model=small", "batch_size=40")
-    assert code == 1 and ("WRONG disk      5 checkpoints of 199MB and the best of 66.4MB; 1.00MB are free; free some "
-                          "space, or keep fewer") in told
+    assert (
+        code == 1
+        and (
+            "WRONG disk      5 checkpoints of 199MB and the best of 66.4MB; 1.00MB are free; free some "
+            "space, or keep fewer"
+        )
+        in told
+    )
     assert "WRONG workers   their pictures need 36.1MB of /dev/shm, which has 1.00MB free; give the container" in told
 
 
 def test_a_read_only_directory_is_reported(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)         # the tests run as root, who may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests run as root, who may write anywhere
     told, code = check(*MADE_UP)
     assert code == 1 and "is not writable, so outputs/" in told
 
@@ -261,7 +297,7 @@ def test_tiny_batches_predict_the_activations_of_a_batch(words: list[str]) -> No
         real = machine.saved_bytes(model, loss_fn, amp, 20, size)
         if config.grad_checkpoint:
             model.set_grad_checkpoint(False)
-            real += machine.saved_bytes(model, loss_fn, amp, 20, size)      # of its one block, computed again
+            real += machine.saved_bytes(model, loss_fn, amp, 20, size)  # of its one block, computed again
         foretold = machine.activations(model, loss_fn, amp, 20, config.grad_checkpoint)(size)
         assert foretold == pytest.approx(real, rel=0.02)
 
@@ -296,4 +332,4 @@ def test_help_needs_no_torch_and_every_job_of_a_sweep_is_checked(tmp_path: Path)
     ended = in_process("-m", "clipx.check", "-m", *MADE_UP, "batch_size=8,64", cwd=tmp_path)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr and "batch_size=64 is more than" in ended.stderr
     assert "20 pictures to validate" in ended.stderr and "ok    length    100 steps of 8" in ended.stderr
-    assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".sweep"]           # Hydra's own
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".sweep"]  # Hydra's own

@@ -43,8 +43,18 @@ def test_the_table_has_what_differs_and_the_best_first(tmp_path: Path) -> None:
     made_up(tmp_path, 3, None, "failed")
     rows = table(find_runs([tmp_path]))
     assert [row["run"] for row in rows] == ["run0001", "run0002", "run0000", "run0003"]
-    assert list(rows[0]) == ["run", "state", "model.image.width", "optim.lr", TAG, "best", "loss", "step", "samples/s",
-                             "minutes"]
+    assert list(rows[0]) == [
+        "run",
+        "state",
+        "model.image.width",
+        "optim.lr",
+        TAG,
+        "best",
+        "loss",
+        "step",
+        "samples/s",
+        "minutes",
+    ]
     assert (rows[0][TAG], rows[0]["best"], rows[0]["optim.lr"], rows[-1]["state"]) == (0.5, 0.51, 5e-4, "failed")
 
 
@@ -67,8 +77,14 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     assert [run.state for run in find_runs([tmp_path])] == ["running", "killed", "killed"]
 
 
-BROKEN = {"empty": b"", "cut": b'{"state": "fini', "bytes": b"\xff\xfe\x00", "list": b"[1, 2]",
-          "foreign": b'{"accuracy": 0.5}', "odd": b'{"state": "finished", "final": 3, "best": {}}'}
+BROKEN = {
+    "empty": b"",
+    "cut": b'{"state": "fini',
+    "bytes": b"\xff\xfe\x00",
+    "list": b"[1, 2]",
+    "foreign": b'{"accuracy": 0.5}',
+    "odd": b'{"state": "finished", "final": 3, "best": {}}',
+}
 
 
 def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
@@ -87,10 +103,18 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
     assert [line.split()[0] for line in told.out.splitlines()] == ["run", "run0001", "run0000"]
     damaged = "it is empty or corrupt, not the JSON that a run writes"
     foreign = "it was not written by a run of clipx"
-    reasons = {"empty": damaged, "cut": damaged, "bytes": damaged, "list": foreign, "foreign": foreign, "odd": foreign,
-               "folder": "it cannot be read: Is a directory"}
+    reasons = {
+        "empty": damaged,
+        "cut": damaged,
+        "bytes": damaged,
+        "list": foreign,
+        "foreign": foreign,
+        "odd": foreign,
+        "folder": "it cannot be read: Is a directory",
+    }
     assert sorted(told.err.splitlines()) == sorted(
-        f"outputs/{name}/summary.json is left out: {reason}" for name, reason in reasons.items())
+        f"outputs/{name}/summary.json is left out: {reason}" for name, reason in reasons.items()
+    )
 
     monkeypatch.setattr(sys, "argv", ["clipx.compare", "outputs/foreign"])
     with pytest.raises(SystemExit, match="^outputs/foreign: no run is there"):
@@ -105,7 +129,7 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
 def test_every_kind_of_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         keys = {"a.width": number, "compile": number > 1, "evals.a.ks": [number]}
-        made_up(tmp_path / "runs", number, 0.1 * number, **{"optim.lr": 10.0 ** -number}, **keys)
+        made_up(tmp_path / "runs", number, 0.1 * number, **{"optim.lr": 10.0**-number}, **keys)
     outs = [tmp_path / f"table{kind}" for kind in (".md", ".csv", ".json", ".png", ".svg")]
     monkeypatch.setattr(sys, "argv", ["clipx.compare", str(tmp_path / "runs"), *(f"--out={out}" for out in outs)])
     main()
@@ -115,7 +139,7 @@ def test_every_kind_of_file_is_written(tmp_path: Path, monkeypatch: pytest.Monke
         assert [float(row[TAG]) for row in csv.DictReader(file)] == [0, 0.1, 0.2]
     assert [row["optim.lr"] for row in json.loads(outs[2].read_text())] == [1, 0.1, 0.01]
     with Image.open(outs[3]) as picture:
-        assert picture.size == (1500, 4 * 420)         # two rows of curves, two for the effects of four keys
+        assert picture.size == (1500, 4 * 420)  # two rows of curves, two for the effects of four keys
     none = ([str(tmp_path / "none")], "there is no such run or folder of runs")
     for words, told in (none, ([str(tmp_path), "--out=x.doc"], "ends in .csv")):
         monkeypatch.setattr(sys, "argv", ["clipx.compare", *words])
@@ -126,10 +150,12 @@ def test_every_kind_of_file_is_written(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_thousand_runs_are_compared_without_torch_or_hydra(tmp_path: Path) -> None:
     for number in range(1000):
         made_up(tmp_path / "runs", number, number / 1000, **{"optim.lr": number})
-    code = ("import sys, time; from clipx.compare import main\n"
-            "sys.argv = ['x', 'runs']; began = time.perf_counter(); main()\n"
-            "assert not {'torch', 'hydra', 'omegaconf', 'matplotlib'} & set(sys.modules)\n"
-            "print(time.perf_counter() - began)")
+    code = (
+        "import sys, time; from clipx.compare import main\n"
+        "sys.argv = ['x', 'runs']; began = time.perf_counter(); main()\n"
+        "assert not {'torch', 'hydra', 'omegaconf', 'matplotlib'} & set(sys.modules)\n"
+        "print(time.perf_counter() - began)"
+    )
     ended = in_process("-c", code, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     *lines, seconds = ended.stdout.splitlines()

@@ -94,13 +94,21 @@ def test_several_runs_give_one_table_and_weights_keep_their_numbers_beside_them(
     shutil.copy(run / "checkpoints/clip_last.pt", tmp_path / "mine/b.pt")
     (tmp_path / "bees").mkdir()
     class_folders(tmp_path / "bees/test")
-    words = ("evals=[zero_shot]", "labelled={bees:{folder:bees/test}}", "workers=0", "device=cpu",
-             "evals.zero_shot.templates=simple")
+    words = (
+        "evals=[zero_shot]",
+        "labelled={bees:{folder:bees/test}}",
+        "workers=0",
+        "device=cpu",
+        "evals.zero_shot.templates=simple",
+    )
     told = evaluate("run=[outputs/x,mine/a.pt]", *words)
     assert told.splitlines()[2].split() == ["x", "a.pt"]
     assert told == evaluate("run=outputs/x,mine/a.pt", *words)
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
-        "a-zero_shot@bees-mistakes.png", "a.pt", "b.pt", "metrics.json"
+        "a-zero_shot@bees-mistakes.png",
+        "a.pt",
+        "b.pt",
+        "metrics.json",
     ]
     assert (run / "zero_shot@bees-mistakes.png").stat().st_size > 5000
     first = metrics(tmp_path / "mine")
@@ -128,7 +136,7 @@ def test_other_data_of_the_same_name_do_not_take_the_place_of_the_first(run: Pat
     [
         ("outputs/a", {"outputs/a": "a"}),
         ("a,b/c", {"a": "a", "b/c": "c"}),
-        ("[outputs/x=1,outputs/y=2]", {"outputs/x=1": "x=1", "outputs/y=2": "y=2"}),      # no list to Hydra, for its =
+        ("[outputs/x=1,outputs/y=2]", {"outputs/x=1": "x=1", "outputs/y=2": "y=2"}),  # no list to Hydra, for its =
         (["one/a", "two/a", "one/a"], {"one/a": "one/a", "two/a": "two/a"}),
     ],
 )
@@ -137,9 +145,11 @@ def test_runs_are_headed_by_distinct_names(given: str | list[str], names: dict[s
 
 
 def test_two_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
-    code = ("import sys; from pathlib import Path; from clipx.tools.score import locked_json\n"
-            "for number in range(40):\n"
-            "    with locked_json(Path('metrics.json')) as found: found[f'{sys.argv[1]}-{number}'] = number\n")
+    code = (
+        "import sys; from pathlib import Path; from clipx.tools.score import locked_json\n"
+        "for number in range(40):\n"
+        "    with locked_json(Path('metrics.json')) as found: found[f'{sys.argv[1]}-{number}'] = number\n"
+    )
     started = [subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path) for name in "ab"]
     assert [process.wait() for process in started] == [0, 0]
     assert len(metrics(tmp_path)) == 80
@@ -150,12 +160,18 @@ def test_features_are_kept_by_what_weights_and_data_hold(
 ) -> None:
     root = class_folders(tmp_path / "bees/test", each=2)
     class_folders(tmp_path / "bees/train", each=3, shift=2)
-    words = ("run=outputs/x", "evals=[zero_shot,linear_probe,retrieval]", *DUMMY, "cache=kept",
-             "labelled={bees:{folder:bees/test,train:bees/train}}", "evals.zero_shot.templates=simple")
+    words = (
+        "run=outputs/x",
+        "evals=[zero_shot,linear_probe,retrieval]",
+        *DUMMY,
+        "cache=kept",
+        "labelled={bees:{folder:bees/test,train:bees/train}}",
+        "evals.zero_shot.templates=simple",
+    )
     first = evaluate(*words)
     assert len(list((tmp_path / "kept").iterdir())) == 3 and "linear_probe@bees" in first
     with monkeypatch.context() as patch:
-        patch.setattr(EvalEncoder, "encode_images", None)          # nothing is encoded
+        patch.setattr(EvalEncoder, "encode_images", None)  # nothing is encoded
         assert evaluate(*words) == first
     size = (root / "bee/0.png").stat().st_size
     changed = picture(200)
@@ -199,12 +215,18 @@ def test_data_in_the_current_directory_go_by_its_name(run: Path, evaluate: Evalu
         ([*DUMMY], "run has no value; add run=..."),
         (["run=outputs/x"], "data has no value, and evals=['retrieval'] score pictures with captions; add data=coco"),
         (["run=outputs/x", "evals=[zero_shot]"], "evals.zero_shot.sets has no value; set labelled data: labelled={"),
-        (["run=outputs/x", "evals=[zero_shot]", "labelled={x:{folder:no}}"],
-         "evals.zero_shot.sets.x.folder=no has no class directories with pictures"),
-        (["run=outputs/x", "evals=[zero_shot]", "labelled={x:{foldr:no}}"],
-         "evals.zero_shot.sets.x.foldr: there is no such key; did you mean folder?"),
-        (["run=outputs/x", "evals=[zero_shot]", "labelled={x:{folder:no}}", "evals.zero_shot.templates=opnai"],
-         "evals.zero_shot.sets.x.folder=no"),
+        (
+            ["run=outputs/x", "evals=[zero_shot]", "labelled={x:{folder:no}}"],
+            "evals.zero_shot.sets.x.folder=no has no class directories with pictures",
+        ),
+        (
+            ["run=outputs/x", "evals=[zero_shot]", "labelled={x:{foldr:no}}"],
+            "evals.zero_shot.sets.x.foldr: there is no such key; did you mean folder?",
+        ),
+        (
+            ["run=outputs/x", "evals=[zero_shot]", "labelled={x:{folder:no}}", "evals.zero_shot.templates=opnai"],
+            "evals.zero_shot.sets.x.folder=no",
+        ),
         (["run=outputs/x", "evals=[zeroshot]"], "evals=zeroshot: there is no such option; did you mean zero_shot?"),
         (["run=outputs/x", "bootstrap=0"], "bootstrap=0: should be greater than 0"),
     ],
@@ -225,9 +247,12 @@ def test_unwritable_results_are_refused_before_scoring(
         monkeypatch.setattr(os, "access", lambda *_: False)
     else:
         (run / "metrics.json").write_text({"text": "mine", "list": "[]"}[odd])
-    told = {"directory": "was not written by evaluate (Is a directory); move it away, and evaluate writes a new one",
-            "text": "was not written by evaluate (Expecting value", "read-only": "cannot be written: Permission denied",
-            "list": "was not written by evaluate (it holds a list); move it away, and evaluate writes a new one"}
+    told = {
+        "directory": "was not written by evaluate (Is a directory); move it away, and evaluate writes a new one",
+        "text": "was not written by evaluate (Expecting value",
+        "read-only": "cannot be written: Permission denied",
+        "list": "was not written by evaluate (it holds a list); move it away, and evaluate writes a new one",
+    }
     assert evaluate("run=outputs/x", *DUMMY).startswith(f"outputs/x/metrics.json {told[odd]}")
 
 
@@ -248,12 +273,24 @@ def test_training_scores_labelled_data_as_it_goes_and_keeps_the_best_by_them(
     class_folders(tmp_path / "a")
     class_shards(tmp_path / "b", [b"0", b"1", b"2", b"3"] * 3)
     class_folders(tmp_path / "learn", shift=2)
-    train(*FEW, "max_steps=4", "eval_every=2", "name=y", "evals=[retrieval,zero_shot,linear_probe]",
-          "labelled={a:{folder:a,train:learn},b:{shards:b,train:b}}", "evals.zero_shot.templates=simple",
-          "evals.linear_probe.sets={a:{folder:a,train:learn}}", "best=val/zero_shot@b/mean_per_class")
+    train(
+        *FEW,
+        "max_steps=4",
+        "eval_every=2",
+        "name=y",
+        "evals=[retrieval,zero_shot,linear_probe]",
+        "labelled={a:{folder:a,train:learn},b:{shards:b,train:b}}",
+        "evals.zero_shot.templates=simple",
+        "evals.linear_probe.sets={a:{folder:a,train:learn}}",
+        "best=val/zero_shot@b/mean_per_class",
+    )
     tags = summary(tmp_path / "outputs/y")["final"]
-    assert {"val/retrieval/mean_recall", "val/zero_shot@a/top1", "val/zero_shot@b/top1",
-            "val/linear_probe@a/top1"} <= tags.keys()
+    assert {
+        "val/retrieval/mean_recall",
+        "val/zero_shot@a/top1",
+        "val/zero_shot@b/top1",
+        "val/linear_probe@a/top1",
+    } <= tags.keys()
     assert not [tag for tag in tags if "per_class/" in tag or tag.endswith("_low")]
     best = summary(tmp_path / "outputs/y")["best"]
     assert best["metric"] == "val/zero_shot@b/mean_per_class"
@@ -267,8 +304,16 @@ def test_training_scores_labelled_data_as_it_goes_and_keeps_the_best_by_them(
 def test_check_looks_at_the_labelled_data(check: Callable[..., tuple[str, int]], tmp_path: Path) -> None:
     root = class_folders(tmp_path / "a")
     (root / "bee/0.png").write_bytes(b"no picture")
-    words = ("data=dummy", "data.samples=40", "data.val_samples=20", "batch_size=8", "model.image.depth=1",
-             "evals=[zero_shot]", "labelled={a:{folder:a}}", "objective=val/zero_shot@a/top1")
+    words = (
+        "data=dummy",
+        "data.samples=40",
+        "data.val_samples=20",
+        "batch_size=8",
+        "model.image.depth=1",
+        "evals=[zero_shot]",
+        "labelled={a:{folder:a}}",
+        "objective=val/zero_shot@a/top1",
+    )
     told, code = check(*words)
     assert code == 0 and "12 pictures to validate of zero_shot@a" in told
     assert "1 of the first 32 are skipped, for example bee/0.png: does not decode" in told and "computes" not in told
@@ -277,11 +322,16 @@ def test_check_looks_at_the_labelled_data(check: Callable[..., tuple[str, int]],
 
 def scores(root: str) -> dict[str, float]:
     torch.manual_seed(0)
-    model = CLIP(ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
-                 TextEncoder(width=64, depth=1, heads=1, embed=32))
+    model = CLIP(
+        ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
+        TextEncoder(width=64, depth=1, heads=1, embed=32),
+    )
     sets = {"a": {"folder": f"{root}/a", "train": f"{root}/learn"}}
-    evals = {"retrieval": partial(retrieval, bootstrap=20), "zero_shot": ZeroShot(sets, "simple"),
-             "linear_probe": LinearProbe(sets)}
+    evals = {
+        "retrieval": partial(retrieval, bootstrap=20),
+        "zero_shot": ZeroShot(sets, "simple"),
+        "linear_probe": LinearProbe(sets),
+    }
     validation = Validation({"": Dummy(80, 32, 0)}, evals, SimpleTokenizer(), 0, None, Path(root, "kept"))
     return validation(model, 1, SilentLog())
 
@@ -289,7 +339,7 @@ def scores(root: str) -> dict[str, float]:
 def on_rank(rank: int, world: int, root: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=world)
-    torch.save([scores(root), scores(root)], f"{root}/{rank}.pt")       # the second from what is kept
+    torch.save([scores(root), scores(root)], f"{root}/{rank}.pt")  # the second from what is kept
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -301,7 +351,7 @@ def test_two_ranks_share_the_work_and_get_what_one_gets(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "kept")
     alone = scores(str(tmp_path))
     for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == [alone, alone]     # bit for bit
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == [alone, alone]  # bit for bit
 
 
 @pytest.mark.long
@@ -309,14 +359,25 @@ def test_under_torchrun_one_rank_writes_what_one_process_would(run: Path, evalua
     evaluate("run=outputs/x", *DUMMY)
     alone = metrics(run)
     (run / "metrics.json").unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "clipx.evaluate", "run=outputs/x", *DUMMY]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "clipx.evaluate",
+        "run=outputs/x",
+        *DUMMY,
+    ]
     told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300).stderr
     assert metrics(run) == alone and told.count("mean_recall") == 1
 
 
 def test_help_needs_no_torch_and_names_the_commands(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    ended = subprocess.run([sys.executable, "-m", "clipx.evaluate", "--help"], cwd=tmp_path, capture_output=True,
-                           text=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", "clipx.evaluate", "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert ended.returncode == 0 and "run=outputs/NAME data=coco" in ended.stdout, ended.stderr

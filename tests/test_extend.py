@@ -37,8 +37,10 @@ def test_parts_from_outside_are_used_as_the_page_says(reader: Path, monkeypatch:
     assert "conv              Convolutional image tower" in ended.stdout
     ended = in_process("-m", "clipx.train", *MINE[:2], "model=conv", cwd=reader)
     assert ended.stderr.startswith("model.image._target_=mine.conv.ConvTower is not clipx's own code; trust=[mine]")
-    for words, line in ((("model=conv", "model.image.widht=1"), "did you mean model.image.width?"),
-                        (("model=conv", "grad_checkpoint=true"), "ConvTower has no blocks to recompute")):
+    for words, line in (
+        (("model=conv", "model.image.widht=1"), "did you mean model.image.width?"),
+        (("model=conv", "grad_checkpoint=true"), "ConvTower has no blocks to recompute"),
+    ):
         ended = in_process("-m", "clipx.train", *MINE, *words, cwd=reader)
         assert ended.returncode == 1 and ended.stderr.strip().endswith(line), ended.stderr
     checked = in_process("-m", "clipx.check", *MINE, "experiment=smoke", "model=conv", cwd=reader)
@@ -56,7 +58,8 @@ def test_a_loss_from_outside_is_exact_across_processes_and_micro_batches(tmp_pat
     for given in ((*words, "name=one"), (*words, "name=parts", "micro_batch_size=4"), (*two, *words, "name=two")):
         ended = in_process(*given, cwd=tmp_path)
         assert ended.returncode == 0, ended.stderr
-    one, parts, ranks = ([row["train/loss"] for row in lines(tmp_path / "outputs" / name)]
-                         for name in ("one", "parts", "two"))
+    one, parts, ranks = (
+        [row["train/loss"] for row in lines(tmp_path / "outputs" / name)] for name in ("one", "parts", "two")
+    )
     assert len(set(one)) == 4
     assert parts == pytest.approx(one, rel=1e-4) and ranks == pytest.approx(one, rel=1e-4)

@@ -23,7 +23,7 @@ LEVELS = {
     "data.images data.mix data.shard_paths data.shards": 2.2,
     "data.dummy data.emoji data.labelled data.loader data.readers": 2.3,
     "data.prepare.cells data.prepare.download data.prepare.encode data.prepare.folder_layout": 2.4,
-    "data.prepare.layouts data.prepare.pack data.prepare.pictures data.prepare.processes": 2.4,
+    "data.prepare.layouts data.prepare.pack data.prepare.pictures data.prepare.processes data.prepare.shard": 2.4,
     "data.prepare.report data.prepare.rows data.prepare.tables data.prepare.verify": 2.4,
     "weights.archive weights.checkpoint weights.convert weights.export weights.foreign": 3,
     "weights.load weights.peek": 3,
@@ -47,8 +47,10 @@ CONFIG = {module for module in LEVEL if module.startswith("config.") or LEVEL[mo
 @cache
 def modules() -> dict[str, Path]:
     """Each module's path by its name below clipx; packages whose __init__ only describes them are left out."""
-    found = {".".join(path.relative_to(ROOT / "clipx").with_suffix("").parts): path
-             for path in (ROOT / "clipx").rglob("*.py")}
+    found = {
+        ".".join(path.relative_to(ROOT / "clipx").with_suffix("").parts): path
+        for path in (ROOT / "clipx").rglob("*.py")
+    }
     named = {name.removesuffix(".__init__"): path for name, path in found.items() if name != "__init__"}
     return {name: path for name, path in named.items() if path.stem != "__init__" or name in LEVEL}
 
@@ -89,7 +91,7 @@ def test_imports_go_downward(module: str) -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    TopologicalSorter(graph()).prepare()            # raises CycleError with the cycle
+    TopologicalSorter(graph()).prepare()  # raises CycleError with the cycle
 
 
 def test_no_folders_import_each_other() -> None:
@@ -98,7 +100,8 @@ def test_no_folders_import_each_other() -> None:
         if "." in module and module not in CONFIG:
             folder = module.partition(".")[0]
             folders.setdefault(folder, set()).update(
-                other.partition(".")[0] for other in others if "." in other and other not in CONFIG)
+                other.partition(".")[0] for other in others if "." in other and other not in CONFIG
+            )
             folders[folder] -= {folder}
     TopologicalSorter(folders).prepare()
 

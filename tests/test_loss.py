@@ -35,7 +35,7 @@ def test_rows_with_the_same_picture_or_caption_can_be_kept_from_being_negatives(
     apart = torch.arange(12).view(6, 2)
     assert torch.equal(clip_loss(image, text, scale, apart, "mask"), clip_loss(image, text, scale))
     ids = apart.clone()
-    ids[4, 0], ids[2, 1] = ids[1, 0], ids[3, 1]         # 1 and 4 show one picture, 2 and 3 have one caption
+    ids[4, 0], ids[2, 1] = ids[1, 0], ids[3, 1]  # 1 and 4 show one picture, 2 and 3 have one caption
     logits, total = scale * image @ text.T, 0.0
     for row, alike in enumerate([{0}, {1, 4}, {2, 3}, {2, 3}, {1, 4}, {5}]):
         others = [column for column in range(6) if column not in alike - {row}]
@@ -53,7 +53,7 @@ def test_tiles_give_the_loss_and_gradient_of_open_clip(
     monkeypatch.setattr(room, "TILE", tile)
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(20, 6, dtype=torch.float64), dim=-1) for _ in range(2))
-    text[3] = -image[3]                 # a pair as far apart as can be
+    text[3] = -image[3]  # a pair as far apart as can be
     found = []
     for loss_fn in (clip_loss, open_clip.ClipLoss()):
         given = [x.clone().requires_grad_() for x in (image, text, torch.tensor(temperature, dtype=torch.float64))]

@@ -21,8 +21,9 @@ def test_the_citation_names_what_clipx_builds_on() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors", "version", "license"} < cited.keys()
     assert cited["authors"] == [{"name": "the clipx authors"}]
-    assert all(work["title"] and work["authors"] and work["type"] in ("article", "software")
-               for work in cited["references"])
+    assert all(
+        work["title"] and work["authors"] and work["type"] in ("article", "software") for work in cited["references"]
+    )
     sources = [work.get("identifiers", [{"value": work.get("doi")}])[0]["value"] for work in cited["references"]]
     assert {"arXiv:2103.00020", "arXiv:2212.07143", "arXiv:2101.06983", "arXiv:2210.02885"} < set(sources)
 

@@ -95,7 +95,8 @@ def test_what_is_wrong_ends_in_one_line(ask: Ask, asked: Path) -> None:
         assert "texts=coded.txt is not UTF-8 text, perhaps" in last_line(ask, *given, "texts=coded.txt")
     assert last_line(ask, "run=outputs/x", "images=none", "texts=a").startswith("images=none: no pictures found")
     assert "run=outputs/y: there is no such run, checkpoint or weights; there is outputs/x" in last_line(
-        ask, "run=outputs/y", "images=pictures", "texts=a")
+        ask, "run=outputs/y", "images=pictures", "texts=a"
+    )
     assert last_line(ask, *given, "search=b", "out=no/page.png").startswith("out=no/page.png cannot be written")
     assert last_line(ask, *given, "search=b", "out=page.xyz").startswith("out=page.xyz cannot be written")
     assert "run has no value; add run=" in last_line(ask, "images=pictures", "texts=a")

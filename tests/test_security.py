@@ -95,8 +95,13 @@ def test_a_torchscript_archive_runs_no_code(tmp_path: Path, ran: Path, way: str)
         "written on the reader": b"ctorch._utils\n_rebuild_tensor_v2\n(N}V__name__\nI1\nstb.",
     }[way]
     with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
-        for name, data in (("data.pkl", attack), ("constants.pkl", attack), ("version", b"3"), ("data/0", bytes(4)),
-                           ("code/__torch__.py", b"import os")):
+        for name, data in (
+            ("data.pkl", attack),
+            ("constants.pkl", attack),
+            ("version", b"3"),
+            ("data/0", bytes(4)),
+            ("code/__torch__.py", b"import os"),
+        ):
             archive.writestr(f"evil/{name}", data)
     with pytest.raises(CheckpointError, match=r"evil\.pt is not a checkpoint"):
         load(tmp_path / "evil.pt")
@@ -120,9 +125,23 @@ def test_a_pickle_in_place_of_what_was_held_out_is_not_run(
 
 
 def test_no_line_of_clipx_unpickles_evaluates_unpacks_or_asks_a_shell() -> None:
-    banned = {"eval of ", "exec of ", "system of os", "popen of os", "loads of pickle", "load of pickle",
-              "load of yaml", "load of np", "load of torch.jit", "load of jit",
-              "instantiate", "extractall", "extract", "unsafe_load", "full_load"}
+    banned = {
+        "eval of ",
+        "exec of ",
+        "system of os",
+        "popen of os",
+        "loads of pickle",
+        "load of pickle",
+        "load of yaml",
+        "load of np",
+        "load of torch.jit",
+        "load of jit",
+        "instantiate",
+        "extractall",
+        "extract",
+        "unsafe_load",
+        "full_load",
+    }
     for file in CODE:
         for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
             name = ast.unparse(call.func)
@@ -194,9 +213,13 @@ def test_a_model_that_cannot_be_made_from_a_checkpoints_config_is_one_line(
 
 @pytest.mark.parametrize(
     ("target", "home"),
-    [("clipx.training.run.Path", "pathlib"), ("clipx.data.prepare.pack.asdict", "dataclasses"),
-     ("clipx.config.resolve.files", "importlib"),
-     ("clipx.data.remote.cache.mkstemp", "tempfile"), ("clipx.training.logs.SummaryWriter", "torch")],
+    [
+        ("clipx.training.run.Path", "pathlib"),
+        ("clipx.data.prepare.pack.asdict", "dataclasses"),
+        ("clipx.config.resolve.files", "importlib"),
+        ("clipx.data.remote.cache.mkstemp", "tempfile"),
+        ("clipx.training.logs.SummaryWriter", "torch"),
+    ],
 )
 def test_what_a_module_of_clipx_has_only_imported_is_not_called(target: str, home: str) -> None:
     with pytest.raises(UserError, match=rf"^model\._target_={target} comes from {home}.*; trust=\[{home}\] allows it"):
@@ -217,13 +240,17 @@ def test_a_trusted_package_passes_on_only_what_it_says_that_it_does(
     trust = ["my_models"]
     assert locate("my_models.GELU", "model", trust) is torch.nn.GELU
     model = build({**MODEL, "_target_": "my_models.own"}, trust=trust)
-    checkpoint.save(tmp_path / "own.pt", {"model_state_dict": model.state_dict(),
-                                          "config": {"model": {**MODEL, "_target_": "my_models.own"}}})
+    checkpoint.save(
+        tmp_path / "own.pt",
+        {"model_state_dict": model.state_dict(), "config": {"model": {**MODEL, "_target_": "my_models.own"}}},
+    )
     assert type(load(tmp_path / "own.pt", trust=trust)[0]).__name__ == "CLIP"
     with pytest.raises(CheckpointError, match=r"my_models\.own is not clipx's own code; trust=\[my_models\]"):
         load(tmp_path / "own.pt")
-    for attack in ({"_target_": "my_models.system", "command": f"touch {ran}"},
-                   {"_target_": "my_models.save", "path": str(ran), "content": {}}):
+    for attack in (
+        {"_target_": "my_models.system", "command": f"touch {ran}"},
+        {"_target_": "my_models.save", "path": str(ran), "content": {}},
+    ):
         with pytest.raises(CheckpointError, match=r"comes from (posix|nt);|is outside clipx\.models"):
             load(checkpoint_of(tmp_path / "evil.pt", attack), trust=trust)
     monkeypatch.delitem(sys.modules, "my_models")
@@ -385,8 +412,10 @@ def png(width: int, height: int) -> bytes:
 def test_in_evaluation_a_picture_that_would_fill_the_memory_is_skipped(tmp_path: Path) -> None:
     words = {"txt": b"a line"}
     bombs = {"ok": picture(1), "large": png(30_000, 3_000), "narrow": png(1, 60_000)}
-    write_tar(tmp_path / "x.tar", [(f"{name}.{kind}", data) for name, bomb in bombs.items()
-                                   for kind, data in {"png": bomb, **words}.items()])
+    write_tar(
+        tmp_path / "x.tar",
+        [(f"{name}.{kind}", data) for name, bomb in bombs.items() for kind, data in {"png": bomb, **words}.items()],
+    )
     reader = EvalReader(open_shards(str(tmp_path), val=0).train, 224, SimpleTokenizer())
     chunk = reader.chunk(range(3))
     large, narrow = (record.reason for record in chunk.skipped)
@@ -397,9 +426,7 @@ def test_in_evaluation_a_picture_that_would_fill_the_memory_is_skipped(tmp_path:
 
 
 @pytest.mark.parametrize("url", ["", "pipe:yes"])
-def test_an_endless_response_is_cut_off(
-    tmp_path: Path, serve: Callable[[Path], str], url: str
-) -> None:
+def test_an_endless_response_is_cut_off(tmp_path: Path, serve: Callable[[Path], str], url: str) -> None:
     (tmp_path / "x.tar").write_bytes(bytes(20 << 20))
     url = url or f"{serve(tmp_path)}/x.tar"
     with pytest.raises(DataError, match=f"{url} has more than 1,000,000 bytes"):
@@ -505,10 +532,19 @@ def test_the_names_of_members_never_become_paths(
             info.type, info.linkname = kind, str(tmp_path / "secret.png")
             tar.addfile(info)
     monkeypatch.chdir(tmp_path / "inner")
-    train("model=tiny", "data=shards", "data.root=data", "data.val=0", "batch_size=6", "max_steps=1", "name=x",
-          "workers=0", "evals=[]")
+    train(
+        "model=tiny",
+        "data=shards",
+        "data.root=data",
+        "data.val=0",
+        "batch_size=6",
+        "max_steps=1",
+        "name=x",
+        "workers=0",
+        "evals=[]",
+    )
     source = open_shards(str(data), val=0).train
-    assert sum(source.sizes) == 6                       # ".." has no key; links and devices are passed over
+    assert sum(source.sizes) == 6  # ".." has no key; links and devices are passed over
     assert picture(9) not in [source.read(number).picture for number in range(6)]
     outside = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
     assert outside == {"inner", "secret.png"} and (tmp_path / "secret.png").read_bytes() == picture(9)
@@ -531,23 +567,24 @@ def test_a_run_opens_no_socket_to_the_network(train: Callable[..., None], monkey
     train("experiment=smoke", "max_steps=1", "workers=2", "name=x")
 
 
-@pytest.mark.filterwarnings("ignore:html5lib", "ignore:pkg_resources")      # TensorBoard's own
+@pytest.mark.filterwarnings("ignore:html5lib", "ignore:pkg_resources")  # TensorBoard's own
 def test_the_tensorboard_that_we_name_binds_to_localhost() -> None:
     from tensorboard.plugins.core.core_plugin import CorePluginLoader
 
     parser = argparse.ArgumentParser()
     CorePluginLoader().define_flags(parser)
     given = parser.parse_args(["--logdir", "outputs"])
-    assert given.host is None and given.bind_all is False       # its server then takes localhost
+    assert given.host is None and given.bind_all is False  # its server then takes localhost
     for file in [*CODE, ROOT / "README.md", ROOT / "Makefile"]:
         assert not {"--bind_all", "--host", "0.0.0.0"} & set(file.read_text().replace('"', " ").split()), file
 
 
 def test_a_checkpoint_that_swells_is_not_unpacked(tmp_path: Path) -> None:
     torch.save({"model_state_dict": {"a": torch.zeros(10_000_000)}}, tmp_path / "plain.pt")
-    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(
-        tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED
-    ) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for entry in plain.infolist():
             packed.writestr(entry.filename, plain.read(entry))
     assert (tmp_path / "packed.pt").stat().st_size < 100_000

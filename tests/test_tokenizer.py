@@ -6,10 +6,29 @@ import torch
 
 from clipx.tokenizer import SimpleTokenizer
 
-ODD = ["", " ", "a cat", "A CAT", "naïve café", "🦮 guide dog", "导盲犬", "&lt;b&gt; &amp;amp; &eacute;", "x" * 10_000,
-       "word " * 10_000,
-       "tab\tnew\nline", "<start_of_text>", "a <end_of_text> b", "!!!", "don't can't we'll", "ﬁ ligature",
-       "âœ” mojibake", "\u200b\ufeff", "٣٤٥", "👨‍👩‍👧‍👦", "e\u0301"]
+ODD = [
+    "",
+    " ",
+    "a cat",
+    "A CAT",
+    "naïve café",
+    "🦮 guide dog",
+    "导盲犬",
+    "&lt;b&gt; &amp;amp; &eacute;",
+    "x" * 10_000,
+    "word " * 10_000,
+    "tab\tnew\nline",
+    "<start_of_text>",
+    "a <end_of_text> b",
+    "!!!",
+    "don't can't we'll",
+    "ﬁ ligature",
+    "âœ” mojibake",
+    "\u200b\ufeff",
+    "٣٤٥",
+    "👨‍👩‍👧‍👦",
+    "e\u0301",
+]
 
 
 def test_ids_equal_those_of_open_clip_on_a_thousand_odd_strings() -> None:

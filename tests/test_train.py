@@ -17,16 +17,30 @@ def test_a_run_leaves_what_was_promised(train: Callable[..., None], tmp_path: Pa
     train(*FEW, "name=x", "max_steps=15", "keep_every=10")
     run = tmp_path / "outputs" / "x"
     assert sorted(path.name for path in run.iterdir() if "tfevents" not in path.name) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "summary.json", "train.log",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "train.log",
     ]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        "clip_best.pt", "clip_last.pt", "clip_step_10.pt",
+        "clip_best.pt",
+        "clip_last.pt",
+        "clip_step_10.pt",
     ]
     steps = [line for line in lines(run) if "train/loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 16))
     assert [line["samples"] for line in steps] == list(range(16, 16 * 16, 16))
-    assert {"train/loss", "train/lr", "train/logit_scale", "train/grad_norm", "train/samples_per_s",
-            "train/data_wait", "epoch", "seconds"} <= set(steps[0])
+    assert {
+        "train/loss",
+        "train/lr",
+        "train/logit_scale",
+        "train/grad_norm",
+        "train/samples_per_s",
+        "train/data_wait",
+        "epoch",
+        "seconds",
+    } <= set(steps[0])
     scores = [line for line in lines(run) if "val/retrieval/i2t_r1" in line]
     assert [line["step"] for line in scores] == [7, 14, 15]
     told = summary(run)
@@ -53,7 +67,7 @@ def test_tensorboard_has_the_same_numbers_and_the_pictures(train: Callable[..., 
 
 def test_twenty_steps_equal_ten_and_a_resume_and_ten_bit_for_bit(train: Callable[..., None], tmp_path: Path) -> None:
     train(*FEW, "name=straight")
-    train(*FEW, "name=broken", "stop_at=10")        # 160 samples are 4 epochs of 40
+    train(*FEW, "name=broken", "stop_at=10")  # 160 samples are 4 epochs of 40
     run = tmp_path / "outputs" / "broken"
     assert summary(run)["state"] == "stopped" and read(run / "checkpoints/clip_last.pt")["samples"] == 160
     train(*FEW, "name=broken")
@@ -77,7 +91,7 @@ def test_rows_logged_after_the_checkpoint_are_dropped_on_resume(train: Callable[
     train(*FEW, "name=x", "max_steps=12", "stop_at=6", "save_every=4")
     run = tmp_path / "outputs" / "x"
     shutil.copy(run / "checkpoints/clip_last.pt", tmp_path / "six.pt")
-    with (run / "metrics.jsonl").open("a") as file:         # as a run that was killed at step 8 leaves it
+    with (run / "metrics.jsonl").open("a") as file:  # as a run that was killed at step 8 leaves it
         file.write('{"step": 8, "samples": 128, "train/loss": 0}\n{"step": 9, "sam')
     train(*FEW, "name=x", "max_steps=12", "save_every=4")
     steps = [line["step"] for line in lines(run) if "train/loss" in line]
@@ -108,9 +122,11 @@ def test_a_run_of_other_meaning_in_the_same_directory_is_refused(
 ) -> None:
     train(*FEW, "name=x", "max_steps=3", "stop_at=2")
     message = fails(*FEW, "name=x", "max_steps=3", "optim.lr=0.1", "seed=5")
-    assert message == ("outputs/x/checkpoints/clip_last.pt belongs to another run (optim.lr: 0.0005 -> 0.1; "
-                       "seed: 0 -> 5); name=... starts a new run, and resume_allow=[optim.lr,seed] resumes this one "
-                       "anyway")
+    assert message == (
+        "outputs/x/checkpoints/clip_last.pt belongs to another run (optim.lr: 0.0005 -> 0.1; "
+        "seed: 0 -> 5); name=... starts a new run, and resume_allow=[optim.lr,seed] resumes this one "
+        "anyway"
+    )
     assert "resume=auto resumes it" in fails(*FEW, "name=x", "max_steps=3", "resume=null")
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 2
 

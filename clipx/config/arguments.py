@@ -13,7 +13,7 @@ from clipx.config.meaning import LABELLED_PATHS, is_neutral
 from clipx.config.runs import OUTPUTS
 
 GROUPS = ("model", "data", "optim", "sched", "loss", "evals", "experiment", "source")
-MAX_NAME_LENGTH = 120       # characters of a directory's name
+MAX_NAME_LENGTH = 120  # characters of a directory's name
 
 # names and paths: their values stay text even if they look like numbers
 TEXT_KEYS = {"name", "init_from", "resume", "run", "src", "out", "cache", "images", "texts", "search", "json"}
@@ -52,7 +52,7 @@ def escape_override(override: str, sweep: bool) -> str:
     """Quote the values that Hydra's grammar rejects, and commas outside a sweep."""
     key, equals, value = override.partition("=")
     if key in ("hydra.run.dir", "hydra.sweep.dir"):
-        value = os.path.expanduser(value)           # Hydra creates these directories itself
+        value = os.path.expanduser(value)  # Hydra creates these directories itself
     if not equals or is_valid(f"{key}={value}", sweep):
         return f"{key}{equals}{value}"
     return f"{key}=" + ",".join(escape_value(key, part, sweep) for part in (split_commas(value) if sweep else [value]))
@@ -92,7 +92,7 @@ def is_valid(text: str, sweep: bool) -> bool:
     if is_text(override.key_or_group):
         return not isinstance(override.value(), (int, float))
     is_option = override.key_or_group in GROUPS and text != "experiment=null"
-    return not is_option or isinstance(override.value(), (str, list))      # model=5 names an option, too
+    return not is_option or isinstance(override.value(), (str, list))  # model=5 names an option, too
 
 
 def is_text(key: str) -> bool:
@@ -103,22 +103,26 @@ def is_text(key: str) -> bool:
 def completion_line(line: str) -> str:
     """The line that the shell completes, without earlier arguments that Hydra's completion cannot parse."""
     arguments = [*line.split(), *([""] if line.endswith(" ") else [])]
-    kept = [argument for previous, argument in zip(arguments, arguments[1:-1], strict=False)
-            if previous in OPTIONS_WITH_VALUE or argument.startswith("-")
-            or (is_valid(argument, sweep=True) and not argument.startswith("config="))]
+    kept = [
+        argument
+        for previous, argument in zip(arguments, arguments[1:-1], strict=False)
+        if previous in OPTIONS_WITH_VALUE
+        or argument.startswith("-")
+        or (is_valid(argument, sweep=True) and not argument.startswith("config="))
+    ]
     return " ".join([*arguments[:1], *kept, *arguments[1:][-1:]])
 
 
 def quote(value: str) -> str:
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)                  # backslashes count only before a quote
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def directory_name(overrides: Sequence[str]) -> str:
     """Join overrides into a file name; a hash is added if characters are replaced or the name is cut."""
-    by_key = {key_of(override): override for override in overrides}         # the last one of a key counts
+    by_key = {key_of(override): override for override in overrides}  # the last one of a key counts
     text = ",".join(sorted(override for key, override in by_key.items() if not is_neutral(key)))
-    name = re.sub(r"[^\w.,=+~-]|^\.+$", "_", text)         # name=.. must not leave outputs/
+    name = re.sub(r"[^\w.,=+~-]|^\.+$", "_", text)  # name=.. must not leave outputs/
     if name != text or len(name) > MAX_NAME_LENGTH:
         name = f"{name[:MAX_NAME_LENGTH]}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
     return name

@@ -41,9 +41,9 @@ from clipx.config.validate import ConfigError
 from clipx.errors import Interrupted, UserError
 from clipx.training.lock import remove_created_on_error
 
-TRAIN_COMMANDS = ("train", "check", "bench")        # their config is that of a training run
+TRAIN_COMMANDS = ("train", "check", "bench")  # their config is that of a training run
 
-JobFunction = Callable[[DictConfig, Path], float | None]        # of the composed config and the run's directory
+JobFunction = Callable[[DictConfig, Path], float | None]  # of the composed config and the run's directory
 
 
 @survive_closed_output()
@@ -71,14 +71,16 @@ def command(name: str, job: JobFunction, trains: bool = False) -> None:
         errors = [str(error)]
     except (Interrupted, KeyboardInterrupt) as interrupt:
         if isinstance(interrupt, KeyboardInterrupt) and not is_sweep(arguments):
-            raise                                           # the second Ctrl-C; in a sweep joblib may run the jobs
+            raise  # the second Ctrl-C; in a sweep joblib may run the jobs
         if not nonzero_rank():
             resume = f"resume with  python -m clipx.{name} {shlex.join(arguments)}"
             print(*failures.pop_all(), resume, sep="\n", file=sys.stderr)
         sys.exit(interrupt.code if isinstance(interrupt, Interrupted) else 128 + signal.SIGINT)
     except BrokenExecutor:
-        errors = ["a job's process was killed, probably out of memory, which ended the other jobs; rerun the same "
-                  "command to resume; hydra.launcher.n_jobs=1 runs one job at a time"]
+        errors = [
+            "a job's process was killed, probably out of memory, which ended the other jobs; rerun the same "
+            "command to resume; hydra.launcher.n_jobs=1 runs one job at a time"
+        ]
     if errors := [*failures.pop_all(), *errors]:
         sys.exit(printable("\n".join(errors)))
 
@@ -101,7 +103,7 @@ def call(name: str, job: JobFunction, arguments: Sequence[str]) -> Path:
         directories.append(directory)
         return job(composed, directory)
 
-    with suppress(Interrupted):         # after a save
+    with suppress(Interrupted):  # after a save
         run_explained(name, arguments, recorded, FailureLog.of_this_process(), True)
     return directories[0]
 
@@ -116,9 +118,7 @@ def run_explained(name: str, arguments: Sequence[str], job: JobFunction, failure
         raise UserError(add_list_hint(explain(error, name, arguments), arguments)) from error
 
 
-def compose_and_run(
-    name: str, arguments: Sequence[str], job: JobFunction, failures: FailureLog, trains: bool
-) -> None:
+def compose_and_run(name: str, arguments: Sequence[str], job: JobFunction, failures: FailureLog, trains: bool) -> None:
     """Compose the config and run the job, once or as a sweep.
 
     Raises:
@@ -130,7 +130,7 @@ def compose_and_run(
     sweep = is_sweep(rest)
     overrides = [escape_override(override, sweep) for override in overrides]
     hydra_job = HydraJob(job, saved, overrides, failures, trains)
-    searchpath = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []      # for hydra/sweeper=optuna
+    searchpath = [f"hydra.searchpath=[pkg://{CONF}]"] if saved else []  # for hydra/sweeper=optuna
     argv = [f"clipx-{name}", *options, *HYDRA_OVERRIDES, *searchpath, *overrides]
     with primary_config(name, saved) as location, isolated_hydra():
         run_dir = find_run_dir(name, location, options, overrides)
@@ -148,10 +148,10 @@ class HydraJob:
 
     job: JobFunction
     saved: Path | None
-    overrides: list[str]        # of the command
+    overrides: list[str]  # of the command
     failures: FailureLog
     trains: bool
-    error: str = ""             # of a single run
+    error: str = ""  # of a single run
 
     def __call__(self, composed: DictConfig) -> float | None:
         settings = HydraConfig.get()
@@ -162,7 +162,7 @@ class HydraJob:
         if choices and self.saved is None:
             OmegaConf.update(composed, "choices", choices, force_add=True)
             OmegaConf.update(composed, "varied", keys, force_add=True)
-        name = None if composed.get("name") is None else str(composed.name)         # name=5 is text
+        name = None if composed.get("name") is None else str(composed.name)  # name=5 is text
         directory = run_directory(own, name, keys if sweep else None, self.saved)
         directory = apply_hydra_dirs(settings, directory, sweep)
         report: AbstractContextManager[Any] = nullcontext()
@@ -201,8 +201,9 @@ def primary_config(name: str, saved: Path | None) -> Iterator[str]:
         return
     config = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
     if unsafe := config.keys() & {"hydra", "defaults"}:
-        raise ConfigError(f"config={saved}: {min(unsafe)} does not belong in a run's config, as it can call any code; "
-                          "delete it")
+        raise ConfigError(
+            f"config={saved}: {min(unsafe)} does not belong in a run's config, as it can call any code; delete it"
+        )
     config = with_defaults(config, name)
     with TemporaryDirectory(prefix="clipx-") as folder:
         Path(folder, f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -227,6 +228,8 @@ def pop_saved_config(name: str, arguments: Sequence[str]) -> tuple[Path | None, 
     for argument in rest:
         key = argument.partition("=")[0]
         if key in GROUPS:
-            raise ConfigError(f"{argument}: config={path} already fixes every group; change single keys "
-                              f"({key}.KEY=VALUE), or leave config= out and give all arguments")
+            raise ConfigError(
+                f"{argument}: config={path} already fixes every group; change single keys "
+                f"({key}.KEY=VALUE), or leave config= out and give all arguments"
+            )
     return path, rest

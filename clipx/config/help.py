@@ -32,11 +32,16 @@ def help_page(command: str, arguments: Sequence[str] = ()) -> str:
     """
     folders = [Path(str(files(CONF))), *config_dirs(arguments)]
     head, defaults, keys = split_yaml((folders[0] / f"{command}.yaml").read_text(encoding="utf-8"))
-    if "train" in defaults:             # check and bench add keys to those of train
+    if "train" in defaults:  # check and bench add keys to those of train
         _, defaults, more = split_yaml((folders[0] / "train.yaml").read_text(encoding="utf-8"))
         keys = f"{keys}\n{more}" if keys else more
-    chosen = {group: option for default in defaults if isinstance(default, dict) for group, option in default.items()
-              if group.isidentifier()}
+    chosen = {
+        group: option
+        for default in defaults
+        if isinstance(default, dict)
+        for group, option in default.items()
+        if group.isidentifier()
+    }
     sections = [f"clipx.{command}: {head}"]
     if chosen:
         listed = "\n".join(describe_group(folders, group, chosen[group]) for group in chosen)

@@ -33,13 +33,13 @@ def find_run_dir(name: str, location: str, options: Sequence[str], overrides: Se
     own = config_dirs(options)
     keys = {key_of(override) for override in overrides}
     if not own and not keys & {"hydra.run.dir", "hydra.searchpath"}:
-        return Path()                   # then all settings are clipx's
+        return Path()  # then all settings are clipx's
     names = option_values(options, "--config-name", "-cn")
     root, main = location, names[-1] if names else name
     searchpath = [f"file://{folder.absolute()}" for folder in own]
-    ours = [] if location == f"pkg://{CONF}" else [f"pkg://{CONF}"]       # clipx's options, for a run's saved config
+    ours = [] if location == f"pkg://{CONF}" else [f"pkg://{CONF}"]  # clipx's options, for a run's saved config
     if home := next((folder for folder in own if names and (folder / f"{main}.yaml").is_file()), None):
-        root, searchpath = str(home.absolute()), [*searchpath, location]     # its primary config
+        root, searchpath = str(home.absolute()), [*searchpath, location]  # its primary config
     parser = OverridesParser.create()
     single = [override for override in overrides if not parser.parse_override(override).is_sweep_override()]
     try:
@@ -47,7 +47,7 @@ def find_run_dir(name: str, location: str, options: Sequence[str], overrides: Se
         after = flatten(to_dict(composed.hydra))
         directory = Path(composed.hydra.run.dir)
     except (HydraException, OmegaConfBaseException):
-        return Path()                   # Hydra will raise it
+        return Path()  # Hydra will raise it
     before = flatten(to_dict(compose(name, location, ours, []).hydra))
     for key, value in after.items():
         set_by_hydra = any(f"{key}.".startswith(f"{prefix}.") for prefix in SET_BY_HYDRA)
@@ -59,8 +59,11 @@ def find_run_dir(name: str, location: str, options: Sequence[str], overrides: Se
 def compose(name: str, location: str, searchpath: Sequence[str], overrides: Sequence[str]) -> DictConfig:
     """Compose a config with Hydra's settings, including clipx's directories."""
     package = location.removeprefix("pkg://")
-    initialized = (hydra.initialize_config_module(package, version_base="1.3") if package != location
-                   else hydra.initialize_config_dir(location, version_base="1.3"))
+    initialized = (
+        hydra.initialize_config_module(package, version_base="1.3")
+        if package != location
+        else hydra.initialize_config_dir(location, version_base="1.3")
+    )
     with initialized:
         own = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
         return hydra.compose(name, [HYDRA_OVERRIDES[0], *own, *overrides], return_hydra_config=True)

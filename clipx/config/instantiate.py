@@ -79,5 +79,5 @@ def build(node: Any, where: str = "model", trust: Sequence[str] = (), own: str =
         return functools.partial(target, **arguments)
     try:
         return target(**arguments)
-    except ValueError as error:      # raised by targets for an invalid value
+    except ValueError as error:  # raised by targets for an invalid value
         raise UserError(f"{where}.{error}") from error

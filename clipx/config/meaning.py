@@ -12,7 +12,7 @@ import yaml
 from clipx.config.instantiate import locate
 from clipx.config.validate import ConfigError, suggest
 
-CONF = "clipx.conf"      # the package of the YAML files
+CONF = "clipx.conf"  # the package of the YAML files
 
 # keys that do not change what a run computes: places, speed, memory, logging
 NEUTRAL = {
@@ -23,13 +23,13 @@ NEUTRAL = {
 }  # fmt: skip
 LABELLED_PATHS = r"(labelled|evals\.[^.]+\.sets)\.[^.]+\.(root|folder|shards|train|classes)"
 
-LENGTH_KEYS = {"epochs", "max_steps"}       # may grow on resume
-RECORDED = {"choices", "varied"}            # for the record only
+LENGTH_KEYS = {"epochs", "max_steps"}  # may grow on resume
+RECORDED = {"choices", "varied"}  # for the record only
 
 
 def is_neutral(key: str) -> bool:
     """Whether a key does not change the meaning of a run."""
-    plain = re.sub(r"^data\.sources\.[^.]+\.", "data.", key)        # sources of a mix
+    plain = re.sub(r"^data\.sources\.[^.]+\.", "data.", key)  # sources of a mix
     return plain in NEUTRAL or re.fullmatch(LABELLED_PATHS, key) is not None
 
 
@@ -73,7 +73,7 @@ def flatten_saved(before: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten a saved config, with the defaults of keys that are newer than it."""
     whole = with_defaults(before)
     references = {key: match[1] for key, value in whole.items() if (match := re.fullmatch(r"\$\{(\w+)\}", str(value)))}
-    return flatten({**whole, **{key: whole[other] for key, other in references.items()}})      # best: ${objective}
+    return flatten({**whole, **{key: whole[other] for key, other in references.items()}})  # best: ${objective}
 
 
 def is_meaningful(key: str) -> bool:
@@ -119,9 +119,13 @@ def refusal_message(path: Path, changes: Mapping[str, str], config: Mapping[str,
     """
     allowed = allowed_changes(config, changes)
     refused = {key: text for key, text in changes.items() if key not in allowed}
-    return "" if not refused else (
-        f"{path} belongs to another run ({'; '.join(refused.values())}); name=... starts a new run, and "
-        f"resume_allow=[{','.join(refused)}] resumes this one anyway"
+    return (
+        ""
+        if not refused
+        else (
+            f"{path} belongs to another run ({'; '.join(refused.values())}); name=... starts a new run, and "
+            f"resume_allow=[{','.join(refused)}] resumes this one anyway"
+        )
     )
 
 

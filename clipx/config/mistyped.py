@@ -56,14 +56,22 @@ def check_form(override: str, previous: str) -> None:
     key, equals, value = override.partition("=")
     if not equals and not override.startswith("~"):
         right = re.sub(r"^(\w[\w.]*):\s*", r"\1=", override)
-        raise UserError(f"{override!r} is not KEY=VALUE; " + (
-            f"write {right}" if right != override else
-            f"several values of {previous.partition('=')[0]} are one list: "
-            f"{previous.partition('=')[0]}=[{previous.partition('=')[2]},{override}]" if previous else
-            "--help lists the keys"))
+        raise UserError(
+            f"{override!r} is not KEY=VALUE; "
+            + (
+                f"write {right}"
+                if right != override
+                else f"several values of {previous.partition('=')[0]} are one list: "
+                f"{previous.partition('=')[0]}=[{previous.partition('=')[2]},{override}]"
+                if previous
+                else "--help lists the keys"
+            )
+        )
     if value.endswith(",") and len(value) > 1:
-        raise UserError(f"{override} ends in a comma; write {override.rstrip(',')}, or quote a comma that belongs to "
-                        f"the value: \"{key}='{value}'\"")
+        raise UserError(
+            f"{override} ends in a comma; write {override.rstrip(',')}, or quote a comma that belongs to "
+            f"the value: \"{key}='{value}'\""
+        )
 
 
 def check_hydra_key(override: str, where: str = "") -> None:
@@ -71,12 +79,16 @@ def check_hydra_key(override: str, where: str = "") -> None:
     key = key_of(override).lstrip("~").partition("@")[0]
     group = key.removeprefix("hydra/")
     setting = key.removeprefix("hydra.")
-    ignored = group not in OBEYED_GROUPS if group != key else setting != key and not any(
-        f"{setting}.".startswith(f"{known}.") for known in OBEYED
+    ignored = (
+        group not in OBEYED_GROUPS
+        if group != key
+        else setting != key and not any(f"{setting}.".startswith(f"{known}.") for known in OBEYED)
     )
     if ignored:
-        raise UserError(f"{key}{where} has no effect in clipx: a run keeps its own log and config in its directory, "
-                        "and paths are relative to the current directory; leave it out")
+        raise UserError(
+            f"{key}{where} has no effect in clipx: a run keeps its own log and config in its directory, "
+            "and paths are relative to the current directory; leave it out"
+        )
 
 
 def check_duplicates(overrides: Sequence[str]) -> None:
@@ -85,6 +97,8 @@ def check_duplicates(overrides: Sequence[str]) -> None:
     for override in overrides:
         key = key_of(override)
         if key in first:
-            raise UserError(f"{key} is given twice, {first[key]} and {override}; give it once, and quote a pattern "
-                            f"that the shell would expand: '{key}=DIR/{{00000..00001}}.tar'")
+            raise UserError(
+                f"{key} is given twice, {first[key]} and {override}; give it once, and quote a pattern "
+                f"that the shell would expand: '{key}=DIR/{{00000..00001}}.tar'"
+            )
         first[key] = override

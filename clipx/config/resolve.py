@@ -36,7 +36,7 @@ def check_nodes(values: Mapping[str, Any], schema: type[Schema]) -> Schema:
     """
     trust, nodes = values.get("trust", []), {}
     groups = values.keys() & set(GROUPS)
-    for key in sorted(groups, key=lambda key: key not in ("data", "source", "sched")):     # these import no torch
+    for key in sorted(groups, key=lambda key: key not in ("data", "source", "sched")):  # these import no torch
         check = check_named_nodes if key == "evals" else check_node
         nodes[key] = check(values[key], key, trust)
     return schema(**{**values, **nodes})

@@ -14,8 +14,8 @@ Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
 class ComposedConfig:
     """What ``config.cli`` records in a config."""
 
-    choices: dict[str, Any] = field(default_factory=dict, kw_only=True)     # option of each group
-    varied: list[str] = field(default_factory=list, kw_only=True)           # keys that the sweep or the arguments set
+    choices: dict[str, Any] = field(default_factory=dict, kw_only=True)  # option of each group
+    varied: list[str] = field(default_factory=list, kw_only=True)  # keys that the sweep or the arguments set
 
 
 @dataclass(frozen=True)

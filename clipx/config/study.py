@@ -56,8 +56,10 @@ def lock_search(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process searches in {directory}; name=... starts a new search, "
-                            "and hydra.sweeper.n_jobs=... runs several trials at once") from error
+            raise UserError(
+                f"another process searches in {directory}; name=... starts a new search, "
+                "and hydra.sweeper.n_jobs=... runs several trials at once"
+            ) from error
         yield
 
 
@@ -67,12 +69,21 @@ def open_study(directory: Path, settings: SearchSettings, meaning: dict[str, Any
     Raises:
         UserError: the existing study searches something else.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)        # each job already has a line
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # each job already has a line
     journal = JournalStorage(JournalFileBackend(str(directory / JOURNAL)))
-    pruner = (SuccessiveHalvingPruner(min_resource=1, reduction_factor=2) if settings.pruner == "halving"
-              else MedianPruner(settings.startup))
-    create = partial(optuna.create_study, storage=journal, study_name="clipx", direction=settings.direction,
-                     pruner=pruner, load_if_exists=True)
+    pruner = (
+        SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+        if settings.pruner == "halving"
+        else MedianPruner(settings.startup)
+    )
+    create = partial(
+        optuna.create_study,
+        storage=journal,
+        study_name="clipx",
+        direction=settings.direction,
+        pruner=pruner,
+        load_if_exists=True,
+    )
     study = create()
     changes = differences(study.user_attrs.get("meaning", meaning), meaning)
     states = {trial.state for trial in study.trials}
@@ -88,8 +99,10 @@ def open_study(directory: Path, settings: SearchSettings, meaning: dict[str, Any
 def make_sampler(settings: SearchSettings, number: int) -> BaseSampler:
     """The sampler of a trial.  It is seeded per trial, so a resumed search proposes what an unbroken one would."""
     seed = int(np.random.SeedSequence((settings.seed, number)).generate_state(1)[0])
-    return RandomSampler(seed) if settings.sampler == "random" else TPESampler(
-        n_startup_trials=settings.startup, seed=seed
+    return (
+        RandomSampler(seed)
+        if settings.sampler == "random"
+        else TPESampler(n_startup_trials=settings.startup, seed=seed)
     )
 
 

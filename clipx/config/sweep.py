@@ -21,7 +21,7 @@ from clipx.config.meaning import CONF, is_neutral
 from clipx.errors import Interrupted, UserError
 from clipx.training.summary import FILE, read_summary
 
-UNSET, SWEEP_UNSET = "./.", f"{OUTPUTS}/.sweep"       # defaults of conf/hydra/output/clipx.yaml
+UNSET, SWEEP_UNSET = "./.", f"{OUTPUTS}/.sweep"  # defaults of conf/hydra/output/clipx.yaml
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
@@ -119,7 +119,7 @@ class JobReport:
         ended = error is None or isinstance(error, Exception)
         if (ended or isinstance(error, Interrupted)) and not nonzero_rank():
             self.report(error if ended else None)
-        return ended                                # a signal ends the sweep
+        return ended  # a signal ends the sweep
 
     def report(self, error: BaseException | None) -> None:
         """Write a line now and, if the job failed, one at the end of the sweep."""

@@ -53,8 +53,9 @@ def tune(
     overrides = {override.get_key_element(): override for override in parsed}.values()
     space = [override for override in overrides if override.is_sweep_override()]
     if not space:
-        raise ConfigError("there is nothing to search; give a key several values, such as "
-                          "'optim.lr=tag(log,interval(1e-5,1e-2))'")
+        raise ConfigError(
+            "there is nothing to search; give a key several values, such as 'optim.lr=tag(log,interval(1e-5,1e-2))'"
+        )
     plain = to_dict(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), resolve=True)
     if plain.get("objective") is None:
         raise ConfigError("objective=null: a search needs a metric, such as val/retrieval/mean_recall")
@@ -62,8 +63,10 @@ def tune(
     name = None if plain.get("name") is None else str(plain["name"])
     keys = varied_keys(arguments, list(settings.params), sweep=True)
     if config.hydra.sweep.subdir != UNSET:
-        raise ConfigError(f"hydra.sweep.subdir={config.hydra.sweep.subdir}: a search names its jobs' directories; "
-                          "set hydra.sweep.dir to move them")
+        raise ConfigError(
+            f"hydra.sweep.subdir={config.hydra.sweep.subdir}: a search names its jobs' directories; "
+            "set hydra.sweep.dir to move them"
+        )
     directory = apply_hydra_dirs(config.hydra, run_directory([], name, keys), sweep=True).parent
     meaning = {**plain, "hydra": {"sweeper": {
         "params": {override.get_key_element(): override.get_value_string() for override in space},
@@ -83,9 +86,11 @@ def direction_of(given: Direction | None, objective: str, mode: Mode | None) -> 
     """
     direction: Direction = "maximize" if mode_of(objective, mode) == "max" else "minimize"
     if given and given != direction:
-        raise ConfigError(f"hydra.sweeper.direction={given}: {objective} counts as better when it is "
-                          f"{'high' if direction == 'maximize' else 'low'}; leave direction out, or set "
-                          f"mode={given[:3]} if that is wrong")
+        raise ConfigError(
+            f"hydra.sweeper.direction={given}: {objective} counts as better when it is "
+            f"{'high' if direction == 'maximize' else 'low'}; leave direction out, or set "
+            f"mode={given[:3]} if that is wrong"
+        )
     return direction
 
 
@@ -97,8 +102,10 @@ def check_rungs(rungs: Sequence[duration.Duration]) -> None:
     """
     lengths = [duration.parse(rung) for rung in rungs]
     if len({unit for _, unit in lengths}) > 1 or sorted(set(lengths)) != lengths:
-        raise ConfigError(f"{SWEEPER}rungs=[{','.join(map(str, rungs))}]: should be durations of one unit, each longer "
-                          "than the one before")
+        raise ConfigError(
+            f"{SWEEPER}rungs=[{','.join(map(str, rungs))}]: should be durations of one unit, each longer "
+            "than the one before"
+        )
 
 
 @dataclass(frozen=True)
@@ -109,12 +116,12 @@ class Search:
     study: Study
     launcher: Launcher
     space: list[Override]
-    fixed: list[str]            # overrides of every job
-    keys: list[str]             # that vary, and name a job's directory
+    fixed: list[str]  # overrides of every job
+    keys: list[str]  # that vary, and name a job's directory
     name: str | None
     directory: Path
     objective: str
-    errors: list[str] = field(default_factory=list)     # of jobs that could not report them
+    errors: list[str] = field(default_factory=list)  # of jobs that could not report them
 
     def run(self) -> None:
         """Run all trials, starting with those that an earlier process left unfinished."""
@@ -122,7 +129,7 @@ class Search:
         unfinished = [Trial(self.study, trial._trial_id) for trial in begun]
         while batch := self.next_batch(unfinished):
             for height, rung in enumerate(self.settings.rungs):
-                batch = self.run_to_rung(batch, 2**height, rung)      # powers of two, for successive halving
+                batch = self.run_to_rung(batch, 2**height, rung)  # powers of two, for successive halving
             for trial, value in zip(batch, self.launch(batch, ""), strict=True):
                 self.study.tell(trial, value, TrialState.FAIL if value is None else None)
         self.report()

@@ -72,7 +72,7 @@ def check_call(
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     rest = next((key for key, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD), None)
     known = [key for key in parameters if key != rest]
-    if rest and get_origin(hints.get(rest)) is Unpack:              # **options: Unpack[DataOptions], a TypedDict
+    if rest and get_origin(hints.get(rest)) is Unpack:  # **options: Unpack[DataOptions], a TypedDict
         more = typing.get_type_hints(get_args(hints[rest])[0], include_extras=True)
         hints, known, rest = {**hints, **more}, [*known, *more], None
     for key in values:
@@ -98,7 +98,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         converted = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:
         found = error.errors()
-        if found[-1]["type"] == "missing" and isinstance(found[-1]["loc"][-1], int):        # of a tuple
+        if found[-1]["type"] == "missing" and isinstance(found[-1]["loc"][-1], int):  # of a tuple
             raise ConfigError(f"{key}={value!r}: should have {found[-1]['loc'][-1] + 1} values") from error
         reasons = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in found)
         reason = " or ".join(reasons).replace("Input should", "should").replace("or should be", "or")
@@ -108,8 +108,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
 
 def suggest(key: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of an error about an unknown name: a near match, or all known names."""
-    known = [name for name in known if not name.rpartition(".")[2].startswith("_")]         # _target_ is never meant
-    same = [name for name in known if name.rpartition(".")[2] == key]                       # lr for optim.lr
-    swapped = [name for name in known if sorted(name) == sorted(key)]                       # modle: model, not mode
+    known = [name for name in known if not name.rpartition(".")[2].startswith("_")]  # _target_ is never meant
+    same = [name for name in known if name.rpartition(".")[2] == key]  # lr for optim.lr
+    swapped = [name for name in known if sorted(name) == sorted(key)]  # modle: model, not mode
     near = same or swapped or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(known)}"

@@ -8,12 +8,12 @@ from typing import Any
 from clipx.data.files import find_sidecar
 from clipx.data.sample import BadSample, check_bytes
 
-DATASET_TYPE = "dataset_type.txt"    # of CLIP_benchmark
-JSON_KEY = "caption"        # what prepare writes
-MAX_KEYS = 8           # keys of a json listed in an error,
-MAX_SHOWN = 200        # characters of them
-MAX_CAPTION_FILE = 1 << 20        # bytes of a .txt or .json
-MAX_CAPTION = 1 << 14      # bytes; the tokenizer takes 4 s for one word of this size, and quadratic time
+DATASET_TYPE = "dataset_type.txt"  # of CLIP_benchmark
+JSON_KEY = "caption"  # what prepare writes
+MAX_KEYS = 8  # keys of a json listed in an error,
+MAX_SHOWN = 200  # characters of them
+MAX_CAPTION_FILE = 1 << 20  # bytes of a .txt or .json
+MAX_CAPTION = 1 << 14  # bytes; the tokenizer takes 4 s for one word of this size, and quadratic time
 
 
 def read_captions(members: Mapping[str, bytes], key: str | None, caption_per_line: bool = False) -> list[str]:
@@ -76,8 +76,10 @@ def caption_per_line(places: Mapping[Path, str]) -> bool:
     of_retrieval = {name: dataset_type(place) == "retrieval" for place, name in sorted(places.items())}
     if len(set(of_retrieval.values())) > 1:
         one, other = (next(name for name, is_so in of_retrieval.items() if is_so is which) for which in (True, False))
-        raise ValueError(f"shards: {one} has one caption per line (dataset_type.txt) and {other} does not; "
-                         "make each a source of its own with data=mix")
+        raise ValueError(
+            f"shards: {one} has one caption per line (dataset_type.txt) and {other} does not; "
+            "make each a source of its own with data=mix"
+        )
     return True in of_retrieval.values()
 
 

@@ -39,10 +39,10 @@ from clipx.devices import available_cores
 
 logger = logging.getLogger("clipx")
 
-MANY = 1000                 # shards from which the catalogue is cached in a file
-ASKED = 64                  # parallel requests about remote shards
-MAX_SIDECAR = 64 << 20      # bytes of an index or stats file on a server
-KNOWN = f"remote-{FORMAT}.json"      # cache file of one remote directory
+MANY = 1000  # shards from which the catalogue is cached in a file
+ASKED = 64  # parallel requests about remote shards
+MAX_SIDECAR = 64 << 20  # bytes of an index or stats file on a server
+KNOWN = f"remote-{FORMAT}.json"  # cache file of one remote directory
 ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), *((name, "<i8") for name in COUNTS)])
 
 
@@ -50,10 +50,10 @@ ROW = np.dtype([("bytes", "<i8"), ("mtime", "<i8"), *((name, "<i8") for name in 
 class Catalogue:
     """Shards in order, with their sizes and counts."""
 
-    shards: list[Path]      # a remote shard's path in the cache
-    rows: np.ndarray        # (shards,) bytes, mtime (ns; 0 if remote), COUNTS
-    index_dir: Path         # directory of indexes that are not next to their shard
-    remotes: Mapping[int, RemoteShard] = field(default_factory=dict)       # by number
+    shards: list[Path]  # a remote shard's path in the cache
+    rows: np.ndarray  # (shards,) bytes, mtime (ns; 0 if remote), COUNTS
+    index_dir: Path  # directory of indexes that are not next to their shard
+    remotes: Mapping[int, RemoteShard] = field(default_factory=dict)  # by number
 
     def open(self, number: int) -> OpenShard | CachedShard:
         """Open a shard for reading."""
@@ -63,8 +63,9 @@ class Catalogue:
 
     def sidecar_dirs(self) -> dict[Path, str]:
         """Return the local directories of the shards' sidecar files, and their names in messages."""
-        local = {shard.parent: str(shard.parent) for number, shard in enumerate(self.shards)
-                 if number not in self.remotes}
+        local = {
+            shard.parent: str(shard.parent) for number, shard in enumerate(self.shards) if number not in self.remotes
+        }
         return local | {remote.index.parent: remote.url.rpartition("/")[0] for remote in self.remotes.values()}
 
     @property
@@ -141,8 +142,13 @@ def open_indexes(shards: Sequence[Path], index_dir: Path) -> list[Path]:
                 found[shard] = index
                 bar.update(shard.stat().st_size)
         if temporary := sum(temporary_dir() in found[shard].parents for shard in stale):
-            logger.warning("%d indexes are in the temporary directory %s, as %s is not writable; set "
-                           "data.index_dir=DIR to keep them", temporary, temporary_dir(), stale[0].parent)
+            logger.warning(
+                "%d indexes are in the temporary directory %s, as %s is not writable; set "
+                "data.index_dir=DIR to keep them",
+                temporary,
+                temporary_dir(),
+                stale[0].parent,
+            )
     return [found[shard] for shard in shards]
 
 
@@ -164,8 +170,10 @@ def open_all(shards: Sequence[Path | str], cache: Cache) -> Catalogue:
     far = np.isin(np.arange(len(shards)), list(urls))
     rows = np.zeros(len(shards), ROW)
     rows[~far], rows[far] = local.rows, remote_rows(list(urls.values()), cache)
-    remotes = {number: cache.remote(url, int(rows[number]["bytes"]), int(rows[number]["samples"]))
-               for number, url in urls.items()}
+    remotes = {
+        number: cache.remote(url, int(rows[number]["bytes"]), int(rows[number]["samples"]))
+        for number, url in urls.items()
+    }
     paths = [remotes[number].path if isinstance(shard, str) else shard for number, shard in enumerate(shards)]
     return Catalogue(paths, rows, cache.index_dir, remotes)
 
@@ -236,7 +244,7 @@ def fetch_dataset_type(remote: RemoteShard) -> None:
     urls = [sibling_url(remote.url, DATASET_TYPE)]
     directory, mark, query = remote.url.partition("?")
     directory = directory.rpartition("/")[0]
-    if "/" in directory.partition("://")[2]:            # not the root of a server or bucket
+    if "/" in directory.partition("://")[2]:  # not the root of a server or bucket
         urls.append(sibling_url(f"{directory}{mark}{query}", DATASET_TYPE))
     answers = filter(None, map(fetch_small, urls))
     write_atomic(remote.index.parent / DATASET_TYPE, next(answers, b""))

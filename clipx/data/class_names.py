@@ -25,6 +25,8 @@ def read_classnames_file(directory: Path, key: str) -> list[str]:
     """Read classnames.txt next to the tars or, as in CLIP_benchmark, one level up."""
     listing = find_sidecar(directory, "classnames.txt")
     if listing is None:
-        raise ValueError(f"{key} has no value, and there is no {directory / 'classnames.txt'} nor one in its parent; "
-                         "set classes=FILE, one name per line")
+        raise ValueError(
+            f"{key} has no value, and there is no {directory / 'classnames.txt'} nor one in its parent; "
+            "set classes=FILE, one name per line"
+        )
     return read_lines(listing, key)

@@ -35,16 +35,20 @@ def faults(catalogue: Catalogue) -> Iterator[tuple[int, str]]:
         if row["bytes"] == 0:
             yield total, f"{shard} is empty (0 bytes); about {total:,} samples are lost; fetch or pack it again"
         elif row["cut"] and readable < total:
-            yield total - readable, (
-                f"{shard} is cut short: {readable:,} of its {total:,} samples can be read; pack it again"
+            yield (
+                total - readable,
+                (f"{shard} is cut short: {readable:,} of its {total:,} samples can be read; pack it again"),
             )
         elif row["cut"]:
             yield 0, f"{shard} has no end mark and may be cut short; its {total:,} samples are used"
         if row["parts"]:
-            yield int(row["parts"]), (
-                f"{shard}: the members of a sample are not adjacent, so {row['parts']:,} of its {row['samples']:,} "
-                f"samples lack some; pack it again sorted by name (mkdir x && tar -xf {shlex.quote(str(shard))} "
-                "-C x && tar --sort=name -cf NEW.tar -C x .)"
+            yield (
+                int(row["parts"]),
+                (
+                    f"{shard}: the members of a sample are not adjacent, so {row['parts']:,} of its {row['samples']:,} "
+                    f"samples lack some; pack it again sorted by name (mkdir x && tar -xf {shlex.quote(str(shard))} "
+                    "-C x && tar --sort=name -cf NEW.tar -C x .)"
+                ),
             )
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from clipx.data.sample import MAX_IMAGE_BYTES, Sample, check_bytes
 from clipx.data.tar.headers import DataError
 
-WRITING = ".writing-"       # in the name of an incomplete file
-WAITS = (0.2, 1.0, 3.0)     # seconds before each retry of a failed read
+WRITING = ".writing-"  # in the name of an incomplete file
+WAITS = (0.2, 1.0, 3.0)  # seconds before each retry of a failed read
 CLUTTER = {"@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -108,8 +108,9 @@ def read_lines(path: Path, key: str) -> list[str]:
     except UnicodeDecodeError:
         pass
     encoding = "UTF-16" if b"\0" in content else "CP1252"
-    raise DataError(f"{key}={path} is not UTF-8 text, perhaps {encoding}; convert it: "
-                    f"iconv -f {encoding} -t UTF-8 {path} > NEW")
+    raise DataError(
+        f"{key}={path} is not UTF-8 text, perhaps {encoding}; convert it: iconv -f {encoding} -t UTF-8 {path} > NEW"
+    )
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:

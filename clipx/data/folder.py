@@ -16,7 +16,7 @@ from clipx.data.sample import IMAGE_SUFFIXES, VALIDATION, BadSample, Data, DataO
 from clipx.data.tar.headers import DataError
 
 LAYOUT = "images/ with the pictures and captions.txt with lines FILENAME<TAB>CAPTION"
-IMAGE_KINDS = IMAGE_SUFFIXES | {".avif", ".heic", ".heif", ".jxl"}      # including some that Pillow may not read
+IMAGE_KINDS = IMAGE_SUFFIXES | {".avif", ".heic", ".heif", ".jxl"}  # including some that Pillow may not read
 
 
 class Folder:
@@ -39,9 +39,11 @@ class Folder:
             if any(root.glob("*.tar")) or any(root.glob("train/*.tar")):
                 raise ValueError(f"{key}={root} holds shards (*.tar), not {LAYOUT}; use data=shards")
             packed = f"{root.absolute().name}-shards"
-            raise ValueError(f"{key}={root} needs {LAYOUT}; pack any other folder: python -m clipx.prepare "
-                             f"source=folder src={shlex.quote(str(root))} out={shlex.quote(packed)}, then data=shards "
-                             f"data.root={shlex.quote(packed)}")
+            raise ValueError(
+                f"{key}={root} needs {LAYOUT}; pack any other folder: python -m clipx.prepare "
+                f"source=folder src={shlex.quote(str(root))} out={shlex.quote(packed)}, then data=shards "
+                f"data.root={shlex.quote(packed)}"
+            )
         self.images = root / "images"
         self.captions = read_listing(listing)
         self.names = list(self.captions)
@@ -73,7 +75,7 @@ def read_listing(path: Path, encoding: str | None = None) -> dict[str, list[str]
     """Return captions by file name, in the order of captions.txt; ``encoding`` as in ``open_text``."""
     captions: dict[str, list[str]] = {}
     with open_text(path, encoding) as file:
-        lines = file.read().split("\n")         # not at U+2028 and the like, which captions contain
+        lines = file.read().split("\n")  # not at U+2028 and the like, which captions contain
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

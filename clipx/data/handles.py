@@ -13,8 +13,8 @@ from clipx.data.remote.cache import RemoteShard
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import find_index, read_table
 
-OPEN_SHARDS = 256           # most open shards per source, with two file descriptors each
-OPEN_FILES = 4096           # limit of a process, if the system allows it
+OPEN_SHARDS = 256  # most open shards per source, with two file descriptors each
+OPEN_FILES = 4096  # limit of a process, if the system allows it
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
@@ -37,10 +37,10 @@ class OpenShard:
         self.stat = os.fstat(self.descriptor)
         if self.stat.st_size != size:
             raise self.changed()
-        index = retry_read(path, find_index, path, index_dir)     # compares the tar's ends
+        index = retry_read(path, find_index, path, index_dir)  # compares the tar's ends
         if index is None:
             raise self.changed()
-        self.samples = np.asarray(read_table(index))      # indexing a memmap is slow
+        self.samples = np.asarray(read_table(index))  # indexing a memmap is slow
 
     def changed(self) -> DataError:
         return DataError(
@@ -92,8 +92,9 @@ def max_open_shards() -> int:
 
     The soft limit (256 on macOS, mostly 1,024 on Linux) is first raised as far as the hard one allows.
     """
-    soft, hard = (OPEN_FILES if limit == resource.RLIM_INFINITY else limit for limit in
-                  resource.getrlimit(resource.RLIMIT_NOFILE))
+    soft, hard = (
+        OPEN_FILES if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
     if soft < (most := min(hard, OPEN_FILES)):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     return max(1, min(OPEN_SHARDS, max(soft, most) // 8))

@@ -15,16 +15,26 @@ from torch import Tensor
 
 from clipx.data.sample import DECODED, BadSample, describe_unreadable
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)      # RGB, of OpenAI's training pictures
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of OpenAI's training pictures
 STD = (0.26862954, 0.26130258, 0.27577711)
-RATIO = (3 / 4, 4 / 3)                          # width to height of a training crop
-MAX_PIXELS = 89_478_485                         # Pillow's limit, above which it warns about decompression bombs
+RATIO = (3 / 4, 4 / 3)  # width to height of a training crop
+MAX_PIXELS = 89_478_485  # Pillow's limit, above which it warns about decompression bombs
 JPEG = b"\xff\xd8"
-ORIENTATION = 0x0112                            # EXIF's tag
-SEGMENTS = [bytes([mark]) for mark in (*range(0xE0, 0xF0), 0xFE)]      # APP0 to APP15, and comments
+ORIENTATION = 0x0112  # EXIF's tag
+SEGMENTS = [bytes([mark]) for mark in (*range(0xE0, 0xF0), 0xFE)]  # APP0 to APP15, and comments
 # what Pillow raises for bad bytes
-DECODE_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError,
-                 EOFError, IndexError, OverflowError, struct.error, zlib.error)
+DECODE_ERRORS = (
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 
 def decode(file: bytes) -> Image.Image:
@@ -53,7 +63,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB; transparency becomes white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":        # 16 bits of grey
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits of grey
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -88,7 +98,7 @@ class TrainCrop:
             BadSample: it does not decode, or is too large.
         """
         part = self.cut(file, rng)
-        contiguous = self.buffer("crop", part.size).reshape(part.shape)      # as the filter needs
+        contiguous = self.buffer("crop", part.size).reshape(part.shape)  # as the filter needs
         np.copyto(contiguous, part)
         resize(contiguous, out)
 
@@ -126,7 +136,7 @@ class TrainCrop:
             pixels = simplejpeg.decode_jpeg(
                 file, "RGB", min_width=width, min_height=height, min_factor=shrink, buffer=buffer
             )
-        except ValueError:              # unusual: let Pillow decide whether it decodes
+        except ValueError:  # unusual: let Pillow decide whether it decodes
             return np.array(decode(file)), 1
         return apply_orientation(pixels, turn), shrink
 
@@ -178,7 +188,7 @@ def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def resize(pixels: np.ndarray, out: Tensor) -> None:
     """Resize (H, W, 3) into ``out``, (S, S, 3) uint8; bicubic with antialias, without a copy."""
-    planes, filled = torch.from_numpy(pixels).permute(2, 0, 1)[None], out.permute(2, 0, 1)[None]    # channels last
+    planes, filled = torch.from_numpy(pixels).permute(2, 0, 1)[None], out.permute(2, 0, 1)[None]  # channels last
     torch.ops.aten._upsample_bicubic2d_aa.out(planes, out.shape[:2], False, None, None, out=filled)
 
 

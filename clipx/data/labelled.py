@@ -33,20 +33,20 @@ from clipx.errors import first_line
 logger = logging.getLogger("clipx")
 
 INDEX_DIR = "~/.cache/clipx"
-Opened: TypeAlias = tuple[Source, list[str]]        # and its class names
+Opened: TypeAlias = tuple[Source, list[str]]  # and its class names
 
 
-@with_config(ConfigDict(extra="allow"))      # open_set reports unknown keys
+@with_config(ConfigDict(extra="allow"))  # open_set reports unknown keys
 class LabelledConfig(TypedDict, total=False):
     """Config of a labelled data set: one of dataset, folder and shards, with its options."""
 
-    dataset: str    # name in torchvision: CIFAR10, Food101, ImageNet
-    root: str       # its directory; nothing is downloaded
-    split: str      # its split; "test"
-    folder: str     # a directory with one directory of pictures per class
-    shards: str     # tars with .jpg and .cls, or their directory; next to them classnames.txt
-    train: str      # training data of a probe: another split ("train"), folder or shards
-    classes: str    # a file of class names, one per line, or imagenet; else those of the data
+    dataset: str  # name in torchvision: CIFAR10, Food101, ImageNet
+    root: str  # its directory; nothing is downloaded
+    split: str  # its split; "test"
+    folder: str  # a directory with one directory of pictures per class
+    shards: str  # tars with .jpg and .cls, or their directory; next to them classnames.txt
+    train: str  # training data of a probe: another split ("train"), folder or shards
+    classes: str  # a file of class names, one per line, or imagenet; else those of the data
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LabelledSet:
     """Labelled pictures and their class names."""
 
     test: Source
-    train: Source | None    # if requested
+    train: Source | None  # if requested
     classes: list[str]
 
 
@@ -69,8 +69,10 @@ def open_sets(sets: Mapping[str, LabelledConfig] | None, train: bool = False) ->
         ValueError: there are none, or a key is wrong.
     """
     if not sets:
-        raise ValueError("sets has no value; set labelled data: labelled={NAME:{dataset:CIFAR10,root:DIR}}, or "
-                         "{folder:DIR}, or {shards:DIR}")
+        raise ValueError(
+            "sets has no value; set labelled data: labelled={NAME:{dataset:CIFAR10,root:DIR}}, or "
+            "{folder:DIR}, or {shards:DIR}"
+        )
     return {name: open_set(f"sets.{name}", which, train) for name, which in sets.items()}
 
 
@@ -86,8 +88,10 @@ def open_set(key: str, which: LabelledConfig, train: bool) -> LabelledSet:
         raise ValueError(f"{key}={dict(which)}: give one of dataset=CIFAR10 (with root=DIR), folder=DIR and shards=DIR")
     kind = chosen[0]
     if kind != "dataset" and (misplaced := which.keys() & {"root", "split"}):
-        raise ValueError(f"{key}.{min(misplaced)} is only for torchvision's data sets (dataset=...), not "
-                         f"for {kind}={dict(which)[kind]}")
+        raise ValueError(
+            f"{key}.{min(misplaced)} is only for torchvision's data sets (dataset=...), not "
+            f"for {kind}={dict(which)[kind]}"
+        )
     names = read_names(which["classes"], f"{key}.classes") if "classes" in which else None
     test, classes = openers[kind](key, which, False, names)
     if not train:
@@ -96,8 +100,9 @@ def open_set(key: str, which: LabelledConfig, train: bool) -> LabelledSet:
         raise ValueError(f"{key}.train has no value; a probe needs training pictures other than the test's: train=DIR")
     source, others = openers[kind](key, which, True, names)
     if source.id == test.id or others != classes:
-        raise ValueError(f"{key}.train={which.get('train', 'train')}: expected the classes of the test set, with other "
-                         "pictures")
+        raise ValueError(
+            f"{key}.train={which.get('train', 'train')}: expected the classes of the test set, with other pictures"
+        )
     return LabelledSet(test, source, classes)
 
 
@@ -108,8 +113,10 @@ def check_label(label: int, classes: list[str], place: str) -> list[str]:
         DataError: the label is out of range.
     """
     if not 0 <= label < len(classes):
-        raise DataError(f"{place} has the label {label}, but there are {len(classes)} class names, for 0 to "
-                        f"{len(classes) - 1}; set the names of this data set: classes=FILE, one name per line")
+        raise DataError(
+            f"{place} has the label {label}, but there are {len(classes)} class names, for 0 to "
+            f"{len(classes) - 1}; set the names of this data set: classes=FILE, one name per line"
+        )
     return [str(label)]
 
 
@@ -138,7 +145,7 @@ class TorchvisionSource:
             raise DataError(f"{self.name} does not yield (picture, class number) and cannot be used here")
         check_size(image.width, image.height)
         file = BytesIO()
-        to_rgb(image).save(file, "ppm")         # uncompressed: lossless and fast
+        to_rgb(image).save(file, "ppm")  # uncompressed: lossless and fast
         return Sample(str(sample), file.getvalue(), check_label(int(label), self.classes, self.locate(sample)))
 
 
@@ -149,8 +156,11 @@ def open_torchvision(key: str, which: LabelledConfig, train: bool, names: list[s
     name, split = which["dataset"], which.get("train", "train") if train else which.get("split", "test")
     if name not in datasets.__all__:
         near = difflib.get_close_matches(name, datasets.__all__, n=1, cutoff=0.3)
-        raise ValueError(f"{key}.dataset={name}: torchvision has no such data set; did you mean {near[0]}?" if near else
-                         f"{key}.dataset={name}: torchvision has no such data set; for your own use folder=DIR")
+        raise ValueError(
+            f"{key}.dataset={name}: torchvision has no such data set; did you mean {near[0]}?"
+            if near
+            else f"{key}.dataset={name}: torchvision has no such data set; for your own use folder=DIR"
+        )
     make, root = getattr(datasets, name), which.get("root")
     known = inspect.signature(make).parameters
     if "root" in known and root is None:
@@ -163,12 +173,15 @@ def open_torchvision(key: str, which: LabelledConfig, train: bool, names: list[s
     except ValueError as error:
         raise ValueError(f"{key}.split={split}: {first_line(error)}") from error
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{key}.root={root}: {name} is missing or incomplete ({first_line(error)}); download "
-                         f"it with torchvision.datasets.{name}({root!r}, download=True)") from error
+        raise ValueError(
+            f"{key}.root={root}: {name} is missing or incomplete ({first_line(error)}); download "
+            f"it with torchvision.datasets.{name}({root!r}, download=True)"
+        ) from error
     own = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or []
     if not (names or own):
-        raise ValueError(f"{key}.classes has no value, and {name} has no class names; set classes=FILE, one "
-                         "name per line")
+        raise ValueError(
+            f"{key}.classes has no value, and {name} has no class names; set classes=FILE, one name per line"
+        )
     classes = names or [plain(one if isinstance(one, str) else one[0]) for one in own]
     where = split if known.keys() & {"split", "train"} else "all"
     return TorchvisionSource(dataset, f"{name}-{where}", root, classes), classes
@@ -201,17 +214,30 @@ def open_folders(key: str, which: LabelledConfig, train: bool, names: list[str] 
     root = Path(which[kind]).expanduser()
     there = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     folders = sorted(path for path in there if not is_clutter(path.name))
-    files = [(path, number) for number, folder in enumerate(folders) for path in sorted(below(folder))
-             if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    files = [
+        (path, number)
+        for number, folder in enumerate(folders)
+        for path in sorted(below(folder))
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    ]
     if not files:
         raise ValueError(f"{key}.{kind}={root} has no class directories with pictures, such as {root}/cat/1.jpg")
     if names and len(names) != len(folders):
-        raise ValueError(f"{key}.classes={which['classes']} has {len(names)} names, but {root} has {len(folders)} "
-                         "classes; give one name per line, in the order of the directory names")
+        raise ValueError(
+            f"{key}.classes={which['classes']} has {len(names)} names, but {root} has {len(folders)} "
+            "classes; give one name per line, in the order of the directory names"
+        )
     classes = names or [plain(folder.name) for folder in folders]
     if empty := [folder.name for number, folder in enumerate(folders) if number not in {label for _, label in files}]:
-        logger.warning("%s.%s=%s: %d of %d classes have no pictures but can be predicted: %s", key, kind,
-                       root, len(empty), len(folders), ", ".join(empty))
+        logger.warning(
+            "%s.%s=%s: %d of %d classes have no pictures but can be predicted: %s",
+            key,
+            kind,
+            root,
+            len(empty),
+            len(folders),
+            ", ".join(empty),
+        )
     return ClassFolders(root, files, classes), classes
 
 
@@ -247,14 +273,16 @@ def open_class_shards(key: str, which: LabelledConfig, train: bool, names: list[
     kind: Literal["train", "shards"] = "train" if train else "shards"
     place = which[kind]
     root = Path(place).expanduser()
-    split = root / ("train" if train else "test")         # CLIP_benchmark's layout
+    split = root / ("train" if train else "test")  # CLIP_benchmark's layout
     found = (list_shards(root) or list_shards(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
     tars = [tar for tar in found if isinstance(tar, Path)]
     if not tars or len(tars) < len(found):
         raise ValueError(f"{key}.{kind}={place}: expected local tars; copy remote ones first")
     kind_of_set = dataset_type(tars[0].parent)
     if kind_of_set not in ("", "classification"):
-        raise ValueError(f"{key}.{kind}={place}: dataset_type.txt says {kind_of_set}; expected classification"
-                         + "; evaluate it with evals=[retrieval] data=shards" * (kind_of_set == "retrieval"))
+        raise ValueError(
+            f"{key}.{kind}={place}: dataset_type.txt says {kind_of_set}; expected classification"
+            + "; evaluate it with evals=[retrieval] data=shards" * (kind_of_set == "retrieval")
+        )
     classes = names or read_classnames_file(tars[0].parent, f"{key}.classes")
     return ClassShards(open_catalogue(tars, expand_home(INDEX_DIR)), classes), classes

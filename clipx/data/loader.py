@@ -17,12 +17,10 @@ from clipx.data.remote.prefetch import Prefetcher, remotes_of
 from clipx.data.tar.headers import DataError
 from clipx.errors import UserError
 
-MAX_CHUNK = 256         # samples per chunk
+MAX_CHUNK = 256  # samples per chunk
 
 
-def load_chunks(
-    reader: Reader, ranges: Iterable[range], workers: int, pin: bool, fill: bool = True
-) -> Iterator[Chunk]:
+def load_chunks(reader: Reader, ranges: Iterable[range], workers: int, pin: bool, fill: bool = True) -> Iterator[Chunk]:
     """Yield the chunks of ``ranges`` in order; for training, remote shards are prefetched.
 
     Args:
@@ -38,10 +36,14 @@ def load_chunks(
     ranges = iter(ranges)
     first = next(ranges, range(0))
     loader = DataLoader(
-        reader, batch_size=None, sampler=itertools.chain([first] if first else [], ranges), num_workers=workers,
-        pin_memory=pin, worker_init_fn=init_worker,
-        multiprocessing_context=get_all_start_methods()[0] if workers else None,    # the system's default, not joblib's
-        generator=torch.Generator(),        # the default one would advance torch's global random state
+        reader,
+        batch_size=None,
+        sampler=itertools.chain([first] if first else [], ranges),
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=init_worker,
+        multiprocessing_context=get_all_start_methods()[0] if workers else None,  # the system's default, not joblib's
+        generator=torch.Generator(),  # the default one would advance torch's global random state
     )
     watched: list[int] = []
     chunks: Iterator[Chunk | UserError] | None
@@ -52,7 +54,7 @@ def load_chunks(
             others = active_children()
             chunks = iter(loader)
             watched = [child.sentinel for child in active_children() if child not in others]
-            if current_thread() is main_thread():   # torch's handler would raise in the middle of a step
+            if current_thread() is main_thread():  # torch's handler would raise in the middle of a step
                 signal.signal(signal.SIGCHLD, before)
             ahead.start()
             for chunk in chunks:
@@ -60,20 +62,25 @@ def load_chunks(
                     raise chunk
                 ahead.position = chunk.position
                 yield chunk
-    except (RuntimeError, OSError, EOFError) as error:      # a dead worker shows in many ways
+    except (RuntimeError, OSError, EOFError) as error:  # a dead worker shows in many ways
         if not watched or not wait(watched, timeout=1):
             raise
-        raise DataError(
-            f"one of the workers={workers} processes that read data was killed, most likely because memory ran out; "
-            "set fewer workers and rerun the command to resume from the last checkpoint"
-        ) from error
+        raise killed(workers) from error
     finally:
-        chunk = chunks = None       # a traceback keeps this frame alive, and with it the workers
+        chunk = chunks = None  # a traceback keeps this frame alive, and with it the workers
+
+
+def killed(workers: int) -> DataError:
+    """Say that a worker was killed."""
+    return DataError(
+        f"one of the workers={workers} processes that read data was killed, most likely because memory ran out; "
+        "set fewer workers and rerun the command to resume from the last checkpoint"
+    )
 
 
 def init_worker(_worker: int) -> None:
     """Block signals that are meant for the run, and freeze long-lived objects, which saves 5% of a worker's time."""
-    if hasattr(signal, "sigwaitinfo"):          # not on macOS
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
         Thread(target=exit_with_run, daemon=True).start()
     worker = get_worker_info()
@@ -98,7 +105,11 @@ def make_prefetcher(reader: Reader, first: range, fill: bool) -> Prefetcher:
 
 
 def train_ranges(
-    position: int, batch_size: int, micro_batch_size: int | None = None, rank: int = 0, world: int = 1,
+    position: int,
+    batch_size: int,
+    micro_batch_size: int | None = None,
+    rank: int = 0,
+    world: int = 1,
     left_out: Sequence[range] = (),
 ) -> Iterator[range]:
     """Yield the positions that one rank reads, chunk by chunk, endlessly.

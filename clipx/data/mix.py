@@ -31,8 +31,11 @@ class Chain:
     @property
     def remotes(self) -> dict[int, RemoteShard]:
         firsts = np.cumsum([0, *(len(source.sizes) for source in self.sources)]).tolist()
-        return {first + number: remote for first, source in zip(firsts, self.sources, strict=False)
-                for number, remote in remotes_of(source).items()}
+        return {
+            first + number: remote
+            for first, source in zip(firsts, self.sources, strict=False)
+            for number, remote in remotes_of(source).items()
+        }
 
     def locate(self, sample: int) -> str:
         source, own = self.find(sample)
@@ -47,7 +50,7 @@ class Chain:
 class Mix(Data):
     """Data of several sources."""
 
-    sizes: Sequence[Sequence[int]] = ()     # samples of each shard, for each source
+    sizes: Sequence[Sequence[int]] = ()  # samples of each shard, for each source
     weights: Sequence[float] = ()
 
     def plan(self, seed: int) -> MixPlan:
@@ -86,5 +89,5 @@ def open_mix(sources: dict[str, Data], weights: dict[str, float], **options: Unp
         sizes=[data.train.sizes for data in sources.values()],
         weights=[weights[name] for name in sources],
     )
-    mix.plan(seed=0)        # fail now if a weight is too small
+    mix.plan(seed=0)  # fail now if a weight is too small
     return mix

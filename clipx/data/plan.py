@@ -13,22 +13,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 1000            # positions; each block has the exact proportions of a mix
+BLOCK = 1000  # positions; each block has the exact proportions of a mix
 
 
 class Place(NamedTuple):
     """The sample at a position."""
 
-    source: int     # which of the data sources
-    epoch: int      # of that source
-    sample: int     # id, from 0, in shard order; the ids of the second source follow those of the first
+    source: int  # which of the data sources
+    epoch: int  # of that source
+    sample: int  # id, from 0, in shard order; the ids of the second source follow those of the first
 
 
 class Window(NamedTuple):
     """A shuffle window and the shards that it reads."""
 
-    start: int          # first position
-    shards: list[int]   # in the order of the sources' shards
+    start: int  # first position
+    shards: list[int]  # in the order of the sources' shards
 
 
 def digest(*words: int | str) -> int:
@@ -59,8 +59,8 @@ class Plan:
     def __init__(self, sizes: Sequence[int] | np.ndarray, seed: int, window: int):
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self.seed, self.window = seed, window
-        self.samples = int(self.sizes.sum())                        # of an epoch
-        self.first = np.cumsum(self.sizes) - self.sizes             # (shards,), id of each shard's first sample
+        self.samples = int(self.sizes.sum())  # of an epoch
+        self.first = np.cumsum(self.sizes) - self.sizes  # (shards,), id of each shard's first sample
         self.shard_order = lru_cache(maxsize=2)(self.draw_shard_order)
         self.window_order = lru_cache(maxsize=2)(self.draw_window_order)
 
@@ -89,7 +89,7 @@ class Plan:
 
     def at(self, epoch: int, index: int) -> Place:
         window, offset = divmod(index, self.window)
-        line = window * self.window + int(self.window_order(epoch, window)[offset])     # index in the permuted shards
+        line = window * self.window + int(self.window_order(epoch, window)[offset])  # index in the permuted shards
         shards, ends = self.shard_order(epoch)
         shard = int(np.searchsorted(ends, line, side="right"))
         return Place(0, epoch, int(self.first[shards[shard]] + line - (ends[shard] - self.sizes[shards[shard]])))
@@ -133,7 +133,7 @@ class MixPlan:
         seeds = [seed, *(digest(seed, "source", source) for source in range(1, len(sizes)))]
         self.plans = [Plan(part, own, window) for part, own in zip(sizes, seeds, strict=True)]
         self.shares = shares(weights)
-        self.samples = sum(part.samples for part in self.plans)         # of an epoch
+        self.samples = sum(part.samples for part in self.plans)  # of an epoch
         self.first_sample = np.cumsum([0, *(part.samples for part in self.plans)]).tolist()
         self.first_shard = np.cumsum([0, *map(len, sizes)]).tolist()
         self.block = lru_cache(maxsize=4)(self.draw_block)

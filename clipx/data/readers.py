@@ -15,17 +15,17 @@ from clipx.data.tar.headers import DataError
 from clipx.errors import UserError
 from clipx.tokenizer import SimpleTokenizer, Tokens
 
-CHUNKS = 3                  # in memory per worker: two prefetched by DataLoader, one in use
-TRIES = 64                  # bad samples in a row for one position before the run ends
+CHUNKS = 3  # in memory per worker: two prefetched by DataLoader, one in use
+TRIES = 64  # bad samples in a row for one position before the run ends
 
 
 @dataclass(frozen=True)
 class Skipped:
     """A bad sample that was replaced or left out."""
 
-    position: int           # in the plan
-    sample: int             # its id
-    place: str              # file and key
+    position: int  # in the plan
+    sample: int  # its id
+    place: str  # file and key
     reason: str
 
 
@@ -33,13 +33,13 @@ class Skipped:
 class Chunk:
     """Consecutive samples of the plan: N images, M captions (M = N in training)."""
 
-    images: Tensor          # (N, 3, S, S) uint8, channels last in memory
-    tokens: Tokens          # of the M captions
-    captions: list[str]     # M
-    owners: Tensor          # (M,) int64, row in ``images`` of each caption
-    position: int           # of the first sample
-    samples: Tensor         # (N,) int64, ids
-    ids: Tensor | None      # (N, 2) int64, hashes of picture and caption, if the loss needs them
+    images: Tensor  # (N, 3, S, S) uint8, channels last in memory
+    tokens: Tokens  # of the M captions
+    captions: list[str]  # M
+    owners: Tensor  # (M,) int64, row in ``images`` of each caption
+    position: int  # of the first sample
+    samples: Tensor  # (N,) int64, ids
+    ids: Tensor | None  # (N, 2) int64, hashes of picture and caption, if the loss needs them
     skipped: list[Skipped] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -58,15 +58,20 @@ class Reader(Dataset):
     def __getitem__(self, positions: range) -> Chunk | UserError:
         try:
             return self.chunk(positions)
-        except UserError as error:      # returned, as raising in a worker would add tracebacks to the message
+        except UserError as error:  # returned, as raising in a worker would add tracebacks to the message
             return error
 
     def chunk(self, positions: range) -> Chunk:
         raise NotImplementedError
 
     def collate(
-        self, positions: range, images: Tensor, captions: list[list[str]], samples: list[int],
-        skipped: list[Skipped], pictures: list[int] | None = None,
+        self,
+        positions: range,
+        images: Tensor,
+        captions: list[list[str]],
+        samples: list[int],
+        skipped: list[Skipped],
+        pictures: list[int] | None = None,
     ) -> Chunk:
         flat = [caption for several in captions for caption in several]
         return Chunk(
@@ -96,7 +101,12 @@ class TrainReader(Reader):
     """
 
     def __init__(
-        self, source: Source, plan: Plan | MixPlan, crop: TrainCrop, tokenizer: SimpleTokenizer, caption: str,
+        self,
+        source: Source,
+        plan: Plan | MixPlan,
+        crop: TrainCrop,
+        tokenizer: SimpleTokenizer,
+        caption: str,
         identify: bool = False,
     ):
         super().__init__(source, tokenizer)
@@ -178,7 +188,7 @@ def shared_pixels(count: int, size: int) -> Tensor:
         return torch.empty(count, size, size, 3, dtype=torch.uint8)
     amount = count * size * size * 3
     try:
-        storage = torch.UntypedStorage._new_shared(amount)      # as torch's own collate does
+        storage = torch.UntypedStorage._new_shared(amount)  # as torch's own collate does
     except RuntimeError as error:
         if "shared memory" not in str(error):
             raise

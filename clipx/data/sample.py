@@ -17,16 +17,16 @@ from clipx.data.plan import MixPlan, Plan
 
 logger = logging.getLogger("clipx")
 
-VALIDATION = ("val", "validation", "valid", "dev", "test")      # next to train/; the first that exists
-MAX_HELD_OUT = 5000        # pictures; more would not sharpen the estimate
-SHARES = (0.02, 0.1, 0.2, 0.5)      # suggested held-out shares; small sets need larger ones
-LARGE = 1_000_000           # samples; the held-out ids of larger sources are cached
-MIN_BAD_LIMIT = 10              # bad samples that any run tolerates
-MAX_IMAGE_BYTES = 256 << 20    # about the size of MAX_PIXELS uncompressed
+VALIDATION = ("val", "validation", "valid", "dev", "test")  # next to train/; the first that exists
+MAX_HELD_OUT = 5000  # pictures; more would not sharpen the estimate
+SHARES = (0.02, 0.1, 0.2, 0.5)  # suggested held-out shares; small sets need larger ones
+LARGE = 1_000_000  # samples; the held-out ids of larger sources are cached
+MIN_BAD_LIMIT = 10  # bad samples that any run tolerates
+MAX_IMAGE_BYTES = 256 << 20  # about the size of MAX_PIXELS uncompressed
 # without EPS, which runs Ghostscript
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 Image.init()
-with suppress(ImportError):         # pip install "clipx[heic]"
+with suppress(ImportError):  # pip install "clipx[heic]"
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
@@ -58,14 +58,14 @@ class Sample(NamedTuple):
     """One picture and its captions."""
 
     key: str
-    picture: bytes          # an encoded file
-    captions: list[str]     # one or more
+    picture: bytes  # an encoded file
+    captions: list[str]  # one or more
 
 
 class Source(Protocol):
     """Samples in shards, read by number. A folder is one shard."""
 
-    id: str                 # changes when the data do
+    id: str  # changes when the data do
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -115,15 +115,15 @@ class Data:
 
     train: Source
     val: Source | None
-    shuffle_window: int = 131_072                   # samples among which the plan shuffles
-    max_skipped: float = 0.01                       # share of the samples that may be bad; ten always may
-    crop: tuple[float, float] = (0.9, 1.0)          # smallest and largest share of a picture's area in a training crop
+    shuffle_window: int = 131_072  # samples among which the plan shuffles
+    max_skipped: float = 0.01  # share of the samples that may be bad; ten always may
+    crop: tuple[float, float] = (0.9, 1.0)  # smallest and largest share of a picture's area in a training crop
     caption: Literal["random", "first"] = "random"  # random: one caption is drawn each epoch
-    decode: Literal["fast", "exact"] = "fast"       # fast: a large JPEG is decoded at reduced size
+    decode: Literal["fast", "exact"] = "fast"  # fast: a large JPEG is decoded at reduced size
 
-    further: Mapping[str, Source] = field(default_factory=dict)     # more validation sets
-    lost: Mapping[str, int] = field(default_factory=dict)           # number of lost samples, by shard
-    notes: Sequence[str] = field(default_factory=list)              # decisions to log
+    further: Mapping[str, Source] = field(default_factory=dict)  # more validation sets
+    lost: Mapping[str, int] = field(default_factory=dict)  # number of lost samples, by shard
+    notes: Sequence[str] = field(default_factory=list)  # decisions to log
 
     @property
     def vals(self) -> dict[str, Source]:
@@ -153,7 +153,7 @@ class Subset:
         self.source, self.ids, self.without = source, ids, without
         there = np.diff(np.searchsorted(ids, np.cumsum(source.sizes)), prepend=0)
         self.sizes: list[int] = (np.asarray(source.sizes) - there if without else there).tolist()
-        self.before = ids - np.arange(len(ids))         # samples of the subset before each id
+        self.before = ids - np.arange(len(ids))  # samples of the subset before each id
         self.id = f"{source.id} {without} {blake2b(ids.tobytes(), digest_size=8).hexdigest()}"
 
     def full_id(self, sample: int) -> int:
@@ -189,8 +189,12 @@ def hold_out(source: KeyedSource, share: float, cache_dir: Path | None = None) -
     count = min(round(share * samples), MAX_HELD_OUT)
     if count == 0:
         if share:
-            logger.warning("val=%s of %d pictures is none, so there is no validation set; %s", share, samples,
-                           suggest_share(samples))
+            logger.warning(
+                "val=%s of %d pictures is none, so there is no validation set; %s",
+                share,
+                samples,
+                suggest_share(samples),
+            )
         return source, None
     choice = blake2b(f"{source.id} {count}".encode(), digest_size=8).hexdigest()
     file = cache_dir / f"held-{choice}.npy" if cache_dir else None
@@ -198,7 +202,7 @@ def hold_out(source: KeyedSource, share: float, cache_dir: Path | None = None) -
     if ids is None:
         ids = smallest_hashes(source, count)
         if file and samples >= LARGE:
-            with suppress(OSError):         # only a cache
+            with suppress(OSError):  # only a cache
                 file.parent.mkdir(parents=True, exist_ok=True)
                 np.save(file, ids)
     return Subset(source, ids, without=True), Subset(source, ids)
@@ -213,7 +217,7 @@ def suggest_share(samples: int, least: int = 10) -> str:
 def load_held_out(file: Path, count: int) -> np.ndarray | None:
     """Load the ids cached by ``hold_out``; None if missing or damaged."""
     try:
-        ids = np.lib.format.open_memmap(file, mode="r")     # no pickle, no allocation from a forged header
+        ids = np.lib.format.open_memmap(file, mode="r")  # no pickle, no allocation from a forged header
     except (OSError, ValueError):
         return None
     return np.asarray(ids) if (ids.shape, ids.dtype) == ((count,), np.int64) else None

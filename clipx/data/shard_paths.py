@@ -13,7 +13,7 @@ from clipx.data.remote.stores import PIPE, list_matches, run_with_retries
 from clipx.data.sample import VALIDATION
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://")
-Shard: TypeAlias = Path | str       # a local tar, or the URL of a remote one
+Shard: TypeAlias = Path | str  # a local tar, or the URL of a remote one
 
 
 def find_shards(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:
@@ -30,16 +30,19 @@ def find_shards(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]
     if not train:
         if val_paths:
             validating = val_paths[0].parent
-            raise ValueError(f"root={root} holds no shards to train on, but some in {validating.name}/; "
-                             f"to evaluate on them, set data.root={validating} data.val=0 split=train")
+            raise ValueError(
+                f"root={root} holds no shards to train on, but some in {validating.name}/; "
+                f"to evaluate on them, set data.root={validating} data.val=0 split=train"
+            )
         reason = "holds no shards (*.tar, train/*.tar)" if root.is_dir() else "is not a directory"
         remedy = "for pictures with captions.txt use data=folder"
         if made_by == "img2dataset":
             remedy = "set data.root=DIR to the output directory of img2dataset"
         elif made_by and root.is_dir() and os.listdir(root):
             new = f"{root}-shards"
-            remedy = (f"make them with: python -m clipx.prepare source={made_by} src={root} out={new}, then "
-                      f"data.root={new}")
+            remedy = (
+                f"make them with: python -m clipx.prepare source={made_by} src={root} out={new}, then data.root={new}"
+            )
         elif made_by:
             remedy = f"make its shards with: python -m clipx.prepare source={made_by} src=DIR out={root}"
         raise ValueError(f"root={root} {reason}; {remedy}")

@@ -41,7 +41,7 @@ class Shards:
 
     def __init__(self, catalogue: Catalogue, caption_key: str | None):
         self.catalogue, self.caption_key = catalogue, caption_key
-        self.kinds = CAPTION_KINDS if caption_key is None else ("json",)       # may hold the captions, best first
+        self.kinds = CAPTION_KINDS if caption_key is None else ("json",)  # may hold the captions, best first
         self.caption_per_line = caption_per_line(catalogue.sidecar_dirs())
         self.sizes: list[int] = catalogue.rows["samples"].tolist()
         self.id = catalogue.id + " one caption a line" * self.caption_per_line
@@ -93,8 +93,12 @@ class Shards:
 def dotted_key_hint(kinds: Iterable[str]) -> str:
     """Explain members that look like pictures but have a dot in their key."""
     dotted = next((kind for kind in kinds if kind.rpartition(".")[2] in IMAGE_KINDS), None)
-    return (f" but .{dotted}: everything after the first dot of a name is its extension; rename the members so that "
-            "keys have no dots" if dotted else "")
+    return (
+        f" but .{dotted}: everything after the first dot of a name is its extension; rename the members so that "
+        "keys have no dots"
+        if dotted
+        else ""
+    )
 
 
 def open_shards(
@@ -134,23 +138,38 @@ def open_shards(
     source = Shards(open_all(train, copies), caption_key)
     split: tuple[Source, Source | None]
     if val_paths:
-        held = Shards(open_all(val_paths, copies), caption_key)
-        if not sum(held.sizes):
-            raise DataError(f"{val_paths[0]} and the {len(val_paths) - 1} validation shards after it hold no samples; "
-                            "set others (data.val_shards=...), or leave them out")
-        copies.keep(list(held.catalogue.remotes.values()))
-        split = source, held
+        split = source, open_validation(val_paths, copies, caption_key)
     else:
-        assert not isinstance(val, str)         # would have given val_paths
+        assert not isinstance(val, str)  # would have given val_paths
         split = hold_out(source, val, copies.index_dir)
     data = Data(*split, **options, lost=lost_samples(source.catalogue), notes=notes)
     check_faults(source.catalogue, data)
     return data
 
 
+def open_validation(paths: Sequence[Path | str], copies: Cache, caption_key: str | None) -> Shards:
+    """Open validation shards; copies of remote ones stay in the cache.
+
+    Raises:
+        DataError: they hold no samples.
+    """
+    held = Shards(open_all(paths, copies), caption_key)
+    if not sum(held.sizes):
+        raise DataError(
+            f"{paths[0]} and the {len(paths) - 1} validation shards after it hold no samples; "
+            "set others (data.val_shards=...), or leave them out"
+        )
+    copies.keep(list(held.catalogue.remotes.values()))
+    return held
+
+
 def select_shards(
-    root: str | None, shards: str | list[str] | None, val_shards: str | list[str] | None, val: float | str,
-    allow_pipe: bool, made_by: str | None,
+    root: str | None,
+    shards: str | list[str] | None,
+    val_shards: str | list[str] | None,
+    val: float | str,
+    allow_pipe: bool,
+    made_by: str | None,
 ) -> tuple[Sequence[Shard], Sequence[Shard], list[str]]:
     """Return the training shards, the validation shards and what to log about them; arguments as in ``open_shards``."""
     train: Sequence[Shard]

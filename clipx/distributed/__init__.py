@@ -15,7 +15,7 @@ from clipx.errors import UserError
 
 Item = TypeVar("Item")
 
-RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")     # environment variables needed besides WORLD_SIZE
+RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # environment variables needed besides WORLD_SIZE
 
 
 def world_size() -> int:
@@ -51,8 +51,10 @@ def process_group() -> Iterator[Watchdog | None]:
         yield None
         return
     if missing := [name for name in RENDEZVOUS if not os.environ.get(name)]:
-        raise UserError(f"WORLD_SIZE={ranks} is set without {', '.join(missing)}; start several processes with "
-                        f"torchrun --nproc-per-node {ranks} -m clipx.train ..., or unset WORLD_SIZE to train in one")
+        raise UserError(
+            f"WORLD_SIZE={ranks} is set without {', '.join(missing)}; start several processes with "
+            f"torchrun --nproc-per-node {ranks} -m clipx.train ..., or unset WORLD_SIZE to train in one"
+        )
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
@@ -62,9 +64,9 @@ def process_group() -> Iterator[Watchdog | None]:
     try:
         with Watchdog(store.clone(), own, ranks) as watchdog:
             yield watchdog
-            dist.barrier()          # no rank leaves while another may need it
+            dist.barrier()  # no rank leaves while another may need it
     finally:
-        dist.destroy_process_group()        # the next job of a sweep creates its own
+        dist.destroy_process_group()  # the next job of a sweep creates its own
 
 
 def export_submitit() -> None:
@@ -98,8 +100,10 @@ def local_batch_size(batch_size: int) -> int:
     ranks = world_size()
     if batch_size % ranks:
         near = sorted({max(1, batch_size // ranks) * ranks, -(-batch_size // ranks) * ranks})
-        raise UserError(f"batch_size={batch_size} does not divide among {ranks} ranks; "
-                        f"{' and '.join(map(str, near))} {'do' if len(near) > 1 else 'does'}")
+        raise UserError(
+            f"batch_size={batch_size} does not divide among {ranks} ranks; "
+            f"{' and '.join(map(str, near))} {'do' if len(near) > 1 else 'does'}"
+        )
     return batch_size // ranks
 
 

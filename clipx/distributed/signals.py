@@ -24,10 +24,13 @@ class Signals:
     received: str | None = None
 
     def __enter__(self) -> "Signals":
-        numbers = STOP_SIGNALS if current_thread() is main_thread() else ()     # other threads cannot set handlers
-        hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN      # nohup
-        self.handlers: dict[int, Any] = {number: signal.signal(number, self.record) for number in numbers
-                                         if not (number == signal.SIGHUP and hangup_ignored)}
+        numbers = STOP_SIGNALS if current_thread() is main_thread() else ()  # other threads cannot set handlers
+        hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
+        self.handlers: dict[int, Any] = {
+            number: signal.signal(number, self.record)
+            for number in numbers
+            if not (number == signal.SIGHUP and hangup_ignored)
+        }
         return self
 
     def __exit__(

@@ -15,11 +15,11 @@ from clipx.errors import UserError
 
 logger = logging.getLogger("clipx")
 
-POLL = 0.1          # seconds between two reads of the store
-BEAT = 1.0          # seconds between two heartbeats
-SILENT = 30.0       # seconds without a heartbeat after which a rank is lost
-BEATS = 4           # heartbeats to wait for after a failure
-GRACE = 10.0        # seconds for a step to fail by itself after a rank is lost; then the process exits
+POLL = 0.1  # seconds between two reads of the store
+BEAT = 1.0  # seconds between two heartbeats
+SILENT = 30.0  # seconds without a heartbeat after which a rank is lost
+BEATS = 4  # heartbeats to wait for after a failure
+GRACE = 10.0  # seconds for a step to fail by itself after a rank is lost; then the process exits
 REMEDY = "rerun the same command to resume from the last checkpoint"
 NO_STORE = f"rank 0 or its machine is lost: the distributed store does not respond; {REMEDY}"
 
@@ -77,7 +77,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, RuntimeError) and (why := self.find_lost()):         # a collective, most likely
+        if isinstance(error, RuntimeError) and (why := self.find_lost()):  # a collective, most likely
             self.stopped.set()
             raise UserError(why) from error
         if error is not None:
@@ -112,7 +112,7 @@ class Watchdog:
 
     def report_lost(self, why: str) -> None:
         """Report a loss to all ranks; the first report wins."""
-        with suppress(dist.DistError):      # the other ranks notice by themselves
+        with suppress(dist.DistError):  # the other ranks notice by themselves
             self.store.compare_set("lost", "", f"{why}; {REMEDY}")
 
     def find_lost(self) -> str:

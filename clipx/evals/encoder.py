@@ -26,11 +26,11 @@ from clipx.models.packed import pack
 from clipx.tokenizer import SimpleTokenizer
 from clipx.weights.checkpoint import checksum
 
-FORMAT = 2              # of the feature files
-CPU_BATCH = 64          # pictures; larger batches take memory on a CPU and save little time
-TEXT_BATCH = 256        # texts
-NUM_SHOWN = 64          # pictures kept for figures
-NUM_PROBED = 32         # samples whose bytes are part of the cache's key
+FORMAT = 2  # of the feature files
+CPU_BATCH = 64  # pictures; larger batches take memory on a CPU and save little time
+TEXT_BATCH = 256  # texts
+NUM_SHOWN = 64  # pictures kept for figures
+NUM_PROBED = 32  # samples whose bytes are part of the cache's key
 
 FeaturesT = TypeVar("FeaturesT", Features, LabelledFeatures)
 
@@ -64,7 +64,7 @@ class EvalEncoder:
     ):  # fmt: skip
         self.model, self.tokenizer, self.workers, self.amp, self.cache = model, tokenizer, workers, amp, cache
         self.device = model.logit_scale.device
-        self.labelled: dict[str, LabelledFeatures] = {}      # by id of the source
+        self.labelled: dict[str, LabelledFeatures] = {}  # by id of the source
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Texts -> (M, E) unit vectors on the CPU, in float32."""
@@ -102,7 +102,7 @@ class EvalEncoder:
             shown.append(chunk.images[: max(0, NUM_SHOWN - count)])
             count += len(chunk)
         counts = gather(torch.tensor([count]))
-        before = counts[: rank()].sum()             # pictures of lower ranks
+        before = counts[: rank()].sum()  # pictures of lower ranks
         return Features(
             skipped=gather_skipped(skipped, int(counts.sum())),
             images=join(images, visual.embed),
@@ -147,9 +147,7 @@ class EvalEncoder:
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             return encode(x, True).cpu()
 
-    def load_or_encode(
-        self, kind: type[FeaturesT], source: Source, encode: Callable[[Source], FeaturesT]
-    ) -> FeaturesT:
+    def load_or_encode(self, kind: type[FeaturesT], source: Source, encode: Callable[[Source], FeaturesT]) -> FeaturesT:
         """Read features from the cache, or encode them and fill it.
 
         Raises:
@@ -173,8 +171,9 @@ class EvalEncoder:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(file, content.getbuffer())
             except OSError as error:
-                raise UserError(f"cache={file.parent} cannot be written: {error.strerror}; cache=null turns the cache "
-                                "off") from error
+                raise UserError(
+                    f"cache={file.parent} cannot be written: {error.strerror}; cache=null turns the cache off"
+                ) from error
         return features
 
     def cache_key(self, source: Source) -> str:
@@ -193,8 +192,9 @@ class EvalEncoder:
         size, tokens = self.model.visual.size, self.tokenizer(["a photo of a cat"])
         ramp = torch.linspace(-1, 1, 3 * size * size, device=self.device).view(1, 3, size, size)
         with evaluating(self.model):
-            probe = torch.cat([self.model.encode_image(ramp, True),
-                               self.model.encode_text(tokens.to(self.device), True)])
+            probe = torch.cat(
+                [self.model.encode_image(ramp, True), self.model.encode_text(tokens.to(self.device), True)]
+            )
         return [checksum(self.model.state_dict()), tokens.tolist(), probe.cpu().numpy().round(3).tolist(), size]
 
 

@@ -10,23 +10,23 @@ from torch import Tensor
 
 from clipx.data.sample import Source
 
-TILE = 1024         # queries of the loss at once
+TILE = 1024  # queries of the loss at once
 
 EncodeTexts = Callable[[list[str]], Tensor]
-Skip = tuple[str, str]      # place (file and key) and reason; a plain tuple, which torch.load(weights_only=True) allows
-Scores = dict[str, Any]     # metrics by name, and matplotlib figures
+Skip = tuple[str, str]  # place (file and key) and reason; a plain tuple, which torch.load(weights_only=True) allows
+Scores = dict[str, Any]  # metrics by name, and matplotlib figures
 
 
 @dataclass(frozen=True)
 class Features:
     """N pictures and their M captions in the joint space."""
 
-    images: Tensor          # (N, E) unit vectors
-    texts: Tensor           # (M, E) unit vectors
-    owners: Tensor          # (M,) index of each caption's picture
-    captions: list[str]     # M
-    shown: Tensor           # (min(N, 64), 3, S, S) uint8, the first pictures
-    skipped: list[Skip]     # pictures that could not be read
+    images: Tensor  # (N, E) unit vectors
+    texts: Tensor  # (M, E) unit vectors
+    owners: Tensor  # (M,) index of each caption's picture
+    captions: list[str]  # M
+    shown: Tensor  # (min(N, 64), 3, S, S) uint8, the first pictures
+    skipped: list[Skip]  # pictures that could not be read
 
     @property
     def first(self) -> Tensor:
@@ -38,11 +38,11 @@ class Features:
 class LabelledFeatures:
     """N pictures, each with the number of its class."""
 
-    images: Tensor          # (N, E) unit vectors
-    hidden: Tensor          # (N, D) input of the projection into the joint space
-    labels: Tensor          # (N,) int64
-    samples: Tensor         # (N,) int64, ids in the source
-    skipped: list[Skip]     # pictures that could not be read
+    images: Tensor  # (N, E) unit vectors
+    hidden: Tensor  # (N, D) input of the projection into the joint space
+    labels: Tensor  # (N,) int64
+    samples: Tensor  # (N,) int64, ids in the source
+    skipped: list[Skip]  # pictures that could not be read
 
 
 EncodeImages = Callable[[Source], LabelledFeatures]
@@ -53,7 +53,7 @@ def pair_loss(val: Features, scale: float) -> float:
     texts, total = val.texts[val.first], 0.0
     for queries, items in ((val.images, texts), (texts, val.images)):
         for start in range(0, len(queries), TILE):
-            logits = scale * queries[start : start + TILE] @ items.T                # (T, N)
+            logits = scale * queries[start : start + TILE] @ items.T  # (T, N)
             own = torch.arange(start, start + len(logits))
             total += F.cross_entropy(logits, own, reduction="sum").item()
     return total / (2 * len(texts))

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from clipx.evals.features import Features
 
-NUM_SHOWN = 8       # pictures in the retrieval figure
-NUM_NEAREST = 5     # captions next to each
-COLUMNS = 4         # of a grid of pictures
-MATRIX_SIZE = 24    # pictures in the similarity matrix
-MAX_CAPTION = 44    # characters of a caption in a figure
+NUM_SHOWN = 8  # pictures in the retrieval figure
+NUM_NEAREST = 5  # captions next to each
+COLUMNS = 4  # of a grid of pictures
+MATRIX_SIZE = 24  # pictures in the similarity matrix
+MAX_CAPTION = 44  # characters of a caption in a figure
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -55,7 +55,7 @@ def nearest_captions(val: Features) -> Any:
 
     chosen = evenly_spaced(len(val.shown), NUM_SHOWN).tolist()
     figure = Figure(figsize=(12, 1.35 * len(chosen)), layout="tight")
-    similarity = val.images[chosen] @ val.texts.T                       # (8, M)
+    similarity = val.images[chosen] @ val.texts.T  # (8, M)
     for row, picture in enumerate(chosen):
         left, right = figure.add_subplot(len(chosen), 2, 2 * row + 1), figure.add_subplot(len(chosen), 2, 2 * row + 2)
         left.imshow(val.shown[picture].permute(1, 2, 0).numpy())
@@ -65,8 +65,15 @@ def nearest_captions(val: Features) -> Any:
         right.axis("off")
         for line, caption in enumerate(similarity[row].topk(min(NUM_NEAREST, len(val.texts))).indices.tolist()):
             mark, colour = ("✓", "green") if own[caption] else ("  ", "black")
-            right.text(0, 0.9 - 0.2 * line, f"{similarity[row, caption]:.2f} {mark} {shorten(val.captions[caption])}",
-                       color=colour, fontsize=9, family="monospace", va="center")
+            right.text(
+                0,
+                0.9 - 0.2 * line,
+                f"{similarity[row, caption]:.2f} {mark} {shorten(val.captions[caption])}",
+                color=colour,
+                fontsize=9,
+                family="monospace",
+                va="center",
+            )
     return figure
 
 
@@ -76,7 +83,7 @@ def similarity_matrix(val: Features) -> Any:
 
     chosen = evenly_spaced(len(val.images), MATRIX_SIZE)
     first = val.first[chosen]
-    cosine = (val.images[chosen] @ val.texts[first].T).numpy()          # (24, 24)
+    cosine = (val.images[chosen] @ val.texts[first].T).numpy()  # (24, 24)
     names = [shorten(val.captions[index]) for index in first.tolist()]
     figure = Figure(figsize=(9, 8), layout="tight")
     axes = figure.add_subplot()

@@ -13,9 +13,9 @@ from clipx.data.tar.headers import DataError
 from clipx.distributed import gather_lists, local_slice
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores
 
-STRENGTHS = np.logspace(-6, 6, 97)      # of the L2 penalty, eight per decade
-FIRST_STEP = 16                         # indices between the first candidates: two decades
-HELD_OUT = 0.2                          # share of the training part used to choose the strength
+STRENGTHS = np.logspace(-6, 6, 97)  # of the L2 penalty, eight per decade
+FIRST_STEP = 16  # indices between the first candidates: two decades
+HELD_OUT = 0.2  # share of the training part used to choose the strength
 SEED = 0
 
 
@@ -38,7 +38,7 @@ class LinearProbe:
 
     def __call__(self, data: LabelledSet, encode_images: EncodeImages, encode_texts: EncodeTexts) -> Scores:
         """Return top1, mean_per_class, the chosen ``strength``, its ``held_out_top1``, and the number of pictures."""
-        assert data.train is not None           # open_sets(train=True) requires it
+        assert data.train is not None  # open_sets(train=True) requires it
         train, test = encode_images(data.train), encode_images(data.test)
         x, y = train.hidden.numpy(), train.labels.numpy()
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SEED)).numpy()

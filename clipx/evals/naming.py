@@ -38,7 +38,7 @@ def naming(
     unknown = set(own) - index.keys()
     if unknown:
         raise UserError(f"evals.naming.names: {file} lacks {min(unknown)!r}, the first caption of a validation picture")
-    labels = torch.tensor([index[name] for name in own])        # (N,) name of each picture
+    labels = torch.tensor([index[name] for name in own])  # (N,) name of each picture
     texts = encode_texts(candidates)
     metrics = score(val.images, texts, labels, ks)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SHUFFLE_SEED))
@@ -49,5 +49,5 @@ def naming(
 def score(images: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]) -> dict[str, float]:
     """Recalls in both directions; ``labels`` (N,) is the index of each picture's text."""
     pictures = torch.arange(len(images))
-    present, query = labels.unique(return_inverse=True)     # names that have pictures
+    present, query = labels.unique(return_inverse=True)  # names that have pictures
     return recalls(ranks(images, texts, pictures, labels), ranks(texts[present], images, query, pictures), ks)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from clipx.evals.features import EncodeTexts, Features
 
-TILE = 1024         # queries ranked at once
-CELLS = 1 << 25     # most similarities at once: 0.3 GB, for any number of items
-SEED = 0            # of the bootstrap
-TAIL = 0.025        # share of the resamples outside an interval, at either end
+TILE = 1024  # queries ranked at once
+CELLS = 1 << 25  # most similarities at once: 0.3 GB, for any number of items
+SEED = 0  # of the bootstrap
+TAIL = 0.025  # share of the resamples outside an interval, at either end
 
 
 def ranks(queries: Tensor, items: Tensor, query: Tensor, item: Tensor) -> Tensor:
@@ -31,12 +31,12 @@ def ranks(queries: Tensor, items: Tensor, query: Tensor, item: Tensor) -> Tensor
     """
     rows, tile = [], max(1, min(TILE, CELLS // len(items)))
     for start in range(0, len(queries), tile):
-        similarity = queries[start : start + tile] @ items.T                        # (T, K)
+        similarity = queries[start : start + tile] @ items.T  # (T, K)
         inside = (query >= start) & (query < start + len(similarity))
         correct = torch.zeros_like(similarity, dtype=torch.bool)
         correct[query[inside] - start, item[inside]] = True
         best = similarity.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)  # (T, 1)
-        rows.append(1 + (~(similarity < best) & ~correct).sum(dim=1))           # NaN counts as a tie
+        rows.append(1 + (~(similarity < best) & ~correct).sum(dim=1))  # NaN counts as a tie
     return torch.cat(rows)
 
 
@@ -81,8 +81,8 @@ def intervals(i2t: Tensor, t2i: Tensor, owners: Tensor, ks: Sequence[int], resam
         for name, values in {**per_query(rank, ks), "count": torch.ones(len(rank)).double()}.items():
             columns.append(torch.zeros(pictures).double().index_add(0, owner, values))
             names.append(f"{way}_{name}")
-    table = torch.stack(columns, dim=1)                                                        # (N, columns)
-    sums = torch.stack([draw(pictures, generator) @ table for _ in range(resamples)])      # (resamples, columns)
+    table = torch.stack(columns, dim=1)  # (N, columns)
+    sums = torch.stack([draw(pictures, generator) @ table for _ in range(resamples)])  # (resamples, columns)
     means = {name: sums[:, i] / sums[:, names.index(f"{name[:3]}_count")] for i, name in enumerate(names)}
     means["mean_recall"] = torch.stack([means[f"{way}_r{k}"] for way in ("i2t", "t2i") for k in ks]).mean(dim=0)
     ends = torch.tensor([TAIL, 1 - TAIL]).double()

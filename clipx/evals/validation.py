@@ -66,8 +66,8 @@ class Validation:
         self.evals = {key: one for key, one in evals.items() if not isinstance(one, LabelledEvaluation)}
         self.sources, self.tokenizer, self.workers, self.amp, self.cache = sources, tokenizer, workers, amp, cache
         self.with_loss = with_loss
-        self.warned: set[str] = set()               # ids of sources whose skipped pictures have been reported
-        self.skipped: list[dict[str, str]] = []     # pictures skipped for the first time by the last call
+        self.warned: set[str] = set()  # ids of sources whose skipped pictures have been reported
+        self.skipped: list[dict[str, str]] = []  # pictures skipped for the first time by the last call
 
     def __call__(self, model: CLIP, step: int, log: FigureLog) -> dict[str, float]:
         """Return metrics by tag, ``val/<eval>/<metric>`` or ``val/<eval>@<data>/<metric>``; figures go to the log."""

@@ -16,10 +16,10 @@ from clipx.evals.figures import picture_grid
 from clipx.models.clip import CLIP
 from clipx.tokenizer import SimpleTokenizer, open_clip_module
 
-NAMED = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}      # in open_clip
+NAMED = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}  # in open_clip
 MAX_PROMPTS = 8192  # encoded at once
-TILE = 4096         # pictures scored at once
-SCALE = 100         # inverse temperature of the reported confidence: CLIP's after training
+TILE = 4096  # pictures scored at once
+SCALE = 100  # inverse temperature of the reported confidence: CLIP's after training
 TOP = 5
 MISTAKE_SIZE = 224  # pixels
 
@@ -60,8 +60,10 @@ class ZeroShot:
         if shown:
             samples = [data.test.read(sample) for sample in features.samples[shown].tolist()]
             pictures = [eval_crop(decode(sample.picture), MISTAKE_SIZE) for sample in samples]
-            titles = [f"{confidence[row]:.0%} {data.classes[best[row, 0]]}\nis {data.classes[features.labels[row]]}"
-                      for row in shown]
+            titles = [
+                f"{confidence[row]:.0%} {data.classes[best[row, 0]]}\nis {data.classes[features.labels[row]]}"
+                for row in shown
+            ]
             scores["mistakes"] = picture_grid(pictures, [title.replace("$", r"\$") for title in titles])
         return scores
 
@@ -85,8 +87,9 @@ def read_templates(given: str | list[str]) -> list[str]:
     found = [template.replace("{c}", "{}") for template in found]
     wrong = [template for template in found if "{}" not in template]
     if wrong or not found:
-        raise ValueError(f"templates={given}: {wrong[:1]} has no {{}} for the class name; named templates are "
-                         f"{' and '.join(NAMED)}")
+        raise ValueError(
+            f"templates={given}: {wrong[:1]} has no {{}} for the class name; named templates are {' and '.join(NAMED)}"
+        )
     return found
 
 
@@ -107,7 +110,7 @@ def top_classes(images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest classes of each picture, (N, up to 5), and the probability of the first, (N,)."""
     best, confidence = [], []
     for tile in images.split(TILE):
-        logits = SCALE * tile @ classes.T                               # (T, C)
+        logits = SCALE * tile @ classes.T  # (T, C)
         top = logits.topk(min(TOP, len(classes)), dim=1)
         best.append(top.indices)
         confidence.append((top.values[:, 0] - logits.logsumexp(dim=1)).exp())

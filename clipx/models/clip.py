@@ -13,7 +13,7 @@ from clipx.models.packed import Packed
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 
-MAX_LOG_SCALE = math.log(100)       # Radford et al. 2021, section 2.5
+MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
 class CLIP(nn.Module):
@@ -80,7 +80,7 @@ def root_to_text(model: CLIP, state: dict[str, Any], prefix: str, *_rest: Any) -
     """Put ``text.`` back before a state dict is loaded."""
     own = {f"{prefix}{name}" for name in model.text.state_dict()}
     for key in own & state.keys():
-        state[f"{prefix}text.{key[len(prefix):]}"] = state.pop(key)
+        state[f"{prefix}text.{key[len(prefix) :]}"] = state.pop(key)
 
 
 def clip_vit_b32() -> CLIP:

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipx.devices import has_amx
 
-HAS_VARLEN = torch.__version__ >= "2.11"        # a TorchVersion, compared by number; 2.10 has no window_size
+HAS_VARLEN = torch.__version__ >= "2.11"  # a TorchVersion, compared by number; 2.10 has no window_size
 if HAS_VARLEN:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -50,13 +50,13 @@ def varlen_attention(
     queries = longest if causal else 1
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         rows = varlen_attn(q, k, v, q_offsets, k_offsets, queries, longest, window_size=(-1, 0 if causal else -1))
-    assert isinstance(rows, Tensor)         # a tuple if asked for more
+    assert isinstance(rows, Tensor)  # a tuple if asked for more
     return rows
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None) -> Tensor:
     """``attention`` written out; with AMX six times as fast in bf16 as torch's kernel, backward pass included."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                        # (B, H, M, L)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, M, L)
     if causal:
         seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if seen is not None:
@@ -72,8 +72,8 @@ def embed_patches(image: Tensor, weight: Tensor) -> Tensor:
     if not in_tiles(image):
         return F.conv2d(image, weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
     patch = weight.shape[-1]
-    rows = image.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))                # (B, C, S/P, P, S/P, P)
-    patches = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)               # (B, (S/P)^2, C P P)
+    rows = image.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, S/P, P, S/P, P)
+    patches = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, (S/P)^2, C P P)
     return F.linear(patches, weight.flatten(1))
 
 
@@ -82,6 +82,6 @@ def in_tiles(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and amx()
 
 
-@torch.compiler.assume_constant_result      # a compiler need not look inside
+@torch.compiler.assume_constant_result  # a compiler need not look inside
 def amx() -> bool:
     return has_amx()

@@ -22,10 +22,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     without a copy, and twice as fast on an AMD CPU.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not on_cpu or torch.compiler.is_compiling():         # a convolution is compiled anew for each number of rows
+    if not on_cpu or torch.compiler.is_compiling():  # a convolution is compiled anew for each number of rows
         return F.linear(x, weight, bias)
-    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)           # (1, D, T, 1), channels last in memory
-    y = F.conv2d(pixels, weight[:, :, None, None], bias)                    # (1, O, T, 1)
+    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, D, T, 1), channels last in memory
+    y = F.conv2d(pixels, weight[:, :, None, None], bias)  # (1, O, T, 1)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
 
@@ -44,7 +44,7 @@ class QuickGELU(nn.Module):
 
 
 Act = Literal["quick_gelu", "gelu"]
-ACTS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}       # OpenAI's, and the exact one
+ACTS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's, and the exact one
 
 
 class Attention(nn.Module):
@@ -62,31 +62,31 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)                       # (B, L, 3D), one product
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3D), one product
         if packed is None:
             return self.out_proj(self.attend(qkv))
         if not packed.grids:
-            q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)                  # (T, H, D/H) each
+            q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)  # (T, H, D/H) each
             rows = varlen_attention(q, k, v, packed.offsets, packed.offsets, packed.longest, self.causal)
             return self.out_proj(rows.flatten(1))
-        parts = zip(packed.split(qkv), packed.grids, strict=True)                       # (T', 3D) each
+        parts = zip(packed.split(qkv), packed.grids, strict=True)  # (T', 3D) each
         return self.out_proj(torch.cat([grid.gather(self.attend(grid.spread(part))) for part, grid in parts]))
 
     def attend(self, qkv: Tensor) -> Tensor:
         """(B, L, 3D) -> (B, L, D)."""
-        q, k, v = self.by_head(qkv, 3)                                                  # (B, H, L, D/H) each
-        x = attention(q, k, v, causal=self.causal)                                      # (B, H, L, D/H)
+        q, k, v = self.by_head(qkv, 3)  # (B, H, L, D/H) each
+        x = attention(q, k, v, causal=self.causal)  # (B, H, L, D/H)
         return x.transpose(1, 2).flatten(2)
 
     def read_out(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         """``forward`` at the read-out tokens only: (B, L, D) or (T, D) -> (B, D)."""
         D = x.shape[-1]
-        q = linear(read_out(x, packed), self.in_proj_weight[:D], self.in_proj_bias[:D])       # (B, D)
-        kv = linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:])                        # (B, L, 2D)
+        q = linear(read_out(x, packed), self.in_proj_weight[:D], self.in_proj_bias[:D])  # (B, D)
+        kv = linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:])  # (B, L, 2D)
         if packed is None:
             return self.out_proj(self.attend_once(q, kv))
         if not packed.grids:
-            k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(1)                      # (T, H, D/H) each
+            k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(1)  # (T, H, D/H) each
             one_each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
             rows = varlen_attention(q.unflatten(-1, (self.heads, -1)), k, v, one_each, packed.offsets, packed.longest)
             return self.out_proj(rows.flatten(1))
@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
     def attend_once(self, q: Tensor, kv: Tensor, seen: Tensor | None = None) -> Tensor:
         """One query per row: (B, D), (B, L, 2D) -> (B, D)."""
-        (q,), (k, v) = self.by_head(q[:, None], 1), self.by_head(kv, 2)                 # (B, H, 1, D/H), (B, H, L, D/H)
+        (q,), (k, v) = self.by_head(q[:, None], 1), self.by_head(kv, 2)  # (B, H, 1, D/H), (B, H, L, D/H)
         return attention(q, k, v, seen=seen).flatten(1)
 
     def by_head(self, x: Tensor, parts: int) -> Tensor:

@@ -15,16 +15,16 @@ from torch.utils._pytree import tree_map_only
 
 from clipx.tokenizer import Tokens
 
-EDGES = (16, 32, 48, 64)        # tokens; captions with lengths between two edges share a grid
-WIDTH_MULTIPLE = 16             # tokens; the width of a single grid, for compiled models
-LONGEST_MULTIPLE = 128          # tokens; a tile of the kernel, so that the bound hardly ever changes
+EDGES = (16, 32, 48, 64)  # tokens; captions with lengths between two edges share a grid
+WIDTH_MULTIPLE = 16  # tokens; the width of a single grid, for compiled models
+LONGEST_MULTIPLE = 128  # tokens; a tile of the kernel, so that the bound hardly ever changes
 
 
 class Grid(NamedTuple):
     """G captions of similar length as a (G, L) grid for attention.  T of its cells contain a token."""
 
-    places: Tensor              # (T,) flat indices of the tokens, row by row
-    seen: Tensor                # (G, 1, 1, L) bool: tokens up to the end token
+    places: Tensor  # (T,) flat indices of the tokens, row by row
+    seen: Tensor  # (G, 1, 1, L) bool: tokens up to the end token
 
     def spread(self, x: Tensor) -> Tensor:
         """(T, D) -> (G, L, D); zeros where there is no token."""
@@ -71,12 +71,12 @@ class Gather(torch.autograd.Function):
 class Packed(NamedTuple):
     """B captions as T tokens, grid by grid."""
 
-    ids: Tensor                 # (T,)
-    positions: Tensor           # (T,) of each token in its caption
-    order: Tensor               # (B,) index of each caption in grid order
-    offsets: Tensor             # (B+1,) int32, row of each start token, captions in grid order; and T
-    longest: int                # a bound for the tokens of a caption
-    grids: list[Grid]           # empty for a kernel that needs none
+    ids: Tensor  # (T,)
+    positions: Tensor  # (T,) of each token in its caption
+    order: Tensor  # (B,) index of each caption in grid order
+    offsets: Tensor  # (B+1,) int32, row of each start token, captions in grid order; and T
+    longest: int  # a bound for the tokens of a caption
+    grids: list[Grid]  # empty for a kernel that needs none
 
     @property
     def ends(self) -> Tensor:
@@ -106,10 +106,10 @@ def pack(tokens: Tokens, edges: Sequence[int] | None = EDGES) -> Packed:
         Packed captions, on the device of ``tokens``.
     """
     ids, lengths = tokens
-    kind = torch.bucketize(lengths, torch.tensor(edges or (), device=lengths.device))   # which grid
+    kind = torch.bucketize(lengths, torch.tensor(edges or (), device=lengths.device))  # which grid
     order = kind.argsort(stable=True)
-    starts = lengths.cumsum(0) - lengths                                            # (B,) row of each start token
-    offsets = F.pad(lengths[order].cumsum(0), (1, 0))                               # (B+1,)
+    starts = lengths.cumsum(0) - lengths  # (B,) row of each start token
+    offsets = F.pad(lengths[order].cumsum(0), (1, 0))  # (B+1,)
     positions = torch.arange(len(ids), device=ids.device) - offsets[:-1].repeat_interleave(lengths[order])
     rows = starts[order].repeat_interleave(lengths[order]) + positions
     grids = []
@@ -129,7 +129,7 @@ def pack(tokens: Tokens, edges: Sequence[int] | None = EDGES) -> Packed:
 def make_grid(lengths: Tensor, multiple: int) -> Grid:
     """A grid of captions, its width a multiple of ``multiple`` tokens."""
     width = round_up(int(lengths.max()), multiple)
-    seen = torch.arange(width, device=lengths.device) < lengths[:, None]            # (G, L)
+    seen = torch.arange(width, device=lengths.device) < lengths[:, None]  # (G, L)
     return Grid(seen.flatten().nonzero()[:, 0], seen[:, None, None])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from clipx.models.layers import Act, Block, Transformer
 from clipx.models.packed import Packed, pack, unpad
 
-VOCABULARY = 49_408         # token ids of the tokenizer, 0 to END
+VOCABULARY = 49_408  # token ids of the tokenizer, 0 to END
 
 
 class TextEncoder(nn.Module):
@@ -63,6 +63,6 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor | Packed) -> Tensor:
         packed = tokens if isinstance(tokens, Packed) else pack(unpad(tokens))
-        x = self.token_embedding(packed.ids) + F.embedding(packed.positions, self.positional_embedding) # (T, D)
-        x = self.ln_final(self.transformer(x, packed))                              # (B, D), at the end tokens
-        return (x @ self.text_projection).index_select(0, packed.order)             # (B, E)
+        x = self.token_embedding(packed.ids) + F.embedding(packed.positions, self.positional_embedding)  # (T, D)
+        x = self.ln_final(self.transformer(x, packed))  # (B, D), at the end tokens
+        return (x @ self.text_projection).index_select(0, packed.order)  # (B, E)

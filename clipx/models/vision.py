@@ -47,8 +47,8 @@ class ImageEncoder(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed))
 
     def forward(self, image: Tensor) -> Tensor:
-        x = embed_patches(image, self.conv1.weight)                     # (B, L-1, D), row by row
+        x = embed_patches(image, self.conv1.weight)  # (B, L-1, D), row by row
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (B, 1, D)
-        x = torch.cat([first, x], dim=1) + self.positional_embedding    # (B, L, D)
-        x = self.transformer(self.ln_pre(x))                            # (B, D), at the class token
-        return self.ln_post(x) @ self.proj                              # (B, E)
+        x = torch.cat([first, x], dim=1) + self.positional_embedding  # (B, L, D)
+        x = self.transformer(self.ln_pre(x))  # (B, D), at the class token
+        return self.ln_post(x) @ self.proj  # (B, E)

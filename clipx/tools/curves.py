@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from clipx.errors import UserError
 from clipx.tools.runs_table import Run, objective, varied_keys
 
-MAX_POINTS = 200        # of a curve
+MAX_POINTS = 200  # of a curve
 
 
 def read_curve(run: Run, tag: str) -> Iterator[tuple[int, int, float, float]]:
@@ -50,7 +50,7 @@ def plot(runs: Sequence[Run], out: Path) -> None:
             if not column and len(runs) <= 12:
                 axes.legend(fontsize=7)
     for place, key in enumerate(keys, 3 * len(tags) + 1):
-        assert tag is not None      # or there are no keys
+        assert tag is not None  # or there are no keys
         plot_effect(figure.add_subplot(height, 3, place, xlabel=key, ylabel=tag), runs, key, tag)
     figure.savefig(out)
 

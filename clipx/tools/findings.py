@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -35,14 +34,14 @@ from clipx.weights.load import initialise
 logger = logging.getLogger("clipx")
 
 PICTURE = Path("clipx-check.png")
-DRAWN = 16              # samples in it
-TRAIN_SAMPLES = 64      # checked: half the first ones, half spread over an epoch
-VAL_SAMPLES = 32        # checked in each validation set
-MANY_TRUNCATED = 0.1    # share of the captions
-MOST_COMPARED = 512     # captions of a batch
-MANY_EQUAL = 0.1        # share of them
-MIN_VAL = 100           # pictures; below, recall at 10 is over 10 % by chance
-CAPTION_LENGTH = 40     # characters of a caption in a message
+DRAWN = 16  # samples in it
+TRAIN_SAMPLES = 64  # checked: half the first ones, half spread over an epoch
+VAL_SAMPLES = 32  # checked in each validation set
+MANY_TRUNCATED = 0.1  # share of the captions
+MOST_COMPARED = 512  # captions of a batch
+MANY_EQUAL = 0.1  # share of them
+MIN_VAL = 100  # pictures; below, recall at 10 is over 10 % by chance
+CAPTION_LENGTH = 40  # characters of a caption in a message
 
 
 class Report:
@@ -101,8 +100,10 @@ def examine(config: TrainConfig, directory: Path) -> int:
             make_prefetcher(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).check_all_fit()
             chunks = first_chunks(reader, state.samples)
             batch = range(state.samples, state.samples + min(config.batch_size, plan.samples))
-            log(chain(check_samples(data, chunks), check_captions(reader, chunks),
-                      check_equal(reader, batch, config.loss.get("same")), show(chunks[0])))
+            log(check_samples(data, chunks))
+            log(check_captions(reader, chunks))
+            log(check_equal(reader, batch, config.loss.get("same")))
+            log(show(chunks[0]))
             tokens = max(int(chunk.tokens.lengths.max()) for chunk in chunks)
         with report.part("evals") as log:
             log(check_evals(config, data, partial(EvalReader, size=reader.crop.size, tokenizer=reader.tokenizer)))
@@ -112,9 +113,14 @@ def examine(config: TrainConfig, directory: Path) -> int:
         with report.part("memory") as log:
             log(check_memory(config, state, tokens, device))
         with report.part("disk") as log:
-            every = Every(config.keep_every, length, plan.samples / config.batch_size).in_steps if length else None
-            log(check_disk(directory, state, length // every if length and every else 0))
+            log(check_disk(directory, state, kept_checkpoints(config, length, plan.samples) if length else 0))
     return report.wrong
+
+
+def kept_checkpoints(config: TrainConfig, length: int, samples: int) -> int:
+    """Number of checkpoints that ``keep_every`` keeps in a run of ``length`` steps over ``samples`` an epoch."""
+    every = Every(config.keep_every, length, samples / config.batch_size).in_steps
+    return length // every if every else 0
 
 
 def check_data(data: Data) -> Iterator[Finding]:
@@ -125,12 +131,15 @@ def check_data(data: Data) -> Iterator[Finding]:
     yield from (Finding("ok", note) for note in data.notes)
     whole = data.train.source if isinstance(data.train, Subset) else data.train
     if isinstance(whole, Folder) and (unlisted := whole.matched[1]):
-        yield Finding("odd", f"{len(unlisted):,} pictures are not in captions.txt and are not trained on, for example "
-                      f"{unlisted[0]}")
+        yield Finding(
+            "odd",
+            f"{len(unlisted):,} pictures are not in captions.txt and are not trained on, for example {unlisted[0]}",
+        )
     if data.lost:
         names = ", ".join(list(data.lost)[:3])
-        yield Finding("odd", f"{sum(data.lost.values()):,} samples are lost with the ends of {names}; fetch or pack "
-                      "these again")
+        yield Finding(
+            "odd", f"{sum(data.lost.values()):,} samples are lost with the ends of {names}; fetch or pack these again"
+        )
 
 
 def shards_of(source: Source) -> list[Shards]:
@@ -151,14 +160,16 @@ def check_length(config: TrainConfig, samples: int, length: int) -> Iterator[Fin
     for key in ("log_every", "eval_every", "save_every", "keep_every"):
         steps = Every(getattr(config, key), length, epoch).in_steps
         if steps is not None and steps > length:
-            yield Finding("odd", f"{key}={getattr(config, key)} is {steps:,} steps, more than the run has; try "
-                          f"{key}=25%")
+            yield Finding(
+                "odd", f"{key}={getattr(config, key)} is {steps:,} steps, more than the run has; try {key}=25%"
+            )
 
 
 def check_progress(directory: Path, state: State, length: int) -> Iterator[Finding]:
     if state.step >= length:
-        yield Finding("odd", f"{directory} is finished, so this command would change nothing; name=... starts "
-                      "another run")
+        yield Finding(
+            "odd", f"{directory} is finished, so this command would change nothing; name=... starts another run"
+        )
     else:
         yield Finding("ok", f"{directory}, " + (f"resuming after step {state.step:,}" if state.step else "a new run"))
 
@@ -179,20 +190,28 @@ def check_samples(data: Data, chunks: list[Chunk]) -> Iterator[Finding]:
     yield Finding("ok", f"{len(good)} of {read} samples checked ({1 - share:.0%}) have a picture and a caption")
     places = {record.reason: record.place for record in bad.values()}
     for reason, count in Counter(record.reason for record in bad.values()).most_common():
-        yield Finding("odd", f"{count / read:.0%}: {reason} ({places[reason]}); for shards, \"python -m clipx.prepare "
-                      "source=shards src=DIR verify=true\" lists them all")
-    lower_bound = share - 3 * (share * (1 - share) / read) ** 0.5            # three standard errors
+        yield Finding(
+            "odd",
+            f'{count / read:.0%}: {reason} ({places[reason]}); for shards, "python -m clipx.prepare '
+            'source=shards src=DIR verify=true" lists them all',
+        )
+    lower_bound = share - 3 * (share * (1 - share) / read) ** 0.5  # three standard errors
     if lower_bound * sum(data.train.sizes) > data.bad_limit - sum(data.lost.values()):
-        yield Finding("WRONG", f"more samples are bad than data.max_skipped={data.max_skipped} allows; fix them, or "
-                      f"train without them (data.max_skipped={min(1, 2 * share):.2f})")
+        yield Finding(
+            "WRONG",
+            f"more samples are bad than data.max_skipped={data.max_skipped} allows; fix them, or "
+            f"train without them (data.max_skipped={min(1, 2 * share):.2f})",
+        )
 
 
 def check_captions(reader: TrainReader, chunks: list[Chunk]) -> Iterator[Finding]:
     captions = chunks[0].captions + [chunk.captions[0] for chunk in chunks[1:]]
     lengths, context = [len(reader.tokenizer.ids(caption)) + 2 for caption in captions], reader.tokenizer.context
     truncated = sum(length > context for length in lengths) / len(lengths)
-    message = (f"captions have a median of {statistics.median(lengths):.0f} tokens and at most {max(lengths)}; "
-               f"{truncated:.0%} are truncated at model.text.context={context}")
+    message = (
+        f"captions have a median of {statistics.median(lengths):.0f} tokens and at most {max(lengths)}; "
+        f"{truncated:.0%} are truncated at model.text.context={context}"
+    )
     if truncated > MANY_TRUNCATED:
         yield Finding("odd", f"{message}; shorten them, or raise it")
     else:
@@ -208,8 +227,9 @@ def check_equal(reader: TrainReader, batch: range, same: str | None) -> Iterator
         caption, times = captions.most_common(1)[0]
         message += f", for example {caption[:CAPTION_LENGTH]!r}, {times} times"
     if same == "keep" and equal > MANY_EQUAL * rows:
-        yield Finding("odd", f"{message}; with loss.same=mask, pictures with equal captions are not treated "
-                      "as negatives")
+        yield Finding(
+            "odd", f"{message}; with loss.same=mask, pictures with equal captions are not treated as negatives"
+        )
     else:
         yield Finding("ok", message)
 
@@ -259,11 +279,15 @@ def check_evals(config: TrainConfig, data: Data, reader: Callable[[Source], Eval
         chunk = reader(source).chunk(range(min(VAL_SAMPLES, samples)))
         if chunk.skipped:
             first = chunk.skipped[0]
-            yield Finding("odd", f"{len(chunk.skipped)} of the first {VAL_SAMPLES} are skipped, for example "
-                          f"{first.place}: {first.reason}; fix them to score all pictures")
+            yield Finding(
+                "odd",
+                f"{len(chunk.skipped)} of the first {VAL_SAMPLES} are skipped, for example "
+                f"{first.place}: {first.reason}; fix them to score all pictures",
+            )
     for tag in sorted({tag for tag in (config.objective, config.best) if tag}):
         name, _, at = (f"{tag}//").split("/")[1].partition("@")
         known = labelled.get(name, data.vals) if name in evals else ()
         if (data.vals or labelled) and tag.startswith("val/") and at not in known:
-            yield Finding("odd", f"no evaluation computes {tag}, by which the run is judged; there are "
-                          f"evals={list(config.evals)}")
+            yield Finding(
+                "odd", f"no evaluation computes {tag}, by which the run is judged; there are evals={list(config.evals)}"
+            )

@@ -21,25 +21,26 @@ from clipx.models.clip import CLIP
 from clipx.training.loop import State
 from clipx.weights.checkpoint import size_on_disk
 
-SHARED_MEMORY = Path("/dev/shm")    # workers pass their chunks through it
-CHUNKS_PER_WORKER = 3               # two prefetched, one in use
-OVERHEAD = 1.25                     # memory of allocators and libraries, as a multiple of the tensors
-FULL_CHECKPOINTS = 3                # at once: last, previous, and one being written; best is smaller
+SHARED_MEMORY = Path("/dev/shm")  # workers pass their chunks through it
+CHUNKS_PER_WORKER = 3  # two prefetched, one in use
+OVERHEAD = 1.25  # memory of allocators and libraries, as a multiple of the tensors
+FULL_CHECKPOINTS = 3  # at once: last, previous, and one being written; best is smaller
 
 
 @dataclass(frozen=True)
 class Finding:
     """One line of ``check``."""
 
-    level: Literal["ok", "odd", "WRONG"]    # WRONG would stop the run
-    message: str                            # with the remedy, where something is odd or wrong
+    level: Literal["ok", "odd", "WRONG"]  # WRONG would stop the run
+    message: str  # with the remedy, where something is odd or wrong
 
 
 def check_device(device: torch.device, amp: str) -> Iterator[Finding]:
     yield Finding("ok", f"{device}, amp={amp}")
     if device.type == "cpu" and amp == "fp16":
-        yield Finding("odd", "amp=fp16 is many times slower than amp=none on a CPU; amp=bf16 is faster on a CPU with "
-                      "bf16 units")
+        yield Finding(
+            "odd", "amp=fp16 is many times slower than amp=none on a CPU; amp=bf16 is faster on a CPU with bf16 units"
+        )
     if device.type == "cuda" and amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("odd", f"amp=bf16 is slow on {torch.cuda.get_device_name(device)}; use amp=fp16")
 
@@ -48,13 +49,17 @@ def check_workers(requested: str | int, batch_size: int, size: int) -> Iterator[
     workers, cores = select_workers(requested), available_cores()
     yield Finding("ok", f"{workers} on {cores} cores")
     if workers > cores:
-        yield Finding("odd", f"workers={workers} is more than the {cores} cores; workers=auto uses "
-                      f"{select_workers('auto')}")
+        yield Finding(
+            "odd", f"workers={workers} is more than the {cores} cores; workers=auto uses {select_workers('auto')}"
+        )
     need = workers * CHUNKS_PER_WORKER * min(batch_size, MAX_CHUNK) * 3 * size**2
     if SHARED_MEMORY.is_dir() and need > (free := shutil.disk_usage(SHARED_MEMORY).free):
-        yield Finding("WRONG", f"their pictures need {format_bytes(need)} of {SHARED_MEMORY}, which has "
-                      f"{format_bytes(free)} free; give the container more (docker run --shm-size=8g), or set "
-                      "workers=0")
+        yield Finding(
+            "WRONG",
+            f"their pictures need {format_bytes(need)} of {SHARED_MEMORY}, which has "
+            f"{format_bytes(free)} free; give the container more (docker run --shm-size=8g), or set "
+            "workers=0",
+        )
 
 
 def check_memory(config: TrainConfig, state: State, tokens: int, device: torch.device | None) -> Iterator[Finding]:
@@ -63,8 +68,10 @@ def check_memory(config: TrainConfig, state: State, tokens: int, device: torch.d
     kept = activations(state.model, loss_fn, autocast_dtype(config.amp), tokens, config.grad_checkpoint)
     gradients, size = trained_bytes(state), min(config.batch_size, config.micro_batch_size or config.batch_size)
     fixed = parameter_bytes(state) + gradients * (1 + num_moments(state.optimizer))
-    message = (f"about {format_bytes(fixed + kept(size))}: {format_bytes(fixed)} for parameters, gradients and "
-               f"optimiser, {format_bytes(kept(size))} for {size:,} pictures at once and captions of {tokens} tokens")
+    message = (
+        f"about {format_bytes(fixed + kept(size))}: {format_bytes(fixed)} for parameters, gradients and "
+        f"optimiser, {format_bytes(kept(size))} for {size:,} pictures at once and captions of {tokens} tokens"
+    )
     free = free_bytes(device) if device else math.inf
     if OVERHEAD * (fixed + kept(size)) <= free:
         yield Finding("ok", message)
@@ -83,15 +90,19 @@ def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
     """Check that the run's directory is writable and has room for its checkpoints, ``kept`` of them permanent."""
     home = next(path for path in (directory, *directory.parents) if path.exists())
     if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        yield Finding("WRONG", f"{home.absolute()} is not writable, so {directory} cannot be made; start the run from "
-                      "a directory that is")
+        yield Finding(
+            "WRONG",
+            f"{home.absolute()} is not writable, so {directory} cannot be made; start the run from a directory that is",
+        )
         return
     size = parameter_bytes(state) + num_moments(state.optimizer) * trained_bytes(state)
     existing = size_on_disk(directory / "checkpoints")
     best = parameter_bytes(state)
     need, free = (FULL_CHECKPOINTS + kept) * size + best - existing, shutil.disk_usage(home).free
-    message = (f"{FULL_CHECKPOINTS + kept} checkpoints of {format_bytes(size)} and the best of {format_bytes(best)}; "
-               f"{format_bytes(free)} are free")
+    message = (
+        f"{FULL_CHECKPOINTS + kept} checkpoints of {format_bytes(size)} and the best of {format_bytes(best)}; "
+        f"{format_bytes(free)} are free"
+    )
     if need <= free:
         yield Finding("ok", message)
     else:
@@ -123,7 +134,10 @@ def num_moments(optimizer: torch.optim.Optimizer) -> int:
 
 
 def activations(
-    model: CLIP, loss_fn: Callable[..., Tensor], amp: torch.dtype | None, tokens: int,
+    model: CLIP,
+    loss_fn: Callable[..., Tensor],
+    amp: torch.dtype | None,
+    tokens: int,
     grad_checkpoint: bool | Literal["image", "text"],
 ) -> Callable[[int], int]:
     """Return the bytes of activations as a function of batch size B: a + b B, fitted at 2 and 3.
@@ -147,12 +161,10 @@ def activations(
     return lambda size: a + b * size + whole(size) // blocks
 
 
-def saved_bytes(
-    model: CLIP, loss_fn: Callable[..., Tensor], amp: torch.dtype | None, tokens: int, size: int
-) -> int:
+def saved_bytes(model: CLIP, loss_fn: Callable[..., Tensor], amp: torch.dtype | None, tokens: int, size: int) -> int:
     """Bytes that the forward pass of ``size`` samples saves for backward: each storage once, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}          # by address; referenced, so that no address is reused
+    storages: dict[int, torch.UntypedStorage] = {}  # by address; referenced, so that no address is reused
 
     def record(saved: Tensor) -> Tensor:
         storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage()

@@ -27,8 +27,8 @@ from clipx.training.memory import keep_freed_memory, peak_memory
 from clipx.training.parts import build_forward, initial_state, train_reader
 from clipx.training.step import Forward, MicroBatchEncoder, backward
 
-NUM_STAGED = 256    # pictures for timing the loader's stages
-NUM_BATCHES = 4     # in memory
+NUM_STAGED = 256  # pictures for timing the loader's stages
+NUM_BATCHES = 4  # in memory
 PEAKS = {           # dense FLOP/s in bf16 and fp16, from the vendors' data sheets
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
     "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12,
@@ -58,7 +58,7 @@ def time_stages(config: TrainConfig) -> dict[str, float]:
     seconds: dict[str, float] = {}
 
     def timed(stage: str, work: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-        work(items[0])                          # warm-up
+        work(items[0])  # warm-up
         start = time.perf_counter()
         done = [work(item) for item in items]
         seconds[stage] = (time.perf_counter() - start) / NUM_STAGED
@@ -139,8 +139,18 @@ class StepBenchmark:
 
     def fit(self, batches: Iterator[list[Chunk]], count: int, forward: Forward, loss_fn: Callable[..., Tensor]) -> None:
         end = self.state.step + count
-        fit(self.state, forward, loss_fn, batches, self.config.micro_batch_size, lambda step: step >= end,
-            self.multiplier, autocast_dtype(self.config.amp), self.config.clip_norm, no_callbacks)
+        fit(
+            self.state,
+            forward,
+            loss_fn,
+            batches,
+            self.config.micro_batch_size,
+            lambda step: step >= end,
+            self.multiplier,
+            autocast_dtype(self.config.amp),
+            self.config.clip_norm,
+            no_callbacks,
+        )
         synchronize(self.device)
 
     def from_memory(self, count: int) -> float:
@@ -181,7 +191,7 @@ class StepBenchmark:
         self.state.scaler = TimedScaler(timer, scaler)
         self.fit(batches := timed_batches(), 1, model, loss_fn)
         timer.enter("start")
-        timer.seconds.clear()           # drop the first step
+        timer.seconds.clear()  # drop the first step
         self.fit(batches, count, model, loss_fn)
         timer.enter("end")
         self.state.scaler = scaler

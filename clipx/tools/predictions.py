@@ -22,8 +22,8 @@ from clipx.models.layers import Act
 from clipx.tokenizer import SimpleTokenizer
 from clipx.weights.load import load
 
-THUMBNAIL = 224     # pixels
-LIKE_A_FILE = re.compile(r"^[^,]*(/[^,]*|\.[A-Za-z]\w{0,4})$")      # one text with a slash or an extension
+THUMBNAIL = 224  # pixels
+LIKE_A_FILE = re.compile(r"^[^,]*(/[^,]*|\.[A-Za-z]\w{0,4})$")  # one text with a slash or an extension
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class EncodedPictures:
 
     model: CLIP
     tokenizer: SimpleTokenizer
-    paths: list[Path]       # N
-    features: Tensor        # (N, E) unit vectors
-    bad: dict[str, str]     # reason by path, of pictures that are left out
+    paths: list[Path]  # N
+    features: Tensor  # (N, E) unit vectors
+    bad: dict[str, str]  # reason by path, of pictures that are left out
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(M, E) unit vectors."""
@@ -71,12 +71,14 @@ def read_texts(given: str) -> list[str]:
     Raises:
         UserError: there are no texts, the file is not UTF-8, or what looks like a file does not exist.
     """
-    file = os.path.expanduser(given)        # os.path: Path raises for a long text
+    file = os.path.expanduser(given)  # os.path: Path raises for a long text
     if os.path.isfile(file):
         texts = read_lines(Path(file), "texts")
     elif LIKE_A_FILE.search(given) or os.path.isdir(file):
-        raise UserError(f"texts={given}: there is no such file; expected one with a text a line, or texts separated by "
-                        'commas: "a cat,a dog"')
+        raise UserError(
+            f"texts={given}: there is no such file; expected one with a text a line, or texts separated by "
+            'commas: "a cat,a dog"'
+        )
     else:
         texts = [part.strip() for part in given.split(",") if part.strip()]
     if not texts:
@@ -87,7 +89,7 @@ def read_texts(given: str) -> list[str]:
 @torch.no_grad()
 def score(found: EncodedPictures, texts: list[str], top: int) -> list[dict[str, Any]]:
     """Return the best texts for each picture, with their cosines and their probabilities among all texts."""
-    cosine = found.features @ found.encode_texts(texts).T                          # (N, M)
+    cosine = found.features @ found.encode_texts(texts).T  # (N, M)
     probability = (found.model.logit_scale.exp().cpu() * cosine).softmax(dim=-1)
     best = probability.topk(min(top, len(texts)), dim=-1).indices.tolist()
     return [
@@ -100,7 +102,7 @@ def score(found: EncodedPictures, texts: list[str], top: int) -> list[dict[str, 
 @torch.no_grad()
 def search(found: EncodedPictures, text: str, top: int) -> list[dict[str, Any]]:
     """Return the pictures nearest to a text, with their cosines."""
-    cosine = (found.features @ found.encode_texts([text]).T)[:, 0]                 # (N,)
+    cosine = (found.features @ found.encode_texts([text]).T)[:, 0]  # (N,)
     best = cosine.topk(min(top, len(cosine)))
     return [
         {"image": str(found.paths[index]), "cosine": value}

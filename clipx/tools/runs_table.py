@@ -22,7 +22,7 @@ from clipx.training.summary import FILE, load_summary
 
 Row = dict[str, Any]
 
-IGNORED_KEYS = {"name", "varied", "stop_at", "device", "workers", "resume"}     # they do not change the result
+IGNORED_KEYS = {"name", "varied", "stop_at", "device", "workers", "resume"}  # they do not change the result
 STYLES = {"failed": "red", "killed": "red", "running": "yellow", "stopped": "yellow"}
 
 
@@ -42,8 +42,11 @@ class Run:
     def keys(self) -> dict[str, Any]:
         """The flat config; the option of a group is listed under the group's name."""
         config = self.summary.get("config", {})
-        return {key.removeprefix("choices."): value for key, value in config.items()
-                if key.split(".")[0] not in IGNORED_KEYS}
+        return {
+            key.removeprefix("choices."): value
+            for key, value in config.items()
+            if key.split(".")[0] not in IGNORED_KEYS
+        }
 
 
 def is_gone(summary: Mapping[str, Any]) -> bool:
@@ -54,7 +57,7 @@ def is_gone(summary: Mapping[str, Any]) -> bool:
     if process.get("host") != socket.gethostname():
         return False
     try:
-        return psutil.Process(process["id"]).create_time() > process["since"]       # the id was reused
+        return psutil.Process(process["id"]).create_time() > process["since"]  # the id was reused
     except psutil.NoSuchProcess:
         return True
 
@@ -76,8 +79,9 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
         except ValueError as error:
             print(f"{file} is left out: {error}", file=sys.stderr)
     if not runs:
-        raise UserError(f"{' '.join(map(str, paths))}: no run is there; expected their folder, such as "
-                        "outputs/sweeps/NAME")
+        raise UserError(
+            f"{' '.join(map(str, paths))}: no run is there; expected their folder, such as outputs/sweeps/NAME"
+        )
     return runs
 
 
@@ -91,7 +95,7 @@ def varied_keys(runs: Sequence[Run]) -> list[str]:
 def differs(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a key has several values; if its group has several options, within one of them."""
     group = key.split(".")[0]
-    having = [config for config in configs if key in config]        # a job that failed early has only its arguments
+    having = [config for config in configs if key in config]  # a job that failed early has only its arguments
     options = [json.dumps(config.get(group)) for config in having] if key != group else []
     several = len({*options, "null"}) > 2
     values = {(option if several else "", json.dumps(config[key])) for config, option in zip_longest(having, options)}
@@ -155,7 +159,7 @@ class Spread:
     deviation: float
 
     def __str__(self) -> str:
-        deviation = self.deviation if self.deviation > 1e-9 * abs(self.mean) else 0      # smaller is rounding
+        deviation = self.deviation if self.deviation > 1e-9 * abs(self.mean) else 0  # smaller is rounding
         return f"{self.mean:.4g} ± {deviation:.2g}"
 
 

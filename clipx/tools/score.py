@@ -36,7 +36,7 @@ logger = logging.getLogger("clipx")
 
 RESULTS, SKIPPED = "metrics.json", "evaluate-skipped.jsonl"
 
-Metrics = dict[str, float]      # by tag
+Metrics = dict[str, float]  # by tag
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class ResultsWriter(FigureLog):
     """Writer of the results of a run, or of weights."""
 
     directory: Path
-    weights: str        # name of the file in metrics.json
-    is_run: bool        # whether the directory is a run's, with TensorBoard's events
-    step: int           # of the checkpoint
+    weights: str  # name of the file in metrics.json
+    is_run: bool  # whether the directory is a run's, with TensorBoard's events
+    step: int  # of the checkpoint
 
     def pictures(self, val: Features, step: int) -> None:
         """Not called: every set that evaluate scores has a name."""
@@ -78,7 +78,7 @@ class ResultsWriter(FigureLog):
             for group, found in groups.items():
                 (evaluation, _, data), source = group.partition("@"), ids[group]
                 if own.get(data, {}).get(evaluation, {}).get("data", source) != source:
-                    data += f"#{source[:8]}"        # other data with this name were scored before
+                    data += f"#{source[:8]}"  # other data with this name were scored before
                 own.setdefault(data, {})[evaluation] = {"step": self.step, "data": source, **found}
         if self.is_run:
             with SummaryWriter(str(self.directory)) as tensorboard:
@@ -130,8 +130,10 @@ def score(config: EvaluateConfig, directory: Path) -> None:
 def open_sources(config: EvaluateConfig) -> dict[str, Source]:
     """Open the data sets of pictures and captions, by name."""
     if config.data is None:
-        raise UserError(f"data has no value, and evals={list(config.evals)} score pictures with captions; add "
-                        "data=coco|folder|shards|... data.root=DIR, or choose others: evals=[zero_shot]")
+        raise UserError(
+            f"data has no value, and evals={list(config.evals)} score pictures with captions; add "
+            "data=coco|folder|shards|... data.root=DIR, or choose others: evals=[zero_shot]"
+        )
     data: Data = build(config.data, "data", config.trust)
     for note in data.notes:
         logger.info(note)
@@ -155,8 +157,9 @@ def data_ids(sources: Mapping[str, Source], evals: Mapping[str, Any]) -> dict[st
     found = {}
     for key, one in evals.items():
         used = {name: data.test for name, data in one.sets.items()} if isinstance(one, LabelledEvaluation) else sources
-        found.update({f"{key}@{name}": blake2b(source.id.encode(), digest_size=8).hexdigest()
-                      for name, source in used.items()})
+        found.update(
+            {f"{key}@{name}": blake2b(source.id.encode(), digest_size=8).hexdigest() for name, source in used.items()}
+        )
     return found
 
 
@@ -189,7 +192,7 @@ def writer_for(run: str, directory: Path) -> ResultsWriter:
     if (path / "checkpoints").is_dir():
         path = best_or_last(path)
     if path.is_dir():
-        return ResultsWriter(path, path.name, False, 0)         # of another project
+        return ResultsWriter(path, path.name, False, 0)  # of another project
     if not path.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         return ResultsWriter(directory, run, False, 0)
@@ -240,5 +243,7 @@ def check_writable(path: Path) -> None:
     """
     read_results(path)
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path} cannot be written: {os.strerror(errno.EACCES)}; copy the run to a "
-                        "writable place, or give run=FILE of a copy of its checkpoint")
+        raise UserError(
+            f"{path} cannot be written: {os.strerror(errno.EACCES)}; copy the run to a "
+            "writable place, or give run=FILE of a copy of its checkpoint"
+        )

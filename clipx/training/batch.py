@@ -20,9 +20,9 @@ class MicroBatch:
     that is not.
     """
 
-    images: list[Tensor]    # of each chunk, (n, 3, S, S) uint8
+    images: list[Tensor]  # of each chunk, (n, 3, S, S) uint8
     captions: Packed
-    ids: Tensor | None      # (b, 2) picture id and caption id of each row; None if the loss does not need them
+    ids: Tensor | None  # (b, 2) picture id and caption id of each row; None if the loss does not need them
 
     def __len__(self) -> int:
         return sum(map(len, self.images))

@@ -23,14 +23,14 @@ from clipx.weights.checkpoint import AsyncSaver
 
 logger = logging.getLogger("clipx")
 
-MAX_UNCHECKED = 100     # steps between two checks for infinite gradients
+MAX_UNCHECKED = 100  # steps between two checks for infinite gradients
 
 
 class BadStep(NamedTuple):
     """A step whose gradient was not finite."""
 
-    step: int           # from 1
-    position: int       # of its batch in the plan
+    step: int  # from 1
+    position: int  # of its batch in the plan
     lr: float
 
 
@@ -46,7 +46,7 @@ class Diverged(UserError):
     """
 
     def __init__(self, first: BadStep, end: int, steps: int, scale: float, norms: dict[str, float]):
-        super().__init__(first, end, steps, scale, norms)       # all arguments, so that it can be pickled
+        super().__init__(first, end, steps, scale, norms)  # all arguments, so that it can be pickled
         self.first, self.end, self.steps, self.scale, self.norms = first, end, steps, scale, norms
 
     def __str__(self) -> str:
@@ -103,9 +103,9 @@ class Callbacks:
         self.best, self.mode, self.bad_limit, self.max_bad_steps = best, mode, bad_limit, max_bad_steps
         self.signals, self.monitor, self.stopping = signals, monitor, stopping
         self.shared_flags = SharedFlags()
-        self.unchecked: list[tuple[BadStep, torch.Tensor]] = []     # steps, and whether their gradient was finite
-        self.bad_steps: list[BadStep] = []                          # the latest consecutive steps without effect
-        self.records: list[dict[str, Any]] = []                     # of bad samples, for skipped.jsonl
+        self.unchecked: list[tuple[BadStep, torch.Tensor]] = []  # steps, and whether their gradient was finite
+        self.bad_steps: list[BadStep] = []  # the latest consecutive steps without effect
+        self.records: list[dict[str, Any]] = []  # of bad samples, for skipped.jsonl
         self.eval_due = self.save_due = self.keep_due = False
         self.last_logged = self.last_evaluated = self.last_saved = -1
         self.output: StepOutput | None = None
@@ -137,7 +137,7 @@ class Callbacks:
             self.check_finite(state)
         if log:
             self.log(state, output)
-        if self.bad_steps or not due:       # after steps without effect the weights may be bad: postpone
+        if self.bad_steps or not due:  # after steps without effect the weights may be bad: postpone
             return
         kinds = self.evaluate(state) if self.eval_due else []
         kinds += ["last"] * self.save_due + [f"step_{step}"] * self.keep_due
@@ -172,9 +172,12 @@ class Callbacks:
         for (step, _), is_finite in zip(self.unchecked, finite, strict=True):
             self.bad_steps = [] if is_finite else [*self.bad_steps, step]
             if not is_finite and not state.bad_steps:
-                searching = state.scaler.get_scale() != 1           # fp16 adapts its loss scale in the first steps
-                logger.log(logging.INFO if searching else logging.WARNING, "step %d had no effect: its gradient is not "
-                           "finite; train/bad_steps counts these steps", step.step)
+                searching = state.scaler.get_scale() != 1  # fp16 adapts its loss scale in the first steps
+                logger.log(
+                    logging.INFO if searching else logging.WARNING,
+                    "step %d had no effect: its gradient is not finite; train/bad_steps counts these steps",
+                    step.step,
+                )
             state.bad_steps += not is_finite
             if len(self.bad_steps) > self.max_bad_steps:
                 scale = state.model.logit_scale.exp().item()
@@ -224,7 +227,7 @@ class Callbacks:
         return ["best"] if better else []
 
     def save(self, state: State, kinds: list[str]) -> None:
-        self.run_log.flush()            # a resumed run truncates the logs to the checkpoint
+        self.run_log.flush()  # a resumed run truncates the logs to the checkpoint
         state.seconds = self.run_log.seconds
         self.saver(state.state_dict(), kinds)
         if "last" in kinds:
@@ -251,8 +254,11 @@ class Callbacks:
             return
         if not state.skipped:
             first = records[0]
-            logger.warning("bad samples are skipped, first %s: %s; skipped.jsonl in the run's directory lists them "
-                           "all", first["place"], first["reason"])
+            logger.warning(
+                "bad samples are skipped, first %s: %s; skipped.jsonl in the run's directory lists them all",
+                first["place"],
+                first["reason"],
+            )
         state.skipped.update(record["sample"] for record in records)
         self.run_log.skipped(records)
         if len(state.skipped) > self.bad_limit:

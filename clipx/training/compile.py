@@ -21,8 +21,10 @@ def compile_model(model: CLIP) -> Forward:
     except torch._dynamo.exc.BackendCompilerFailed as error:
         cause = error.inner_exception
         reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
-        logger.warning("compile=true: the model is not compiled (%s); a C++ compiler is needed, such as g++, and on a "
-                       "GPU triton", reason)
+        logger.warning(
+            "compile=true: the model is not compiled (%s); a C++ compiler is needed, such as g++, and on a GPU triton",
+            reason,
+        )
         return model
     return CompiledModel(model, start)
 

@@ -26,8 +26,10 @@ def mode_of(tag: str | None, given: Mode | None) -> Mode:
     name = (tag or "").rpartition("/")[2]
     known: Mode | None = "min" if re.fullmatch(LOW, name) else "max" if re.fullmatch(HIGH, name) else None
     if known and given not in (None, known):
-        raise UserError(f"mode={given}: {tag} is better when it is {'low' if known == 'min' else 'high'}; leave out "
-                        "mode, or set objective and best to the intended metric")
+        raise UserError(
+            f"mode={given}: {tag} is better when it is {'low' if known == 'min' else 'high'}; leave out "
+            "mode, or set objective and best to the intended metric"
+        )
     return known or given or "max"
 
 

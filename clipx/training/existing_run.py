@@ -40,7 +40,7 @@ def check_existing_run(config: Mapping[str, Any], directory: Path) -> None:
         check_exists("resume", config["resume"])
     elif found:
         saved = read_config(found[0])
-        changes = certain_differences(saved, config) if saved else {}      # corrupt: loading reports it
+        changes = certain_differences(saved, config) if saved else {}  # corrupt: loading reports it
         changes = {key: text for key, text in changes.items() if key not in LENGTH_KEYS}
         if why := refusal_message(found[0], changes, config):
             raise UserError(why)

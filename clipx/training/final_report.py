@@ -16,7 +16,7 @@ class Best(NamedTuple):
     step: int
 
 
-Bests = dict[str, Best]     # by tag
+Bests = dict[str, Best]  # by tag
 
 HEAD = ("metric", "value", "best", "at step")
 
@@ -57,8 +57,10 @@ def score_table(final: Mapping[str, float], bests: Bests, chosen: str | None) ->
         chosen: tag that selects clip_best.pt; it is marked.
     """
     tags = [tag for tag in final if tag in bests]
-    rows = [(f"{tag} *" if tag == chosen else tag, f"{final[tag]:.4g}", f"{bests[tag].value:.4g}",
-             f"{bests[tag].step:,}") for tag in tags]
+    rows = [
+        (f"{tag} *" if tag == chosen else tag, f"{final[tag]:.4g}", f"{bests[tag].value:.4g}", f"{bests[tag].step:,}")
+        for tag in tags
+    ]
     if not rows:
         return []
     return ["", *columns([HEAD, *rows], ">"), *(["* selects clip_best.pt"] if chosen in tags else []), ""]

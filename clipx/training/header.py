@@ -47,5 +47,7 @@ def warmup_of(config: TrainConfig, length: int) -> int | None:
 
 def lost_samples(data: Data) -> list[dict[str, Any]]:
     """Lines of skipped.jsonl for the samples that shards have lost."""
-    return [{"samples": 0, "place": shard, "reason": f"{count} of its samples are lost: cut short, or empty"}
-            for shard, count in data.lost.items()]
+    return [
+        {"samples": 0, "place": shard, "reason": f"{count} of its samples are lost: cut short, or empty"}
+        for shard, count in data.lost.items()
+    ]

@@ -11,10 +11,10 @@ from clipx.distributed import gather, world_size
 from clipx.models.clip import CLIP, MAX_LOG_SCALE
 from clipx.training.loop import StepOutput
 
-ROWS = 256          # of a batch that the metrics use
-PATIENCE = 300      # steps of bad metrics before a warning
-CHANCE = 0.99       # fraction of ln(batch); a loss above it has learnt nothing
-COLLAPSED = 2.0     # effective rank; embeddings below it have collapsed
+ROWS = 256  # of a batch that the metrics use
+PATIENCE = 300  # steps of bad metrics before a warning
+CHANCE = 0.99  # fraction of ln(batch); a loss above it has learnt nothing
+COLLAPSED = 2.0  # effective rank; embeddings below it have collapsed
 
 
 def health_metrics(output: StepOutput) -> dict[str, float]:
@@ -25,8 +25,8 @@ def health_metrics(output: StepOutput) -> dict[str, float]:
     ``scale_at_clamp`` is 1 when the temperature has reached its bound.
     """
     rows = -(-ROWS // world_size())
-    image, text = (gather(features[:rows].cpu()) for features in (output.image, output.text))     # (N, E)
-    cosine = image @ text.T                                                                         # (N, N)
+    image, text = (gather(features[:rows].cpu()) for features in (output.image, output.text))  # (N, E)
+    cosine = image @ text.T  # (N, N)
     pairs, total, count = cosine.trace().item(), cosine.sum().item(), len(cosine)
     image_norm, text_norm = output.tower_grad_norms.tolist()
     found = {
@@ -52,8 +52,10 @@ def effective_rank(features: Tensor) -> float:
 
 def weight_norms(model: CLIP) -> dict[str, float]:
     """Weight norm of each tower."""
-    return {name: get_total_norm(tower.parameters()).item() for name, tower in
-            {"image": model.visual, "text": model.text}.items()}
+    return {
+        name: get_total_norm(tower.parameters()).item()
+        for name, tower in {"image": model.visual, "text": model.text}.items()
+    }
 
 
 class HealthMonitor:

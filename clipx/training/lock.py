@@ -39,7 +39,7 @@ def directory_lock(directory: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                with suppress(FileNotFoundError):       # the directory may have been deleted during the run
+                with suppress(FileNotFoundError):  # the directory may have been deleted during the run
                     (directory / "lock").unlink()
 
 
@@ -56,11 +56,13 @@ def acquire(path: Path) -> TextIO:
         except (BlockingIOError, PermissionError) as error:
             with file:
                 file.seek(0)
-                raise UserError(f"{path.parent} is in use: {file.read().strip() or 'another process'} trains there; "
-                                "wait for it, stop it, or train elsewhere with name=...") from error
+                raise UserError(
+                    f"{path.parent} is in use: {file.read().strip() or 'another process'} trains there; "
+                    "wait for it, stop it, or train elsewhere with name=..."
+                ) from error
         if is_same_file(path, file):
             break
-        file.close()        # its owner removed it between open and lock; the next process would lock another file
+        file.close()  # its owner removed it between open and lock; the next process would lock another file
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},")
     file.flush()

@@ -44,8 +44,17 @@ class RunLog:
     """
 
     def __init__(
-        self, directory: Path, config: str, about: Mapping[str, Any], hparams: Mapping[str, Any], steps: int,
-        step: int, samples: int, seconds: float, epoch_samples: int, early: MemoryHandler,
+        self,
+        directory: Path,
+        config: str,
+        about: Mapping[str, Any],
+        hparams: Mapping[str, Any],
+        steps: int,
+        step: int,
+        samples: int,
+        seconds: float,
+        epoch_samples: int,
+        early: MemoryHandler,
     ):
         self.directory, self.config, self.epoch_samples, self.early = directory, config, epoch_samples, early
         self.start = time.monotonic() - seconds
@@ -68,8 +77,15 @@ class RunLog:
         self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.step + 1)
         self.tensorboard.add_text("config", f"```yaml\n{self.config}```", self.step)
         tensorboard.write_header(self.tensorboard, self.hparams, self.summary["objective"])
-        self.bar = tqdm(desc=self.directory.name, total=self.steps, initial=self.step, unit="step", leave=False,
-                        disable=one_of_several_jobs() or None, dynamic_ncols=True)
+        self.bar = tqdm(
+            desc=self.directory.name,
+            total=self.steps,
+            initial=self.step,
+            unit="step",
+            leave=False,
+            disable=one_of_several_jobs() or None,
+            dynamic_ncols=True,
+        )
         self.write_summary()
         return self
 

@@ -26,14 +26,14 @@ class State:
     model: CLIP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    step: int = 0                                       # optimiser steps attempted
-    samples: int = 0                                    # position in the plan where the next batch starts
+    step: int = 0  # optimiser steps attempted
+    samples: int = 0  # position in the plan where the next batch starts
     best: dict[str, Any] = field(default_factory=dict)  # of the objective: value, step
-    skipped: set[int] = field(default_factory=set)      # ids of bad samples
-    bad_steps: int = 0                                  # steps without effect: the gradient was not finite
-    left_out: list[range] = field(default_factory=list)     # positions to skip, in ascending order
-    seconds: float = 0.0                                # duration of the run up to the last checkpoint
-    resumed_from: str = ""                              # checksum of the checkpoint that resume=PATH named
+    skipped: set[int] = field(default_factory=set)  # ids of bad samples
+    bad_steps: int = 0  # steps without effect: the gradient was not finite
+    left_out: list[range] = field(default_factory=list)  # positions to skip, in ascending order
+    seconds: float = 0.0  # duration of the run up to the last checkpoint
+    resumed_from: str = ""  # checksum of the checkpoint that resume=PATH named
 
     def advance(self, samples: int) -> None:
         self.step += 1
@@ -66,13 +66,13 @@ class State:
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, rates in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(rates)         # keep the moments; learning rate and decay come from the config
+            group.update(rates)  # keep the moments; learning rate and decay come from the config
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.samples = saved["step"], saved["samples"]
         self.best, self.skipped = saved["best"], set(saved["skipped"])
         self.left_out = [range(*span) for span in saved["left_out"]]
         self.bad_steps, self.seconds = saved["bad_steps"], saved["seconds"]
-        self.resumed_from = saved.get("resumed_from", "")       # 0.1.0 did not write it
+        self.resumed_from = saved.get("resumed_from", "")  # 0.1.0 did not write it
         torch.set_rng_state(saved["rng"]["torch"])
         if len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
@@ -82,16 +82,16 @@ class State:
 class StepOutput:
     """Results of one step.  The tensors may still be computing: reading one waits for the device."""
 
-    loss: Tensor        # () nats
-    image: Tensor       # (b, E) unit features, of this rank's share of the batch
-    text: Tensor        # (b, E) unit features
-    scale: Tensor       # () inverse temperature
-    tower_grad_norms: Tensor    # (2,) image and text tower, before clipping
-    grad_norm: Tensor   # () whole model, before clipping
-    lr: float           # of the first parameter group
-    data_wait: float    # seconds
-    position: int       # of the first sample in the plan
-    samples: int        # global batch size
+    loss: Tensor  # () nats
+    image: Tensor  # (b, E) unit features, of this rank's share of the batch
+    text: Tensor  # (b, E) unit features
+    scale: Tensor  # () inverse temperature
+    tower_grad_norms: Tensor  # (2,) image and text tower, before clipping
+    grad_norm: Tensor  # () whole model, before clipping
+    lr: float  # of the first parameter group
+    data_wait: float  # seconds
+    position: int  # of the first sample in the plan
+    samples: int  # global batch size
     skipped: list[Skipped]
 
 
@@ -148,8 +148,8 @@ def fit(
 class GradientNorms(NamedTuple):
     """Before clipping."""
 
-    towers: Tensor      # (2,) image and text tower
-    model: Tensor       # ()
+    towers: Tensor  # (2,) image and text tower
+    model: Tensor  # ()
 
 
 def step_optimizer(state: State, clip_norm: float | None, amp: torch.dtype | None) -> GradientNorms:
@@ -159,15 +159,15 @@ def step_optimizer(state: State, clip_norm: float | None, amp: torch.dtype | Non
     norms = gradient_norms(model)
     if clip_norm is not None:
         clip_grads_with_norm_(model.parameters(), clip_norm, norms.model)
-    scaler.step(optimizer)              # no-op if a gradient is not finite
-    scaler.update(None if amp is torch.float16 else 1.0)        # only fp16 adapts its loss scale
+    scaler.step(optimizer)  # no-op if a gradient is not finite
+    scaler.update(None if amp is torch.float16 else 1.0)  # only fp16 adapts its loss scale
     optimizer.zero_grad(set_to_none=True)
     model.clamp_scale()
     return norms
 
 
 def gradient_norms(model: CLIP) -> GradientNorms:
-    zero = model.logit_scale.new_zeros(())          # for a frozen tower
+    zero = model.logit_scale.new_zeros(())  # for a frozen tower
     image, text, scale = (
         get_total_norm([p.grad for p in parameters if p.grad is not None] or [zero])
         for parameters in (model.visual.parameters(), model.text.parameters(), [model.logit_scale])

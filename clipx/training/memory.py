@@ -11,8 +11,8 @@ import torch
 
 from clipx.errors import UserError
 
-TRIM, MAP = -1, -3          # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
-MAX_THRESHOLD = 2**31 - 1            # bytes
+TRIM, MAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
+MAX_THRESHOLD = 2**31 - 1  # bytes
 
 
 class OutOfMemory(UserError):

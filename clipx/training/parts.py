@@ -27,7 +27,7 @@ from clipx.training.loop import State
 from clipx.training.resume import Identity
 from clipx.training.step import Forward
 
-LOSS_SCALE = {"none": 1.0, "bf16": 1.0, "fp16": 2.0**16}       # initial; only fp16 adapts it
+LOSS_SCALE = {"none": 1.0, "bf16": 1.0, "fp16": 2.0**16}  # initial; only fp16 adapts it
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RunParts:
     plan: Plan | MixPlan
     evals: dict[str, Evaluation | LabelledEvaluation]
     identity: Identity
-    early: MemoryHandler        # log records from before train.log is open
+    early: MemoryHandler  # log records from before train.log is open
 
 
 def initial_state(config: TrainConfig, device: torch.device) -> State:
@@ -74,9 +74,15 @@ def train_batches(parts: RunParts, state: State) -> Iterator[list[Chunk]]:
     """This rank's share of each batch, from ``state.samples`` on."""
     config, share = parts.config, distributed.local_batch_size(parts.config.batch_size)
     reader = train_reader(config, parts.data, parts.plan, state.model)
-    ranges = train_ranges(state.samples, config.batch_size, config.micro_batch_size, distributed.rank(),
-                          distributed.world_size(), state.left_out)
-    fill = distributed.local_rank() == 0        # ranks of a machine share the cache of remote shards
+    ranges = train_ranges(
+        state.samples,
+        config.batch_size,
+        config.micro_batch_size,
+        distributed.rank(),
+        distributed.world_size(),
+        state.left_out,
+    )
+    fill = distributed.local_rank() == 0  # ranks of a machine share the cache of remote shards
     return group_steps(load_chunks(reader, ranges, parts.workers, pin=parts.device.type == "cuda", fill=fill), share)
 
 

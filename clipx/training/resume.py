@@ -25,8 +25,8 @@ class Identity:
     """What makes two runs the same."""
 
     config: dict[str, Any]
-    plan: str               # hash of the data and their order
-    steps: int              # length of the run
+    plan: str  # hash of the data and their order
+    steps: int  # length of the run
 
 
 class Saved(NamedTuple):
@@ -54,21 +54,25 @@ def restore(state: State, config: TrainConfig, directory: Path, identity: Identi
     found = find_checkpoint(config.resume, directory / "checkpoints")
     steps = gather(torch.tensor([found.content.get("step", 0) if found else 0])).tolist()
     if len(set(steps)) > 1:
-        raise CheckpointError(f"the ranks find different checkpoints in {directory}, of steps {steps}; it has to be "
-                              "on a file system that all machines share")
+        raise CheckpointError(
+            f"the ranks find different checkpoints in {directory}, of steps {steps}; it has to be "
+            "on a file system that all machines share"
+        )
     if found is None:
         return None
     path, saved = found
     if saved.get("format") != checkpoint.FORMAT or "optimizer" not in saved:
-        raise CheckpointError(f"{path} has weights, but not all that resuming needs; init_from={path} starts from "
-                              "these weights, name=... starts another run")
+        raise CheckpointError(
+            f"{path} has weights, but not all that resuming needs; init_from={path} starts from "
+            "these weights, name=... starts another run"
+        )
     changes = changes_since(saved, identity)
     if why := refusal_message(path, changes, vars(config)):
         raise CheckpointError(why)
     if "amp" in changes:
-        saved["scaler"] = state.scaler.state_dict()     # the new precision starts with its own loss scale
+        saved["scaler"] = state.scaler.state_dict()  # the new precision starts with its own loss scale
     if "data" in changes:
-        saved["skipped"] = []       # ids of other samples
+        saved["skipped"] = []  # ids of other samples
     try:
         state.load_state_dict(saved)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -121,8 +125,10 @@ def newest_checkpoint(checkpoints: Path) -> Saved | None:
         return Saved(path, saved)
     if errors:
         others = sorted(str(path) for path in checkpoints.glob("clip_step_*.pt"))
-        raise CheckpointError(f"{'; '.join(errors)}; resume=PATH resumes from another checkpoint "
-                              f"({', '.join(others) or 'there is none'}), name=... starts a new run")
+        raise CheckpointError(
+            f"{'; '.join(errors)}; resume=PATH resumes from another checkpoint "
+            f"({', '.join(others) or 'there is none'}), name=... starts a new run"
+        )
     return None
 
 
@@ -140,5 +146,7 @@ def schedule_change_message(config: TrainConfig, saved: Mapping[str, Any], steps
     """How a new length changes the learning rate."""
     step = saved["step"]
     before, now = (build(config.sched, "sched", config.trust)(length)(step) for length in (saved["steps"], steps))
-    return (f"the length of the run changed from {saved['steps']:,} to {steps:,} steps: at step {step:,} the learning "
-            f"rate is {now:.3g} of its peak; with the old length it would be {before:.3g}")
+    return (
+        f"the length of the run changed from {saved['steps']:,} to {steps:,} steps: at step {step:,} the learning "
+        f"rate is {now:.3g} of its peak; with the old length it would be {before:.3g}"
+    )

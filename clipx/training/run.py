@@ -45,7 +45,7 @@ from clipx.weights.load import initialise
 
 logger = logging.getLogger("clipx")
 
-MAX_LISTED = 3      # samples listed in an error message
+MAX_LISTED = 3  # samples listed in an error message
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -69,8 +69,10 @@ def run(config: TrainConfig, directory: Path) -> float | None:
             raise UserError(missing_message(directory)) from error
         if error.errno not in WRITE_ERRORS:
             raise
-        raise UserError(f"{error.filename or directory}: {error.strerror}; fix this, then rerun the same command to "
-                        "resume from the last checkpoint") from error
+        raise UserError(
+            f"{error.filename or directory}: {error.strerror}; fix this, then rerun the same command to "
+            "resume from the last checkpoint"
+        ) from error
     if signals.received:
         raise Interrupted(config.signal_exit_code)
     return value
@@ -92,7 +94,7 @@ def run_on_rank(
     with locked_by_rank0(directory):
         while isinstance(result := train(parts, signals, left_out), Diverged):
             left_out.append(range(result.first.position, result.end))
-            distributed.barrier()           # until rank 0 has finished writing checkpoints
+            distributed.barrier()  # until rank 0 has finished writing checkpoints
             logger.warning("%s; going back to the last checkpoint and skipping the samples of these steps", result)
     return result
 
@@ -112,7 +114,7 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> float
     state, length = initial_state(config, parts.device), parts.identity.steps
     found = restore(state, config, directory, parts.identity)
     origin = initialise(state.model, config.init_from) if config.init_from and not found else ""
-    logged = state.samples if found else -1         # a new run drops all earlier logs
+    logged = state.samples if found else -1  # a new run drops all earlier logs
     if state.step >= length:
         check_effect(state, directory)
         logger.info("%s is finished (%d steps); nothing is changed. name=... starts another run", directory, state.step)
@@ -142,7 +144,10 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> float
 
 
 def train_steps(
-    parts: RunParts, state: State, batches: Iterator[list[Chunk]], lr_multiplier: Callable[[int], float],
+    parts: RunParts,
+    state: State,
+    batches: Iterator[list[Chunk]],
+    lr_multiplier: Callable[[int], float],
     callbacks: Callbacks,
 ) -> Diverged | None:
     """Train until the run or this process ends.
@@ -174,10 +179,10 @@ def train_steps(
     except Diverged as diverged:
         if len(state.left_out) >= config.max_rollbacks:
             raise UserError(divergence_message(diverged, parts)) from diverged
-        return diverged.with_traceback(None)        # the traceback would keep this state in memory
+        return diverged.with_traceback(None)  # the traceback would keep this state in memory
     except DataError:
         saved = callbacks.rescue(state)
-        if not (saved and callbacks.signals.received):      # the signal may have ended the workers too
+        if not (saved and callbacks.signals.received):  # the signal may have ended the workers too
             raise
     return None
 
@@ -198,8 +203,18 @@ def open_log(parts: RunParts, state: State, samples: int) -> RunLog | SilentLog:
     mode = mode_of(parts.config.objective, parts.config.mode)
     about = {"objective": parts.config.objective, "mode": mode, "process": process, "config": config}
     row = hparams_row(config, parts.config.choices, parts.config.varied)
-    return RunLog(parts.directory, text, about, row, parts.identity.steps, state.step, samples, state.seconds,
-                  parts.plan.samples, parts.early)
+    return RunLog(
+        parts.directory,
+        text,
+        about,
+        row,
+        parts.identity.steps,
+        state.step,
+        samples,
+        state.seconds,
+        parts.plan.samples,
+        parts.early,
+    )
 
 
 def build_callbacks(
@@ -214,8 +229,9 @@ def build_callbacks(
     return Callbacks(
         run_log=log,
         intervals=intervals,
-        validation=Validation(data.vals, parts.evals, tokenizer, parts.workers, autocast_dtype(config.amp),
-                              with_loss=True),
+        validation=Validation(
+            data.vals, parts.evals, tokenizer, parts.workers, autocast_dtype(config.amp), with_loss=True
+        ),
         saver=saver,
         best=config.best,
         mode=mode_of(config.best, config.mode),
@@ -234,8 +250,10 @@ def check_directory(directory: Path) -> None:
     """
     for path in (directory, *directory.parents):
         if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file where the run's directory {directory} should be; move it away, or set "
-                            "name=... to train elsewhere")
+            raise UserError(
+                f"{path} is a file where the run's directory {directory} should be; move it away, or set "
+                "name=... to train elsewhere"
+            )
 
 
 def check_effect(state: State, directory: Path) -> None:
@@ -244,10 +262,12 @@ def check_effect(state: State, directory: Path) -> None:
         UserError: most steps of the run had no effect.
     """
     if 2 * state.bad_steps > state.step:
-        raise UserError(f"{directory}: {state.bad_steps:,} of {state.step:,} steps had no effect because their "
-                        "gradient was not finite: the model has hardly trained. The usual remedies are a lower "
-                        "optim.lr, a longer sched.warmup, clip_norm=1.0, or amp=bf16 in place of fp16; name=... starts "
-                        "another run")
+        raise UserError(
+            f"{directory}: {state.bad_steps:,} of {state.step:,} steps had no effect because their "
+            "gradient was not finite: the model has hardly trained. The usual remedies are a lower "
+            "optim.lr, a longer sched.warmup, clip_norm=1.0, or amp=bf16 in place of fp16; name=... starts "
+            "another run"
+        )
 
 
 def known_objective(parts: RunParts, state: State) -> float | None:

@@ -13,17 +13,17 @@ from clipx.data.images import Normalise
 from clipx.models.packed import Packed
 from clipx.training.batch import MicroBatch, concat
 
-Features = tuple[Tensor, Tensor, Tensor]        # unit features (b, E), (b, E), scale ()
+Features = tuple[Tensor, Tensor, Tensor]  # unit features (b, E), (b, E), scale ()
 Forward = Callable[[Tensor, Packed], Features]
 
 
 class BatchOutput(NamedTuple):
     """Loss and features of a batch, detached."""
 
-    loss: Tensor        # () nats
-    image: Tensor       # (B, E) unit features
-    text: Tensor        # (B, E) unit features
-    scale: Tensor       # () inverse temperature
+    loss: Tensor  # () nats
+    image: Tensor  # (B, E) unit features
+    text: Tensor  # (B, E) unit features
+    scale: Tensor  # () inverse temperature
 
 
 class MicroBatchEncoder:
@@ -59,7 +59,7 @@ class MicroBatchEncoder:
             captions = micro_batch.captions.to(self.device, non_blocking=True)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.copies)
-        tree_map_only(Tensor, lambda x: x.record_stream(current), (images, captions))   # keeps their memory until then
+        tree_map_only(Tensor, lambda x: x.record_stream(current), (images, captions))  # keeps their memory until then
         return images, captions
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -116,7 +116,7 @@ def backward(
     sizes = [len(micro_batch) for micro_batch in micro_batches]
     parts = zip(micro_batches, rng_states, d_image.split(sizes), d_text.split(sizes), strict=True)
     for micro_batch, rng_state, *grads in parts:
-        encoder.set_rng_state(rng_state)         # dropout draws the same numbers again
+        encoder.set_rng_state(rng_state)  # dropout draws the same numbers again
         if micro_batch is not micro_batches[-1]:
             with encoder.no_sync():
                 backward_from(encoder(micro_batch)[:2], grads)

@@ -26,7 +26,7 @@ LAYOUT = {
     },
 }
 
-GLANCE = {      # tags repeated at the top
+GLANCE = {  # tags repeated at the top
     "train/loss": "1_learning_loss",
     "health/image_rank": "3_healthy_directions_of_the_images",
     "train/samples_per_s": "4_fast_samples_per_s",
@@ -52,8 +52,9 @@ def write_header(board: SummaryWriter, row: Mapping[str, Any], objective: str | 
     """
     ranked_by = [objective, best_tag(objective)] if objective else []
     metrics = dict.fromkeys([*ranked_by, "train/loss", "train/samples_per_s"], 0)
-    shown = {key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
-             for key, value in row.items()}
+    shown = {
+        key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value) for key, value in row.items()
+    }
     experiment, start, _ = hparams(shown, metrics)
     board._get_file_writer().add_summary(experiment)
     board._get_file_writer().add_summary(start)

@@ -17,7 +17,7 @@ from clipx.config.runs import suggest_runs
 from clipx.errors import UserError
 from clipx.weights import peek
 
-BROKEN = (*peek.BROKEN, SafetensorError, RuntimeError)        # what readers raise for damaged bytes
+BROKEN = (*peek.BROKEN, SafetensorError, RuntimeError)  # what readers raise for damaged bytes
 
 
 class CheckpointError(UserError):
@@ -50,15 +50,17 @@ def parse_file(path: Path) -> Any:
         with ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return dict(named_tensors(TorchScriptUnpickler(archive).load()))
-            if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):      # no zip bombs
+            if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):  # no zip bombs
                 raise UnpicklingError(f"{path} is compressed")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         if is_zipfile(path) and (objects := get_unsafe_globals_in_checkpoint(path)):
-            raise CheckpointError(f"{path} is not a checkpoint of tensors alone: it holds objects ({objects[0]}), and "
-                                  "code in a file is never run; save the state dict alone, where the file was made: "
-                                  "torch.save(model.state_dict(), FILE)") from error
+            raise CheckpointError(
+                f"{path} is not a checkpoint of tensors alone: it holds objects ({objects[0]}), and "
+                "code in a file is never run; save the state dict alone, where the file was made: "
+                "torch.save(model.state_dict(), FILE)"
+            ) from error
         raise
 
 
@@ -71,7 +73,7 @@ class TorchScriptUnpickler(Unpickler):
     def __init__(self, archive: ZipFile):
         self.archive = archive
         self.root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
-        self.record = type("Record", (), {})            # a new class each time: a file can set its attributes
+        self.record = type("Record", (), {})  # a new class each time: a file can set its attributes
         super().__init__(BytesIO(archive.read(self.entry_name("data.pkl"))))
 
     def entry_name(self, name: str) -> str:
@@ -88,7 +90,7 @@ class TorchScriptUnpickler(Unpickler):
             return dict
         if module == "torch" and name.endswith("Storage"):
             return StorageType(name).dtype
-        if module == "torch.jit._pickle" and name.startswith("build_"):     # a typed list
+        if module == "torch.jit._pickle" and name.startswith("build_"):  # a typed list
             return list
         if module.partition(".")[0] == "__torch__":
             return self.record

@@ -20,7 +20,7 @@ import clipx
 from clipx.distributed import rank
 from clipx.weights.archive import CheckpointError, read_file
 
-FORMAT = 2          # of what a run needs to resume
+FORMAT = 2  # of what a run needs to resume
 
 
 def save(path: Path, content: Mapping[str, Any], backup: Path | None = None, links: Sequence[Path] = ()) -> None:
@@ -43,7 +43,7 @@ def save(path: Path, content: Mapping[str, Any], backup: Path | None = None, lin
         with temporary.open("wb", buffering=0) as raw, ErrorRecorder(raw) as file:
             try:
                 torch.save(complete, file)
-            except RuntimeError as error:       # torch hides the OSError of the file
+            except RuntimeError as error:  # torch hides the OSError of the file
                 raise file.error or error from error
             file.flush()
             os.fsync(file.fileno())
@@ -111,7 +111,7 @@ class AsyncSaver:
         self.job: Future[None] | None = None
 
     def __enter__(self) -> "AsyncSaver":
-        for file in self.directory.glob("*.writing") if rank() == 0 else ():       # of a process that was killed
+        for file in self.directory.glob("*.writing") if rank() == 0 else ():  # of a process that was killed
             file.unlink()
         return self
 
@@ -133,7 +133,7 @@ class AsyncSaver:
     def write(self, content: Mapping[str, Any], kinds: Sequence[str]) -> None:
         paths = {kind: self.directory / f"clip_{kind}.pt" for kind in kinds}
         if best := paths.pop("best", None):
-            save(best, {key: value for key, value in content.items() if key != "optimizer"})    # a third of the bytes
+            save(best, {key: value for key, value in content.items() if key != "optimizer"})  # a third of the bytes
         if paths:
             backup = self.directory / "clip_previous.pt" if "last" in paths and self.previous else None
             path, *links = paths.values()

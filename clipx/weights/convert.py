@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipx.weights.archive import CheckpointError
 
-Node = dict[str, Any]       # config of a model
+Node = dict[str, Any]  # config of a model
 
 TOWERS = {"image": "clipx.models.vision.ImageEncoder", "text": "clipx.models.text.TextEncoder"}
 
@@ -29,8 +29,13 @@ NAMES = {
     "text_projection": "text_projection.weight",
     "logit_scale": "logit_scale",
 }
-IN_BLOCK = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".attn.": ".self_attn.", ".mlp.c_fc.": ".mlp.fc1.",
-            ".mlp.c_proj.": ".mlp.fc2."}
+IN_BLOCK = {
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".attn.": ".self_attn.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
 
 
 def infer_node(state: Mapping[str, Tensor], source: object) -> Node:
@@ -44,14 +49,22 @@ def infer_node(state: Mapping[str, Tensor], source: object) -> Node:
         side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
         vocab, text_width = state["token_embedding.weight"].shape
         image = {"size": side * patch, "patch": patch, **infer_tower(state, "visual.", width, state["visual.proj"])}
-        text = {"vocab": vocab, "context": len(state["positional_embedding"]),
-                **infer_tower(state, "", text_width, state["text_projection"])}
+        text = {
+            "vocab": vocab,
+            "context": len(state["positional_embedding"]),
+            **infer_tower(state, "", text_width, state["text_projection"]),
+        }
     except (KeyError, ValueError) as error:
         names = ", ".join(list(state)[:3])
-        raise CheckpointError(f"{source} holds another kind of model than CLIP with a Vision Transformer: {error} is "
-                              f"missing or odd; it has {names} ...") from error
-    return {"_target_": "clipx.models.clip.CLIP", "image": {"_target_": TOWERS["image"], **image},
-            "text": {"_target_": TOWERS["text"], **text}}
+        raise CheckpointError(
+            f"{source} holds another kind of model than CLIP with a Vision Transformer: {error} is "
+            f"missing or odd; it has {names} ..."
+        ) from error
+    return {
+        "_target_": "clipx.models.clip.CLIP",
+        "image": {"_target_": TOWERS["image"], **image},
+        "text": {"_target_": TOWERS["text"], **text},
+    }
 
 
 def infer_tower(state: Mapping[str, Tensor], prefix: str, width: int, projection: Tensor) -> dict[str, int]:
@@ -67,8 +80,10 @@ def open_clip_config(node: Mapping[str, Any]) -> dict[str, Any]:
     """
     image, text = node["image"], node["text"]
     if image["act"] != text["act"]:
-        raise CheckpointError(f"open_clip has one activation for both towers; this model has "
-                              f"model.image.act={image['act']} and model.text.act={text['act']}")
+        raise CheckpointError(
+            f"open_clip has one activation for both towers; this model has "
+            f"model.image.act={image['act']} and model.text.act={text['act']}"
+        )
     return {
         "embed_dim": image["embed"],
         "quick_gelu": image["act"] == "quick_gelu",
@@ -106,7 +121,7 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         own = next(start for start in NAMES if name.startswith(start))
-        other = NAMES[own] + name[len(own):]
+        other = NAMES[own] + name[len(own) :]
         for ours, theirs in IN_BLOCK.items():
             other = other.replace(ours, theirs)
         if ".in_proj_" in other:
@@ -124,7 +139,7 @@ def from_hugging_face(state: Mapping[str, Tensor], source: object) -> dict[str, 
         own = next((own for own, other in NAMES.items() if name.startswith(other)), None)
         if own is None:
             raise CheckpointError(f"{source} holds another kind of model than CLIP: {name} is not part of it")
-        ours = own + name[len(NAMES[own]):]
+        ours = own + name[len(NAMES[own]) :]
         for one, two in IN_BLOCK.items():
             ours = ours.replace(two, one)
         if query := re.fullmatch(r"(.*)q_proj\.(\w+)", name):

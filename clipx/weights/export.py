@@ -23,11 +23,11 @@ from clipx.weights.load import PREPROCESSING, find, model_node
 
 logger = logging.getLogger("clipx")
 
-NUM_PROBES = 8                  # pictures, and as many captions, that both projects encode
-FEATURE_TOLERANCE = 1e-5        # of unit features, float32
-PIXEL_TOLERANCE = 2.5           # levels of 255: the other project may resize with another library
+NUM_PROBES = 8  # pictures, and as many captions, that both projects encode
+FEATURE_TOLERANCE = 1e-5  # of unit features, float32
+PIXEL_TOLERANCE = 2.5  # levels of 255: the other project may resize with another library
 
-PeerOutput = tuple[Tensor, Tensor, Tensor]      # its unit features (N, E) and (N, E), and its pixels (N, 3, S, S)
+PeerOutput = tuple[Tensor, Tensor, Tensor]  # its unit features (N, E) and (N, E), and its pixels (N, 3, S, S)
 
 
 def export_model(model: CLIP, to: str, out: Path) -> None:
@@ -37,8 +37,10 @@ def export_model(model: CLIP, to: str, out: Path) -> None:
         UserError: the format cannot hold the model, or the other project computes something else from it.
         OSError: ``out`` cannot be written.
     """
-    write, encode = {"open_clip": (write_open_clip, encode_with_open_clip),
-                     "hf": (write_hugging_face, encode_with_hugging_face)}[to]
+    write, encode = {
+        "open_clip": (write_open_clip, encode_with_open_clip),
+        "hf": (write_hugging_face, encode_with_hugging_face),
+    }[to]
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         written = Path(temporary) / out.name
@@ -57,8 +59,10 @@ def write_hugging_face(model: CLIP, out: Path) -> None:
     """Write the layout of OpenAI's own models on Hugging Face, which every version of transformers opens."""
     node = model_node(model)
     if node["text"]["vocab"] != END + 1:
-        raise UserError(f"model.text.vocab={node['text']['vocab']} is not that of the tokenizer, {END + 1:,}; "
-                        "to=open_clip writes it all the same")
+        raise UserError(
+            f"model.text.vocab={node['text']['vocab']} is not that of the tokenizer, {END + 1:,}; "
+            "to=open_clip writes it all the same"
+        )
     write_json(out / HUGGING_FACE, hugging_face_config(node))
     write_tensors(to_hugging_face(model.state_dict()), out / "model.safetensors")
     size, context = node["image"]["size"], node["text"]["context"]
@@ -86,7 +90,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_tensors(state: dict[str, Tensor], path: Path) -> None:
-    path.write_bytes(save(state, metadata={"format": "pt"}))       # save_file makes it unreadable for other users
+    path.write_bytes(save(state, metadata={"format": "pt"}))  # save_file makes it unreadable for other users
 
 
 def check(model: CLIP, encode: Callable[..., PeerOutput], out: Path) -> None:
@@ -105,27 +109,32 @@ def check(model: CLIP, encode: Callable[..., PeerOutput], out: Path) -> None:
     pixels = torch.stack([transform(picture) for picture in pictures])
     with torch.no_grad():
         image, text, peer_pixels = encode(out, pictures, captions, pixels)
-        pairs = {"pictures": (model.encode_image(pixels, True), image),
-                 "captions": (model.encode_text(tokenizer(captions), True), text)}
+        pairs = {
+            "pictures": (model.encode_image(pixels, True), image),
+            "captions": (model.encode_text(tokenizer(captions), True), text),
+        }
     errors = {name: (ours - theirs).abs().max().item() for name, (ours, theirs) in pairs.items()}
     pixel_error = (pixels - peer_pixels).abs().max().item() * max(STD) * 255
-    logger.info("checked   features of %d pictures and captions differ by %.1g at most, pixels by %.1f levels of 255",
-                NUM_PROBES, max(errors.values()), pixel_error)
+    logger.info(
+        "checked   features of %d pictures and captions differ by %.1g at most, pixels by %.1f levels of 255",
+        NUM_PROBES,
+        max(errors.values()),
+        pixel_error,
+    )
     for name, value in errors.items():
         if not value <= FEATURE_TOLERANCE:
-            raise UserError(f"the features of {name} differ by {value:.3g}, more than {FEATURE_TOLERANCE}; "
-                            "nothing is exported")
+            raise UserError(
+                f"the features of {name} differ by {value:.3g}, more than {FEATURE_TOLERANCE}; nothing is exported"
+            )
     if pixel_error > PIXEL_TOLERANCE:
         raise UserError(f"the pictures' pixels differ by {pixel_error:.1f} levels of 255; nothing is exported")
 
 
-def encode_with_open_clip(
-    out: Path, pictures: list[Image.Image], captions: list[str], pixels: Tensor
-) -> PeerOutput:
+def encode_with_open_clip(out: Path, pictures: list[Image.Image], captions: list[str], pixels: Tensor) -> PeerOutput:
     """Encode with open_clip's model, pixels and tokens."""
     import open_clip
 
-    quiet = logging.NullHandler()       # without a handler, logging.warning would add one that repeats our lines
+    quiet = logging.NullHandler()  # without a handler, logging.warning would add one that repeats our lines
     logging.getLogger().addHandler(quiet)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
@@ -136,9 +145,7 @@ def encode_with_open_clip(
     return image, text, peer_pixels
 
 
-def encode_with_hugging_face(
-    out: Path, pictures: list[Image.Image], captions: list[str], pixels: Tensor
-) -> PeerOutput:
+def encode_with_hugging_face(out: Path, pictures: list[Image.Image], captions: list[str], pixels: Tensor) -> PeerOutput:
     """Encode with transformers' model and tokens on our pixels: its processor resizes with another library."""
     import transformers
 

@@ -17,19 +17,19 @@ from clipx.weights.convert import Node, from_hugging_face, infer_node
 
 logger = logging.getLogger("clipx")
 
-OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"       # each marks its project's directories
+OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"  # each marks its project's directories
 FILES = {
     OPEN_CLIP: ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
     HUGGING_FACE: ("model.safetensors", "pytorch_model.bin"),
 }
-OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}         # only in OpenAI's files
+OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # only in OpenAI's files
 INFERRED = {"layers", "width", "patch_size", "image_size", "mlp_ratio", "context_length", "vocab_size"}
 READ = INFERRED | {"head_width", "heads", "patch_dropout", "output_tokens"}
 SUPPORTED = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
 
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")    # Lightning, tutorials, timm, DeepSpeed
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")  # Lightning, tutorials, timm, DeepSpeed
 AVERAGE_KEYS = ("ema_state_dict", "state_dict_ema", "model_ema", "ema")
-WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")    # anywhere in a key
+WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # anywhere in a key
 NOT_WEIGHTS = re.compile(r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|position_ids|n_averaged)$")
 
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)] | float | None
@@ -81,9 +81,9 @@ class HuggingFaceConfig(TypedDict, total=False):
 class Weights(NamedTuple):
     """Weights, and the model that they belong to."""
 
-    state: dict[str, Tensor]        # OpenAI's keys, float32
-    node: Node                      # config of the model; ``heads`` and ``act`` are missing if unknown
-    preprocessing: Mapping[str, Any]    # mean, std, resize_mode ..., as far as known
+    state: dict[str, Tensor]  # OpenAI's keys, float32
+    node: Node  # config of the model; ``heads`` and ``act`` are missing if unknown
+    preprocessing: Mapping[str, Any]  # mean, std, resize_mode ..., as far as known
 
 
 def weights_from_state_dict(content: Mapping[str, Any], source: object) -> Weights:
@@ -113,15 +113,19 @@ def weights_from_hugging_face(content: Mapping[str, Any], config: Mapping[str, A
     """From a state dict of CLIPModel and its config."""
     state = openai_state(content, source)
     node = infer_node(state, source)
-    for tower, part, heads in (("image", "vision_config", 12), ("text", "text_config", 8)):     # CLIPConfig's defaults
+    for tower, part, heads in (("image", "vision_config", 12), ("text", "text_config", 8)):  # CLIPConfig's defaults
         keys = config.get(part) or {}
         act, eps, end = keys.get("hidden_act", "quick_gelu"), keys.get("layer_norm_eps", 1e-5), keys.get("eos_token_id")
         if act not in ("quick_gelu", "gelu") or eps != 1e-5:
-            raise CheckpointError(f"{source}: {part} has hidden_act={act!r} and layer_norm_eps={eps}; clipx has "
-                                  "quick_gelu or gelu, and 1e-05")
-        if end not in (None, 2, node["text"]["vocab"] - 1):     # 2 once stood for the highest token
-            raise CheckpointError(f"{source}: {part}.eos_token_id={end}; clipx reads a caption's feature at its "
-                                  f"highest token, {node['text']['vocab'] - 1}")
+            raise CheckpointError(
+                f"{source}: {part} has hidden_act={act!r} and layer_norm_eps={eps}; clipx has "
+                "quick_gelu or gelu, and 1e-05"
+            )
+        if end not in (None, 2, node["text"]["vocab"] - 1):  # 2 once stood for the highest token
+            raise CheckpointError(
+                f"{source}: {part}.eos_token_id={end}; clipx reads a caption's feature at its "
+                f"highest token, {node['text']['vocab'] - 1}"
+            )
         node[tower] |= {"heads": keys.get("num_attention_heads", heads), "act": act}
     return Weights(state, node, {})
 
@@ -162,12 +166,15 @@ def read_open_clip_cache(name: str) -> Weights:
         raise CheckpointError(f"open_clip:{name}: open_clip has no such weights; {model}: {', '.join(tags)}")
     file = next(filter(Path.is_file, cached_files(pretrained)), None)
     if file is None:
-        raise CheckpointError(f"open_clip:{name} is not on this machine; python -c \"import open_clip; "
-                              f"open_clip.create_model('{model}', pretrained='{tag}')\" downloads it")
+        raise CheckpointError(
+            f'open_clip:{name} is not on this machine; python -c "import open_clip; '
+            f"open_clip.create_model('{model}', pretrained='{tag}')\" downloads it"
+        )
     if bool(pretrained.get("quick_gelu")) != bool(config.get("quick_gelu")):
         right = model.removesuffix("-quickgelu") + "-quickgelu" * bool(pretrained.get("quick_gelu"))
-        raise CheckpointError(f"open_clip:{name}: these weights have another activation than {model}; "
-                              f"open_clip:{right}/{tag} is right")
+        raise CheckpointError(
+            f"open_clip:{name}: these weights have another activation than {model}; open_clip:{right}/{tag} is right"
+        )
     config = {"model_cfg": config, "preprocess_cfg": pretrained}
     return weights_from_open_clip(read_file(file), config, f"open_clip:{name}")
 
@@ -212,14 +219,16 @@ def openai_state(content: Mapping[str, Any], source: object) -> dict[str, Tensor
     """
     inner = find_state_dict(content, source)
     if not (inner and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in inner.items())):
-        raise CheckpointError(f"{source} holds no state dict: expected names and tensors, or these under "
-                              f"{', '.join((*STATE_KEYS, *AVERAGE_KEYS))}")
+        raise CheckpointError(
+            f"{source} holds no state dict: expected names and tensors, or these under "
+            f"{', '.join((*STATE_KEYS, *AVERAGE_KEYS))}"
+        )
     state = {WRAPPERS.sub("", name): value.float() for name, value in inner.items() if not NOT_WEIGHTS.search(name)}
     while all("." in name for name in state) and len({name.partition(".")[0] for name in state}) == 1:
         # module. of DDP, model. of Lightning
         state = {name.partition(".")[2]: value for name, value in state.items()}
     state = {name.removeprefix("text."): value for name, value in state.items()}
-    if state.get("logit_scale", torch.empty(0)).shape == (1,):         # FSDP has no tensor without a dimension
+    if state.get("logit_scale", torch.empty(0)).shape == (1,):  # FSDP has no tensor without a dimension
         state["logit_scale"] = state["logit_scale"][0]
     return from_hugging_face(state, source) if "text_model.final_layer_norm.weight" in state else state
 

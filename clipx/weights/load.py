@@ -24,7 +24,7 @@ from clipx.weights.checkpoint import best_or_last, verify
 from clipx.weights.convert import TOWERS, Node, infer_node
 from clipx.weights.foreign import HUGGING_FACE, OPEN_CLIP, Weights
 
-HEADS = {1280: 16}          # by width, for weights that do not say; other heads are 64 wide
+HEADS = {1280: 16}  # by width, for weights that do not say; other heads are 64 wide
 IMAGE_POSITIONS, TEXT_POSITIONS = "visual.positional_embedding", "positional_embedding"
 PREPROCESSING: dict[str, Any] = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
 
@@ -58,7 +58,7 @@ def load(
         model = build(found.node, trust=trust, own="clipx.models")
     except UserError as error:
         raise CheckpointError(f"{run_or_weights}: {error}") from error
-    except TypeError as error:          # an unknown argument, or a wrong type
+    except TypeError as error:  # an unknown argument, or a wrong type
         raise CheckpointError(f"{run_or_weights}: its config's model cannot be built: {error}") from error
     if not isinstance(model, CLIP):
         raise CheckpointError(f"{run_or_weights}: its config's model is a {type(model).__name__}, not a CLIP")
@@ -86,8 +86,9 @@ def initialise(model: CLIP, init_from: str) -> str:
     state, resized = fit_positions(found.state, own)
     check_shapes(state, model, f"init_from={init_from}", remedy)
     if mismatched:
-        raise CheckpointError(f"init_from={init_from} was trained as another model than this one, with the same "
-                              f"shapes{remedy}")
+        raise CheckpointError(
+            f"init_from={init_from} was trained as another model than this one, with the same shapes{remedy}"
+        )
     model.load_state_dict(state)
     return f"from {init_from}{resized}"
 
@@ -128,8 +129,8 @@ def weights_from_clipx(content: dict[str, Any], path: Path) -> Weights:
     """From a checkpoint of clipx, after verifying it."""
     node = verify(content, path)["config"].get("model")
     for name, tower in own_towers(node).items():
-        tower.setdefault("act", "quick_gelu")       # old checkpoints do not say it
-        tower.setdefault("heads", {"image": 12, "text": 8}[name])       # defaults of the towers
+        tower.setdefault("act", "quick_gelu")  # old checkpoints do not say it
+        tower.setdefault("heads", {"image": 12, "text": 8}[name])  # defaults of the towers
     return Weights(content["model_state_dict"], node, {})
 
 
@@ -141,15 +142,20 @@ def check_finite(state: Mapping[str, Tensor], source: object) -> None:
     """
     for name, value in state.items():
         if wrong := value.numel() - int(torch.isfinite(value).sum()):
-            raise CheckpointError(f"{source}: {wrong:,} of the {value.numel():,} values of {name} are NaN or infinite; "
-                                  "use a checkpoint from before the training diverged")
+            raise CheckpointError(
+                f"{source}: {wrong:,} of the {value.numel():,} values of {name} are NaN or infinite; "
+                "use a checkpoint from before the training diverged"
+            )
 
 
 def own_towers(node: Any) -> dict[str, Node]:
     """The nodes of clipx's own towers, by name."""
     parts = node if isinstance(node, Mapping) else {}
-    return {name: part for name, target in TOWERS.items()
-            if isinstance(part := parts.get(name), dict) and part.get("_target_") == target}
+    return {
+        name: part
+        for name, target in TOWERS.items()
+        if isinstance(part := parts.get(name), dict) and part.get("_target_") == target
+    }
 
 
 def fill_in(tower: Node, act: Act | None, where: str) -> None:
@@ -161,8 +167,10 @@ def fill_in(tower: Node, act: Act | None, where: str) -> None:
     if act not in (None, tower.setdefault("act", act)):
         raise CheckpointError(f"act={act}, but {where} was trained with act={tower['act']}; leave act out")
     if tower["act"] is None:
-        raise CheckpointError(f"{where} does not say its activation; add act=quick_gelu for OpenAI's weights and "
-                              "open_clip's -quickgelu models, act=gelu for open_clip's others")
+        raise CheckpointError(
+            f"{where} does not say its activation; add act=quick_gelu for OpenAI's weights and "
+            "open_clip's -quickgelu models, act=gelu for open_clip's others"
+        )
     if "width" in tower and "heads" not in tower:
         tower["heads"] = HEADS.get(tower["width"], tower["width"] // 64)
 
@@ -199,13 +207,14 @@ def fit_positions(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tup
         return state, description
     image, text = state[IMAGE_POSITIONS], state[TEXT_POSITIONS]
     if len(image) != len(own[IMAGE_POSITIONS]):
-        first, grid = image.split([1, len(image) - 1])                                          # (1, D), (L-1, D)
+        first, grid = image.split([1, len(image) - 1])  # (1, D), (L-1, D)
         before, after = (round((len(one[IMAGE_POSITIONS]) - 1) ** 0.5) for one in (state, own))
-        grid = grid.T.reshape(1, -1, before, before)                                            # (1, D, S, S)
+        grid = grid.T.reshape(1, -1, before, before)  # (1, D, S, S)
         grid = F.interpolate(grid, (after, after), mode="bicubic", antialias=True, align_corners=False)
         state[IMAGE_POSITIONS] = torch.cat([first, grid.flatten(2)[0].T])
-        description += (f"; position embeddings of pictures resized from {before} x {before} to {after} x {after} "
-                        "patches")
+        description += (
+            f"; position embeddings of pictures resized from {before} x {before} to {after} x {after} patches"
+        )
     if len(text) > (context := len(own[TEXT_POSITIONS])):
         state[TEXT_POSITIONS] = text[:context]
         description += f"; those of captions truncated from {len(text)} to {context} tokens"

@@ -7,8 +7,18 @@ from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 # what unpickling a damaged or foreign file can raise
-BROKEN = (UnpicklingError, BadZipFile, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError,
-          StopIteration)
+BROKEN = (
+    UnpicklingError,
+    BadZipFile,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    IndexError,
+    StopIteration,
+)
 
 
 class Placeholder:

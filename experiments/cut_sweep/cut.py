@@ -18,8 +18,19 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 HERE = Path(__file__).parent
-SWEEP = [sys.executable, "-m", "clipx.train", "-m", "experiment=demo", "name=cut", "max_steps=60", "eval_every=20",
-         "save_every=20", "optim.lr=3e-4,1e-3", "seed=0,1,2"]
+SWEEP = [
+    sys.executable,
+    "-m",
+    "clipx.train",
+    "-m",
+    "experiment=demo",
+    "name=cut",
+    "max_steps=60",
+    "eval_every=20",
+    "save_every=20",
+    "optim.lr=3e-4,1e-3",
+    "seed=0,1,2",
+]
 JOBS = Path("outputs/sweeps/cut")
 COMPARE = [sys.executable, "-m", "clipx.compare", str(JOBS)]
 
@@ -28,7 +39,7 @@ def kill_sweep() -> None:
     """Kill the sweep and its processes in the middle of the third job."""
     sweep = subprocess.Popen(SWEEP, start_new_session=True)
     metrics = JOBS / "optim.lr=0.0003,seed=2/metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:        # step 30 or so
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:  # step 30 or so
         time.sleep(0.1)
     os.killpg(sweep.pid, signal.SIGKILL)
     sweep.wait()
@@ -45,7 +56,7 @@ def screenshot(out: Path) -> None:
     board = subprocess.Popen([sys.executable, "-m", "tensorboard.main", f"--logdir={JOBS}", f"--port={port}"])
     browser = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
     try:
-        time.sleep(15)                      # TensorBoard reads the events
+        time.sleep(15)  # TensorBoard reads the events
         browser.get(f"http://127.0.0.1:{port}/#hparams")
         time.sleep(10)
         browser.save_screenshot(str(out))

@@ -32,7 +32,7 @@ class House:
 
     archive: str
     folder: str
-    margin: float   # of the width, on each side
+    margin: float  # of the width, on each side
 
 
 # The first two fill 97 to 100 % of the canvas, Fluent 87.5 %: cutting a margin makes it 97 % as well.
@@ -42,21 +42,21 @@ HOUSES = {
     "fluent": House("lobehub-fluent-emoji-3d-1.1.0.tgz", "package/assets/", 12 / 256),
 }
 NAMES = "emojibase-data-17.0.0.tgz"
-GROUPS = (3, 4, 5, 6, 7)   # emojibase: animals & nature, food & drink, travel & places, activities, objects
-SIZE = 64                  # pixels
-FAINT = 24                 # alpha, of 255; fainter pixels are the soft edge of a shadow
+GROUPS = (3, 4, 5, 6, 7)  # emojibase: animals & nature, food & drink, travel & places, activities, objects
+SIZE = 64  # pixels
+FAINT = 24  # alpha, of 255; fainter pixels are the soft edge of a shadow
 TRAIN_SHARDS = 4
 
 # All lossless would be 11 MB.  Tar blocks have 512 bytes, so each picture gets the best step of this
 # ladder that fits two blocks, or the last step if none does: 6.7 MB.
 LADDER = (
-    {"lossless": True, "quality": 90},   # effort here: 100 is ten times slower and 2 % smaller
+    {"lossless": True, "quality": 90},  # effort here: 100 is ten times slower and 2 % smaller
     {"quality": 95},
     {"quality": 90},
     {"quality": 85},
     {"quality": 80},
 )
-TWO_BLOCKS = 1024          # bytes
+TWO_BLOCKS = 1024  # bytes
 
 LEADS = (
     "a drawing of {phrase}, on a page about {theme}",
@@ -257,9 +257,7 @@ def build(packages: Path, out: Path) -> dict[str, int]:
     """Write shards, things.txt and versions.json below ``out``; return samples by shard."""
     drawings = {name: read_drawings(packages, house) for name, house in HOUSES.items()}
     things = shared_things(read_things(packages), drawings)
-    samples = [
-        make_sample(thing, house, drawings[house][thing.hexcode]) for thing in things for house in HOUSES
-    ]
+    samples = [make_sample(thing, house, drawings[house][thing.hexcode]) for thing in things for house in HOUSES]
     shards = write_shards(out, samples)
     (out / "things.txt").write_text("".join(f"{thing.name}\n" for thing in things), encoding="utf-8")
     write_versions(out, list(shards))

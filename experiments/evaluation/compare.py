@@ -29,8 +29,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "loader"))
 from photos import WORDS, photo  # noqa: E402
 
 CLASSES = ["dog", "cat", "street", "table", "water", "green house", "bird", "old woman", "red car", "small boat"]
-TEMPLATES = [f"a photo of {article} {{c}} {place}." for article in ("a", "the", "one", "my")
-             for place in ("", "in the street", "on a table", "at night")]
+TEMPLATES = [
+    f"a photo of {article} {{c}} {place}."
+    for article in ("a", "the", "one", "my")
+    for place in ("", "in the street", "on a table", "at night")
+]
 SHARDS = 4
 
 
@@ -49,7 +52,7 @@ def make(root: Path, pictures: int) -> None:
     (root / "test/nshards.txt").write_text(f"{SHARDS}\n")
     (root / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
     (root / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
-    (root / "retrieval").mkdir()        # CLIP_benchmark distinguishes the two kinds of data by a file next to them
+    (root / "retrieval").mkdir()  # CLIP_benchmark distinguishes the two kinds of data by a file next to them
     (root / "retrieval/test").symlink_to(root / "test")
     (root / "retrieval/dataset_type.txt").write_text("retrieval")
     torch.manual_seed(0)
@@ -62,9 +65,23 @@ def make(root: Path, pictures: int) -> None:
 def commands(root: Path, peer: str) -> dict[str, dict[str, list[str]]]:
     """Commands by task and side."""
     ours = [sys.executable, "-m", "clipx.evaluate", f"run={root}/clipx.pt", "device=cpu", "workers=1"]
-    theirs = [peer, "-m", "clip_benchmark.cli", "eval", "--dataset", "wds/photos", "--model", "ViT-B-32-quickgelu",
-              "--pretrained", f"{root}/open_clip.pt", "--num_workers", "1", "--no_amp",
-              "--output", f"{root}/theirs.json"]
+    theirs = [
+        peer,
+        "-m",
+        "clip_benchmark.cli",
+        "eval",
+        "--dataset",
+        "wds/photos",
+        "--model",
+        "ViT-B-32-quickgelu",
+        "--pretrained",
+        f"{root}/open_clip.pt",
+        "--num_workers",
+        "1",
+        "--no_amp",
+        "--output",
+        f"{root}/theirs.json",
+    ]
     return {
         "zero_shot": {
             "clipx": [*ours, "evals=[zero_shot]", f"labelled={{photos:{{shards:{root}/test,classes:"
@@ -110,8 +127,9 @@ def metrics(root: Path, side: str, task: str) -> dict[str, float]:
     if side == "CLIP_benchmark":
         found = json.loads((root / "theirs.json").read_text())["metrics"]
         return {key: round(value, 5) for key, value in found.items()}
-    found = next(data[task] for data in json.loads((root / "metrics.json").read_text())["clipx.pt"].values()
-                 if task in data)
+    found = next(
+        data[task] for data in json.loads((root / "metrics.json").read_text())["clipx.pt"].values() if task in data
+    )
     return {key: round(value, 5) for key, value in found.items() if re.fullmatch(r"top\d|mean_per_class|..._r\d+", key)}
 
 
@@ -130,8 +148,13 @@ def main(root: str, peer: str, pictures: int = 400, rounds: int = 3) -> None:
             print(task, side, metrics(place, side, task))
         speed = {side: pictures / statistics.median(seconds for seconds, _ in rows) for side, rows in found.items()}
         peak = {side: statistics.median(peak for _, peak in rows) for side, rows in found.items()}
-        print(task, "clipx / CLIP_benchmark:", f"speed {speed['clipx'] / speed['CLIP_benchmark']:.2f},",
-              f"memory {peak['clipx'] / peak['CLIP_benchmark']:.2f}", flush=True)
+        print(
+            task,
+            "clipx / CLIP_benchmark:",
+            f"speed {speed['clipx'] / speed['CLIP_benchmark']:.2f},",
+            f"memory {peak['clipx'] / peak['CLIP_benchmark']:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

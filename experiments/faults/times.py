@@ -1,6 +1,6 @@
 """Measure how long a save of ViT-B/32 stops the loop, and how long resuming takes at distant positions.
 
-    python experiments/faults/times.py
+python experiments/faults/times.py
 """
 
 import itertools
@@ -60,8 +60,10 @@ def time_saves(directory: Path) -> None:
     start = time.perf_counter()
     read(directory / "clip_last.pt")
     loaded = time.perf_counter() - start
-    print(f"save of {size / 1e9:.2f} GB: {statistics.median(blocked):.2f} s of the loop (first {blocked[0]:.2f} s), "
-          f"{statistics.median(written):.2f} s until it is on disk; read and verified in {loaded:.2f} s")
+    print(
+        f"save of {size / 1e9:.2f} GB: {statistics.median(blocked):.2f} s of the loop (first {blocked[0]:.2f} s), "
+        f"{statistics.median(written):.2f} s until it is on disk; read and verified in {loaded:.2f} s"
+    )
 
 
 def time_resumes() -> None:

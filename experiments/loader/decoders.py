@@ -1,7 +1,7 @@
 """Time libraries that decode, crop and resize a 640 x 480 JPEG, on one core, alternating.
 
-    pip install opencv-python-headless
-    python experiments/loader/decoders.py
+pip install opencv-python-headless
+python experiments/loader/decoders.py
 """
 
 import io
@@ -21,7 +21,7 @@ from PIL import Image
 
 from clipx.data.images import TrainCrop
 
-SIZE, BOX = 224, (10, 12, 600, 460)     # left, top, width, height of the crop
+SIZE, BOX = 224, (10, 12, 600, 460)  # left, top, width, height of the crop
 ROUNDS, FILES = 9, 48
 
 

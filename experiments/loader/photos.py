@@ -15,8 +15,28 @@ from PIL import Image
 from webdataset import TarWriter
 
 WIDTH, HEIGHT, QUALITY = 640, 480, 92
-WORDS = ["a", "the", "old", "red", "small", "man", "woman", "dog", "street", "table", "on", "under", "beside", "with",
-         "two", "birds", "near", "water", "green", "house"]
+WORDS = [
+    "a",
+    "the",
+    "old",
+    "red",
+    "small",
+    "man",
+    "woman",
+    "dog",
+    "street",
+    "table",
+    "on",
+    "under",
+    "beside",
+    "with",
+    "two",
+    "birds",
+    "near",
+    "water",
+    "green",
+    "house",
+]
 
 
 def photo(seed: int) -> bytes:

@@ -37,7 +37,7 @@ from clipx.tools.measure import StepBenchmark, load_batches, make_reader, measur
 
 logger = logging.getLogger("clipx")
 
-Sides = dict[str, list[dict[str, float]]]       # figures of each round, by side
+Sides = dict[str, list[dict[str, float]]]  # figures of each round, by side
 
 
 def compare(composed: DictConfig, _directory: Path, peer_path: str) -> None:
@@ -49,10 +49,13 @@ def compare(composed: DictConfig, _directory: Path, peer_path: str) -> None:
     keys, config = split_config(composed)
     found: dict[str, Any] = {}
     if "loader" in keys.parts:
-        sides = in_turns(keys.rounds, {
-            "clipx": partial(in_process, clipx_loader, config, keys.seconds),
-            "open_clip": partial(open_clip_loader, config, keys.seconds, peer_path),
-        })
+        sides = in_turns(
+            keys.rounds,
+            {
+                "clipx": partial(in_process, clipx_loader, config, keys.seconds),
+                "open_clip": partial(open_clip_loader, config, keys.seconds, peer_path),
+            },
+        )
         found["loader"] = {"rounds": sides, **report(sides, "pictures_per_s", "worker_mb")}
     if "step" in keys.parts:
         found["step"] = compare_steps(config, keys)
@@ -63,18 +66,25 @@ def compare(composed: DictConfig, _directory: Path, peer_path: str) -> None:
 def compare_steps(config: TrainConfig, keys: BenchConfig) -> dict[str, Any]:
     """Samples/s on the same batches in memory, and peak memory."""
     with ExitStack() as stack:
-        runs = {side: stack.enter_context(in_own_process(kind, config))
-                for side, kind in {"clipx": StepBenchmark, "open_clip": OpenClipSteps}.items()}
+        runs = {
+            side: stack.enter_context(in_own_process(kind, config))
+            for side, kind in {"clipx": StepBenchmark, "open_clip": OpenClipSteps}.items()
+        }
         for call in runs.values():
-            call("from_memory", 1)          # compiles and allocates memory
-        sides = in_turns(keys.rounds, {
-            side: lambda call=call: {"samples_per_s": call("from_memory", keys.steps)} for side, call in runs.items()
-        })
+            call("from_memory", 1)  # compiles and allocates memory
+        sides = in_turns(
+            keys.rounds,
+            {side: lambda call=call: {"samples_per_s": call("from_memory", keys.steps)} for side, call in runs.items()},
+        )
         memory = {side: call("memory") for side, call in runs.items()}
     ratios = report(sides, "samples_per_s")
     ratios["memory"] = memory["clipx"] / memory["open_clip"]
-    logger.info("%-14s clipx %.2f GB, open_clip %.2f GB, clipx / open_clip = %.2f", "peak memory", *memory.values(),
-                ratios["memory"])
+    logger.info(
+        "%-14s clipx %.2f GB, open_clip %.2f GB, clipx / open_clip = %.2f",
+        "peak memory",
+        *memory.values(),
+        ratios["memory"],
+    )
     return {"rounds": sides, "memory_gb": memory, **ratios}
 
 
@@ -95,14 +105,15 @@ def report(sides: Sides, *names: str) -> dict[str, float]:
             logger.info("%-14s %-9s %s", name, side, spread(rounds, name))
         each = [ours[name] / theirs[name] for ours, theirs in zip(sides["clipx"], sides["open_clip"], strict=True)]
         ratios[f"ratio_{name}"] = statistics.median(each)
-        logger.info("%-14s clipx / open_clip = %.2f (%.2f to %.2f)", name, statistics.median(each), min(each),
-                    max(each))
+        logger.info(
+            "%-14s clipx / open_clip = %.2f (%.2f to %.2f)", name, statistics.median(each), min(each), max(each)
+        )
     return ratios
 
 
 def clipx_loader(config: TrainConfig, seconds: float) -> dict[str, float]:
     """Measure clipx's loader, in a spawned process."""
-    set_start_method(None, force=True)          # otherwise its workers would be spawned, too, unlike in a run
+    set_start_method(None, force=True)  # otherwise its workers would be spawned, too, unlike in a run
     torch.set_num_threads(1)
     return measure_loader(load_batches(config), config.batch_size, seconds)
 
@@ -123,12 +134,18 @@ def open_clip_loader(config: TrainConfig, seconds: float, peer_path: str) -> dic
     }  # fmt: skip
     path = os.pathsep.join(filter(None, [peer_path, os.environ.get("PYTHONPATH")]))
     script = str(Path(__file__).with_name("open_clip_side.py"))
-    ended = subprocess.run([sys.executable, "-W", "ignore", script, json.dumps(arguments)],
-                           env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", script, json.dumps(arguments)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     if ended.returncode:
         reason = ended.stderr.splitlines()[-1]
-        raise UserError(f"peer_path={peer_path}: open_clip's pipeline ends with {reason!r}; it needs "
-                        "webdataset<=0.2.86 and pandas in that directory")
+        raise UserError(
+            f"peer_path={peer_path}: open_clip's pipeline ends with {reason!r}; it needs "
+            "webdataset<=0.2.86 and pandas in that directory"
+        )
     return json.loads(ended.stdout.splitlines()[-1])
 
 
@@ -152,8 +169,10 @@ def in_own_process(kind: type, *arguments: Any) -> Iterator[Callable[..., Any]]:
         try:
             answer = here.recv()
         except EOFError as error:
-            raise UserError(f"the process of {kind.__name__} has ended; if it ran out of memory, try a smaller "
-                            "batch_size or micro_batch_size") from error
+            raise UserError(
+                f"the process of {kind.__name__} has ended; if it ran out of memory, try a smaller "
+                "batch_size or micro_batch_size"
+            ) from error
         if isinstance(answer, UserError):
             raise answer
         return answer
@@ -167,7 +186,7 @@ def in_own_process(kind: type, *arguments: Any) -> Iterator[Callable[..., Any]]:
 
 def serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
     """The other end of ``in_own_process``."""
-    set_start_method(None, force=True)          # otherwise its workers would be spawned, too, unlike in a run
+    set_start_method(None, force=True)  # otherwise its workers would be spawned, too, unlike in a run
     made = None
     while True:
         try:

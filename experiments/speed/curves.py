@@ -35,8 +35,7 @@ def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
     def record(_state: State, output: StepOutput) -> None:
         ours.append(output.loss.item())
 
-    fit(state, state.model, clip_loss, iter(batches), None, lambda step: step >= steps, multiplier, None,
-        None, record)
+    fit(state, state.model, clip_loss, iter(batches), None, lambda step: step >= steps, multiplier, None, None, record)
     theirs = []
     for step, chunks in enumerate(batches):
         for group in optimizer.param_groups:

@@ -19,14 +19,25 @@ from datetime import datetime
 from pathlib import Path
 
 BATCH = 32
-LINE = re.compile(r"^(\S+) \| INFO \| Train Epoch", re.M)       # one per step
+LINE = re.compile(r"^(\S+) \| INFO \| Train Epoch", re.M)  # one per step
 
 
 def clipx(shards: str, _peer: str, steps: int, place: str) -> tuple[float, float]:
     """Return samples/s, and seconds to the end of the first step."""
     start = time.time()
-    args = ["model=vit_b32", "data=shards", f"data.root={shards}", "data.val=0", f"batch_size={BATCH}", "workers=1",
-             f"max_steps={steps}", "log_every=1", "evals=[]", "save_every=null", "name=x"]
+    args = [
+        "model=vit_b32",
+        "data=shards",
+        f"data.root={shards}",
+        "data.val=0",
+        f"batch_size={BATCH}",
+        "workers=1",
+        f"max_steps={steps}",
+        "log_every=1",
+        "evals=[]",
+        "save_every=null",
+        "name=x",
+    ]
     subprocess.run([sys.executable, "-m", "clipx.train", *args], cwd=place, check=True, capture_output=True)
     run = Path(place, "outputs/x")
     seconds = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -37,14 +48,43 @@ def clipx(shards: str, _peer: str, steps: int, place: str) -> tuple[float, float
 def open_clip(shards: str, peer: str, steps: int, place: str) -> tuple[float, float]:
     start = time.time()
     tars = "::".join(map(str, sorted(Path(shards).glob("*.tar"))))
-    args = ["--train-data", tars, "--dataset-type", "webdataset",
-             "--train-num-samples", str(steps * BATCH), "--batch-size", str(BATCH), "--workers", "1", "--epochs", "1",
-             "--model", "ViT-B-32-quickgelu", "--precision", "fp32", "--warmup", "10", "--log-every-n-steps", "1",
-             "--save-frequency", "0", "--logs", place, "--name", "x"]
-    subprocess.run([sys.executable, "-m", "open_clip_train.main", *args], cwd=place, check=True, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": peer})
+    args = [
+        "--train-data",
+        tars,
+        "--dataset-type",
+        "webdataset",
+        "--train-num-samples",
+        str(steps * BATCH),
+        "--batch-size",
+        str(BATCH),
+        "--workers",
+        "1",
+        "--epochs",
+        "1",
+        "--model",
+        "ViT-B-32-quickgelu",
+        "--precision",
+        "fp32",
+        "--warmup",
+        "10",
+        "--log-every-n-steps",
+        "1",
+        "--save-frequency",
+        "0",
+        "--logs",
+        place,
+        "--name",
+        "x",
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "open_clip_train.main", *args],
+        cwd=place,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": peer},
+    )
     stamps = LINE.findall(Path(place, "x/out.log").read_text())
-    times = [datetime.strptime(stamp, "%Y-%m-%d,%H:%M:%S").timestamp() for stamp in stamps]     # whole seconds
+    times = [datetime.strptime(stamp, "%Y-%m-%d,%H:%M:%S").timestamp() for stamp in stamps]  # whole seconds
     return (len(times) - 1) * BATCH / (times[-1] - times[0]), times[0] - start
 
 

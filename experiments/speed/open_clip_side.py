@@ -24,8 +24,8 @@ from clipx.training.batch import concat
 from clipx.training.memory import peak_memory
 from clipx.weights.convert import open_clip_config
 
-ENOUGH = 10**9          # samples; the pipeline cycles through the shards
-PRECISION = {"none": "fp32", "bf16": "amp_bf16", "fp16": "amp"}     # its names
+ENOUGH = 10**9  # samples; the pipeline cycles through the shards
+PRECISION = {"none": "fp32", "bf16": "amp_bf16", "fp16": "amp"}  # its names
 
 
 def open_clip_batches(shards: str, batch_size: int, workers: int, size: int) -> Iterable[Any]:
@@ -93,11 +93,11 @@ class OpenClipSteps:
         micro = config.micro_batch_size or config.batch_size
         context = config.model["text"]["context"]
         held = [padded(chunks, context) for chunks in itertools.islice(load_batches(config), NUM_BATCHES)]
-        if self.device.type == "cuda":          # as its loader does
+        if self.device.type == "cuda":  # as its loader does
             held = [(images.pin_memory(), tokens.pin_memory()) for images, tokens in held]
-        self.batches = Batches([
-            part for images, tokens in held for part in zip(images.split(micro), tokens.split(micro), strict=True)
-        ])
+        self.batches = Batches(
+            [part for images, tokens in held for part in zip(images.split(micro), tokens.split(micro), strict=True)]
+        )
         self.args = Namespace(
             device=str(self.device), precision=PRECISION[config.amp], accum_freq=-(-config.batch_size // micro),
             distill=False, skip_scheduler=True, horovod=False, grad_clip_norm=config.clip_norm, rank=0, local_rank=0,

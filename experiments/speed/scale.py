@@ -130,7 +130,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "tokens": {str(length): partial(time_tokens, length) for length in (8, 12, 16, 24, 32, 48, 64, 77)},
     "loss": {
         f"{batch} {kind}": partial(time_loss, batch, kind == "plain")
-        for batch in (1024, 4096, 8192, 32_768) for kind in ("tiled", "plain") if (batch, kind) != (32_768, "plain")
+        for batch in (1024, 4096, 8192, 32_768)
+        for kind in ("tiled", "plain")
+        if (batch, kind) != (32_768, "plain")
     },
     "ranks": {f"{world} of {batch}": partial(time_ranks, world, batch) for batch in (32, 128, 512) for world in (1, 2)},
 }

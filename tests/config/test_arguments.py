@@ -28,13 +28,21 @@ SHORT = (*FEW, "max_steps=2")
         (["--batch-size", "8"], "--batch-size: there is no such switch; a key has no dashes: batch_size=8"),
         (["batch_size:8"], "'batch_size:8' is not KEY=VALUE; write batch_size=8"),
         (["batch_size"], "'batch_size' is not KEY=VALUE; --help lists the keys"),
-        (["run=outputs/a", "outputs/b"], "'outputs/b' is not KEY=VALUE; several values of run are one list: "
-                                         "run=[outputs/a,outputs/b]"),
+        (
+            ["run=outputs/a", "outputs/b"],
+            "'outputs/b' is not KEY=VALUE; several values of run are one list: run=[outputs/a,outputs/b]",
+        ),
         (["seed=1", "2"], "'2' is not KEY=VALUE; several values of seed are one list: seed=[1,2]"),
-        (["model=tiny,"], "model=tiny, ends in a comma; write model=tiny, or quote a comma that belongs to the value: "
-                          "\"model='tiny,'\""),
-        (["hydra.verbose=true"], "hydra.verbose has no effect in clipx: a run keeps its own log and config in its "
-                                 "directory, and paths are relative to the current directory; leave it out"),
+        (
+            ["model=tiny,"],
+            "model=tiny, ends in a comma; write model=tiny, or quote a comma that belongs to the value: "
+            "\"model='tiny,'\"",
+        ),
+        (
+            ["hydra.verbose=true"],
+            "hydra.verbose has no effect in clipx: a run keeps its own log and config in its "
+            "directory, and paths are relative to the current directory; leave it out",
+        ),
     ],
 )
 def test_a_mistyped_argument_is_refused_with_the_right_form(
@@ -66,8 +74,9 @@ def test_a_setting_of_hydra_without_effect_is_refused(setting: str, fails: Calla
 
 def test_values_with_commas_get_a_hint_at_sweeps_and_lists(fails: Callable[..., str]) -> None:
     assert fails("seed=0,1").endswith("; -m runs once for each value (seed=0,1), and seed=[0,1] is one list")
-    assert fails("model=tiny,small").endswith("; -m runs once for each value (model=tiny,small), and "
-                                              "model=[tiny,small] is one list")
+    assert fails("model=tiny,small").endswith(
+        "; -m runs once for each value (model=tiny,small), and model=[tiny,small] is one list"
+    )
 
 
 def test_an_unknown_setting_of_a_sweeper_has_a_near_match_among_its_own(fails: Callable[..., str]) -> None:
@@ -117,7 +126,8 @@ def test_hydra_sweep_dir_and_subdir_are_obeyed(train: Callable[..., None], tmp_p
 def test_a_recipe_can_say_where_its_runs_live(train: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "mine/experiment").mkdir(parents=True)
     (tmp_path / "mine/experiment/placed.yaml").write_text(
-        "# @package _global_\ndefaults: [smoke]\nhydra: {run: {dir: theirs}}\n")
+        "# @package _global_\ndefaults: [smoke]\nhydra: {run: {dir: theirs}}\n"
+    )
     train("--config-dir", "mine", "experiment=placed", *SHORT[1:])
     assert (tmp_path / "theirs/summary.json").exists()
 
@@ -142,8 +152,9 @@ def test_a_notebook_trains_by_a_call_that_returns_the_summary(
 
 def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PY": sys.executable}
-    return subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], cwd=cwd, env=environment, capture_output=True,
-                          text=True)
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("command", ["clipx.train --help", "clipx.train --cfg job", "clipx.compare --help"])

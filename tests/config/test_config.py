@@ -74,8 +74,11 @@ def test_the_yaml_of_a_group_restates_the_defaults_of_what_it_calls(option: str)
     group = option.split("=")[0]
     node = getattr(composed(option, *GIVEN.get(option, [])), group)
     parameters = signature(locate(node["_target_"], group)).parameters
-    stated = {key: parameter.default for key, parameter in parameters.items()
-              if parameter.default is not parameter.empty and key != "root"}
+    stated = {
+        key: parameter.default
+        for key, parameter in parameters.items()
+        if parameter.default is not parameter.empty and key != "root"
+    }
     if group == "data":
         stated |= {field.name: field.default for field in fields(Data) if field.default is not MISSING}
     assert stated == {key: tuple(node[key]) if isinstance(node[key], list) else node[key] for key in stated}
@@ -107,20 +110,26 @@ def test_train_yaml_states_every_key_of_the_schema() -> None:
         (["model.text.embed=64"], "model.text.embed=64 is not image.embed=192; the towers share one space"),
         (["batch_size=0"], "batch_size=0: should be greater than 0"),
         (["workers=-1"], "workers=-1: should be 'auto' or greater than or equal to 0"),
-        (["grad_checkpoint=vision"], "grad_checkpoint='vision': should be a valid boolean, unable to interpret input "
-                                     "or 'image' or 'text'"),
+        (
+            ["grad_checkpoint=vision"],
+            "grad_checkpoint='vision': should be a valid boolean, unable to interpret input or 'image' or 'text'",
+        ),
         (["batch_size=2.5"], "batch_size=2.5: should be a valid integer, got a number with a fractional part"),
         (["data.crop=[0.5]"], "data.crop=[0.5]: should have 2 values"),
         (["amp=bf17"], "amp='bf17': should be 'none', 'bf16' or 'fp16'"),
         (["data=folder"], "data.root has no value; add data.root=..."),
         (["sched=null"], "sched=null: there is no such option; there are warmup_cosine"),
         (["~sched"], "sched has no value; add sched=..."),
-        (["~sched._target_"], "sched={'_partial_': True, 'warmup': 2000, 'warmup_cap': 0.1}: expected a config node "
-                              "with a _target_"),
+        (
+            ["~sched._target_"],
+            "sched={'_partial_': True, 'warmup': 2000, 'warmup_cap': 0.1}: expected a config node with a _target_",
+        ),
         (["optim._target_=os.x"], "optim._target_=os.x is not clipx's own code; trust=[os] allows it to be called"),
         (["model=5"], "model=5: there is no such option; there are " + ", ".join(MODELS)),
-        (["config=no.yaml", "model=tiny"], "config=no.yaml: there is no such file; a run keeps its own as "
-                                           "outputs/NAME/config.yaml"),
+        (
+            ["config=no.yaml", "model=tiny"],
+            "config=no.yaml: there is no such file; a run keeps its own as outputs/NAME/config.yaml",
+        ),
         (["config=no.yaml"], "config=no.yaml: there is no such file; a run keeps its own as outputs/NAME/config.yaml"),
         (["seed=${sed}"], "seed: Interpolation key 'sed' not found"),
     ],
@@ -142,9 +151,28 @@ def test_a_mistake_costs_no_traceback_and_exit_code_1(tmp_path: Path) -> None:
     assert ended.stderr == "optim.lr='fast': should be a valid number, unable to parse string as a number\n"
 
 
-ODD = ["/a=b/c", "/with space/x", "~/x", "/été/ñ", "{0..3}", "/x-{000..012}.tar", "a,b", "it's", "(x", "[y",
-       "http://h/p?q=1&r=2", "back\\slash'quote", "ends\\", "$5", "导盲犬", "a:b", "#x", "%20", "glob(*)",
-       "choice(1,2)"]
+ODD = [
+    "/a=b/c",
+    "/with space/x",
+    "~/x",
+    "/été/ñ",
+    "{0..3}",
+    "/x-{000..012}.tar",
+    "a,b",
+    "it's",
+    "(x",
+    "[y",
+    "http://h/p?q=1&r=2",
+    "back\\slash'quote",
+    "ends\\",
+    "$5",
+    "导盲犬",
+    "a:b",
+    "#x",
+    "%20",
+    "glob(*)",
+    "choice(1,2)",
+]
 
 
 @pytest.mark.parametrize("value", ODD)
@@ -205,7 +233,7 @@ def test_the_meaning_of_a_run_leaves_out_where_and_how_closely_it_is_watched() -
     base = asdict(composed("data=shards", "data.root=a"))
     other = asdict(composed("data=shards", "data.root=b", "workers=3", "name=x", "save_every=5", "stop_at=3"))
     assert differences(base, other) == {}
-    assert differences(base, asdict(composed("data=coco", "data.root=a"))) == {}        # the same shards by their name
+    assert differences(base, asdict(composed("data=coco", "data.root=a"))) == {}  # the same shards by their name
     changed = asdict(composed("data=shards", "data.root=a", "optim.lr=1", "model.image.width=384"))
     assert [*differences(base, changed).values()] == ["model.image.width: 192 -> 384", "optim.lr: 0.0005 -> 1.0"]
 

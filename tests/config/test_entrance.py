@@ -23,10 +23,17 @@ def without_torch(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("command", "given", "line"),
     [
-        ("train", [*EARLY, "optim.lr=0.1"], f"{RUN} belongs to another run (optim.lr: 0.0005 -> 0.1); name=... starts "
-         "a new run, and resume_allow=[optim.lr] resumes this one anyway"),
-        ("train", [*EARLY, "seed=5", "optim.lr=1", "resume_allow=[optim]"],
-         f"{RUN} belongs to another run (seed: 0 -> 5)"),
+        (
+            "train",
+            [*EARLY, "optim.lr=0.1"],
+            f"{RUN} belongs to another run (optim.lr: 0.0005 -> 0.1); name=... starts "
+            "a new run, and resume_allow=[optim.lr] resumes this one anyway",
+        ),
+        (
+            "train",
+            [*EARLY, "seed=5", "optim.lr=1", "resume_allow=[optim]"],
+            f"{RUN} belongs to another run (seed: 0 -> 5)",
+        ),
         ("train", [*EARLY, "resume_allow=[optin]"], "resume_allow=[optin]: there is no such key; did you mean optim"),
         ("train", [*EARLY, "resume=null"], "outputs/early holds a run; resume=auto resumes it, name=... starts"),
         ("train", [*EARLY, "resume=outputs/erly/clip_last.pt"], f"resume=outputs/erly/clip_last.pt: {NONE}"),
@@ -93,8 +100,16 @@ def test_a_checkpoint_that_would_run_something_runs_nothing_when_it_is_looked_at
 @pytest.mark.parametrize(
     ("one", "other", "differ"),
     [
-        (1, 1.0, False), (0.5, "0.5", False), (5, "5", False), (True, "true", False), ([0.5, 1], [0.5, 1.0], False),
-        (1, 2.0, True), ("a", "b", True), (None, 3, True), ([0.5], [0.5, 1], True), (["a"], ["b"], True),
+        (1, 1.0, False),
+        (0.5, "0.5", False),
+        (5, "5", False),
+        (True, "true", False),
+        ([0.5, 1], [0.5, 1.0], False),
+        (1, 2.0, True),
+        ("a", "b", True),
+        (None, 3, True),
+        ([0.5], [0.5, 1], True),
+        (["a"], ["b"], True),
         (["0.5"], [0.5], False),
     ],
 )
@@ -143,7 +158,8 @@ def test_a_setting_of_hydra_without_effect_is_refused_in_a_file_as_on_the_comman
     (tmp_path / "mine/own.yaml").write_text(f"defaults: [train, _self_]\n{text}")
     given = {"experiment": ["experiment=odd"], "base of an experiment": ["experiment=mine"], "primary": ["-cn", "own"]}
     assert fails("--config-dir", "mine", *given[way], "batch_size=0").startswith(
-        f"{SETTINGS[setting]}, as a file of mine sets it, has no effect in clipx: a run keeps its own log and config")
+        f"{SETTINGS[setting]}, as a file of mine sets it, has no effect in clipx: a run keeps its own log and config"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 

@@ -16,10 +16,24 @@ from clipx.config.arguments import GROUPS, completion_line
 from clipx.config.help import help_page
 from clipx.config.schema import EvaluateConfig, ExportConfig, PredictConfig, PrepareConfig, TrainConfig
 
-SCHEMAS = {"train": TrainConfig, "check": TrainConfig, "bench": TrainConfig, "evaluate": EvaluateConfig,
-           "prepare": PrepareConfig, "export": ExportConfig, "predict": PredictConfig}
-OF_GROUPS = {"train": {*GROUPS} - {"source"}, "check": {*GROUPS} - {"source"}, "bench": {*GROUPS} - {"source"},
-             "evaluate": {"data", "evals"}, "prepare": {"source"}, "export": set(), "predict": set()}
+SCHEMAS = {
+    "train": TrainConfig,
+    "check": TrainConfig,
+    "bench": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "prepare": PrepareConfig,
+    "export": ExportConfig,
+    "predict": PredictConfig,
+}
+OF_GROUPS = {
+    "train": {*GROUPS} - {"source"},
+    "check": {*GROUPS} - {"source"},
+    "bench": {*GROUPS} - {"source"},
+    "evaluate": {"data", "evals"},
+    "prepare": {"source"},
+    "export": set(),
+    "predict": set(),
+}
 
 
 def test_every_command_of_hydra_has_a_page() -> None:
@@ -50,7 +64,13 @@ def test_the_defaults_are_marked_and_their_keys_shown() -> None:
     marked = re.findall(r"^  \* (\w+)", shown, re.MULTILINE)
     assert marked == ["tiny", "emoji", "adamw_paper", "warmup_cosine", "info_nce", "retrieval"]
     assert [f"{key}={option}" for key, option in re.findall(r"^Keys of (\w+)=(\w+):", shown, re.MULTILINE)] == [
-        "model=tiny", "data=emoji", "optim=adamw_paper", "sched=warmup_cosine", "loss=info_nce", "evals=retrieval"]
+        "model=tiny",
+        "data=emoji",
+        "optim=adamw_paper",
+        "sched=warmup_cosine",
+        "loss=info_nce",
+        "evals=retrieval",
+    ]
     assert "  optim:\n    _target_: clipx.optim.adamw\n    _partial_: true\n    lr: 5e-4\n" in shown
 
 
@@ -84,8 +104,13 @@ def complete(tmp_path: Path) -> Callable[[str], list[str]]:
             hydra_bash_completion; printf '%s\\n' "${{COMPREPLY[@]}}" """
         number = len(line.split()) - (not line.endswith(" "))
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        ended = subprocess.run(["bash", "-c", script, "bash", line, str(number)], cwd=tmp_path, capture_output=True,
-                               text=True, env={**os.environ, "PATH": path})
+        ended = subprocess.run(
+            ["bash", "-c", script, "bash", line, str(number)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": path},
+        )
         assert ended.returncode == 0 and ended.stderr == "", ended
         return ended.stdout.split()
 
@@ -107,6 +132,7 @@ def test_bash_completes_keys_and_options(line: str, offered: list[str], complete
 
 def test_completion_skips_arguments_that_hydra_cannot_parse() -> None:
     assert completion_line("clipx-train -m --config-dir D optim.lr=1,2 data.root=/a=b 'x y' config=c mod") == (
-        "clipx-train -m --config-dir D optim.lr=1,2 mod")
+        "clipx-train -m --config-dir D optim.lr=1,2 mod"
+    )
     assert completion_line("clipx-train model=tiny ") == "clipx-train model=tiny "
     assert completion_line("clipx-train") == "clipx-train" and completion_line("") == ""

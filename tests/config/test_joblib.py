@@ -48,8 +48,19 @@ def test_an_error_from_another_process_keeps_its_message(error: str) -> None:
 @pytest.mark.long
 def test_jobs_at_once_end_as_they_do_alone(train: Callable[..., None], tmp_path: Path) -> None:
     short = (*FEW, "max_steps=8")
-    ended = in_process("-m", "clipx.train", "-m", *short, "name=s", "workers=auto", "seed=0,1,2", "optim.lr=1e-3,fast",
-                       "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", cwd=tmp_path)
+    ended = in_process(
+        "-m",
+        "clipx.train",
+        "-m",
+        *short,
+        "name=s",
+        "workers=auto",
+        "seed=0,1,2",
+        "optim.lr=1e-3,fast",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        cwd=tmp_path,
+    )
     jobs = tmp_path / "outputs/sweeps/s"
     assert ended.returncode == 1 and ended.stderr.count("finished at step 8") == 3, ended.stderr
     failed = sorted(line for line in ended.stderr.splitlines() if line.startswith("optim.lr=fast"))
@@ -64,10 +75,23 @@ def test_jobs_at_once_end_as_they_do_alone(train: Callable[..., None], tmp_path:
 
 @pytest.mark.long
 def test_a_search_runs_its_trials_at_once(tmp_path: Path) -> None:
-    ended = in_process("-m", "clipx.train", "-m", *FEW, "max_steps=10", "name=s", "hydra/sweeper=optuna",
-                       "optim.lr=tag(log,interval(1e-6,1e-1))", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=4",
-                       "hydra.sweeper.rungs=[20%]", "hydra.sweeper.pruner=halving", "hydra/launcher=joblib",
-                       "hydra.launcher.n_jobs=2", cwd=tmp_path)
+    ended = in_process(
+        "-m",
+        "clipx.train",
+        "-m",
+        *FEW,
+        "max_steps=10",
+        "name=s",
+        "hydra/sweeper=optuna",
+        "optim.lr=tag(log,interval(1e-6,1e-1))",
+        "hydra.sweeper.n_jobs=2",
+        "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.rungs=[20%]",
+        "hydra.sweeper.pruner=halving",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        cwd=tmp_path,
+    )
     assert ended.returncode == 0, ended.stderr
     states = [summary(run)["state"] for run in (tmp_path / "outputs/sweeps/s").iterdir() if run.is_dir()]
     assert len(states) == 4 and "finished" in states and "trials    4: " in ended.stderr

@@ -49,8 +49,11 @@ def test_each_job_has_a_directory_and_a_line_and_a_failed_one_ends_no_other(
     told, code = sweep("-m", *SHORT, "name=s", "optim.lr=1e-4,fast,5e-4")
     assert code == "optim.lr=fast: optim.lr='fast': should be a valid number, unable to parse string as a number"
     shown = [line for line in told.splitlines() if line.startswith("[")]
-    heads = ["[0] optim.lr=0.0001: finished at step 2", "[1] optim.lr=fast: failed: optim.lr='fast'",
-             "[2] optim.lr=0.0005: finished at step 2"]
+    heads = [
+        "[0] optim.lr=0.0001: finished at step 2",
+        "[1] optim.lr=fast: failed: optim.lr='fast'",
+        "[2] optim.lr=0.0005: finished at step 2",
+    ]
     assert [line.startswith(head) for line, head in zip(shown, heads, strict=True)] == [True] * 3
     assert "val/retrieval/mean_recall 0." in shown[0] and "model     " not in told
     jobs = tmp_path / "outputs/sweeps/s"
@@ -121,10 +124,14 @@ def test_jobs_leave_no_threads_handlers_or_files_open(
     sweep("-m", *SHORT, "name=s", "seed=0,1")
     assert traces() == before
     assert_same_state(tmp_path / "outputs/alone", tmp_path / "outputs/sweeps/s/seed=1")
-    tags = [{tag: value for tag, value in row.items() if tag.startswith("val/") or tag == "train/loss"}
-            for row in lines(tmp_path / "outputs/sweeps/s/seed=1")]
-    assert tags == [{tag: value for tag, value in row.items() if tag.startswith("val/") or tag == "train/loss"}
-                    for row in lines(tmp_path / "outputs/alone")]
+    tags = [
+        {tag: value for tag, value in row.items() if tag.startswith("val/") or tag == "train/loss"}
+        for row in lines(tmp_path / "outputs/sweeps/s/seed=1")
+    ]
+    assert tags == [
+        {tag: value for tag, value in row.items() if tag.startswith("val/") or tag == "train/loss"}
+        for row in lines(tmp_path / "outputs/alone")
+    ]
 
 
 @pytest.mark.long
@@ -133,8 +140,14 @@ def test_a_killed_sweep_resumes_with_the_same_command(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     assert in_process(*words, cwd=tmp_path / "whole").returncode == 0
-    started = subprocess.Popen([sys.executable, *words], cwd=tmp_path / "cut", start_new_session=True,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    started = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=tmp_path / "cut",
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     jobs = tmp_path / "cut/outputs/sweeps/s"
     third = jobs / "optim.lr=0.0001,seed=2"
     until(lambda: (third / "metrics.jsonl").exists() and len(lines_of(third)) > 8, started)

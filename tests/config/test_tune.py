@@ -85,9 +85,15 @@ def trials() -> list[optuna.trial.FrozenTrial]:
 def test_poor_trials_stop_early_and_the_others_equal_uninterrupted_runs(
     search: Callable[..., tuple[list[str], str]], train: Callable[..., None]
 ) -> None:
-    worth = ("objective=train/lr", "best=null")         # a number that is the same on every processor
-    words = ("optim.lr=tag(log,interval(1e-6,1e-3))", *worth, "hydra.sweeper.n_trials=4",
-             "hydra.sweeper.rungs=[20%]", "hydra.sweeper.sampler=random", "hydra.sweeper.seed=4")
+    worth = ("objective=train/lr", "best=null")  # a number that is the same on every processor
+    words = (
+        "optim.lr=tag(log,interval(1e-6,1e-3))",
+        *worth,
+        "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.rungs=[20%]",
+        "hydra.sweeper.sampler=random",
+        "hydra.sweeper.seed=4",
+    )
     told, code = search(*words)
     assert code == "", told
     finished: list[float] = []
@@ -117,8 +123,14 @@ def test_poor_trials_stop_early_and_the_others_equal_uninterrupted_runs(
 def test_an_interrupted_search_proposes_what_an_uninterrupted_one_does(
     search: Callable[..., tuple[list[str], str]], pretended: Pretended, sampler: str
 ) -> None:
-    words = (SPACE, "model.image.depth=range(1,4)", "hydra.sweeper.n_trials=8", f"hydra.sweeper.sampler={sampler}",
-             "hydra.sweeper.rungs=[20%,50%]", "stop_at=90%")
+    words = (
+        SPACE,
+        "model.image.depth=range(1,4)",
+        "hydra.sweeper.n_trials=8",
+        f"hydra.sweeper.sampler={sampler}",
+        "hydra.sweeper.rungs=[20%,50%]",
+        "stop_at=90%",
+    )
     search(*words)
     straight, pretended.ran = pretended.ran, []
     names = [trial.params for trial in trials()]
@@ -136,16 +148,19 @@ def test_an_interrupted_search_proposes_what_an_uninterrupted_one_does(
     assert list(dict.fromkeys(pretended.ran)) == straight and len(pretended.ran) == len(straight) + 3
     assert {stop for _, stop in straight} == {"20%", "50%", "90%"}
 
-    search(*words[:2], "hydra.sweeper.n_trials=9", *words[3:])      # all in all
+    search(*words[:2], "hydra.sweeper.n_trials=9", *words[3:])  # all in all
     assert len(trials()) == 9
     assert search(*words[:2], *words[4:], "hydra.sweeper.n_trials=3")[1] == "" and len(trials()) == 9
 
 
-def test_halving_continues_the_better_half(
-    search: Callable[..., tuple[list[str], str]], pretended: Pretended
-) -> None:
-    search(SPACE, "hydra.sweeper.n_trials=12", "hydra.sweeper.rungs=[20%,50%]", "hydra.sweeper.pruner=halving",
-           "hydra.sweeper.sampler=random")
+def test_halving_continues_the_better_half(search: Callable[..., tuple[list[str], str]], pretended: Pretended) -> None:
+    search(
+        SPACE,
+        "hydra.sweeper.n_trials=12",
+        "hydra.sweeper.rungs=[20%,50%]",
+        "hydra.sweeper.pruner=halving",
+        "hydra.sweeper.sampler=random",
+    )
     reached = [sum(stop == rung for _, stop in pretended.ran) for rung in ("20%", "50%", None)]
     assert reached[0] == 12 and 3 <= reached[2] <= reached[1] <= 8
     best = max(trials(), key=lambda trial: trial.params["optim.lr"])
@@ -216,10 +231,11 @@ def test_trials_at_once_are_one_batch_and_a_job_whose_process_is_killed_fails_al
             raise BrokenProcessPool("a process was killed")
 
     launched(kill)
-    _, code = search("optim.lr=1,3,5", "hydra.sweeper.n_jobs=6", "hydra.sweeper.n_trials=12",
-                     "hydra.sweeper.sampler=random")
+    _, code = search(
+        "optim.lr=1,3,5", "hydra.sweeper.n_jobs=6", "hydra.sweeper.n_trials=12", "hydra.sweeper.sampler=random"
+    )
     assert sorted(batches[0]) == ["optim.lr=1", "optim.lr=3", "optim.lr=5"]
-    assert all(len(set(batch)) == len(batch) for batch in batches)      # equal trials are one job
+    assert all(len(set(batch)) == len(batch) for batch in batches)  # equal trials are one job
     states = {trial.params["optim.lr"]: trial.state.name for trial in trials()}
     assert states == {"1": "COMPLETE", "3": "COMPLETE", "5": "FAIL"} and len(trials()) == 12
     assert code == "optim.lr=5: its process was killed, probably out of memory"
@@ -268,7 +284,8 @@ def test_a_mistake_ends_in_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     assert fails("-m", *FEW, SPACE) == (
-        "an interval is not a list of values to run; add hydra/sweeper=optuna to search it")
+        "an interval is not a list of values to run; add hydra/sweeper=optuna to search it"
+    )
     assert search(SPACE, "hydra.sweeper.sampler=best")[1] == "hydra.sweeper.sampler='best': should be 'tpe' or 'random'"
     assert search(SPACE, "hydra.sweeper.rungs=[30%,2ep]")[1].startswith("hydra.sweeper.rungs=[30%,2ep]: should be dura")
     assert search(SPACE, "hydra.sweeper.rungs=[30%,10%]")[1].startswith("hydra.sweeper.rungs=[30%,10%]: should be dura")
@@ -283,7 +300,8 @@ def test_a_mistake_ends_in_a_line(
     ran = len(pretended.ran)
     assert search("optim.lr=interval(0,1)", "seed=5", "name=t")[1] == (
         "outputs/sweeps/t holds another search (seed: 0 -> 5; hydra.sweeper.params.optim.lr: "
-        "'tag(log,interval(1e-6,1e-1))' -> 'interval(0,1)'); name=... starts a new one")
+        "'tag(log,interval(1e-6,1e-1))' -> 'interval(0,1)'); name=... starts a new one"
+    )
     assert len(pretended.ran) == ran
 
     with (FOUND / "optuna.journal").open("ab") as held:
@@ -320,8 +338,13 @@ def test_a_killed_search_resumes_its_unfinished_trial(
     search: Callable[..., tuple[list[str], str]], tmp_path: Path
 ) -> None:
     words = (SPACE, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[20%,50%]", "max_steps=60", "eval_every=null")
-    process = subprocess.Popen([sys.executable, "-m", "clipx.train", *once(*SEARCH, *words)], cwd=tmp_path,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clipx.train", *once(*SEARCH, *words)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while "[1]" not in process.stderr.readline():
         assert process.poll() is None
     time.sleep(0.5)

@@ -87,8 +87,18 @@ def test_validation_shards_do_not_train_and_the_log_says_so(
     data = open_shards(shards=f"{root}/*.tar", val_shards=f"{root}/../shards/part-001.tar")
     assert list(data.train.sizes) == [4, 3] and list(data.val.sizes) == [2]
     assert data.notes == ["1 of 3 shards are validation shards and left out of training"]
-    train("data=shards", f"data.shards={root}/*.tar", f"data.val_shards={root}/part-001.tar", "model=tiny",
-          "batch_size=4", "max_steps=1", "workers=0", "device=cpu", "name=x", "evals=[]")
+    train(
+        "data=shards",
+        f"data.shards={root}/*.tar",
+        f"data.val_shards={root}/part-001.tar",
+        "model=tiny",
+        "batch_size=4",
+        "max_steps=1",
+        "workers=0",
+        "device=cpu",
+        "name=x",
+        "evals=[]",
+    )
     assert "1 of 3 shards are validation shards" in (tmp_path / "outputs/x/train.log").read_text()
     with pytest.raises(ValueError, match="^all 3 training shards, such as .*part-000.tar, are validation shards"):
         open_shards(str(root), val=str(root))
@@ -110,12 +120,14 @@ def test_a_list_of_patterns_has_its_braces_expanded_each(make_shards: Callable[.
 
 def test_many_shards_are_read_where_few_files_may_be_open(make_shards: Callable[..., Path], tmp_path: Path) -> None:
     root = make_shards(*[1] * 150)
-    code = ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
-            "from clipx.data.shards import open_shards\n"
-            f"data = open_shards({str(root)!r}, val=0.1)\n"
-            "for source in (data.train, data.val):\n"
-            "    for sample in range(int(sum(source.sizes))):\n"
-            "        source.read(sample)\n")
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
+        "from clipx.data.shards import open_shards\n"
+        f"data = open_shards({str(root)!r}, val=0.1)\n"
+        "for source in (data.train, data.val):\n"
+        "    for sample in range(int(sum(source.sizes))):\n"
+        "        source.read(sample)\n"
+    )
     assert in_process("-c", code, cwd=tmp_path).stderr == ""
 
 
@@ -139,7 +151,7 @@ def test_a_share_is_held_out_by_key_alone(make_shards: Callable[..., Path]) -> N
     kept = {data.train.read(number).key for number in range(90)}
     assert sum(data.val.sizes) == 10 and len(held) == 10 and sum(data.train.sizes) == 90 and not held & kept
     assert sorted(held | kept) == [f"{number:05d}" for number in range(100)]
-    other = open_shards(str(make_shards(100, folder="one")), val=0.1)        # packed otherwise
+    other = open_shards(str(make_shards(100, folder="one")), val=0.1)  # packed otherwise
     assert {other.val.read(number).key for number in range(10)} == held
     assert data.train.id != open_shards(str(root), val=0.2).train.id
 
@@ -170,13 +182,14 @@ def test_a_missing_named_set_says_which_command_makes_it(fails: Callable[..., st
     prepare = "python -m clipx.prepare source="
     for name in ("coco", "cc3m", "flickr30k"):
         assert fails(f"data={name}", f"data.root={name}") == (
-            f"data.root={name} is not a directory; make its shards with: {prepare}{name} src=DIR out={name}")
+            f"data.root={name} is not a directory; make its shards with: {prepare}{name} src=DIR out={name}"
+        )
     (tmp_path / "published/train2017").mkdir(parents=True)
     assert fails("data=coco", "data.root=published") == (
         "data.root=published holds no shards (*.tar, train/*.tar); make them with: "
-        f"{prepare}coco src=published out=published-shards, then data.root=published-shards")
-    assert fails("data=laion400m", "data.root=no").endswith("set data.root=DIR to the output directory of "
-                                                            "img2dataset")
+        f"{prepare}coco src=published out=published-shards, then data.root=published-shards"
+    )
+    assert fails("data=laion400m", "data.root=no").endswith("set data.root=DIR to the output directory of img2dataset")
     assert fails("data=shards", "data.root=published").endswith("for pictures with captions.txt use data=folder")
     assert fails("data=folder", "data.root=no").startswith("data.root=no is not a directory (relative to ")
     assert fails("data=mix", "data.sources.coco.root=no").startswith("data.sources.coco.root=no is not a directory; ")
@@ -209,14 +222,14 @@ def test_a_value_that_cannot_be_is_named(
 
 def test_what_a_source_of_a_mix_has_lost_is_bounded_by_its_own_key(make_shards: Callable[..., Path]) -> None:
     root = make_shards(40)
-    open_shards(str(root), val=0)                                   # knows that there were 40
+    open_shards(str(root), val=0)  # knows that there were 40
     with (root / "part-000.tar").open("rb+") as shard:
         shard.truncate(shard.seek(0, 2) // 2)
     with pytest.raises(ValueError, match=r"^max_skipped=0\.01: .* set 0\.425 "):
         open_shards(str(root), val=0)
     lossy = open_shards(str(root), val=0, max_skipped=0.6)
     mix = open_mix({"a": lossy}, {"a": 1.0}, max_skipped=0.6)
-    assert mix.lost == lossy.lost and not mix.vals                  # nor need a mix be validated
+    assert mix.lost == lossy.lost and not mix.vals  # nor need a mix be validated
     with pytest.raises(DataError, match=r"data\.sources\.a\.caption is not used in a mix"):
         open_mix({"a": open_shards(str(root), val=0, max_skipped=0.6, caption="first")}, {"a": 1.0})
 
@@ -250,8 +263,11 @@ def test_each_line_is_a_caption_where_clip_benchmark_says_that_a_set_is_for_retr
 
 def test_a_set_with_only_test_shards_is_refused_with_the_evaluate_command(tmp_path: Path) -> None:
     root = benchmark_set(tmp_path / "x", "retrieval")
-    with pytest.raises(ValueError, match=rf"^root={root} holds no shards to train on, but some in test/; "
-                       rf"to evaluate on them, set data\.root={root}/test data\.val=0 split=train$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^root={root} holds no shards to train on, but some in test/; "
+        rf"to evaluate on them, set data\.root={root}/test data\.val=0 split=train$",
+    ):
         open_shards(str(root))
 
 
@@ -266,14 +282,17 @@ def test_each_line_is_a_caption_in_remote_retrieval_sets_too(
     for _ in range(2):
         remote = open_shards(shards=url, val=0.0, index_dir=str(tmp_path / "i"), cache=str(tmp_path / "c")).train
         assert remote.caption_per_line and remote.id == local.id
-        (root / f"{place}dataset_type.txt").unlink(missing_ok=True)     # it is asked for once
+        (root / f"{place}dataset_type.txt").unlink(missing_ok=True)  # it is asked for once
 
 
 def test_shards_of_which_some_have_one_caption_a_line_are_two_sources(tmp_path: Path) -> None:
     for name in ("retrieval", "pairs"):
         benchmark_set(tmp_path / name, name)
-    with pytest.raises(ValueError, match=r"shards: .*retrieval/test has one caption per line .* and "
-                                         r".*pairs/test does not; make each a source of its own"):
+    with pytest.raises(
+        ValueError,
+        match=r"shards: .*retrieval/test has one caption per line .* and "
+        r".*pairs/test does not; make each a source of its own",
+    ):
         open_shards(shards=str(tmp_path / "*/test/0.tar"), val=0.0)
 
 
@@ -300,12 +319,24 @@ def test_a_key_with_a_dot_is_refused(tmp_path: Path) -> None:
 
 def test_a_batch_of_a_mix_holds_no_picture_twice(fails: Callable[..., str], make_shards: Callable[..., Path]) -> None:
     many, few = make_shards(40, folder="many"), make_shards(3, folder="few")
-    words = ("data=mix", "data@data.sources.coco=shards", "data@data.sources.cc3m=shards", "model=tiny", "device=cpu",
-             f"data.sources.coco.root={many}", f"data.sources.cc3m.root={few}", "workers=0", "data.sources.coco.val=0",
-             "data.sources.cc3m.val=0", "max_steps=1", "evals=[]")
+    words = (
+        "data=mix",
+        "data@data.sources.coco=shards",
+        "data@data.sources.cc3m=shards",
+        "model=tiny",
+        "device=cpu",
+        f"data.sources.coco.root={many}",
+        f"data.sources.cc3m.root={few}",
+        "workers=0",
+        "data.sources.coco.val=0",
+        "data.sources.cc3m.val=0",
+        "max_steps=1",
+        "evals=[]",
+    )
     assert fails(*words, "batch_size=8") == (
         "batch_size=8 is more than its smallest source gives, by data.weights, so a batch would hold a picture twice; "
-        "at most batch_size=6, or a smaller weight for that source")
+        "at most batch_size=6, or a smaller weight for that source"
+    )
 
 
 def make_folder(root: Path, lines: str) -> Path:
@@ -359,8 +390,10 @@ def test_names_match_in_any_unicode_normalisation(tmp_path: Path) -> None:
     source = open_folder(str(root), val=0).train
     assert source.read(0).captions == ["one"]
     assert source.matched[1] == ["b b.png", "c.png", "sub/ç.png"]
-    assert any("3 pictures are not in captions.txt and are not trained on, for example b b.png" in finding.message
-               for finding in check_data(open_folder(str(root), val=0.5)))
+    assert any(
+        "3 pictures are not in captions.txt and are not trained on, for example b b.png" in finding.message
+        for finding in check_data(open_folder(str(root), val=0.5))
+    )
     with pytest.raises(BadSample, match="no such file"):
         source.read(1)
 

@@ -107,12 +107,22 @@ def bomb() -> bytes:
         (spoil("007", "json", b'{"caption": '), "its json cannot be read"),
         (spoil("007", "jpg", None), "has no picture"),
     ],
-    ids=["cut", "flipped", "zero bytes", "no picture", "bomb", "no caption", "empty caption", "no captions",
-         "not UTF-8", "json without the key", "broken json", "no image"],
+    ids=[
+        "cut",
+        "flipped",
+        "zero bytes",
+        "no picture",
+        "bomb",
+        "no caption",
+        "empty caption",
+        "no captions",
+        "not UTF-8",
+        "json without the key",
+        "broken json",
+        "no image",
+    ],
 )
-def test_a_bad_sample_is_replaced_and_listed(
-    tmp_path: Path, change: Callable[[Members], None], reason: str
-) -> None:
+def test_a_bad_sample_is_replaced_and_listed(tmp_path: Path, change: Callable[[Members], None], reason: str) -> None:
     samples = members()
     change(samples)
     write(tmp_path / "x.tar", samples)
@@ -134,13 +144,16 @@ def test_two_samples_with_one_key_are_two_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_with_spaces_dots_chinese_and_folders_are_names(tmp_path: Path, format: int) -> None:
     names = ["a b c", "导盲犬", "folder/deep er/é", "./here", "folder.with.dots/x", "many.dots.in it"]
-    rows = [(f"{name}{kind}", data) for name in names
-            for kind, data in ((".jpg", WHOLE), (".json", b'{"caption": "x"}'), (".extra.txt", b""))]
+    rows = [
+        (f"{name}{kind}", data)
+        for name in names
+        for kind, data in ((".jpg", WHOLE), (".json", b'{"caption": "x"}'), (".extra.txt", b""))
+    ]
     write_tar(tmp_path / "名 字 [1].tar", rows, format)
     source = reader_of(tmp_path).source
     keys = [source.read(number).key for number in range(5)]
     assert keys == names[:5]
-    with pytest.raises(Exception, match="has no picture"):      # what follows the first dot is the kind
+    with pytest.raises(Exception, match="has no picture"):  # what follows the first dot is the kind
         source.read(5)
 
 
@@ -159,9 +172,7 @@ def cut_shard(root: Path) -> Path:
     return shard
 
 
-def test_a_tar_truncated_in_a_member_is_used_up_to_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tar_truncated_in_a_member_is_used_up_to_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cut_shard(tmp_path)
     chunks = two_epochs(reader_of(tmp_path))
     assert "b.tar is cut short: 22 of its 23 samples can be read" in caplog.text
@@ -172,8 +183,11 @@ def test_a_tar_truncated_in_a_member_is_used_up_to_it(
 def test_a_cut_that_loses_more_than_allowed_ends_the_run_before_it_begins(tmp_path: Path) -> None:
     shard = cut_shard(tmp_path)
     shard.with_name("b_stats.json").write_text(json.dumps({"successes": SAMPLES}))
-    with pytest.raises(ValueError, match=r"^max_skipped=0\.01: .*b\.tar is cut short: 22 of its 40 samples can be "
-                       r"read; pack it again, or set 0\.225 to train without them"):
+    with pytest.raises(
+        ValueError,
+        match=r"^max_skipped=0\.01: .*b\.tar is cut short: 22 of its 40 samples can be "
+        r"read; pack it again, or set 0\.225 to train without them",
+    ):
         reader_of(tmp_path)
     assert account(two_epochs(reader_of(tmp_path, max_skipped=0.225))) == {"022": "is lost: its shard is cut short"}
 
@@ -200,7 +214,7 @@ def test_what_a_cut_has_lost_is_listed_once_by_a_run_that_was_killed_before_its_
     shard.with_name("b_stats.json").write_text(json.dumps({"successes": 31}))
     words = ("data=shards", "data.root=data", "data.val=0", "batch_size=21", "max_steps=2", "name=x", "workers=0")
     train(*words)
-    shutil.rmtree(tmp_path / "outputs/x/checkpoints")       # as a run that was killed before leaves it
+    shutil.rmtree(tmp_path / "outputs/x/checkpoints")  # as a run that was killed before leaves it
     train(*words)
     listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
     assert [line["place"] for line in listed].count("b.tar") == 1
@@ -214,8 +228,11 @@ def test_a_worker_without_shared_memory_says_how_much_is_needed(
 
     write(tmp_path / "a.tar", members())
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
-    with pytest.raises(DataError, match=r"^shared memory \(/dev/shm\) is full: workers=1 needs about .* MB of it here; "
-                       r"enlarge it \(docker run --shm-size=\.\.\., or --ipc=host\)"):
+    with pytest.raises(
+        DataError,
+        match=r"^shared memory \(/dev/shm\) is full: workers=1 needs about .* MB of it here; "
+        r"enlarge it \(docker run --shm-size=\.\.\., or --ipc=host\)",
+    ):
         two_epochs(reader_of(tmp_path), workers=1)
 
 
@@ -232,8 +249,11 @@ def test_a_tar_without_members_among_others_is_nothing_and_alone_an_error(tmp_pa
 def test_a_file_of_zero_bytes_counts_as_samples_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "a.tar", members())
     (tmp_path / "c.tar").touch()
-    with pytest.raises(ValueError, match=rf"^max_skipped=0\.01: .*c\.tar is empty \(0 bytes\); about {SAMPLES} samples "
-                       r"are lost; fetch or pack it again, or set 0\.5 to train without them"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^max_skipped=0\.01: .*c\.tar is empty \(0 bytes\); about {SAMPLES} samples "
+        r"are lost; fetch or pack it again, or set 0\.5 to train without them",
+    ):
         reader_of(tmp_path)
     (tmp_path / "c_stats.json").write_text(json.dumps({"successes": 3}))
     (tmp_path / "c.tar.index").unlink()
@@ -245,8 +265,19 @@ def test_a_file_of_zero_bytes_counts_as_samples_lost(tmp_path: Path, caplog: pyt
 def test_a_file_of_zero_bytes_is_listed_as_what_it_is(tmp_path: Path, train: Callable[..., None]) -> None:
     write(tmp_path / "data/a.tar", members())
     (tmp_path / "data/c.tar").touch()
-    train("data=shards", "data.root=data", "data.val=0", "data.max_skipped=0.5", "model=tiny", "batch_size=4",
-          "max_steps=1", "workers=0", "device=cpu", "evals=[]", "name=x")
+    train(
+        "data=shards",
+        "data.root=data",
+        "data.val=0",
+        "data.max_skipped=0.5",
+        "model=tiny",
+        "batch_size=4",
+        "max_steps=1",
+        "workers=0",
+        "device=cpu",
+        "evals=[]",
+        "name=x",
+    )
     listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
     reason = f"{SAMPLES} of its samples are lost: cut short, or empty"
     assert listed == [{"samples": 0, "place": "c.tar", "reason": reason}]
@@ -303,8 +334,11 @@ def by_kind(samples: Members) -> list[tuple[str, bytes]]:
 
 def test_a_tar_that_was_not_sorted_says_so_and_how_to_write_it_again(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", by_kind(members()))
-    with pytest.raises(ValueError, match=rf"^max_skipped=0\.01: .*a\.tar: the members of a sample are not adjacent, so "
-                       rf"{2 * SAMPLES} of its {2 * SAMPLES} samples lack some; pack it again .*\)$") as raised:
+    with pytest.raises(
+        ValueError,
+        match=rf"^max_skipped=0\.01: .*a\.tar: the members of a sample are not adjacent, so "
+        rf"{2 * SAMPLES} of its {2 * SAMPLES} samples lack some; pack it again .*\)$",
+    ) as raised:
         reader_of(tmp_path)
     command = str(raised.value).partition("(")[2].rstrip(")")
     subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
@@ -325,8 +359,12 @@ def test_a_few_samples_with_scattered_members_are_reported_and_skipped(
 
 
 def test_files_that_macos_adds_to_a_tar_are_left_out(tmp_path: Path) -> None:
-    rows = [(name, data) for sample in members().values() for member in sample
-            for name, data in ((f"./._{member[0]}", b"\x00\x05\x16\x07"), (f"./{member[0]}", member[1]))]
+    rows = [
+        (name, data)
+        for sample in members().values()
+        for member in sample
+        for name, data in ((f"./._{member[0]}", b"\x00\x05\x16\x07"), (f"./{member[0]}", member[1]))
+    ]
     write_tar(tmp_path / "a.tar", rows)
     reader = reader_of(tmp_path)
     assert list(reader.source.sizes) == [SAMPLES] and account(two_epochs(reader)) == {}
@@ -481,7 +519,10 @@ def test_nothing_but_bad_samples_is_an_error_within_seconds(tmp_path: Path, work
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_validation_pictures_that_are_bad_by_the_chunk_are_counted_and_listed(
-    tmp_path: Path, train: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    train: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     workers: int,
 ) -> None:
     monkeypatch.setattr(encoder_room, "CPU_BATCH", 8)
@@ -490,8 +531,17 @@ def test_validation_pictures_that_are_bad_by_the_chunk_are_counted_and_listed(
     for key in list(held)[8:]:
         spoil(key, "jpg", b"broken")(held)
     write(tmp_path / "data/val/a.tar", held)
-    train("data=shards", "data.root=data", "model=tiny", "batch_size=8", "max_steps=2", "eval_every=1", "name=x",
-          f"workers={workers}", "device=cpu")
+    train(
+        "data=shards",
+        "data.root=data",
+        "model=tiny",
+        "batch_size=8",
+        "max_steps=2",
+        "eval_every=1",
+        "name=x",
+        f"workers={workers}",
+        "device=cpu",
+    )
     run = tmp_path / "outputs/x"
     assert "validation: skipped 9 pictures, for example a.tar/008: does not decode" in caplog.text
     rows = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
@@ -505,9 +555,9 @@ def test_only_a_validation_set_without_any_usable_picture_is_an_error(
 ) -> None:
     write(tmp_path / "data/train/a.tar", members())
     write_tar(tmp_path / "data/val/a.tar", [(f"{number}.jpg", b"broken") for number in range(9)])
-    assert fails("data=shards", "data.root=data", "model=tiny", "batch_size=8", "max_steps=1", "device=cpu",
-                 "workers=0").startswith("none of the 9 pictures to score can be used, for example a.tar/0: ")
-
+    assert fails(
+        "data=shards", "data.root=data", "model=tiny", "batch_size=8", "max_steps=1", "device=cpu", "workers=0"
+    ).startswith("none of the 9 pictures to score can be used, for example a.tar/0: ")
 
 
 def test_bad_samples_are_bounded_by_max_skipped(
@@ -517,15 +567,23 @@ def test_bad_samples_are_bounded_by_max_skipped(
     for key in list(samples)[:30]:
         spoil(key, "jpg", b"no")(samples)
     write(tmp_path / "data/x.tar", samples)
-    words = ["data=shards", "data.root=data", "data.val=0", "batch_size=20", "max_steps=10", "name=x", "workers=0",
-             "log_every=1"]
+    words = [
+        "data=shards",
+        "data.root=data",
+        "data.val=0",
+        "batch_size=20",
+        "max_steps=10",
+        "name=x",
+        "workers=0",
+        "log_every=1",
+    ]
     told = fails(*words)
     assert told.startswith("11 bad samples, more than data.max_skipped allows") or int(told.split()[0]) > 11
     saved = torch.load(tmp_path / "outputs/x/checkpoints/clip_last.pt", weights_only=True)
     listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
     assert {line["sample"] for line in listed} == set(saved["skipped"])
     assert len(saved["skipped"]) == int(told.split()[0])
-    train(*words, "data.max_skipped=0.3")        # goes on from there
+    train(*words, "data.max_skipped=0.3")  # goes on from there
     summary = json.loads((tmp_path / "outputs/x/summary.json").read_text())
     assert summary["state"] == "finished" and summary["final"]["train/skipped"] == 30
 
@@ -601,7 +659,7 @@ def test_random_damage_ends_in_full_batches_with_a_true_account_or_in_a_clear_er
         told = {record.sample for chunk in chunks for record in chunk.skipped}
         used = set(torch.cat([chunk.samples for chunk in chunks]).tolist())
         assert {len(chunk) for chunk in chunks} == {8} and not told & used
-        assert told | used == set(range(reader.plan.samples))       # each is accounted for
+        assert told | used == set(range(reader.plan.samples))  # each is accounted for
         survived += 1
     assert survived > 60 and refused > 20
 

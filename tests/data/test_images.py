@@ -82,7 +82,7 @@ def test_what_is_transparent_is_white() -> None:
 
 def test_a_picture_is_turned_as_exif_says() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6                # the camera was held upright: turn clockwise
+    exif[0x0112] = 6  # the camera was held upright: turn clockwise
     image = decode(encoded(halves(), "jpeg", exif=exif, quality=95))
     assert image.size == (40, 60)
     assert np.abs(np.subtract(image.getpixel((20, 5)), RED)).max() <= 12
@@ -157,7 +157,7 @@ def test_a_crop_depends_on_its_generator_alone() -> None:
     crop = TrainCrop(32, (0.5, 1.0), "fast")
     big, small = encoded(photo(300, 200), "jpeg"), encoded(photo(90, 70), "jpeg")
     first = apply(crop, small, 5)
-    apply(crop, big, 6)                         # leaves its pixels in the memory that the two share
+    apply(crop, big, 6)  # leaves its pixels in the memory that the two share
     assert torch.equal(first, apply(crop, small, 5))
     assert torch.equal(first, apply(pickle.loads(pickle.dumps(crop)), small, 5))
 
@@ -209,7 +209,7 @@ def test_a_jpeg_that_is_cut_short_is_a_bad_sample(kept: int) -> None:
 def test_a_jpeg_bomb_is_a_bad_sample() -> None:
     file = bytearray(encoded(photo(64, 64), "jpeg"))
     frame = file.find(b"\xff\xc0")
-    file[frame + 5 : frame + 9] = b"\x4e\x20\x4e\x20"          # height and width
+    file[frame + 5 : frame + 9] = b"\x4e\x20\x4e\x20"  # height and width
     with pytest.raises(BadSample, match="20000 x 20000 pixels"):
         cropped(bytes(file), 32, (0.5, 1.0))
 
@@ -225,4 +225,4 @@ def test_a_very_narrow_picture_still_gives_a_square() -> None:
 def test_the_training_transform_varies() -> None:
     transform = get_image_transform(32, is_train=True)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
-    assert len({transform(image).numpy().tobytes() for _ in range(20)}) > 1    # two crops in twenty may well be equal
+    assert len({transform(image).numpy().tobytes() for _ in range(20)}) > 1  # two crops in twenty may well be equal

@@ -61,7 +61,7 @@ def test_the_batches_are_the_same_with_0_1_2_and_4_workers(shards: Path) -> None
 
 
 def test_an_epoch_brings_every_sample_once_across_the_ends_of_batches(shards: Path) -> None:
-    chunks = batches(reader_of(shards), 27, 8)          # 27 samples: 27 batches of 8 are 8 epochs
+    chunks = batches(reader_of(shards), 27, 8)  # 27 samples: 27 batches of 8 are 8 epochs
     ids = torch.cat([chunk.samples for chunk in chunks]).view(8, 27)
     assert all(sorted(epoch.tolist()) == list(range(27)) for epoch in ids)
 
@@ -175,23 +175,33 @@ def test_the_first_caption_always_where_asked(shards: Path) -> None:
 
 def test_chunks_carry_the_ids_of_equal_rows(tmp_path: Path) -> None:
     rows = [(1, "a cat"), (2, "a dog"), (1, "a pet"), (3, "a cat")]
-    write_tar(tmp_path / "x.tar", [(f"{number}.{kind}", data) for number, (shade, caption) in enumerate(rows)
-                                   for kind, data in (("png", picture(shade)), ("txt", caption.encode()))])
+    write_tar(
+        tmp_path / "x.tar",
+        [
+            (f"{number}.{kind}", data)
+            for number, (shade, caption) in enumerate(rows)
+            for kind, data in (("png", picture(shade)), ("txt", caption.encode()))
+        ],
+    )
     reader = reader_of(tmp_path)
     assert batches(reader, 1, 4)[0].ids is None
     reader.identify = True
     chunk = batches(reader, 1, 4)[0]
     ids = chunk.ids[chunk.samples.argsort()]
     alike = (ids[:, None] == ids).any(dim=-1)
-    assert alike.tolist() == [[True, False, True, True], [False, True, False, False],
-                              [True, False, True, False], [True, False, False, True]]
+    assert alike.tolist() == [
+        [True, False, True, True],
+        [False, True, False, False],
+        [True, False, True, False],
+        [True, False, False, True],
+    ]
 
 
 def test_a_worker_ends_only_when_its_run_says_so(shards: Path) -> None:
     chunks = load_chunks(reader_of(shards), train_ranges(0, 5), 1, pin=False)
     next(chunks)
     (worker,) = active_children()
-    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)      # as a scheduler does, to all processes
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as a scheduler does, to all processes
     assert len(list(itertools.islice(chunks, 20))) == 20 and worker.is_alive()
     worker.terminate()
     worker.join(10)
@@ -221,9 +231,7 @@ def test_the_public_api_works_in_workers_that_are_spawned() -> None:
 
 
 @pytest.mark.long
-def test_the_batches_are_the_same_from_workers_that_are_spawned(
-    shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_batches_are_the_same_from_workers_that_are_spawned(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = batches(reader_of(shards), 2, 4)
     monkeypatch.setattr(loader_room, "get_all_start_methods", lambda: ["spawn"])
     assert all(same(a, b) for a, b in zip(expected, batches(reader_of(shards), 2, 4, workers=1), strict=True))

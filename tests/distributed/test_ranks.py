@@ -40,8 +40,10 @@ RUN = (*WORDS, "data.samples=400", "eval_every=20", "save_every=5", "max_steps=6
 def scores(names: str) -> dict[str, float]:
     """What a model is worth on 150 pictures: three chunks, so a fourth rank has none."""
     torch.manual_seed(0)
-    model = CLIP(ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
-                 TextEncoder(width=64, depth=1, heads=1, embed=32))
+    model = CLIP(
+        ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
+        TextEncoder(width=64, depth=1, heads=1, embed=32),
+    )
     evals = {"retrieval": retrieval, "naming": partial(naming, names=names)}
     return Validation({"": Dummy(150, 32, 0)}, evals, SimpleTokenizer(), 0, None)(model, 1, SilentLog())
 
@@ -62,12 +64,12 @@ def on_rank(rank: int, world: int, store: str, names: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_evaluation_and_get_what_one_gets(world: int, tmp_path: Path) -> None:
-    words = (tmp_path / "names.txt")
+    words = tmp_path / "names.txt"
     words.write_text("\n".join(sorted({Dummy(150, 32, 0).read(number).captions[0] for number in range(150)})))
     run_ranks(on_rank, world, str(tmp_path / "store"), str(words))
     alone = scores(str(words))
     for rank in range(world):
-        assert torch.load(f"{tmp_path}/store-{rank}.pt") == alone       # bit for bit
+        assert torch.load(f"{tmp_path}/store-{rank}.pt") == alone  # bit for bit
 
 
 def test_a_batch_that_does_not_divide_names_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,8 +96,17 @@ def test_half_an_environment_of_ranks_is_refused_in_one_line(
 
 def start(cwd: Path, ranks: int, *words: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen[str]:
     cwd.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc-per-node", str(ranks), "-m",
-               "clipx.train", *once(*(words or RUN))]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *agent,
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "clipx.train",
+        *once(*(words or RUN)),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -136,8 +147,10 @@ def port_is_free(port: int) -> bool:
 
 def numbers(directory: Path) -> dict[str, list[float]]:
     rows = lines(directory)
-    return {tag: [row[tag] for row in rows if tag in row]
-            for tag in ("train/loss", "train/grad_norm", "val/retrieval/mean_recall")}
+    return {
+        tag: [row[tag] for row in rows if tag in row]
+        for tag in ("train/loss", "train/grad_norm", "val/retrieval/mean_recall")
+    }
 
 
 @pytest.mark.long
@@ -161,7 +174,7 @@ def test_other_numbers_of_ranks_and_micro_batches_are_the_same_run(
 def test_mixed_precision_in_micro_batches_on_ranks_is_that_of_one(torchrun: Callable[..., str], tmp_path: Path) -> None:
     words = ("amp=bf16", "micro_batch_size=4", "max_steps=20")
     torchrun(1, *words, name="one")
-    torchrun(2, *words, "save_every=0.01min")       # by rank 0's clock
+    torchrun(2, *words, "save_every=0.01min")  # by rank 0's clock
     one, two = (numbers(tmp_path / "outputs" / name) for name in ("one", "x"))
     assert two["train/loss"] == pytest.approx(one["train/loss"], rel=0.02)
 
@@ -200,20 +213,31 @@ def test_torchrun_restarts_a_job_that_lost_a_rank_with_the_same_result(
 def test_a_node_that_is_lost_leaves_the_job_to_the_others(torchrun: Callable[..., str], tmp_path: Path) -> None:
     torchrun(1, name="straight")
     port = 20_000 + os.getpid() % 10_000
-    how = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--max-restarts", "3",
-           "--rdzv-conf", "last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=3")
+    how = (
+        "--nnodes",
+        "1:2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+        "--max-restarts",
+        "3",
+        "--rdzv-conf",
+        "last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=3",
+    )
     first = start(tmp_path, 1, agent=how)
-    until(lambda: not port_is_free(port), first)        # the first one is to hold the rendezvous
+    until(lambda: not port_is_free(port), first)  # the first one is to hold the rendezvous
     second = start(tmp_path, 1, agent=how)
     until(lambda: logged(tmp_path) > 12, first)
-    for process in (second, *ranks_of(second)):         # as a machine goes
+    for process in (second, *ranks_of(second)):  # as a machine goes
         process.kill()
     second.communicate()
     _, told = first.communicate(timeout=180)
     assert first.returncode == 0, told
     assert "2 ranks of 8 samples" in told and re.search("rank . is lost", told)
     assert numbers(tmp_path / "outputs/x")["train/loss"] == pytest.approx(
-        numbers(tmp_path / "outputs/straight")["train/loss"], rel=1e-3)
+        numbers(tmp_path / "outputs/straight")["train/loss"], rel=1e-3
+    )
 
 
 @pytest.mark.long
@@ -230,9 +254,7 @@ def test_one_ranks_error_is_reported_by_all_and_sigterm_saves(torchrun: Callable
 
 
 @pytest.mark.long
-def test_a_job_of_a_sweep_that_fails_leaves_the_ranks_to_the_next(
-    torchrun: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_job_of_a_sweep_that_fails_leaves_the_ranks_to_the_next(torchrun: Callable[..., str], tmp_path: Path) -> None:
     told = torchrun(2, "-m", "batch_size=15,16", "max_steps=4", code=1)
     assert "batch_size=15 does not divide among 2 ranks" in told
     assert summary(tmp_path / "outputs/sweeps/x/batch_size=16")["state"] == "finished"
@@ -242,11 +264,11 @@ def test_a_job_of_a_sweep_that_fails_leaves_the_ranks_to_the_next(
 def test_an_error_of_one_rank_alone_is_reported_by_the_others(tmp_path: Path) -> None:
     agent = start(tmp_path, 2, *RUN, "workers=1", "eval_every=null")
     until(lambda: logged(tmp_path) > 12, agent)
-    ranks_of(agent)[1].children()[0].kill()         # the process that reads for it
+    ranks_of(agent)[1].children()[0].kill()  # the process that reads for it
     _, told = agent.communicate(timeout=60)
     assert agent.returncode == 1
     reason = "one of the workers=1 processes that read data was killed"
-    assert f"rank 1 failed: {reason}" in told and told.count(reason) == 2        # rank 1's own, and rank 0's
+    assert f"rank 1 failed: {reason}" in told and told.count(reason) == 2  # rank 1's own, and rank 0's
 
 
 def on_its_own_disk(rank: int, world: int, store: str, folder: str) -> None:
@@ -267,8 +289,15 @@ def test_ranks_that_do_not_see_the_same_directory_say_so(train: Callable[..., No
 
 @pytest.mark.long
 def test_a_sweep_on_submitit_sets_each_task_up_as_a_rank(tmp_path: Path) -> None:
-    words = ["-m", *RUN[:-3], "max_steps=4", "seed=0,1", "hydra/launcher=submitit_local",
-             "hydra.launcher.tasks_per_node=2", "batch_size=16,15"]
+    words = [
+        "-m",
+        *RUN[:-3],
+        "max_steps=4",
+        "seed=0,1",
+        "hydra/launcher=submitit_local",
+        "hydra.launcher.tasks_per_node=2",
+        "batch_size=16,15",
+    ]
     ended = in_process("-m", "clipx.train", *words, cwd=tmp_path)
     assert ended.returncode == 1 and "batch_size=15 does not divide among 2 ranks; 14 and 16 do" in ended.stderr
     jobs = sorted((tmp_path / "outputs/sweeps/sweep").iterdir())

@@ -89,8 +89,10 @@ def test_the_same_features_give_the_recall_of_clip_benchmark() -> None:
 
         encode_image = encode_text = staticmethod(lambda x: x)
 
-    batches = [(val.images[start : start + 20], [val.texts[5 * i : 5 * i + 5] for i in range(start, start + 20)])
-               for start in (0, 20, 40)]
+    batches = [
+        (val.images[start : start + 20], [val.texts[5 * i : 5 * i + 5] for i in range(start, start + 20)])
+        for start in (0, 20, 40)
+    ]
     theirs = peer.evaluate(Given, batches, torch.stack, "cpu", amp=False, recall_k_list=list(ks))
     ours = retrieval(val, no_texts, ks)
     for k in ks:
@@ -105,11 +107,11 @@ def test_intervals_are_those_of_drawing_pictures_again_and_the_same_each_time() 
     assert found == retrieval(val, no_texts, bootstrap=500)
     means = [name for name in retrieval(val, no_texts) if not name.endswith("median_rank")]
     assert all(found[f"{name}_low"] < found[name] < found[f"{name}_high"] for name in means)
-    p = found["i2t_r1"]                                             # one query a picture: a binomial's interval
+    p = found["i2t_r1"]  # one query a picture: a binomial's interval
     half = 1.96 * (p * (1 - p) / 400) ** 0.5
     assert found["i2t_r1_high"] - found["i2t_r1_low"] == pytest.approx(2 * half, rel=0.15)
     hits = (room.ranks(val.texts, val.images, torch.arange(2000), val.owners) <= 1).double().view(400, 5).mean(dim=1)
-    half = 1.96 * hits.std().item() / 400**0.5                     # five that hang together: a picture is what is drawn
+    half = 1.96 * hits.std().item() / 400**0.5  # five that hang together: a picture is what is drawn
     assert found["t2i_r1_high"] - found["t2i_r1_low"] == pytest.approx(2 * half, rel=0.15)
 
 
@@ -133,7 +135,7 @@ def test_naming_has_all_names_as_candidates_and_counts_any_picture_of_a_name(tmp
     val = features(images, eye[[1, 1, 3]], [0, 1, 2], ["bee", "bee", "dog"])
     found = naming(val, lambda names: eye[: len(names)], str(tmp_path / "names.txt"), ks=(1, 2))
     assert found["i2t_r1"] == pytest.approx(2 / 3)
-    assert found["t2i_r1"] == 1                     # the bee by its good picture, and the dog
+    assert found["t2i_r1"] == 1  # the bee by its good picture, and the dog
     assert set(found) >= {"shuffled_i2t_r1", "shuffled_t2i_r2", "shuffled_mean_recall"}
 
 

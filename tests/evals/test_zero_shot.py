@@ -36,15 +36,17 @@ from clipx.training.logs import SilentLog
 @pytest.fixture
 def model() -> CLIP:
     torch.manual_seed(0)
-    return CLIP(ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
-                TextEncoder(width=64, depth=1, heads=1, embed=32)).eval()
+    return CLIP(
+        ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
+        TextEncoder(width=64, depth=1, heads=1, embed=32),
+    ).eval()
 
 
 def mnist(root: Path, labels: list[int], train: bool = False) -> Path:
     """MNIST's files as torchvision reads them: 28 x 28 bytes a picture."""
     raw, part = root / "MNIST" / "raw", "train" if train else "t10k"
     raw.mkdir(parents=True, exist_ok=True)
-    for which in ("train", "t10k"):         # torchvision wants all four
+    for which in ("train", "t10k"):  # torchvision wants all four
         for kind in ("images-idx3", "labels-idx1"):
             if not (raw / f"{which}-{kind}-ubyte").exists():
                 (raw / f"{which}-{kind}-ubyte").write_bytes(b"")
@@ -197,8 +199,11 @@ def test_shards_that_have_not_one_class_a_picture_say_so(tmp_path: Path, kind: s
 def test_class_names_in_another_encoding_are_one_line(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "names.txt").write_text("café\nbar\n", encoding=encoding)
     given = {"folder": str(class_folders(tmp_path / "x")), "classes": str(tmp_path / "names.txt")}
-    with pytest.raises(UserError, match=r"^sets.x.classes=.*names.txt is not UTF-8 text, perhaps "
-                                        rf"{'CP1252' if encoding == 'cp1252' else 'UTF-16'}; convert it: iconv"):
+    with pytest.raises(
+        UserError,
+        match=r"^sets.x.classes=.*names.txt is not UTF-8 text, perhaps "
+        rf"{'CP1252' if encoding == 'cp1252' else 'UTF-16'}; convert it: iconv",
+    ):
         open_sets({"x": given})
 
 
@@ -207,6 +212,7 @@ def test_a_data_set_of_torchvisions_keeps_its_pixels_and_names(tmp_path: Path) -
     data = open_sets({"x": {"dataset": "MNIST", "root": str(root)}}, train=True)["x"]
     assert data.classes[3] == "3 - three" and read_all(data) == [3, 1, 4] and sum(data.train.sizes) == 2
     from clipx.data.images import decode
+
     assert np.asarray(decode(data.test.read(1).picture))[0, 0].tolist() == [26, 26, 26]
 
 
@@ -236,8 +242,11 @@ def test_a_broken_image_is_counted_and_reported(
 
 def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None:
     root = class_shards(tmp_path / "x", [b"0", b"4"])
-    with pytest.raises(UserError, match=r"^part-0.tar/001 has the label 4, but there are 4 class names, for 0 to 3; "
-                                        r"set the names of this data set: classes=FILE, one name per line$"):
+    with pytest.raises(
+        UserError,
+        match=r"^part-0.tar/001 has the label 4, but there are 4 class names, for 0 to 3; "
+        r"set the names of this data set: classes=FILE, one name per line$",
+    ):
         scores(model, ZeroShot({"x": {"shards": str(root)}}, "simple"))
     with pytest.raises(UserError, match="^a picture of the loader has the label 9, but there are 4 class names"):
         zero_shot_eval(model, SimpleTokenizer(), [(torch.zeros(1, 3, 32, 32), torch.tensor([9]))], CLASSES)
@@ -249,9 +258,12 @@ def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None
         ({}, "sets.x={}: give one of dataset=CIFAR10 (with root=DIR), folder=DIR and shards=DIR"),
         ({"dataset": "CIFAR11", "root": "."}, "sets.x.dataset=CIFAR11: torchvision has no such data set; did you "),
         ({"dataset": "CIFAR10"}, "sets.x.root has no value; set it to the directory of CIFAR10"),
-        ({"dataset": "CIFAR10", "root": "no"}, "sets.x.root=no: CIFAR10 is missing or incomplete (Dataset not found "
-         "or corrupted. You can use download=True to download it); download it with "
-         "torchvision.datasets.CIFAR10('no', download=True)"),
+        (
+            {"dataset": "CIFAR10", "root": "no"},
+            "sets.x.root=no: CIFAR10 is missing or incomplete (Dataset not found "
+            "or corrupted. You can use download=True to download it); download it with "
+            "torchvision.datasets.CIFAR10('no', download=True)",
+        ),
         ({"dataset": "CIFAR10", "root": "no", "split": "val"}, "sets.x.split=val: expected train or test for CIFAR10"),
         ({"dataset": "DTD", "root": "no", "split": "dev"}, "sets.x.split=dev: Unknown value 'dev' for argument split."),
         ({"dataset": "FakeData"}, "sets.x.classes has no value, and FakeData has no class names; set classes=FILE"),
@@ -304,7 +316,7 @@ def test_the_search_finds_the_peak_of_96_steps_in_few_tries() -> None:
             return -abs(np.log10(strength) - np.log10(linear_probe.STRENGTHS[peak]))
 
         assert linear_probe.search(worth)[0] == linear_probe.STRENGTHS[peak] and len(tried) == len(set(tried)) <= 15
-    assert linear_probe.search(lambda strength: 1.0)[0] == 1e6         # of equals the strongest
+    assert linear_probe.search(lambda strength: 1.0)[0] == 1e6  # of equals the strongest
     assert np.allclose(np.diff(np.log10(linear_probe.STRENGTHS)), 1 / 8)
 
 

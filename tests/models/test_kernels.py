@@ -8,7 +8,8 @@ from torch import Tensor
 from clipx.models import kernels
 
 PRECISIONS = pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 
 
 @pytest.fixture(params=[False, True], ids=["torch", "products"])

@@ -66,7 +66,7 @@ def test_a_run_returns_its_objective_also_when_it_has_finished_before(
     monkeypatch.setattr(training, "run", lambda *given: returned.append(run(*given)))
     words = [*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "read_summary", None)       # a run does not read what it has written
+        patch.setattr(training, "read_summary", None)  # a run does not read what it has written
         train(*words, "stop_at=2")
         train(*words)
     train(*words)
@@ -80,7 +80,7 @@ def test_a_best_chosen_in_the_wrong_direction_is_dropped(
 ) -> None:
     class Older(Callbacks):
         def save(self, state: object, kinds: list[str]) -> None:
-            state.best = {"metric": "val/loss", "value": 0.5, "step": 1}      # without its mode
+            state.best = {"metric": "val/loss", "value": 0.5, "step": 1}  # without its mode
             super().save(state, kinds)
 
     with monkeypatch.context() as patch:
@@ -106,7 +106,8 @@ def test_compare_lists_the_lowest_loss_first(
 def test_a_direction_that_contradicts_the_objective_is_refused(fails: Callable[..., str]) -> None:
     search = ("-m", *FEW, "hydra/sweeper=optuna", "optim.lr=interval(0,1)")
     assert fails(*search, "hydra.sweeper.direction=minimize").startswith(
-        "hydra.sweeper.direction=minimize: val/retrieval/mean_recall counts as better when it is high")
+        "hydra.sweeper.direction=minimize: val/retrieval/mean_recall counts as better when it is high"
+    )
     assert fails("name=x", "mode=min").startswith("mode=min: val/retrieval/mean_recall is better when it is high")
 
 
@@ -116,7 +117,7 @@ def test_a_run_ends_in_a_table_of_each_score_its_last_and_best_value(
     words = [*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1"]
     train(*words, "stop_at=2")
     capsys.readouterr()
-    train(*words)                                           # the best value is of the part before
+    train(*words)  # the best value is of the part before
     told = capsys.readouterr().err.splitlines()
     first = told.index("metric      value  best  at step")
     assert told[first + 1 : first + 3] == ["val/loss *      2     1        2", "* selects clip_best.pt"]

@@ -18,8 +18,19 @@ from clipx.training.loop import StepOutput
 
 def numbers(image: torch.Tensor, text: torch.Tensor, scale: float = 14.0) -> StepOutput:
     loss = F.cross_entropy(scale * image @ text.T, torch.arange(len(image)))
-    return StepOutput(loss, image, text, torch.tensor(scale), torch.tensor([3.0, 4.0]), torch.tensor(5.0), 1e-4, 0.0, 0,
-                   len(image), [])
+    return StepOutput(
+        loss,
+        image,
+        text,
+        torch.tensor(scale),
+        torch.tensor([3.0, 4.0]),
+        torch.tensor(5.0),
+        1e-4,
+        0.0,
+        0,
+        len(image),
+        [],
+    )
 
 
 def test_the_numbers_are_what_plain_computation_gives() -> None:
@@ -75,6 +86,6 @@ def test_collapsed_embeddings_are_reported(
 ) -> None:
     monkeypatch.setattr(room, "PATIENCE", 5)
     read = Dummy.read
-    monkeypatch.setattr(Dummy, "read", lambda data, number: read(data, 0))         # one picture, one caption
+    monkeypatch.setattr(Dummy, "read", lambda data, number: read(data, 0))  # one picture, one caption
     train(*FEW, "name=x", "max_steps=8", "evals=[]")
     assert "the embeddings have collapsed for 5 steps or more" in (tmp_path / "outputs/x/train.log").read_text()

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clipx.weights.checkpoint import read
 
-STEPS, SAVED = 200, 7           # steps of the run, and those between two saves
+STEPS, SAVED = 200, 7  # steps of the run, and those between two saves
 SMALL = (
     "data=dummy", "data.samples=500", "data.val_samples=20", "batch_size=16", "workers=1", f"max_steps={STEPS}",
     "model.image.width=64", "model.image.heads=1", "model.image.depth=1", "model.image.embed=32",
@@ -69,8 +69,13 @@ def killed(cwd: Path, seed: int) -> str:
 def assert_same_run(straight: Path, broken: Path) -> None:
     """The same weights, numbers and curves."""
     assert_same_state(straight, broken)
-    numbers = [[{key: row[key] for key in row if key.startswith(("step", "samples", "epoch", "val/", "train/loss"))}
-                for row in lines(directory)] for directory in (straight, broken)]
+    numbers = [
+        [
+            {key: row[key] for key in row if key.startswith(("step", "samples", "epoch", "val/", "train/loss"))}
+            for row in lines(directory)
+        ]
+        for directory in (straight, broken)
+    ]
     assert numbers[0] == numbers[1]
     curve = EventAccumulator(str(broken), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
     assert [event.step for event in curve] == list(range(1, STEPS + 1))
@@ -117,7 +122,7 @@ def test_killed_repeatedly_it_equals_an_uninterrupted_run(straight: Path, tmp_pa
 def test_sigterm_to_all_its_processes_saves_and_ends_with_code_0(straight: Path, tmp_path: Path) -> None:
     process = start(tmp_path)
     until(lambda: logged(tmp_path) > 100, process)
-    os.killpg(process.pid, signal.SIGTERM)          # as schedulers do
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do
     _, told = process.communicate(timeout=60)
     assert process.returncode == 0, told
     assert "SIGTERM: checkpoint saved, stopping" in told and "resume with  python -m clipx.train data=dummy" in told
@@ -133,9 +138,11 @@ def test_a_disk_that_is_full_in_the_middle_of_a_run_costs_nothing_but_the_steps_
 ) -> None:
     finish(tmp_path, "stop_at=20")
     size = (tmp_path / "outputs/x/checkpoints/clip_last.pt").stat().st_size
-    code = ("import resource, sys; from clipx.train import main\n"
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2)\n"        # as on a full disk
-            "sys.argv = ['clipx.train', *sys.argv[1:]]; main()")
+    code = (
+        "import resource, sys; from clipx.train import main\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2)\n"  # as on a full disk
+        "sys.argv = ['clipx.train', *sys.argv[1:]]; main()"
+    )
     ended = subprocess.run([sys.executable, "-c", code, *SMALL], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1 and "clip_last.pt cannot be written: File too large. It needs 0.0" in ended.stderr
     assert "Traceback" not in ended.stderr

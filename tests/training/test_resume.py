@@ -52,8 +52,12 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_command_resumes(
-    number: signal.Signals, train: Train, tmp_path: Path, at_step: Callable[..., None],
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    train: Train,
+    tmp_path: Path,
+    at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train(*FEW, "name=straight", "max_steps=9")
     before = signal.getsignal(number)
@@ -65,7 +69,7 @@ def test_a_signal_saves_and_the_same_command_resumes(
     assert f"{number.name}: checkpoint saved, stopping" in told
     assert f"resume with  python -m clipx.train {' '.join(FEW)} name=x max_steps=9 signal_exit_code=75" in told
     assert summary(tmp_path / "outputs/x")["state"] == "stopped"
-    assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 5       # the step it came in is the last
+    assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 5  # the step it came in is the last
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     train(*FEW, "name=x", "max_steps=9")
@@ -107,7 +111,7 @@ def test_a_job_ended_by_a_signal_says_at_which_step(
 def test_nohup_keeps_a_run_going_when_its_terminal_is_closed(
     train: Train, tmp_path: Path, at_step: Callable[..., None]
 ) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)       # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     at_step(2, lambda: signal.raise_signal(signal.SIGHUP))
     train(*FEW, "name=x", "max_steps=3")
     assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
@@ -148,7 +152,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     told = capsys.readouterr().err
     warned = "clip_last.pt is" in told and "resuming from outputs/x/checkpoints/clip_previous.pt, after step 6"
     assert spoil is Path.unlink or warned in told
-    assert (checkpoints / "clip_previous.pt").read_bytes() == before        # a damaged one does not take its place
+    assert (checkpoints / "clip_previous.pt").read_bytes() == before  # a damaged one does not take its place
     train(*FEW, "name=x", "max_steps=12")
     assert_same_state(tmp_path / "outputs/straight", tmp_path / "outputs/x")
     assert losses(tmp_path / "outputs/x") == losses(tmp_path / "outputs/straight")
@@ -173,7 +177,8 @@ def test_the_best_checkpoint_is_a_third_as_large_and_nothing_is_resumed_from_it(
     assert best.stat().st_size < 0.4 * last.stat().st_size
     assert fails(*FEW, "name=y", "max_steps=2", f"resume={best}") == (
         f"{best} has weights, but not all that resuming needs; init_from={best} starts from these weights, "
-        "name=... starts another run")
+        "name=... starts another run"
+    )
     train(*FEW, "name=y", "max_steps=2", f"init_from={best}")
     assert summary(tmp_path / "outputs/y")["state"] == "finished"
 
@@ -182,8 +187,15 @@ def test_a_checkpoint_of_another_model_is_refused_even_where_it_is_allowed(
     train: Train, fails: Fails, tmp_path: Path
 ) -> None:
     train(*FEW, "name=x", "max_steps=2", "evals=[]")
-    words = (*FEW, "name=y", "max_steps=2", "resume=outputs/x/checkpoints/clip_last.pt", "model.image.width=96",
-             "model.image.heads=1", "evals=[]")
+    words = (
+        *FEW,
+        "name=y",
+        "max_steps=2",
+        "resume=outputs/x/checkpoints/clip_last.pt",
+        "model.image.width=96",
+        "model.image.heads=1",
+        "evals=[]",
+    )
     assert "belongs to another run (model.image.width: 192 -> 96; model.image.heads: 3 -> 1)" in fails(*words)
     told = fails(*words, "resume_allow=[model]")
     assert "clip_last.pt holds weights of another shape (size mismatch for visual" in told
@@ -215,8 +227,10 @@ def test_a_run_may_become_longer_and_says_what_that_does_to_its_schedule(
     train(*FEW, "name=x", "max_steps=10")
     capsys.readouterr()
     train(*FEW, "name=x", "max_steps=20")
-    assert ("the length of the run changed from 10 to 20 steps: at step 10 the learning rate is 0.587 of its peak; "
-            "with the old length it would be 0") in capsys.readouterr().err
+    assert (
+        "the length of the run changed from 10 to 20 steps: at step 10 the learning rate is 0.587 of its peak; "
+        "with the old length it would be 0"
+    ) in capsys.readouterr().err
     assert summary(tmp_path / "outputs/x")["step"] == 20
     assert "max_steps: 20 -> 15" in fails(*FEW, "name=x", "max_steps=15")
 
@@ -234,8 +248,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
                 yield chunks
 
         monkeypatch.setattr(run, "train_batches", noted)
-        monkeypatch.setattr(step.Normalise, "__call__",
-                            lambda self, images: normalise(self, images) * (math.nan if bad[0] else 1))
+        monkeypatch.setattr(
+            step.Normalise, "__call__", lambda self, images: normalise(self, images) * (math.nan if bad[0] else 1)
+        )
 
     return spread
 
@@ -249,15 +264,15 @@ def test_a_step_without_a_finite_gradient_changes_nothing_but_the_count(
     assert ["train/loss" in row for row in rows] == [True, True, True, False, True]
     assert [row["train/bad_steps"] for row in rows] == [0, 0, 0, 1, 1]
     kept = sorted(path.name for path in (tmp_path / "outputs/x/checkpoints").glob("clip_step_*"))
-    assert kept == [f"clip_step_{step}.pt" for step in (1, 2, 3, 5)]         # none of the bad step
+    assert kept == [f"clip_step_{step}.pt" for step in (1, 2, 3, 5)]  # none of the bad step
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
     assert all(tensor.isfinite().all() for tensor in saved["model_state_dict"].values())
 
 
 def test_a_save_waits_for_a_step_that_is_good(train: Train, tmp_path: Path, poison: Callable[[set[int]], None]) -> None:
-    poison({16 * 3, 16 * 4})            # steps 4 and 5
+    poison({16 * 3, 16 * 4})  # steps 4 and 5
     train(*FEW, "name=x", "max_steps=7", "save_every=4", "stop_at=6")
-    train(*FEW, "name=x", "max_steps=7", "save_every=4", "stop_at=6")       # nothing left to do
+    train(*FEW, "name=x", "max_steps=7", "save_every=4", "stop_at=6")  # nothing left to do
     assert [read(tmp_path / f"outputs/x/checkpoints/clip_{which}.pt")["step"] for which in ("last",)] == [6]
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["bad_steps"] == 2
 
@@ -265,7 +280,7 @@ def test_a_save_waits_for_a_step_that_is_good(train: Train, tmp_path: Path, pois
 def test_an_evaluation_that_is_due_on_a_bad_step_waits_for_a_good_one(
     train: Train, tmp_path: Path, poison: Callable[[set[int]], None]
 ) -> None:
-    poison({16 * 3, 16 * 4})            # steps 4 and 5
+    poison({16 * 3, 16 * 4})  # steps 4 and 5
     train(*FEW, "name=x", "max_steps=8", "eval_every=4", "keep_every=5")
     run = tmp_path / "outputs/x"
     assert [row["step"] for row in lines(run) if "val/loss" in row] == [6, 8]
@@ -291,8 +306,10 @@ def test_a_run_that_diverges_goes_back_and_leaves_those_batches_out(
     poison({16 * step for step in (6, 7, 8)})
     train(*FEW, "name=x", "max_steps=12", "save_every=4", "max_bad_steps=2")
     told = capsys.readouterr().err
-    assert ("the loss or its gradient has not been finite for 3 steps, from step 7 on; going back to the last "
-            "checkpoint and skipping the samples of these steps") in told and "resuming after step 4" in told
+    assert (
+        "the loss or its gradient has not been finite for 3 steps, from step 7 on; going back to the last "
+        "checkpoint and skipping the samples of these steps"
+    ) in told and "resuming after step 4" in told
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
     assert saved["left_out"] == [[96, 144]] and saved["samples"] == 16 * 15 and saved["step"] == 12
     rows = [line for line in lines(tmp_path / "outputs/x") if "train/loss" in line]
@@ -305,8 +322,11 @@ def test_a_rollback_to_right_before_the_bad_steps_leaves_one_row_a_step(
 ) -> None:
     """The ranks meet before they look for a checkpoint: what rank 0 was saving is whole by then."""
     met = []
-    monkeypatch.setattr(distributed, "barrier", lambda: met.append(
-        [path.name for path in (tmp_path / "outputs/x/checkpoints").iterdir()]))
+    monkeypatch.setattr(
+        distributed,
+        "barrier",
+        lambda: met.append([path.name for path in (tmp_path / "outputs/x/checkpoints").iterdir()]),
+    )
     poison({16 * step for step in (4, 5, 6)})
     train(*FEW, "name=x", "max_steps=12", "save_every=4", "max_bad_steps=2", "evals=[]", "eval_every=null")
     assert met == [["clip_last.pt"]]
@@ -376,15 +396,17 @@ def test_a_file_that_may_not_be_read_is_named_itself(
 
 
 def test_one_process_at_a_time_trains_in_a_directory(train: Train, fails: Fails, tmp_path: Path) -> None:
-    hold = ("import sys; from pathlib import Path; from clipx.training.lock import directory_lock\n"
-            "with directory_lock(Path('outputs/x')): print('held', flush=True); sys.stdin.read()")
+    hold = (
+        "import sys; from pathlib import Path; from clipx.training.lock import directory_lock\n"
+        "with directory_lock(Path('outputs/x')): print('held', flush=True); sys.stdin.read()"
+    )
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         told = fails(*FEW, "name=x", "max_steps=2")
         assert told.startswith(f"outputs/x is in use: process {other.pid} on {socket.gethostname()}, since 20")
         assert told.endswith("trains there; wait for it, stop it, or train elsewhere with name=...")
         other.kill()
-    assert (tmp_path / "outputs/x/lock").exists()           # of the dead process, which blocks nobody
+    assert (tmp_path / "outputs/x/lock").exists()  # of the dead process, which blocks nobody
     train(*FEW, "name=x", "max_steps=2")
     assert summary(tmp_path / "outputs/x")["state"] == "finished" and not (tmp_path / "outputs/x/lock").exists()
 
@@ -405,7 +427,7 @@ def test_a_lock_file_that_its_owner_has_just_removed_is_no_lock(
 
     def lockf(file: object, how: int) -> None:
         if not removed:
-            removed.append((tmp_path / "lock").unlink())        # between opening and locking
+            removed.append((tmp_path / "lock").unlink())  # between opening and locking
         at_once(file, how)
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
@@ -447,7 +469,8 @@ def test_a_summary_that_cannot_be_read_is_written_again(train: Train, tmp_path: 
     train(*words)
     after = summary(tmp_path / "outputs/x")
     assert {key: after[key] for key in ("state", "step", "final", "best")} == {
-        key: before[key] for key in ("state", "step", "final", "best")} and after["state"] == "finished"
+        key: before[key] for key in ("state", "step", "final", "best")
+    } and after["state"] == "finished"
 
 
 @pytest.mark.parametrize("save_every", ["null", "3"])
@@ -461,7 +484,8 @@ def test_a_run_whose_directory_is_taken_away_ends_in_one_line(
 
     monkeypatch.setattr(logs.RunLog, "progress", take_away)
     assert fails(*FEW, "name=x", "max_steps=9", f"save_every={save_every}").startswith(
-        "outputs/x was moved or deleted during the run")
+        "outputs/x was moved or deleted during the run"
+    )
 
 
 def test_a_named_checkpoint_is_where_a_run_starts_once(
@@ -471,7 +495,7 @@ def test_a_named_checkpoint_is_where_a_run_starts_once(
     words = [*FEW, "name=x", "max_steps=12", "resume=outputs/base/checkpoints/clip_last.pt"]
     train(*words, "stop_at=6")
     capsys.readouterr()
-    train(*words, "stop_at=8")                              # as a scheduler does that starts it again
+    train(*words, "stop_at=8")  # as a scheduler does that starts it again
     assert "this run has already resumed from it; resuming from outputs/x/che" in capsys.readouterr().err
     train(*words)
     assert [line["step"] for line in lines(tmp_path / "outputs/x") if "train/lr" in line] == list(range(5, 13))
@@ -479,7 +503,7 @@ def test_a_named_checkpoint_is_where_a_run_starts_once(
     assert_same_state(tmp_path / "outputs/base", tmp_path / "outputs/x")
     flipped(tmp_path / "outputs/x/checkpoints/clip_last.pt")
     train(*words, "stop_at=10")
-    assert "its checksum" in capsys.readouterr().err        # and the one before is taken
+    assert "its checksum" in capsys.readouterr().err  # and the one before is taken
 
 
 def test_half_precision_begins_with_its_own_loss_scale(train: Train, tmp_path: Path) -> None:

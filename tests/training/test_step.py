@@ -49,7 +49,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(micro: int) -> None:
     again, parts = gradient(clip, 512, micro)
     assert again.item() == pytest.approx(loss.item(), rel=1e-12)
     assert_close(parts, whole)
-    assert len(whole) == len([*clip.parameters()]) and all(part.any() for part in whole)     # temperature included
+    assert len(whole) == len([*clip.parameters()]) and all(part.any() for part in whole)  # temperature included
 
 
 def test_captions_in_one_grid_give_the_same_gradient() -> None:
@@ -58,23 +58,31 @@ def test_captions_in_one_grid_give_the_same_gradient() -> None:
 
 
 def row_by_row(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, max_q: int, max_k: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    max_q: int,
+    max_k: int,
     window_size: tuple[int, int],
 ) -> Tensor:
     """What torch's kernel on CUDA computes, as its documentation says it."""
     assert q_offsets.dtype == k_offsets.dtype == torch.int32 and q_offsets[-1] == len(q) and k_offsets[-1] == len(k)
     assert max_q >= q_offsets.diff().max() and max_k >= k_offsets.diff().max()
-    rows = zip(*(x.split(offsets.diff().tolist()) for x, offsets in ((q, q_offsets), (k, k_offsets), (v, k_offsets))),
-               strict=True)
+    rows = zip(
+        *(x.split(offsets.diff().tolist()) for x, offsets in ((q, q_offsets), (k, k_offsets), (v, k_offsets))),
+        strict=True,
+    )
     causal = {(-1, 0): True, (-1, -1): False}[window_size]
-    by_head = ([x.transpose(0, 1)[None] for x in row] for row in rows)              # (1, H, L, D/H) each
+    by_head = ([x.transpose(0, 1)[None] for x in row] for row in rows)  # (1, H, L, D/H) each
     return torch.cat([F.scaled_dot_product_attention(*x, is_causal=causal)[0].transpose(0, 1) for x in by_head])
 
 
 def test_captions_without_grids_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     clip = model()
     expected = gradient(clip, 64, None)
-    monkeypatch.setattr(kernels, "varlen_attn", row_by_row, raising=False)     # torch 2.9 and 2.10 have none
+    monkeypatch.setattr(kernels, "varlen_attn", row_by_row, raising=False)  # torch 2.9 and 2.10 have none
     loss, found = gradient(clip, 64, 24, edges=None)
     assert loss.item() == pytest.approx(expected[0].item(), rel=1e-12)
     assert_close(found, expected[1])
@@ -111,7 +119,7 @@ def test_what_dropout_draws_in_the_first_pass_it_draws_in_the_second() -> None:
     after = torch.get_rng_state()
     found = [p.grad for p in clip.parameters()]
     clip.zero_grad()
-    torch.manual_seed(3)            # the same draws, with nothing forgotten in between
+    torch.manual_seed(3)  # the same draws, with nothing forgotten in between
     images, texts, scales = zip(*[encoder(part) for part in parts], strict=True)
     clip_loss(torch.cat(images), torch.cat(texts), scales[0]).backward()
     assert_close(found, [p.grad for p in clip.parameters()])
@@ -126,7 +134,7 @@ def test_the_same_under_autocast_and_a_scaler() -> None:
         backward(MicroBatchEncoder(clip, CPU, torch.bfloat16), clip_loss, micro_batches, scaler)
         gradients.append([p.grad for p in clip.parameters()])
         clip.zero_grad()
-    assert_close(gradients[1], gradients[0], 0.03)              # bfloat16 has eight bits
+    assert_close(gradients[1], gradients[0], 0.03)  # bfloat16 has eight bits
 
 
 def test_ids_of_all_parts_reach_the_loss() -> None:
@@ -168,6 +176,7 @@ def ranks_gradient(rank: int, world: int, store: str, path: str) -> None:
     results = {}
     for same in ("keep", "mask"):
         for micro in (None, 8):
+
             def loss_fn(*features: Tensor, same: str = same) -> Tensor:
                 return clip_loss(*features, same)
 
@@ -219,7 +228,7 @@ def test_a_batch_that_does_not_fit_names_a_micro_batch_that_may(tmp_path: Path) 
 def test_a_run_in_micro_batches_is_the_same_run(train: Callable[..., None], tmp_path: Path) -> None:
     few = ["experiment=smoke", "batch_size=48", "workers=0", "evals=[]", "log_every=1", "data.samples=200", "name=x"]
     train(*few, "max_steps=6", "stop_at=3", "micro_batch_size=20")
-    train(*few, "max_steps=6", "micro_batch_size=48", "grad_checkpoint=text")     # goes on: how is not what
+    train(*few, "max_steps=6", "micro_batch_size=48", "grad_checkpoint=text")  # goes on: how is not what
     train(*few[:-1], "max_steps=6", "name=whole")
     logs = [(tmp_path / f"outputs/{name}/metrics.jsonl").read_text().splitlines() for name in ("x", "whole")]
     losses = [[json.loads(line)["train/loss"] for line in log] for log in logs]

@@ -57,9 +57,10 @@ def page(sweep: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:
     with (tmp_path / "told.txt").open("w") as told, subprocess.Popen(command, stdout=told, stderr=told) as board:
         browser = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
         try:
+
             def words(tab: str, *texts: str) -> str:
                 def loaded(_: object) -> Any:
-                    browser.get("about:blank")              # TensorBoard reads the events as they come
+                    browser.get("about:blank")  # TensorBoard reads the events as they come
                     browser.get(f"http://127.0.0.1:{port}/#{tab}")
                     time.sleep(4)
                     found = browser.execute_script(WORDS)
@@ -98,8 +99,11 @@ def test_a_run_is_one_run_and_its_row_has_what_was_swept(sweep: Path) -> None:
     events = EventAccumulator(str(sweep / "optim.lr=0.0001,seed=1")).Reload()
     plugins = events.summary_metadata
     assert {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"} <= plugins.keys()
-    row = hparams_row({"optim.lr": 1e-4, "seed": 1, "x": 3}, {"model": "tiny", "evals": ["retrieval", "naming"]},
-                 ["optim.lr", "model", "gone"])
+    row = hparams_row(
+        {"optim.lr": 1e-4, "seed": 1, "x": 3},
+        {"model": "tiny", "evals": ["retrieval", "naming"]},
+        ["optim.lr", "model", "gone"],
+    )
     assert row == {"groups": "evals=retrieval,naming", "optim.lr": 1e-4, "model": "tiny"}
     best = [event.value for event in events.Scalars("best/retrieval/mean_recall")]
     every = [event.value for event in events.Scalars("val/retrieval/mean_recall")]
@@ -110,7 +114,7 @@ def test_the_loss_of_the_validation_set_is_open_clips() -> None:
     torch.manual_seed(0)
     images, texts = (torch.nn.functional.normalize(torch.randn(1500, 16), dim=1) for _ in range(2))
     owners = torch.arange(1500).repeat_interleave(2)
-    captions = torch.stack([texts, texts.flip(0)], dim=1).flatten(0, 1)         # the second ones do not count
+    captions = torch.stack([texts, texts.flip(0)], dim=1).flatten(0, 1)  # the second ones do not count
     val = Features(images, captions, owners, [""] * 3000, torch.empty(0, 3, 8, 8, dtype=torch.uint8), 0)
     theirs = ClipLoss()(images, texts, torch.tensor(20.0)).item()
     assert pair_loss(val, 20.0) == pytest.approx(theirs, rel=1e-5)

@@ -28,7 +28,7 @@ def test_what_is_saved_is_read_without_running_code(tmp_path: Path) -> None:
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_says_how_much_room_it_needs(tmp_path: Path) -> None:
     save(tmp_path / "clip_last.pt", CONTENT)
     before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, most))        # no file may grow larger, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, most))  # no file may grow larger, as on a full disk
     try:
         with pytest.raises(CheckpointError, match=r"_last\.pt cannot be written: File too large\. It needs 0\.004 GB"):
             save(tmp_path / "clip_last.pt", {**CONTENT, "more": torch.zeros(1_000_000)})
@@ -55,7 +55,7 @@ def test_a_background_save_is_of_the_state_when_it_was_requested(tmp_path: Path)
     with AsyncSaver(tmp_path, {"plan": "x"}, previous=False) as saver:
         for step in range(3):
             saver({"model_state_dict": {"a": weights}, "step": step}, ["last", f"step_{step}"])
-            weights += 1            # training goes on
+            weights += 1  # training goes on
     for name, step in (("last", 2), ("previous", 1), ("step_0", 0), ("step_1", 1), ("step_2", 2)):
         found = read(tmp_path / f"clip_{name}.pt")
         assert found["step"] == step and found["plan"] == "x" and (found["model_state_dict"]["a"] == step).all()
@@ -98,7 +98,7 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
     place = data.index(torch.arange(6.0).numpy().tobytes())
     data[place + 5] ^= 4
     path.write_bytes(data)
-    torch.load(path, weights_only=True)         # does not notice
+    torch.load(path, weights_only=True)  # does not notice
     with pytest.raises(CheckpointError, match=r"clip_last\.pt is corrupt: its checksum"):
         read(path)
 

@@ -59,7 +59,10 @@ def test_a_run_goes_to_open_clip_and_back_to_the_bit(
     train(*FEW, "evals=[]", "max_steps=1", "name=x")
     export("run=outputs/x", "to=open_clip", "out=made/oc")
     assert sorted(path.name for path in (tmp_path / "made").rglob("*")) == [
-        "oc", "open_clip_config.json", "open_clip_model.safetensors"]
+        "oc",
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+    ]
     assert 'open it with open_clip.create_model_and_transforms("local-dir:made/oc")' in caplog.text
     ours, transform, _ = load("outputs/x")
     assert_same(load("made/oc")[0], ours)
@@ -93,14 +96,22 @@ def test_weights_go_to_hugging_face_and_back_to_the_bit(
         found = model(**{**given, "pixel_values": pixels})
         torch.testing.assert_close(found.image_embeds, ours.encode_image(pixels, True), atol=1e-5, rtol=0)
         torch.testing.assert_close(found.text_embeds, ours.encode_text(tokenizer(captions), True), atol=1e-5, rtol=0)
-    assert (tmp_path / "hf/model.safetensors").stat().st_mode & 0o044       # others may read it as they may the rest
+    assert (tmp_path / "hf/model.safetensors").stat().st_mode & 0o044  # others may read it as they may the rest
 
 
 def test_hugging_faces_own_directory_comes_back_with_the_tensors_that_it_had(export: Export, tmp_path: Path) -> None:
     config = transformers.CLIPConfig(
         text_config={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 2},
-        vision_config={"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 1,
-                       "image_size": 32, "patch_size": 16}, projection_dim=32)
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "image_size": 32,
+            "patch_size": 16,
+        },
+        projection_dim=32,
+    )
     transformers.CLIPModel(config).save_pretrained(tmp_path / "theirs")
     export("run=theirs", "to=open_clip", "out=oc")
     export("run=oc", "to=hf", "out=hf")
@@ -116,8 +127,11 @@ def test_hugging_faces_own_directory_comes_back_with_the_tensors_that_it_had(exp
         (["to=hf", "run=w.pt", "out=w.pt"], "out=w.pt already exists; name a new directory"),
         (["to=hf", "run=w.pt", "out=w.pt/new", "act=gelu"], "out=w.pt/new cannot be written: File exists"),
         (["to=hf", "run=none", "out=new"], "run=none: there is no such run, checkpoint or weights; there is w.pt"),
-        (["to=hf", "run=w.pt", "out=new"], "w.pt does not say its activation; add act=quick_gelu for OpenAI's weights "
-                                           "and open_clip's -quickgelu models, act=gelu for open_clip's others"),
+        (
+            ["to=hf", "run=w.pt", "out=new"],
+            "w.pt does not say its activation; add act=quick_gelu for OpenAI's weights "
+            "and open_clip's -quickgelu models, act=gelu for open_clip's others",
+        ),
         (["too=hf", "run=w.pt", "out=new"], "too: there is no such key; did you mean to?"),
     ],
 )
@@ -134,8 +148,10 @@ def test_what_a_format_cannot_say_is_refused(
     model.text.act = "quick_gelu"
     monkeypatch.setattr("clipx.weights.load.load", lambda *_, **__: (model, *rest))
     message = refuses("run=w.pt", "to=open_clip", "out=new")
-    assert message == ("open_clip has one activation for both towers; this model has model.image.act=gelu and "
-                       "model.text.act=quick_gelu")
+    assert message == (
+        "open_clip has one activation for both towers; this model has model.image.act=gelu and "
+        "model.text.act=quick_gelu"
+    )
     model.text.token_embedding.weight = torch.nn.Parameter(torch.zeros(100, 128))
     message = refuses("run=w.pt", "to=hf", "out=new")
     assert message.startswith("model.text.vocab=100 is not that of the tokenizer, 49,408; to=open_clip")

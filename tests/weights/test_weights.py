@@ -37,8 +37,10 @@ def assert_same_features(path: object, other: nn.Module, act: str | None = None,
     model, transform, tokenizer = load(path, act=act)
     image, tokens = real_batch(size)
     with torch.no_grad():
-        for ours, theirs in ((model.encode_image(image), other.encode_image(image)),
-                             (model.encode_text(tokens), other.encode_text(padded(tokens)))):
+        for ours, theirs in (
+            (model.encode_image(image), other.encode_image(image)),
+            (model.encode_text(tokens), other.encode_text(padded(tokens))),
+        ):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert model.visual.size == size and tokenizer.context == 77 and not model.training
     return model
@@ -114,8 +116,11 @@ WRAPPERS: dict[str, Callable[[dict[str, Tensor]], dict[str, object]]] = {
     "AveragedModel": lambda state: {"n_averaged": torch.tensor(3), **wrap(state, "module.")},
     "an average beside the weights": lambda state: {"ema_state_dict": wrap(state, "", "x."), "state_dict": state},
     "one value of one dimension": lambda state: {**state, "logit_scale": state["logit_scale"][None]},
-    "custom text": lambda state: {"model": {
-        f"model.{'' if name.startswith(('visual', 'logit')) else 'text.'}{name}": state[name] for name in state}},
+    "custom text": lambda state: {
+        "model": {
+            f"model.{'' if name.startswith(('visual', 'logit')) else 'text.'}{name}": state[name] for name in state
+        }
+    },
     "Hugging Face": lambda state: {"state_dict": wrap(to_hugging_face(state), "clip.")},
 }
 
@@ -168,10 +173,22 @@ def test_openais_archive_is_read_without_its_code(tmp_path: Path, monkeypatch: p
 def test_a_directory_of_hugging_face_is_the_same_model(tmp_path: Path, act: str) -> None:
     torch.manual_seed(0)
     config = transformers.CLIPConfig(
-        text_config={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-                     "hidden_act": act},
-        vision_config={"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 2,
-                       "image_size": 64, "patch_size": 16, "hidden_act": act},
+        text_config={
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "hidden_act": act,
+        },
+        vision_config={
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 16,
+            "hidden_act": act,
+        },
         projection_dim=96,
     )
     other = transformers.CLIPModel(config).eval()
@@ -199,8 +216,11 @@ def test_what_open_clip_has_cached_is_found_by_its_name(tmp_path: Path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, quick in (("tiny-quickgelu", True), ("tiny", False)):
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, {**SIZES, "quick_gelu": quick})
-        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {
-            "openai": open_clip.pretrained._pcfg(url="https://host/tiny.pt", quick_gelu=True)})
+        monkeypatch.setitem(
+            open_clip.pretrained._PRETRAINED,
+            name,
+            {"openai": open_clip.pretrained._pcfg(url="https://host/tiny.pt", quick_gelu=True)},
+        )
     with pytest.raises(CheckpointError, match=r"is not on this machine; python -c \"import open_clip; .* downloads it"):
         load("open_clip:tiny-quickgelu/openai")
     home.mkdir(parents=True)
@@ -352,8 +372,9 @@ def test_with_a_low_rate_a_tower_moves_less(train: Callable[..., None], tmp_path
     torch.save(model.state_dict(), tmp_path / "w.pt")
     train(*ONE_STEP, "init_from=w.pt", "optim.image_lr_scale=0.01", "optim.weight_decay=0")
     found = trained(tmp_path)["model_state_dict"]
-    moved = {name: (found[name] - model.state_dict()[name]).abs().max().item() for name in ("visual.proj",
-                                                                                           "text_projection")}
+    moved = {
+        name: (found[name] - model.state_dict()[name]).abs().max().item() for name in ("visual.proj", "text_projection")
+    }
     assert moved["visual.proj"] == pytest.approx(0.01 * moved["text_projection"], rel=0.05)
 
 
@@ -380,11 +401,15 @@ def test_a_run_starts_from_another_run(train: Callable[..., None], tmp_path: Pat
 
 
 def test_a_checkpoint_that_leaves_defaults_out_has_those_of_the_towers(tmp_path: Path) -> None:
-    towers = {"image": {"_target_": "clipx.models.vision.ImageEncoder", "depth": 1},
-              "text": {"_target_": "clipx.models.text.TextEncoder", "depth": 1, "width": 768}}
+    towers = {
+        "image": {"_target_": "clipx.models.vision.ImageEncoder", "depth": 1},
+        "text": {"_target_": "clipx.models.text.TextEncoder", "depth": 1, "width": 768},
+    }
     model = CLIP(ImageEncoder(depth=1), TextEncoder(depth=1, width=768))
-    checkpoint.save(tmp_path / "x.pt", {"model_state_dict": model.state_dict(), "config": {
-        "model": {"_target_": "clipx.models.clip.CLIP", **towers}}})
+    checkpoint.save(
+        tmp_path / "x.pt",
+        {"model_state_dict": model.state_dict(), "config": {"model": {"_target_": "clipx.models.clip.CLIP", **towers}}},
+    )
     assert model_node(load(tmp_path / "x.pt")[0]) == model_node(model)
 
 
@@ -407,25 +432,39 @@ def test_position_embeddings_are_resized_as_open_clip_does(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["init_from=w.pt", "model.image.patch=16"],
-         "init_from=w.pt does not fit: visual.conv1.weight is 192 x 3 x 8 x 8 there and 192 x 3 x 16 x 16 in the model"
-         "; model.image.patch=8 fits"),
-        (["init_from=w.pt", "model.text.context=100"],
-         "init_from=w.pt does not fit: positional_embedding is 77 x 128 there and 100 x 128 in the model; "
-         "model.text.context=77 fits"),
-        (["init_from=w.pt", "model.text.depth=2"],
-         "init_from=w.pt does not fit: transformer.resblocks.1.ln_1.weight is missing there and 128 in the model; "
-         "model.text.depth=1 fits"),
-        (["init_from=oc", "model.image.act=gelu"],
-         "init_from=oc was trained as another model than this one, with the same shapes; model.image.act=quick_gelu "
-         "model.text.act=quick_gelu fits"),
-        (["init_from=oc", "model.image.heads=6"],
-         "init_from=oc was trained as another model than this one, with the same shapes; model.image.heads=3 fits"),
-        (["init_from=nan.pt"],
-         "nan.pt: 1 of the 1 values of logit_scale are NaN or infinite; use a checkpoint from before the training "
-         "diverged"),
-        (["init_from=none.pt"],
-         "init_from=none.pt: there is no such run, checkpoint or weights; there are nan.pt, w.pt"),
+        (
+            ["init_from=w.pt", "model.image.patch=16"],
+            "init_from=w.pt does not fit: visual.conv1.weight is 192 x 3 x 8 x 8 there and 192 x 3 x 16 x 16 in the "
+            "model; model.image.patch=8 fits",
+        ),
+        (
+            ["init_from=w.pt", "model.text.context=100"],
+            "init_from=w.pt does not fit: positional_embedding is 77 x 128 there and 100 x 128 in the model; "
+            "model.text.context=77 fits",
+        ),
+        (
+            ["init_from=w.pt", "model.text.depth=2"],
+            "init_from=w.pt does not fit: transformer.resblocks.1.ln_1.weight is missing there and 128 in the model; "
+            "model.text.depth=1 fits",
+        ),
+        (
+            ["init_from=oc", "model.image.act=gelu"],
+            "init_from=oc was trained as another model than this one, with the same shapes; model.image.act=quick_gelu "
+            "model.text.act=quick_gelu fits",
+        ),
+        (
+            ["init_from=oc", "model.image.heads=6"],
+            "init_from=oc was trained as another model than this one, with the same shapes; model.image.heads=3 fits",
+        ),
+        (
+            ["init_from=nan.pt"],
+            "nan.pt: 1 of the 1 values of logit_scale are NaN or infinite; use a checkpoint from before the training "
+            "diverged",
+        ),
+        (
+            ["init_from=none.pt"],
+            "init_from=none.pt: there is no such run, checkpoint or weights; there are nan.pt, w.pt",
+        ),
         (["freeze=[vision]"], "freeze=['vision']: should be 'image' or 'text'"),
     ],
 )
@@ -457,8 +496,10 @@ def test_check_reports_weights_that_do_not_fit(
 
 def frozen(*towers: str) -> CLIP:
     torch.manual_seed(0)
-    model = CLIP(ImageEncoder(size=64, patch=32, width=64, depth=2, heads=1, embed=32),
-                 TextEncoder(width=64, depth=2, heads=1, embed=32)).double()
+    model = CLIP(
+        ImageEncoder(size=64, patch=32, width=64, depth=2, heads=1, embed=32),
+        TextEncoder(width=64, depth=2, heads=1, embed=32),
+    ).double()
     for tower in towers:
         getattr(model, {"image": "visual", "text": "text"}[tower]).requires_grad_(False)
     return model
@@ -504,8 +545,9 @@ def ranks_gradients(rank: int, world: int, store: str, path: str) -> None:
         clip = frozen(*towers)
         forward = nn.parallel.DistributedDataParallel(clip, gradient_as_bucket_view=True)
         for micro in (None, 12):
-            found[towers, micro] = [None if g is None else g.clone() for g in
-                                    gradients(forward, clip, micro, rank, world)]
+            found[towers, micro] = [
+                None if g is None else g.clone() for g in gradients(forward, clip, micro, rank, world)
+            ]
     torch.save(found, f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -540,8 +582,20 @@ def test_vit_b32_of_open_clip_is_fine_tuned_with_a_locked_image_tower(
     other = clip = CLIP(ImageEncoder(), TextEncoder())
     initialise(other, str(tmp_path / "w.pt"))
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), clip.parameters(), strict=True))
-    train("model=vit_b32", "experiment=smoke", "init_from=w.pt", "freeze=[image]", "batch_size=8", "workers=0",
-          "evals=[]", "max_steps=1", "optim.lr=0.01", "sched.warmup=0", "name=x", "data.samples=40")
+    train(
+        "model=vit_b32",
+        "experiment=smoke",
+        "init_from=w.pt",
+        "freeze=[image]",
+        "batch_size=8",
+        "workers=0",
+        "evals=[]",
+        "max_steps=1",
+        "optim.lr=0.01",
+        "sched.warmup=0",
+        "name=x",
+        "data.samples=40",
+    )
     after = trained(tmp_path)["model_state_dict"]
     for name, value in model.state_dict().items():
         assert torch.equal(after[name], value) == name.startswith("visual."), name

@@ -12,16 +12,16 @@ from clipx.data.sample import MAX_IMAGE_BYTES, BadSample, check_bytes
 if TYPE_CHECKING:
     from pyarrow import DataType
 
-BATCH_ROWS = 16        # rows in memory at once
+BATCH_ROWS = 16  # rows in memory at once
 
 
 class Cell(NamedTuple):
     """A picture inside a table."""
 
-    file: str       # relative to the layout's root
+    file: str  # relative to the layout's root
     column: str
-    group: int      # of rows, which are compressed together
-    row: int        # of the file
+    group: int  # of rows, which are compressed together
+    row: int  # of the file
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.row}"

@@ -11,19 +11,19 @@ from urllib3.exceptions import HTTPError
 
 from clipx.data.sample import BadSample
 
-MAX_BYTES = 64 << 20       # of a picture
-MAX_TIMEOUTS = 6           # limit of a whole download, in timeouts
+MAX_BYTES = 64 << 20  # of a picture
+MAX_TIMEOUTS = 6  # limit of a whole download, in timeouts
 AGENT = {"User-Agent": "Mozilla/5.0 (compatible; clipx)", "Accept": "image/*"}
 RETRIES = 2
-BUSY = (429, 500, 502, 503, 504)    # status codes to retry
+BUSY = (429, 500, 502, 503, 504)  # status codes to retry
 
 
 @dataclass(frozen=True)
 class Download:
     """Settings of downloads."""
 
-    connections: int = 64   # parallel, over all processes
-    timeout: float = 10.0   # seconds to wait for a server
+    connections: int = 64  # parallel, over all processes
+    timeout: float = 10.0  # seconds to wait for a server
 
     def shared_by(self, processes: int) -> "Download":
         """Return the settings for one of ``processes``."""
@@ -31,9 +31,18 @@ class Download:
 
     def pool(self) -> PoolManager:
         """Open the connection pool of one process."""
-        again = Retry(total=None, connect=RETRIES, read=RETRIES, status=RETRIES, redirect=5, other=0,
-                      backoff_factor=0.5, status_forcelist=BUSY, raise_on_status=False,
-                      respect_retry_after_header=False)
+        again = Retry(
+            total=None,
+            connect=RETRIES,
+            read=RETRIES,
+            status=RETRIES,
+            redirect=5,
+            other=0,
+            backoff_factor=0.5,
+            status_forcelist=BUSY,
+            raise_on_status=False,
+            respect_retry_after_header=False,
+        )
         return PoolManager(self.connections, AGENT, maxsize=self.connections, retries=again, timeout=self.timeout)
 
     def fetch(self, pool: PoolManager, url: str) -> bytes:

@@ -10,22 +10,20 @@ from PIL import Image, UnidentifiedImageError
 from clipx.data.sample import DECODED, MAX_IMAGE_BYTES, BadSample, check_bytes, describe_unreadable
 from clipx.data.tar.headers import DataError
 
-KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}      # Pillow's names; other formats become png
+KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's names; other formats become png
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
 class Encoded(NamedTuple):
     """A picture as stored in a shard."""
 
-    kind: str               # jpg, png or webp
+    kind: str  # jpg, png or webp
     file: bytes
-    width: int              # pixels
+    width: int  # pixels
     height: int
 
 
-def encode(
-    file: bytes, resize: int | None, wanted: str | None, quality: int, min_size: int, verify: bool
-) -> Encoded:
+def encode(file: bytes, resize: int | None, wanted: str | None, quality: int, min_size: int, verify: bool) -> Encoded:
     """Encode a picture for a shard.
 
     Args:
@@ -59,7 +57,7 @@ def encode(
     buffer = BytesIO()
     try:
         image.save(buffer, FORMATS[wanted], quality=quality)
-    except (OSError, ValueError) as error:      # a side is too long for the format
+    except (OSError, ValueError) as error:  # a side is too long for the format
         raise BadSample(f"cannot be written as {wanted}: {error}") from error
     return Encoded(wanted, buffer.getvalue(), *image.size)
 
@@ -89,12 +87,13 @@ def read_file(root: Path, name: str) -> bytes:
         DataError: it exists but cannot be read.
     """
     try:
-        spellings = (name, normalize("NFC", name), normalize("NFD", name))      # files may come from another system
+        spellings = (name, normalize("NFC", name), normalize("NFD", name))  # files may come from another system
         path = next(path for path in (root / spelling for spelling in spellings) if path.is_file())
         check_bytes("its picture", path.stat().st_size, MAX_IMAGE_BYTES)
         return path.read_bytes()
     except (StopIteration, FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
         raise BadSample("there is no such file") from error
     except OSError as error:
-        raise DataError(f"{root / name} cannot be read ({error.strerror}); fix that and rerun the same command to "
-                        "resume") from error
+        raise DataError(
+            f"{root / name} cannot be read ({error.strerror}); fix that and rerun the same command to resume"
+        ) from error

@@ -13,11 +13,14 @@ from clipx.data.prepare.rows import TextFormat, check_effect, read_rows
 from clipx.data.sample import VALIDATION
 from clipx.data.tar.headers import DataError
 
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")       # of an imagefolder
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
 
 
 def folder(
-    src: str, image: str = "file_name", caption: str = "text", encoding: str = "utf-8",
+    src: str,
+    image: str = "file_name",
+    caption: str = "text",
+    encoding: str = "utf-8",
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01,
 ) -> Layout:
     """A folder, or train/ with val/ (or a name in ``VALIDATION``) and optionally test/.
@@ -69,8 +72,10 @@ def read_part(root: Path, part: Path, how: Mapping[str, Any]) -> tuple[list[Item
     pictures = sorted(path for path in below(part) if path.suffix.lower() in IMAGE_KINDS)
     texts = [path.with_suffix(".txt") for path in pictures]
     if not any(text.is_file() for text in texts):
-        raise DataError(f"{part} has neither images/ and captions.txt (lines FILENAME<TAB>CAPTION), nor pictures with "
-                        f"a .txt of the same name, nor {', '.join(METADATA)}")
+        raise DataError(
+            f"{part} has neither images/ and captions.txt (lines FILENAME<TAB>CAPTION), nor pictures with "
+            f"a .txt of the same name, nor {', '.join(METADATA)}"
+        )
     refuse_metadata_keys(f"{part} with a .txt for each picture", how)
     return [
         Item(path.relative_to(root).as_posix(), lines_of(text, how["encoding"]) if text.is_file() else [])
@@ -94,8 +99,10 @@ def read_metadata(root: Path, file: Path, how: Mapping[str, Any]) -> tuple[list[
     captions: dict[str, list[str]] = {}
     for name, said in rows:
         if not isinstance(name, str):
-            raise DataError(f"source.image={columns[0]} holds the bytes of pictures in {file}; pack it with: "
-                            f"source=csv src={file} source.image={columns[0]} source.caption={columns[1]}")
+            raise DataError(
+                f"source.image={columns[0]} holds the bytes of pictures in {file}; pack it with: "
+                f"source=csv src={file} source.image={columns[0]} source.caption={columns[1]}"
+            )
         captions.setdefault(name, []).extend(said)
     items, unlisted = match(root, file.parent, captions, file.name)
     return items, [*bad, *unlisted]
@@ -108,7 +115,8 @@ def match(
     where = images.relative_to(root)
     names, unlisted = match_names(images, captions)
     return [Item((where / names[name]).as_posix(), said) for name, said in captions.items()], [
-        {"picture": (where / name).as_posix(), "reason": f"is not in {listing}"} for name in unlisted]
+        {"picture": (where / name).as_posix(), "reason": f"is not in {listing}"} for name in unlisted
+    ]
 
 
 def lines_of(path: Path, encoding: str) -> list[str]:

@@ -22,14 +22,14 @@ logger = logging.getLogger("clipx")
 COCO = "train2017/, val2017/ and annotations/captions_train2017.json, captions_val2017.json"
 FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
 FLICKR_FILES = ("results.csv", "results_20130124.token", "results.token")
-FLICKR_ROW = re.compile(r"([^|#]+)[|#] *\d+ *[|\t]? *(.*)")      # of either file; one published row has no second |
-CC3M_ROW = re.compile(r"([^\t]+)\t(https?://\S+)(?:\t.*)?")       # labels may follow
+FLICKR_ROW = re.compile(r"([^|#]+)[|#] *\d+ *[|\t]? *(.*)")  # of either file; one published row has no second |
+CC3M_ROW = re.compile(r"([^\t]+)\t(https?://\S+)(?:\t.*)?")  # labels may follow
 
 
 class Item(NamedTuple):
     """A picture and its captions."""
 
-    picture: str | Cell     # path relative to the layout's root, URL, or table cell
+    picture: str | Cell  # path relative to the layout's root, URL, or table cell
     captions: list[str]
 
 
@@ -37,9 +37,9 @@ class Layout(NamedTuple):
     """Contents of a source."""
 
     root: Path
-    splits: dict[str, list[Item]]           # train, val, test, as far as they exist
-    download: Download = Download()         # how to fetch pictures given as URLs
-    left_out: Sequence[Mapping[str, str]] = ()      # split, picture and reason of what was left out
+    splits: dict[str, list[Item]]  # train, val, test, as far as they exist
+    download: Download = Download()  # how to fetch pictures given as URLs
+    left_out: Sequence[Mapping[str, str]] = ()  # split, picture and reason of what was left out
 
 
 class Tars(NamedTuple):
@@ -82,8 +82,12 @@ def read_coco(root: Path, folder: str) -> list[Item]:
             else:
                 unmatched.append(annotation["image_id"])
         if unmatched:
-            logger.warning("%s: %d captions belong to pictures that are not listed, such as image_id %s, and are left "
-                           "out", root / "annotations" / f"captions_{folder}.json", len(unmatched), unmatched[0])
+            logger.warning(
+                "%s: %d captions belong to pictures that are not listed, such as image_id %s, and are left out",
+                root / "annotations" / f"captions_{folder}.json",
+                len(unmatched),
+                unmatched[0],
+            )
         return [Item(f"{folder}/{image['file_name']}", captions[image["id"]]) for image in content["images"]]
 
 
@@ -101,8 +105,10 @@ def flickr30k(src: str, karpathy: str | None = None) -> Layout:
     folders = [name for name in FLICKR_FOLDERS if (root / name).is_dir()]
     listings = [root / name for name in FLICKR_FILES if (root / name).is_file()]
     if not folders or not (listings or karpathy):
-        raise DataError(f"src={src} is not Flickr30k's layout: pictures in one of {', '.join(FLICKR_FOLDERS)}, "
-                        f"captions in one of {', '.join(FLICKR_FILES)}")
+        raise DataError(
+            f"src={src} is not Flickr30k's layout: pictures in one of {', '.join(FLICKR_FOLDERS)}, "
+            f"captions in one of {', '.join(FLICKR_FILES)}"
+        )
     if karpathy:
         return Layout(root, read_karpathy(root, karpathy, folders))
     rows = match_lines(listings[0], FLICKR_ROW, "PICTURE|NUMBER|CAPTION", header="image_name|")
@@ -117,7 +123,7 @@ def read_karpathy(root: Path, file: str, folders: Iterable[str]) -> dict[str, li
         for image in content["images"]:
             name = image["filename"]
             if name not in places:
-                name = name.rpartition("_")[2]      # COCO_val2014_000000391895.jpg was renamed 000000391895.jpg in 2017
+                name = name.rpartition("_")[2]  # COCO_val2014_000000391895.jpg was renamed 000000391895.jpg in 2017
             split = "train" if image["split"] == "restval" else image["split"]
             captions = [sentence["raw"] for sentence in image["sentences"]]
             splits[split].append(Item(f"{places.get(name, image.get('filepath', '.'))}/{name}", captions))
@@ -137,12 +143,18 @@ def cc3m(src: str, connections: PositiveInt = 64, timeout: PositiveFloat = 10.0)
         DataError: the layout is another one.
     """
     path = Path(src).expanduser()
-    found = {"train": [path]} if path.is_file() else {
-        "train": sorted(path.glob("Train*.tsv")), "val": sorted(path.glob("Validation*.tsv")),
-    }
+    found = (
+        {"train": [path]}
+        if path.is_file()
+        else {
+            "train": sorted(path.glob("Train*.tsv")),
+            "val": sorted(path.glob("Validation*.tsv")),
+        }
+    )
     splits = {
         split: gather((url, caption) for caption, url in match_lines(file, CC3M_ROW, "CAPTION<TAB>URL"))
-        for split, files in found.items() for file in files[:1]
+        for split, files in found.items()
+        for file in files[:1]
     }
     if not splits:
         raise DataError(f"src={src} has neither Train_GCC-training.tsv nor Validation_GCC-1.1.0-Validation.tsv")

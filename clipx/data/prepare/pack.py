@@ -6,70 +6,33 @@ shard without its report is packed again.  At the end the reports become report.
 
 import json
 import logging
-import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from clipx.data.files import WRITING
 from clipx.data.plan import permutation
-from clipx.data.prepare.download import Download, is_url
-from clipx.data.prepare.encode import encode
+from clipx.data.prepare.download import is_url
 from clipx.data.prepare.layouts import Item, Layout
-from clipx.data.prepare.pictures import content_hashes, encode_all, group_of, non_empty_captions
+from clipx.data.prepare.pictures import content_hashes, group_of
 from clipx.data.prepare.processes import run_tasks
 from clipx.data.prepare.report import count_reasons, listed, merge, write
-from clipx.data.sample import BadSample
+from clipx.data.prepare.shard import Packing, Task, pack_shard
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import make_index
 from clipx.errors import UserError
 
 logger = logging.getLogger("clipx")
 
 NOTE, REPORT, DROPPED, PARTS = "prepare.json", "report.json", "dropped.jsonl", ".prepare"
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How to pack items into shards; see conf/prepare.yaml."""
-
-    samples_per_shard: int
-    shuffle: bool
-    seed: int
-    resize: int | None
-    encode: str | None
-    quality: int
-    min_size: int
-    drop_duplicates: bool
-    verify: bool
-
-
-class Packed(NamedTuple):
-    """Result of a task."""
-
-    shard: Path
-    items: int
-    dropped: list[dict[str, str]] | None    # of a shard that is not written because it would be empty
-
-
-class Task(NamedTuple):
-    """One shard to pack."""
-
-    shard: Path
-    report: Path
-    split: str
-    numbers: list[int]      # of the items, in their source
-    items: list[Item]
 
 
 def pack(
@@ -138,8 +101,10 @@ def check_empty(empty: Mapping[Path, list[dict[str, str]]], shards: int, max_emp
     reasons = f"{listed(count_reasons(dropped))}; such as {dropped[0]['picture']}"
     if len(empty) == shards or len(empty) > max(1, max_empty * shards):
         allow = "" if len(empty) == shards else f", or set max_empty=1 to leave out the {len(empty)} empty shards"
-        raise DataError(f"none of the {len(dropped):,} pictures for {shard} can be used ({reasons}); fix that and "
-                        f"rerun the same command to resume{allow}")
+        raise DataError(
+            f"none of the {len(dropped):,} pictures for {shard} can be used ({reasons}); fix that and "
+            f"rerun the same command to resume{allow}"
+        )
     logger.warning("%s is not written: none of its %d pictures can be used (%s)", shard, len(dropped), reasons)
 
 
@@ -154,10 +119,13 @@ def claim(out: Path, meaning: dict[str, Any]) -> None:
     if note.is_file():
         try:
             before = dict(json.loads(note.read_bytes()))
-        except (ValueError, TypeError):         # not ours
+        except (ValueError, TypeError):  # not ours
             before = {}
-        changes = [f"{key}={json.dumps(before.get(key))} there, {json.dumps(value)} now"
-                   for key, value in meaning.items() if before.get(key) != value]
+        changes = [
+            f"{key}={json.dumps(before.get(key))} there, {json.dumps(value)} now"
+            for key, value in meaning.items()
+            if before.get(key) != value
+        ]
         if changes:
             raise UserError(own % f"shards with other settings ({'; '.join(changes)})")
         return
@@ -214,8 +182,13 @@ def cut(name: str, split: str, items: dict[int, Item], packing: Packing, out: Pa
         numbers = by_group(numbers, items)
     for index, part in enumerate(np.array_split(numbers, -(-len(numbers) // packing.samples_per_shard))):
         shard, chosen = f"{name}-{split}-{index:06d}", part.tolist()
-        yield Task(out / split / f"{shard}.tar", out / PARTS / f"{shard}.json", split, chosen,
-                   [items[number] for number in chosen])
+        yield Task(
+            out / split / f"{shard}.tar",
+            out / PARTS / f"{shard}.json",
+            split,
+            chosen,
+            [items[number] for number in chosen],
+        )
 
 
 def by_group(numbers: np.ndarray, items: Mapping[int, Item]) -> np.ndarray:
@@ -225,55 +198,17 @@ def by_group(numbers: np.ndarray, items: Mapping[int, Item]) -> np.ndarray:
     return numbers[np.argsort(of, kind="stable")]
 
 
-def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> Packed:
-    """Write one shard, its index and its report, unless it would be empty."""
-    from webdataset import TarWriter  # brings torch
-
-    for directory in (task.shard.parent, task.report.parent):
-        directory.mkdir(exist_ok=True)
-    for left in task.shard.parent.glob(f"{task.shard.name}*"):
-        left.unlink(missing_ok=True)        # of an interrupted run
-    dropped: list[dict[str, str]] = []
-    sides: Counter[int] = Counter()
-    words: Counter[int] = Counter()
-    temporary = task.shard.with_name(f"{task.shard.name}{WRITING}{os.getpid()}")
-    with temporary.open("wb") as file:
-        with TarWriter(file, user="clipx", group="clipx", encoder=False, mtime=0) as tar:
-            how = partial(encode, resize=packing.resize, wanted=packing.encode, quality=packing.quality,
-                          min_size=packing.min_size, verify=packing.verify)
-            encoded = encode_all(task.items, root, how, download)
-            for number, item, picture in zip(task.numbers, task.items, encoded, strict=True):
-                if isinstance(picture, BadSample):
-                    dropped.append({"split": task.split, "picture": str(item.picture), "reason": str(picture)})
-                    continue
-                captions = non_empty_captions(item)
-                text = {"caption": captions, "height": picture.height, "name": str(item.picture),
-                        "width": picture.width}
-                tar.write({"__key__": f"{number:09d}", picture.kind: picture.file,
-                           "json": json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")})
-                sides[min(picture.width, picture.height)] += 1
-                words.update(len(caption.split()) for caption in captions)
-        file.flush()
-        os.fsync(file.fileno())
-    if not sides:
-        temporary.unlink()
-        return Packed(task.shard, len(task.items), dropped)
-    os.replace(temporary, task.shard)
-    make_index(task.shard, task.shard.parent)
-    report = {"samples": len(task.items) - len(dropped), "captions": words.total(), "bytes": task.shard.stat().st_size,
-              "short_side": sides, "caption_words": words, "dropped": dropped}
-    write(task.report, json.dumps(report))
-    return Packed(task.shard, len(task.items), None)
-
-
 def finish(
     out: Path, tasks: list[Task], empty: Mapping[Path, list[dict[str, str]]], before: list[Mapping[str, str]]
 ) -> dict[str, Any]:
     """Merge the reports of all shards and write report.json and dropped.jsonl."""
     parts = [(task.split, json.loads(task.report.read_bytes())) for task in tasks if task.shard not in empty]
     dropped = [*before, *(row for _, part in parts for row in part["dropped"]), *chain(*empty.values())]
-    report = {"splits": merge(parts), "dropped": count_reasons(dropped),
-              "empty": sorted(shard.relative_to(out).as_posix() for shard in empty)}
+    report = {
+        "splits": merge(parts),
+        "dropped": count_reasons(dropped),
+        "empty": sorted(shard.relative_to(out).as_posix() for shard in empty),
+    }
     write(out / DROPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
     write(out / REPORT, json.dumps(report, indent=2) + "\n")
     shutil.rmtree(out / PARTS)

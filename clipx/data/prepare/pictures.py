@@ -14,7 +14,7 @@ from clipx.data.prepare.encode import Encoded, read_file
 from clipx.data.prepare.layouts import Item
 from clipx.data.sample import BadSample
 
-Read = Callable[[], bytes]      # raises BadSample
+Read = Callable[[], bytes]  # raises BadSample
 Encode = Callable[[bytes], Encoded]
 
 
@@ -24,8 +24,10 @@ def encode_all(items: list[Item], root: Path, encode: Encode, download: Download
         yield from (encode_one(item, read, encode) for item, read in zip(items, readers(root, items), strict=True))
         return
     with download.pool() as pool, ThreadPoolExecutor(download.connections) as threads:
-        reads = [partial(download.fetch, pool, item.picture) if is_url(item.picture) else read
-                 for item, read in zip(items, readers(root, items), strict=True)]
+        reads = [
+            partial(download.fetch, pool, item.picture) if is_url(item.picture) else read
+            for item, read in zip(items, readers(root, items), strict=True)
+        ]
         yield from threads.map(encode_one, items, reads, [encode] * len(items))
 
 
@@ -50,7 +52,7 @@ def readers(root: Path, items: Iterable[Item]) -> Iterator[Read]:
     for _, some in groupby(items, lambda item: group_of(item.picture)):
         pictures = [item.picture for item in some]
         yield from (partial(read_file, root, picture) for picture in pictures if isinstance(picture, str))
-        if cells := [picture for picture in pictures if isinstance(picture, Cell)]:     # then all are
+        if cells := [picture for picture in pictures if isinstance(picture, Cell)]:  # then all are
             yield from (partial(read_cell, root, value) for value in read_cells(root, cells))
 
 
@@ -61,7 +63,7 @@ def group_of(picture: str | Cell) -> tuple[str, int] | None:
 
 def content_hashes(root: Path, items: Iterable[Item], workers: int) -> Iterator[bytes | None]:
     """Yield a hash of each picture's bytes; None for unreadable ones, which packing reports."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:       # hashing and reading release the GIL
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # hashing and reading release the GIL
         for _, some in groupby(items, lambda item: group_of(item.picture)):
             yield from pool.map(content_hash, readers(root, some))
 

@@ -15,9 +15,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
-) -> Generator[Result, None, None]:
+def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Generator[Result, None, None]:
     """Yield the results of tasks as they complete; closing the generator ends running tasks.
 
     Args:
@@ -41,7 +39,7 @@ def run_tasks(
                 "a worker process was killed, most likely because memory ran out; rerun the same command with fewer "
                 "workers (workers=N) to resume"
             ) from error
-        except BaseException:       # Ctrl-C and GeneratorExit, too: do not wait for running tasks
+        except BaseException:  # Ctrl-C and GeneratorExit, too: do not wait for running tasks
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()

@@ -19,8 +19,10 @@ def merge(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """Merge the (split, report) of each shard to one report per split; histograms map a value to its count."""
     splits: dict[str, dict[str, Any]] = {}
     for split, part in parts:
-        total = splits.setdefault(split, {"shards": 0, "samples": 0, "captions": 0, "bytes": 0,
-                                          "short_side": Counter(), "caption_words": Counter()})
+        total = splits.setdefault(
+            split,
+            {"shards": 0, "samples": 0, "captions": 0, "bytes": 0, "short_side": Counter(), "caption_words": Counter()},
+        )
         total["shards"] += 1
         for key in ("samples", "captions", "bytes"):
             total[key] += part[key]
@@ -35,8 +37,10 @@ def merge(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
 def describe_report(report: Mapping[str, Any], out: Path) -> Iterator[str]:
     """Yield the report as lines of text."""
     for split, total in report["splits"].items():
-        yield (f"{split:<9} {total['samples']:,} pictures with {total['captions']:,} captions, "
-               f"{total['bytes'] / 1e6:,.1f} MB in {total['shards']:,} shards")
+        yield (
+            f"{split:<9} {total['samples']:,} pictures with {total['captions']:,} captions, "
+            f"{total['bytes'] / 1e6:,.1f} MB in {total['shards']:,} shards"
+        )
         yield f"          short side    {describe_histogram(total['short_side'])} pixels"
         yield f"          caption       {describe_histogram(total['caption_words'])} words"
     if report["dropped"]:

@@ -23,8 +23,8 @@ TEXT = "tables of text (.csv, .tsv)"
 class TextFormat:
     """Format of text tables."""
 
-    sep: str | None = None      # None: a tab in .tsv, else a comma
-    quote: str | None = None    # None: none with tabs, else "
+    sep: str | None = None  # None: a tab in .tsv, else a comma
+    quote: str | None = None  # None: none with tabs, else "
     encoding: str = "utf-8"
 
     def of(self, path: Path) -> dict[str, Any]:
@@ -59,16 +59,19 @@ def read_rows(
     else:
         rows = list(csv_rows(path, columns, form, bad))
     if len(bad) > max(MIN_BAD_LIMIT, max_bad * (len(rows) + len(bad))):
-        raise DataError(f"{path}: {len(bad):,} of {len(rows) + len(bad):,} rows cannot be read, such as "
-                        f"{bad[0]['picture']}, which {bad[0]['reason']}; check the separator and quotation marks "
-                        "(source=csv has source.sep and source.quote), or leave such rows out with source.max_bad=1")
+        raise DataError(
+            f"{path}: {len(bad):,} of {len(rows) + len(bad):,} rows cannot be read, such as "
+            f"{bad[0]['picture']}, which {bad[0]['reason']}; check the separator and quotation marks "
+            "(source=csv has source.sep and source.quote), or leave such rows out with source.max_bad=1"
+        )
     named = [row for row in rows if row[0]]
     if len(named) < len(rows):
         logger.warning("%s: %d rows have no picture and are left out", path, len(rows) - len(named))
     unmatched = next((name for name, _ in named if not isinstance(name, str | Cell)), None)
     if unmatched is not None:
-        raise DataError(f"source.image={columns[0]} holds {type(unmatched).__name__} in {path}, not paths, URLs or "
-                        "pictures")
+        raise DataError(
+            f"source.image={columns[0]} holds {type(unmatched).__name__} in {path}, not paths, URLs or pictures"
+        )
     return [(name, texts(said, f"source.caption={columns[1]} holds %s in {path}")) for name, said in named], bad
 
 
@@ -93,7 +96,7 @@ def csv_rows(
     path: Path, columns: tuple[str, str], form: TextFormat, bad: list[dict[str, str]]
 ) -> Iterator[tuple[str, str]]:
     """Yield picture and caption of each row; add unreadable rows to ``bad``."""
-    how, long = form.of(path), []       # first line of each multi-line row
+    how, long = form.of(path), []  # first line of each multi-line row
     try:
         with open_text(path, form.encoding) as file:
             reader = csv.reader(file, strict=True, **how)
@@ -106,26 +109,35 @@ def csv_rows(
                     row = next(reader, None)
                 except csv.Error as error:
                     if str(error) == "unexpected end of data":
-                        raise DataError(f"{path}, line {line}: a quotation mark is never closed; close it, or read "
-                                        "quotation marks as text: source.quote=''") from error
+                        raise DataError(
+                            f"{path}, line {line}: a quotation mark is never closed; close it, or read "
+                            "quotation marks as text: source.quote=''"
+                        ) from error
                     bad.append(bad_row(path, line, f"cannot be parsed: {error}"))
                     continue
                 if row is None:
                     break
                 if reader.line_num > line:
                     long.append(line)
-                if any(row[len(header):]):
+                if any(row[len(header) :]):
                     bad.append(bad_row(path, line, f"has more fields than the header: {len(row)}, not {len(header)}"))
                 elif row and max(places) >= len(row):
                     bad.append(bad_row(path, line, f"has fewer fields than the header: {len(row)}, not {len(header)}"))
                 elif row:
                     yield row[places[0]], row[places[1]]
     except (csv.Error, TypeError, ValueError) as error:
-        raise DataError(f"{path} cannot be read with source.sep={how['delimiter']!r} and "
-                        f"source.quote={how['quotechar'] or ''!r}: {error}") from error
+        raise DataError(
+            f"{path} cannot be read with source.sep={how['delimiter']!r} and "
+            f"source.quote={how['quotechar'] or ''!r}: {error}"
+        ) from error
     if long:
-        logger.warning("%s: %d rows have multi-line fields, the first at line %d; if quotation marks are plain text "
-                       "there, add source.quote=''", path, len(long), long[0])
+        logger.warning(
+            "%s: %d rows have multi-line fields, the first at line %d; if quotation marks are plain text "
+            "there, add source.quote=''",
+            path,
+            len(long),
+            long[0],
+        )
 
 
 def bad_row(path: Path, line: int, reason: str) -> dict[str, str]:
@@ -165,8 +177,11 @@ def parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[Any, An
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(row_groups=[group], columns=[caption] if inside else [image, caption]):
                     rows = range(row, row + len(batch))
-                    pictures = ([Cell(path.name, image, group, number) for number in rows] if inside
-                                else batch.column(image).to_pylist())
+                    pictures = (
+                        [Cell(path.name, image, group, number) for number in rows]
+                        if inside
+                        else batch.column(image).to_pylist()
+                    )
                     yield from zip(pictures, batch.column(caption).to_pylist(), strict=True)
                     row += len(batch)
     except ArrowException as error:
@@ -186,7 +201,7 @@ def texts(value: Any, where: str) -> list[str]:
         DataError: it is neither text nor a list of texts.
     """
     several = value if isinstance(value, list) else [value]
-    there = [text for text in several if text is not None and text == text]     # NaN is unequal to itself
+    there = [text for text in several if text is not None and text == text]  # NaN is unequal to itself
     unmatched = next((text for text in there if not isinstance(text, str)), None)
     if unmatched is not None:
         raise DataError(f"{where % type(unmatched).__name__}, not text or lists of text; choose a text column")

@@ -15,8 +15,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def table(
-    src: str, image: str, caption: str, sep: str | None = None, quote: str | None = None, encoding: str = "utf-8",
-    max_bad: Share = 0.01, connections: PositiveInt = 64, timeout: PositiveFloat = 10.0,
+    src: str,
+    image: str,
+    caption: str,
+    sep: str | None = None,
+    quote: str | None = None,
+    encoding: str = "utf-8",
+    max_bad: Share = 0.01,
+    connections: PositiveInt = 64,
+    timeout: PositiveFloat = 10.0,
 ) -> Layout:
     """A table of pictures and captions.
 
@@ -51,7 +58,9 @@ def table(
     if not any(is_url(picture) for picture, _ in rows):
         check_effect(table, {"connections": connections, "timeout": timeout}, path, "pictures that are URLs")
     if len({isinstance(picture, Cell) for picture, _ in rows}) > 1:
-        raise DataError(f"source.image={image} holds pictures in some files of {path} and paths or URLs in others; "
-                        "pack them separately")
+        raise DataError(
+            f"source.image={image} holds pictures in some files of {path} and paths or URLs in others; "
+            "pack them separately"
+        )
     root = path if path.is_dir() else path.parent
     return Layout(root, {"train": gather(rows)}, Download(connections, timeout), bad)

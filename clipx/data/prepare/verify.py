@@ -21,7 +21,7 @@ from clipx.data.tar.index import KEY, byte_ranges, published
 
 logger = logging.getLogger("clipx")
 
-SHOWN = 5                   # bad samples shown on the console
+SHOWN = 5  # bad samples shown on the console
 
 
 def index(tars: Tars, bad: int = 0) -> None:
@@ -36,8 +36,12 @@ def index(tars: Tars, bad: int = 0) -> None:
     """
     catalogue = open_catalogue(tars.shards, tars.index_dir)
     rows = catalogue.rows
-    logger.info("indexed   %s samples in %s shards, %.1f MB", f"{rows['samples'].sum():,}", f"{len(rows):,}",
-                rows["bytes"].sum() / 1e6)
+    logger.info(
+        "indexed   %s samples in %s shards, %.1f MB",
+        f"{rows['samples'].sum():,}",
+        f"{len(rows):,}",
+        rows["bytes"].sum() / 1e6,
+    )
     found, total = list(faults(catalogue)), int(totals(catalogue).sum())
     for _, fault in found:
         logger.warning(fault)
@@ -86,8 +90,12 @@ def verify(tars: Tars, listing: Path, workers: int) -> tuple[Tars, int]:
         logger.warning(reason)
     for row in unusable[:SHOWN]:
         logger.warning("%(shard)s, %(key)s, byte %(offset)s: %(reason)s", row)
-    logger.info("verified  %s samples, %s of them bad%s", f"{total:,}", f"{len(unusable):,}",
-                f"; {listing} lists them" if unusable else "")
+    logger.info(
+        "verified  %s samples, %s of them bad%s",
+        f"{total:,}",
+        f"{len(unusable):,}",
+        f"; {listing} lists them" if unusable else "",
+    )
     whole = [shard for shard in tars.shards if shard.relative_to(tars.root).as_posix() not in broken]
     if not whole:
         raise DataError(f"{tars.root} holds no readable shard; see {listing}")

@@ -24,8 +24,8 @@ from clipx.data.remote.stores import PIPE, download, run_with_retries
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import belongs, make_index, read_head
 
-MAX_PARALLEL = 4                         # parallel copies
-LOOK = 0.02                         # seconds between two polls for a shard
+MAX_PARALLEL = 4  # parallel copies
+LOOK = 0.02  # seconds between two polls for a shard
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class RemoteShard:
     """A shard on a server."""
 
     url: str
-    path: Path                  # its copy
-    index: Path                 # of its copy
+    path: Path  # its copy
+    index: Path  # of its copy
     cache: "Cache" = field(compare=False)
-    size: int = 0               # bytes; 0 if unknown
+    size: int = 0  # bytes; 0 if unknown
     samples: int | None = None  # if known
 
     def __str__(self) -> str:
@@ -57,13 +57,13 @@ class Cache:
 
     def __init__(self, directory: Path, limit: int, index_dir: Path):
         self.directory, self.limit, self.index_dir = directory, limit, index_dir
-        self.kept: list[RemoteShard] = []        # never evicted
-        self.filled = False                 # a prefetcher copies missing shards
+        self.kept: list[RemoteShard] = []  # never evicted
+        self.filled = False  # a prefetcher copies missing shards
         self.failed = directory / "failed"
 
     def remote(self, url: str, size: int = 0, samples: int | None = None) -> RemoteShard:
         """Return a shard with the paths of its copy and index."""
-        where, _, name = url.partition("?")[0].rpartition("/")          # a query may hold credentials and dates
+        where, _, name = url.partition("?")[0].rpartition("/")  # a query may hold credentials and dates
         if url.startswith(PIPE):
             where, name = url, (re.findall(r"[\w.-]+\.tar", url) or ["pipe.tar"])[-1]
         place = blake2b(where.encode(), digest_size=8).hexdigest()
@@ -95,7 +95,7 @@ class Cache:
                     part.unlink()
                 yield
             finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)        # closing is not enough: forked workers have it open, too
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough: forked workers have it open, too
 
     def fetch(
         self, remotes: Sequence[RemoteShard], wanted: Collection[RemoteShard], pool: ThreadPool, stopped: Event
@@ -116,7 +116,7 @@ class Cache:
             with self.locked(), ThreadPool(MAX_PARALLEL) as pool:
                 for start in range(0, len(missing), MAX_PARALLEL):
                     self.fetch(missing[start : start + MAX_PARALLEL], (), pool, Event())
-                self.make_room(0, {remote.path for remote in self.kept})        # sizes of pipes are known only now
+                self.make_room(0, {remote.path for remote in self.kept})  # sizes of pipes are known only now
 
     def keep(self, remotes: Sequence[RemoteShard]) -> None:
         """Copy shards and never evict them."""

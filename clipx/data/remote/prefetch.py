@@ -17,8 +17,8 @@ from clipx.data.tar.headers import DataError
 
 logger = logging.getLogger("clipx")
 
-AHEAD = 64                          # most windows to prefetch
-CHECKED = 4096                      # windows whose size is checked before a run starts
+AHEAD = 64  # most windows to prefetch
+CHECKED = 4096  # windows whose size is checked before a run starts
 
 
 @runtime_checkable
@@ -50,7 +50,7 @@ class Prefetcher:
         self, remotes: Mapping[int, RemoteShard], plan: Plan | MixPlan | None, position: int, reach: int, fill: bool
     ):
         self.remotes, self.plan, self.position, self.reach = remotes, plan, position, reach
-        self.caches = list(dict.fromkeys(remote.cache for remote in remotes.values()))      # one for each source
+        self.caches = list(dict.fromkeys(remote.cache for remote in remotes.values()))  # one for each source
         self.kept = [remote for cache in self.caches for remote in cache.kept]
         self.distinct = len({*self.kept, *remotes.values()})
         self.fills = fill and bool(remotes)
@@ -59,13 +59,14 @@ class Prefetcher:
     def __enter__(self) -> "Prefetcher":
         if self.fills:
             if len({(cache.directory, cache.limit) for cache in self.caches}) > 1:
-                raise DataError("the sources of a mix share one cache; set the same data.sources.NAME.cache and "
-                                "cache_gb for all")
+                raise DataError(
+                    "the sources of a mix share one cache; set the same data.sources.NAME.cache and cache_gb for all"
+                )
             self.check_all_fit()
             self.stack.enter_context(self.caches[0].locked())
             for remote in self.remotes.values():
                 if remote.path.exists() and not (remote.is_cached() and counts(remote.index) == remote.samples):
-                    remote.path.unlink()        # outdated
+                    remote.path.unlink()  # outdated
         for cache in self.caches:
             cache.filled = True
         return self
@@ -75,13 +76,13 @@ class Prefetcher:
         for cache in self.caches:
             cache.filled = False
         if self.fills and not self.caches[0].failed.exists():
-            self.report_failure("the process that copies shards has ended")     # to workers that still wait
+            self.report_failure("the process that copies shards has ended")  # to workers that still wait
         self.stack.close()
 
     def start(self) -> None:
         """Start to copy; call it after forking, as children would inherit the threads' locks."""
         if self.fills:
-            pool = self.stack.enter_context(ThreadPool(1 + MAX_PARALLEL))    # daemons: no wait at exit
+            pool = self.stack.enter_context(ThreadPool(1 + MAX_PARALLEL))  # daemons: no wait at exit
             job = pool.apply_async(self.fill, (pool,), error_callback=self.fail)
             self.stack.callback(job.wait, stores.PAUSE + MAX_PARALLEL * stores.GRACE)
 
@@ -125,7 +126,7 @@ class Prefetcher:
         found = set(self.kept)
         for window in self.windows(position):
             if window.start >= position + self.reach or len(found) == self.distinct:
-                break       # a small set repeats many times in one reach
+                break  # a small set repeats many times in one reach
             found.update(self.remotes_of(window))
         return sum(remote.size for remote in found)
 

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("clipx")
 
 PIPE = "pipe:"
-WAITS = (1, 3, 10, 30, 60, 120)     # seconds before each retry
-SILENCE = timedelta(seconds=30)     # without a byte, after which a request fails
-LONGEST = timedelta(days=1)         # of one copy
-PAUSE = 0.5                         # seconds between two checks of a copy
-GRACE = 0.25                        # seconds for a copy to stop when the run ends
-BLOCK = 1 << 20                     # bytes
-METADATA = "169.254.169.254"        # serves credentials on cloud machines; unreachable elsewhere
+WAITS = (1, 3, 10, 30, 60, 120)  # seconds before each retry
+SILENCE = timedelta(seconds=30)  # without a byte, after which a request fails
+LONGEST = timedelta(days=1)  # of one copy
+PAUSE = 0.5  # seconds between two checks of a copy
+GRACE = 0.25  # seconds for a copy to stop when the run ends
+BLOCK = 1 << 20  # bytes
+METADATA = "169.254.169.254"  # serves credentials on cloud machines; unreachable elsewhere
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS=FILE, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
@@ -107,18 +107,19 @@ def open_store(url: str) -> "Iterator[tuple[ObjectStore, str]]":
         from obstore.store import HTTPStore, from_url
     except ImportError as error:
         raise DataError(f'{url} needs obstore, which is not installed; pip install "clipx[remote]"') from error
-    path, mark, query = url.partition("?")                  # a signed URL's signature
+    path, mark, query = url.partition("?")  # a signed URL's signature
     directory, _, name = path.rpartition("/")
     web = url.startswith("http")
-    make = HTTPStore.from_url if web else from_url          # an https URL of a bucket needs no credentials
+    make = HTTPStore.from_url if web else from_url  # an https URL of a bucket needs no credentials
     client: ClientConfig = {
         "allow_http": True, "connect_timeout": SILENCE, "read_timeout": SILENCE, "timeout": LONGEST
     }  # fmt: skip
     try:
         store = make(directory + mark + query, client_options=client, retry_config={"max_retries": 0})
     except BaseError as error:
-        raise DataError(f"{url} cannot be opened: {first_line(error)}; expected http(s)://, s3://, gs:// or az://"
-                        ) from error
+        raise DataError(
+            f"{url} cannot be opened: {first_line(error)}; expected http(s)://, s3://, gs:// or az://"
+        ) from error
     try:
         yield store, unquote(name) if web else name
     except (BaseError, FileNotFoundError) as error:
@@ -172,18 +173,19 @@ def run_with_retries(
             except (OSError, DataError) as error:
                 errors[item] = error
         if stopped.is_set():
-            for job in jobs.values():       # they stop at the next block
+            for job in jobs.values():  # they stop at the next block
                 job.wait(GRACE)
             raise DataError("copying has stopped")
         if not errors:
             break
-        item, worst = max(errors.items(), key=lambda failed: is_permanent(failed[1]))       # the first of its kind
+        item, worst = max(errors.items(), key=lambda failed: is_permanent(failed[1]))  # the first of its kind
         if isinstance(worst, DataError):
             raise worst
         failure = f"{item} cannot be copied ({first_line(worst)})"
         if wait is None or is_permanent(worst):
-            raise DataError(f"{failure}; rerun the same command to resume from the last checkpoint once it is available"
-                            ) from worst
+            raise DataError(
+                f"{failure}; rerun the same command to resume from the last checkpoint once it is available"
+            ) from worst
         logger.warning("%s; trying again in %g s", failure, wait)
         stopped.wait(wait)
     return found

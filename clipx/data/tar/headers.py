@@ -8,12 +8,12 @@ from pathlib import Path
 
 from clipx.errors import UserError
 
-BLOCK = 512                 # bytes of a header; members are padded to multiples of it
-MAX_HEADER = 1 << 20       # bytes of a pax or GNU header's data: names and file attributes
-MAX_NAME = 1 << 10         # bytes; every row of an index is as wide as the longest name
-MAX_SIZE = 1 << 62         # bytes of a member; more than an index can count
-ZEROS = 1 << 20             # bytes per read after an end mark
-APPLE = b"._"               # prefix of the attribute files that macOS's tar adds
+BLOCK = 512  # bytes of a header; members are padded to multiples of it
+MAX_HEADER = 1 << 20  # bytes of a pax or GNU header's data: names and file attributes
+MAX_NAME = 1 << 10  # bytes; every row of an index is as wide as the longest name
+MAX_SIZE = 1 << 62  # bytes of a member; more than an index can count
+ZEROS = 1 << 20  # bytes per read after an end mark
+APPLE = b"._"  # prefix of the attribute files that macOS's tar adds
 
 # other files named .tar: first bytes, and what to do
 OTHERS = (
@@ -58,8 +58,7 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
                     return
                 header = os.pread(descriptor, BLOCK, position)
                 if not is_header(header):
-                    raise DataError(f"{shard} holds {end - position:,} bytes after its end mark (byte {mark:,}) that "
-                                    f"are not a tar; pack it again, or cut them off: truncate -s {position} {shard}")
+                    raise foreign_end(shard, mark, position, end)
             name, size, kind = parse_header(header, shard, count)
             start = position + BLOCK
             if kind in b"xgLK":
@@ -76,14 +75,24 @@ def members(shard: Path) -> Iterator[tuple[bytes, int, int]]:
                 size = size if long_size is None else long_size
                 if kind in (b"0", b"\0", b"7"):
                     if len(name := long_name or name) > MAX_NAME:
-                        raise DataError(f"{shard} has a name of {len(name):,} bytes, more than {MAX_NAME:,}; pack it "
-                                        "again with shorter ones")
+                        raise DataError(
+                            f"{shard} has a name of {len(name):,} bytes, more than {MAX_NAME:,}; pack it "
+                            "again with shorter ones"
+                        )
                     if not name.rpartition(b"/")[2].startswith(APPLE):
                         yield name, start, size
                     count += 1
                 long_name, long_size = None, None
             position = start + size + -size % BLOCK
         raise CutShort
+
+
+def foreign_end(shard: Path, mark: int, position: int, end: int) -> DataError:
+    """Say that bytes after the end mark are not a tar."""
+    return DataError(
+        f"{shard} holds {end - position:,} bytes after its end mark (byte {mark:,}) that are not a tar; pack it again, "
+        f"or cut them off: truncate -s {position} {shard}"
+    )
 
 
 def skip_zeros(descriptor: int, position: int) -> int:
@@ -112,7 +121,7 @@ def parse_header(header: bytes, shard: Path, count: int) -> tuple[bytes, int, by
     if not is_header(header):
         raise damaged(shard, count)
     try:
-        large = header[124] & 0x80          # GNU's way to write 8 GB and more
+        large = header[124] & 0x80  # GNU's way to write 8 GB and more
         size = int.from_bytes(header[125:136], "big") if large else int(header[124:136].strip(b"\0 ") or b"0", 8)
         if not 0 <= size < MAX_SIZE:
             raise ValueError

@@ -18,12 +18,12 @@ import numpy as np
 from clipx.data.files import write_atomic
 from clipx.data.tar.headers import MAX_NAME, CutShort, DataError, members
 
-FORMAT = 2                  # format 1 stopped at the first end mark and did not count parts
-KEY = "__key__"             # the field that holds the key, as WebDataset calls it
-END = 16_384                # bytes at either end of a tar that are hashed to detect changes; padding is 10,240
-COUNTS = ("samples", "readable", "total", "cut", "parts")     # counts in the head of an index
-MAX_SAMPLES = 1 << 40      # per shard; a higher count is forged
-MAX_KINDS = 64              # extensions per shard; with more, the dots in names do not mark extensions
+FORMAT = 2  # format 1 stopped at the first end mark and did not count parts
+KEY = "__key__"  # the field that holds the key, as WebDataset calls it
+END = 16_384  # bytes at either end of a tar that are hashed to detect changes; padding is 10,240
+COUNTS = ("samples", "readable", "total", "cut", "parts")  # counts in the head of an index
+MAX_SAMPLES = 1 << 40  # per shard; a higher count is forged
+MAX_KINDS = 64  # extensions per shard; with more, the dots in names do not mark extensions
 
 
 def make_index(shard: Path, index_dir: Path, place: Path | None = None) -> Path:
@@ -37,8 +37,16 @@ def make_index(shard: Path, index_dir: Path, place: Path | None = None) -> Path:
     readable = len(samples) - count_truncated(samples, size)
     total = max(len(samples), promised(shard, index_dir)) if cut else len(samples)
     name = place.stem if place else shard.name
-    head = {"format": FORMAT, "shard": name, "bytes": size, "ends": ends(shard), "readable": readable,
-            "total": total, "cut": cut, "parts": parts(samples)}
+    head = {
+        "format": FORMAT,
+        "shard": name,
+        "bytes": size,
+        "ends": ends(shard),
+        "readable": readable,
+        "total": total,
+        "cut": cut,
+        "parts": parts(samples),
+    }
     return write_table([place] if place else index_paths(shard, index_dir), head, samples)
 
 
@@ -70,7 +78,7 @@ def scan(shard: Path) -> tuple[np.ndarray, bool]:
     except CutShort:
         cut = True
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(shard)) from error       # a read's error has no file name
+        raise OSError(error.errno, error.strerror, str(shard)) from error  # a read's error has no file name
     found = sorted({kind for sample in samples for kind in sample})
     if len(found) > MAX_KINDS:
         raise DataError(
@@ -94,7 +102,7 @@ def parts(samples: np.ndarray) -> int:
     again = times > 1
     if not again.any():
         return 0
-    most = np.zeros(len(times), int)                # members per key, for the commonest kind
+    most = np.zeros(len(times), int)  # members per key, for the commonest kind
     for kind in kinds(samples.dtype):
         most = np.maximum(most, np.bincount(key, samples[kind][:, 0] > 0, len(times)).astype(int))
     return int(times[again & (most == 1)].sum())
@@ -165,7 +173,7 @@ def expand_home(path: str) -> Path:
     """Expand ``~`` to the home directory, or to a temporary one for users without a home."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:        # neither HOME nor an entry in /etc/passwd
+    except RuntimeError:  # neither HOME nor an entry in /etc/passwd
         return temporary_dir() / Path(path).relative_to("~")
 
 
@@ -176,7 +184,7 @@ def find_index(shard: Path, index_dir: Path) -> Path | None:
 
 def belongs(index: Path, shard: Path) -> bool:
     """Whether the index exists and is up to date."""
-    if not os.access(index, os.R_OK):           # Path.exists raises in unreadable directories
+    if not os.access(index, os.R_OK):  # Path.exists raises in unreadable directories
         return False
     now = {"format": FORMAT, "bytes": shard.stat().st_size, "ends": ends(shard)}
     head = read_head(index)
@@ -227,7 +235,7 @@ def record(head: dict[str, Any]) -> np.dtype:
     """Return the dtype of the records, built from names and key size alone, as a forged one might hold pointers."""
     (first, kind, *_), *rest = head["dtype"]
     if first != KEY:
-        return np.dtype([(name, "<i8") for name, *_ in head["dtype"]])       # of a catalogue
+        return np.dtype([(name, "<i8") for name, *_ in head["dtype"]])  # of a catalogue
     if not 0 < int(kind[2:]) <= MAX_NAME:
         raise ValueError
     return np.dtype([(KEY, f"S{int(kind[2:])}"), *((name, "<i8", (2,)) for name, *_ in rest)])

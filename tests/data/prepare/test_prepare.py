@@ -29,7 +29,7 @@ from clipx.config.schema import PrepareConfig
 from clipx.data.prepare import pack
 from clipx.data.shards import open_shards
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")    # webdataset's own
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")  # webdataset's own
 
 
 def make_coco(root: Path, train: int = 10, val: int = 4) -> Path:
@@ -39,10 +39,25 @@ def make_coco(root: Path, train: int = 10, val: int = 4) -> Path:
         for number in range(shift, shift + count):
             name = f"{9 + 16 * number:012d}.jpg"
             save(root / f"{split}2017" / name, picture(number, "jpeg"))
-            images.append({"license": 3, "file_name": name, "coco_url": f"http://images.cocodataset.org/{name}",
-                           "height": 32, "width": 40, "date_captured": "2013-11-14 17:02:52", "id": 9 + 16 * number})
-            annotations += [{"image_id": 9 + 16 * number, "id": 1000 * number + 9 - turn,
-                             "caption": f"Thing {number} seen for the {turn}th time. \n"} for turn in range(5)]
+            images.append(
+                {
+                    "license": 3,
+                    "file_name": name,
+                    "coco_url": f"http://images.cocodataset.org/{name}",
+                    "height": 32,
+                    "width": 40,
+                    "date_captured": "2013-11-14 17:02:52",
+                    "id": 9 + 16 * number,
+                }
+            )
+            annotations += [
+                {
+                    "image_id": 9 + 16 * number,
+                    "id": 1000 * number + 9 - turn,
+                    "caption": f"Thing {number} seen for the {turn}th time. \n",
+                }
+                for turn in range(5)
+            ]
         content = {"info": {"year": 2017}, "images": images, "licenses": [], "annotations": annotations}
         save(root / "annotations" / f"captions_{split}2017.json", content)
     return root
@@ -92,10 +107,12 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(refused: Callable[..., st
     assert refused("source=coco", "src=no where", "out=o") == "src=no where is not a directory"
     assert refused("source=coco", f"src={coco}/val2017", "out=o").endswith(
         "has neither train2017/ nor val2017/; COCO's layout is train2017/, val2017/ and "
-        "annotations/captions_train2017.json, captions_val2017.json")
+        "annotations/captions_train2017.json, captions_val2017.json"
+    )
     assert refused(*given, "out=o", "source.karpathy=no.json") == "no.json: there is no such file"
     assert refused(*given, "out=o", f"source.karpathy={coco}/annotations/captions_val2017.json").endswith(
-        "captions_val2017.json is not the published json: KeyError 'filename'")
+        "captions_val2017.json is not the published json: KeyError 'filename'"
+    )
     assert refused("source=flickr30k", f"src={coco}", "out=o").startswith(f"src={coco} is not Flickr30k's layout: ")
     assert refused("source=folder", f"src={coco}", "out=o").startswith(f"{coco} has neither images/ and captions.txt ")
     assert refused("source=cc3m", f"src={coco}", "out=o").startswith(f"src={coco} has neither Train_GCC-training.tsv ")
@@ -118,20 +135,28 @@ def test_coco_is_one_sample_a_picture_with_its_five_captions(prepare: Callable[.
     assert len(found) == 10
     assert found["train2017/000000000025.jpg"] == {
         "caption": [f"Thing 1 seen for the {turn}th time." for turn in (4, 3, 2, 1, 0)],
-        "height": 32, "name": "train2017/000000000025.jpg", "width": 40,
+        "height": 32,
+        "name": "train2017/000000000025.jpg",
+        "width": 40,
     }
     by_key = {sample.key: sample for sample in samples(out)}
     assert sorted(by_key) == [f"{number:09d}" for number in range(10)]
     assert by_key["000000001"].picture == picture(1, "jpeg") and len(by_key["000000001"].captions) == 5
     report = json.loads((out / "report.json").read_text())
     tars = [path.stat().st_size for path in (out / "train").glob("*.tar")]
-    assert report["splits"]["train"] == {"shards": 3, "samples": 10, "captions": 50, "bytes": sum(tars),
-                                         "short_side": {"32": 10}, "caption_words": {"7": 50}}
+    assert report["splits"]["train"] == {
+        "shards": 3,
+        "samples": 10,
+        "captions": 50,
+        "bytes": sum(tars),
+        "short_side": {"32": 10},
+        "caption_words": {"7": 50},
+    }
     assert report["splits"]["val"]["samples"] == 4 and report["dropped"] == {}
     assert not (out / ".prepare").exists() and (out / "dropped.jsonl").read_text() == ""
     indexes = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.index")}
     assert len(indexes) == 4
-    open_shards(str(out))       # finds them as they are
+    open_shards(str(out))  # finds them as they are
     assert {path.name: path.stat().st_mtime_ns for path in out.rglob("*.index")} == indexes
 
 
@@ -155,9 +180,17 @@ def test_karpathys_split_counts_where_it_is_given(prepare: Callable[..., None], 
         name = f"COCO_{folder}_{number:012d}.jpg"
         save(tmp_path / "coco" / folder / name, picture(number, "jpeg"))
         save(tmp_path / "coco17" / "train2017" / f"{number:012d}.jpg", picture(number, "jpeg"))
-        images.append({"filepath": folder, "sentids": [number], "filename": name, "imgid": number, "split": split,
-                       "sentences": [{"tokens": ["a"], "raw": f"A {number}.", "imgid": number, "sentid": number}],
-                       "cocoid": number})
+        images.append(
+            {
+                "filepath": folder,
+                "sentids": [number],
+                "filename": name,
+                "imgid": number,
+                "split": split,
+                "sentences": [{"tokens": ["a"], "raw": f"A {number}.", "imgid": number, "sentid": number}],
+                "cocoid": number,
+            }
+        )
     save(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
     for root in ("coco", "coco17"):
         prepare("source=coco", f"src={root}", "source.karpathy=dataset_coco.json", f"out={root}-out", "shuffle=false")
@@ -170,11 +203,10 @@ FLICKR_CSV = (
     "image_name| comment_number| comment\n"
     "1000.jpg| 0| Two men , one | with a hat .\n"
     "1000.jpg| 1| Two men .\n"
-    "2199200615.jpg| 4   A dog runs across the grass .\n"      # so it stands in the published file
+    "2199200615.jpg| 4   A dog runs across the grass .\n"  # so it stands in the published file
 )
 FLICKR_TOKEN = (
-    "1000.jpg#0\tTwo men , one | with a hat .\n1000.jpg#1\tTwo men .\n"
-    "2199200615.jpg#4\tA dog runs across the grass .\n"
+    "1000.jpg#0\tTwo men , one | with a hat .\n1000.jpg#1\tTwo men .\n2199200615.jpg#4\tA dog runs across the grass .\n"
 )
 
 
@@ -204,7 +236,9 @@ def test_a_line_that_cannot_be_read_is_named_and_left_out(
     assert "1 lines are not PICTURE|NUMBER|CAPTION and are left out: 'what is this'" in caplog.text
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"there is no such file": 1}
     assert json.loads((tmp_path / "o/dropped.jsonl").read_text()) == {
-        "split": "train", "picture": "images/2199200615.jpg", "reason": "there is no such file",
+        "split": "train",
+        "picture": "images/2199200615.jpg",
+        "reason": "there is no such file",
     }
 
 
@@ -260,12 +294,15 @@ def test_cc3m_is_downloaded_and_shrunk_and_unreachable_urls_are_reported(
     assert [row["name"] for row in words_of(tmp_path / "o", "val")] == [f"{web.url}/9"]
     dropped = [json.loads(line) for line in (tmp_path / "o/dropped.jsonl").read_text().splitlines()]
     assert {row["picture"].rpartition("/")[2]: row["reason"] for row in dropped} == {
-        "gone": "unreachable: HTTP 404", "slow": "unreachable: ReadTimeoutError", "html": "is not a picture",
-        "cut": "unreachable: ProtocolError", "x": "unreachable: NewConnectionError",
+        "gone": "unreachable: HTTP 404",
+        "slow": "unreachable: ReadTimeoutError",
+        "html": "is not a picture",
+        "cut": "unreachable: ProtocolError",
+        "x": "unreachable: NewConnectionError",
         "shy": "unreachable: its owner asks not to be trained on (X-Robots-Tag)",
     }
     asked = len(web.asked)
-    prepare("source=cc3m", "src=cc", "out=o", "shuffle=false", "source.timeout=5")     # neutral: it is finished
+    prepare("source=cc3m", "src=cc", "out=o", "shuffle=false", "source.timeout=5")  # neutral: it is finished
     assert len(web.asked) == asked
 
 
@@ -275,7 +312,9 @@ def test_labels_after_the_url_of_cc3m_are_left_alone(
     save(tmp_path / "labels.tsv", f"one\t{web.url}/1\tlabel,other\t/m/01,/m/0\t0.9,0.8\ntwo\t{web.url}/2\n")
     prepare("source=cc3m", "src=labels.tsv", "out=o", "shuffle=false")
     assert [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")] == [
-        (f"{web.url}/1", ["one"]), (f"{web.url}/2", ["two"])]
+        (f"{web.url}/1", ["one"]),
+        (f"{web.url}/2", ["two"]),
+    ]
 
 
 def test_a_lost_network_ends_the_run_and_the_same_command_resumes(
@@ -283,8 +322,10 @@ def test_a_lost_network_ends_the_run_and_the_same_command_resumes(
 ) -> None:
     save(tmp_path / "x.tsv", "one\thttp://127.0.0.1:9/a\ntwo\thttp://127.0.0.1:9/b\n")
     message = refused("source=cc3m", "src=x.tsv", "out=o")
-    assert message == ("none of the 2 pictures for o/train/cc3m-train-000000.tar can be used (2 unreachable; such "
-                       "as http://127.0.0.1:9/b); fix that and rerun the same command to resume")
+    assert message == (
+        "none of the 2 pictures for o/train/cc3m-train-000000.tar can be used (2 unreachable; such "
+        "as http://127.0.0.1:9/b); fix that and rerun the same command to resume"
+    )
     assert not list((tmp_path / "o").iterdir())
     assert refused("source=cc3m", "src=x.tsv", "out=o2", "drop_duplicates=true").startswith("drop_duplicates=true comp")
 
@@ -307,9 +348,16 @@ def test_the_order_is_seeded_and_the_shards_are_of_even_size(prepare: Callable[.
 def make_mixed(root: Path) -> Path:
     """Pictures of all kinds, with a caption each; two of them are no pictures, and one is there twice."""
     large = picture(1, "jpeg", (640, 480))
-    rows = {"big.jpg": large, "big.png": picture(2, "png", (300, 600)), "small.webp": picture(3, "webp", (50, 40)),
-            "anim.gif": picture(4, "gif"), "again.jpg": large, "cut.jpg": large[: len(large) // 2],
-            "text.jpg": b"hello", "wrong.png": picture(5, "jpeg")}
+    rows = {
+        "big.jpg": large,
+        "big.png": picture(2, "png", (300, 600)),
+        "small.webp": picture(3, "webp", (50, 40)),
+        "anim.gif": picture(4, "gif"),
+        "again.jpg": large,
+        "cut.jpg": large[: len(large) // 2],
+        "text.jpg": b"hello",
+        "wrong.png": picture(5, "jpeg"),
+    }
     for name, data in rows.items():
         save(root / "images" / name, data)
     save(root / "captions.txt", "".join(f"{name}\tthis is {name}\n" for name in [*rows, "gone.jpg"]))
@@ -336,8 +384,12 @@ def test_bytes_stay_unless_they_must_not_and_the_extension_says_what_they_are(
     make_mixed(tmp_path / "m")
     prepare("source=folder", "src=m", "out=o", "shuffle=false")
     assert kinds(tmp_path / "o") == {
-        "big.jpg": ("jpg", (640, 480)), "big.png": ("png", (300, 600)), "small.webp": ("webp", (50, 40)),
-        "anim.gif": ("png", (40, 32)), "again.jpg": ("jpg", (640, 480)), "cut.jpg": ("jpg", (640, 480)),
+        "big.jpg": ("jpg", (640, 480)),
+        "big.png": ("png", (300, 600)),
+        "small.webp": ("webp", (50, 40)),
+        "anim.gif": ("png", (40, 32)),
+        "again.jpg": ("jpg", (640, 480)),
+        "cut.jpg": ("jpg", (640, 480)),
         "wrong.png": ("jpg", (40, 32)),
     }
     assert samples(tmp_path / "o")[0].picture == (tmp_path / "m/images/big.jpg").read_bytes()
@@ -377,16 +429,14 @@ def test_of_pictures_with_the_same_bytes_the_first_stays_with_its_own_captions(
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"]["is a duplicate"] == 1
 
 
-def test_nothing_left_is_an_error(
-    prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
-) -> None:
+def test_nothing_left_is_an_error(prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path) -> None:
     save(tmp_path / "m/images/x", "")
     save(tmp_path / "m/captions.txt", "a.jpg\tone\nx\ttwo\n")
     assert refused("source=folder", "src=m", "out=o", "shuffle=false") == (
         "none of the 2 pictures for o/train/folder-train-000000.tar can be used (1 there is no such file, 1 is not "
         "a picture; such as images/a.jpg); fix that and rerun the same command to resume"
     )
-    assert list((tmp_path / "o").iterdir()) == []               # free for words that are better
+    assert list((tmp_path / "o").iterdir()) == []  # free for words that are better
     save(tmp_path / "m/images/a.jpg", picture(1, "jpeg"))
     prepare("source=folder", "src=m", "out=o")
     assert [sample.captions for sample in samples(tmp_path / "o")] == [["one"]]
@@ -451,7 +501,8 @@ def test_a_finished_directory_is_left_as_it_is_and_any_other_is_refused(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
     given = ["source=coco", "src=moved"]
     assert refused(*given, "out=o", "resize=20", "shuffle=false").startswith(
-        "out=o holds shards with other settings (shuffle=true there, false now; resize=null there, 20 now); ")
+        "out=o holds shards with other settings (shuffle=true there, false now; resize=null there, 20 now); "
+    )
     save(tmp_path / "p/thesis.txt", "dear")
     assert refused(*given, "out=p").startswith("out=p holds something else (thesis.txt); shards need a new or empty")
     assert refused(*given, "out=p/thesis.txt").startswith("out=p/thesis.txt is a file")
@@ -468,10 +519,14 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
     whole = picture(1, "jpeg", (64, 64))
     rows = {"good": (whole, "fine"), "cut": (whole[:600], "fine"), "mute": (whole, " "), "text": (b"no picture", "x")}
     for shard, names in {"train/a.tar": ["good", "cut", "mute"], "val/b.tar": ["text", "good"]}.items():
-        write_tar(tmp_path / "s" / shard, [
-            member for name in names
-            for member in ((f"{name}.txt", rows[name][1].encode()), (f"{name}.jpg", rows[name][0]))
-        ])
+        write_tar(
+            tmp_path / "s" / shard,
+            [
+                member
+                for name in names
+                for member in ((f"{name}.txt", rows[name][1].encode()), (f"{name}.jpg", rows[name][0]))
+            ],
+        )
     write_tar(tmp_path / "s/train/c.tar", [("lonely.txt", b"words")])
     save(tmp_path / "s/train/d.tar", "no tar" * 300)
     (tmp_path / "s/train/e.tar").mkdir()
@@ -479,15 +534,26 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
         caplog.clear()
         caplog.set_level(logging.INFO, logger="clipx")
         assert refused("source=shards", "src=s", "verify=true", *more) == (
-            "training would fail on d.tar, e.tar, 2 of 5 files; pack the incomplete tars again, or move them out of s")
+            "training would fail on d.tar, e.tar, 2 of 5 files; pack the incomplete tars again, or move them out of s"
+        )
         listing = tmp_path / ("told" if more else "s") / "bad.jsonl"
         bad = [json.loads(line) for line in listing.read_text().splitlines()]
         assert [(row["shard"], row["key"]) for row in bad] == [
-            ("train/a.tar", "cut"), ("train/a.tar", "mute"), ("train/c.tar", "lonely"),
-            ("train/d.tar", None), ("train/e.tar", None), ("val/b.tar", "text"),
+            ("train/a.tar", "cut"),
+            ("train/a.tar", "mute"),
+            ("train/c.tar", "lonely"),
+            ("train/d.tar", None),
+            ("train/e.tar", None),
+            ("val/b.tar", "text"),
         ]
-        starts = ["does not decode", "its caption is empty", "has no picture", "s/train/d.tar is not a tar",
-                  "s/train/e.tar is not a file", "does not decode: it is not a picture"]
+        starts = [
+            "does not decode",
+            "its caption is empty",
+            "has no picture",
+            "s/train/d.tar is not a tar",
+            "s/train/e.tar is not a file",
+            "does not decode: it is not a picture",
+        ]
         assert all(row["reason"].startswith(start) for row, start in zip(bad, starts, strict=True))
         data = {row["key"]: (tmp_path / "s" / row["shard"]).read_bytes()[row["offset"] :] for row in bad if row["key"]}
         assert data["cut"].startswith(whole[:600]) and data["mute"].startswith(whole)
@@ -507,8 +573,9 @@ def test_shards_that_training_would_refuse_end_with_exit_code_1(
     caplog.set_level(logging.INFO, logger="clipx")
     rows = [(f"{number}.jpg", picture(number, "jpeg")) for number in range(20)]
     write_tar(tmp_path / "s/a.tar", [*rows, *((f"{number}.txt", b"a thing") for number in range(20))])
-    assert refused("source=shards", "src=s", *more).startswith("40 of the 40 samples in s cannot be used, but training "
-                                                               "tolerates 1% (data.max_skipped); ")
+    assert refused("source=shards", "src=s", *more).startswith(
+        "40 of the 40 samples in s cannot be used, but training tolerates 1% (data.max_skipped); "
+    )
     assert "the members of a sample are not adjacent" in caplog.text and "next" not in caplog.text
 
 
@@ -521,8 +588,11 @@ def test_img2datasets_shards_are_indexed_as_they_are_and_its_counts_are_held_aga
         for number in range(2):
             key = f"{shard}{number:04d}"
             words = {"caption": f"caption {key}", "url": "http://x", "key": key, "status": "success", "width": 40}
-            members += [(f"{key}.jpg", picture(number, "jpeg")), (f"{key}.json", json.dumps(words).encode()),
-                        (f"{key}.txt", f"caption {key}".encode())]
+            members += [
+                (f"{key}.jpg", picture(number, "jpeg")),
+                (f"{key}.json", json.dumps(words).encode()),
+                (f"{key}.txt", f"caption {key}".encode()),
+            ]
         write_tar(tmp_path / f"laion/{shard}.tar", members)
         save(tmp_path / f"laion/{shard}_stats.json", {"count": 5, "successes": promised, "status_dict": {}})
         save(tmp_path / f"laion/{shard}.parquet", b"PAR1")
@@ -532,8 +602,12 @@ def test_img2datasets_shards_are_indexed_as_they_are_and_its_counts_are_held_aga
         "laion/00001.tar holds 2 samples, but 00001_stats.json says 3"
     ]
     assert len(list((tmp_path / "laion").glob("*.index"))) == 2 and not (tmp_path / "laion/bad.jsonl").exists()
-    assert samples_of(tmp_path / "laion") == ["caption 000000000", "caption 000000001", "caption 000010000",
-                                              "caption 000010001"]
+    assert samples_of(tmp_path / "laion") == [
+        "caption 000000000",
+        "caption 000000001",
+        "caption 000010000",
+        "caption 000010001",
+    ]
 
 
 def samples_of(root: Path) -> list[str]:
@@ -554,6 +628,6 @@ def test_coco_from_its_published_files_to_retrieval_over_five_captions(tmp_path:
         assert ended.returncode == 0, ended.stderr
     assert "90 pictures to train, 12 to validate" in (tmp_path / "outputs/x/train.log").read_text()
     final = json.loads((tmp_path / "outputs/x/summary.json").read_text())["final"]
-    ranks = [final[f"val/retrieval/t2i_r{k}"] * 12 * 5 for k in (1, 5, 10)]        # counted among 60 captions
+    ranks = [final[f"val/retrieval/t2i_r{k}"] * 12 * 5 for k in (1, 5, 10)]  # counted among 60 captions
     assert all(abs(rank - round(rank)) < 1e-6 for rank in ranks) and ranks[2] > 0
-    assert 0 < final["val/retrieval/i2t_median_rank"] <= 56                         # the best of a picture's five
+    assert 0 < final["val/retrieval/i2t_median_rank"] <= 56  # the best of a picture's five

@@ -22,7 +22,7 @@ from clipx.data.prepare import encode
 from clipx.data.prepare.rows import texts as texts_of
 from clipx.data.sample import BadSample
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")    # webdataset's own
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")  # webdataset's own
 
 
 # ---------------------------------------------------------------- folders
@@ -90,7 +90,8 @@ def test_an_image_whose_reader_is_not_installed_is_counted_with_the_install_comm
     prepare("source=folder", "src=a", "out=o")
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {
         "is HEIC, which needs an extra; pip install 'clipx[heic]'": 1,
-        "is AVIF, which needs Pillow 11.3; pip install --upgrade pillow": 1}
+        "is AVIF, which needs Pillow 11.3; pip install --upgrade pillow": 1,
+    }
     with pytest.raises(BadSample, match="does not decode: it is HEIC, .*clipx.heic"):
         decode((tmp_path / "a/1.heic").read_bytes())
 
@@ -122,11 +123,14 @@ def test_an_imagefolder_is_read_by_its_metadata(
     found = [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")]
     assert found == [(normalize("NFD", names[0]), [f"thing, {names[0]}"]), ("sub/2.png", ["thing, sub/2.png"])]
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {
-        f"is not in metadata.{kind}": 1, "there is no such file": 1}
+        f"is not in metadata.{kind}": 1,
+        "there is no such file": 1,
+    }
     prepare("source=folder", "src=f", "out=p", "source.caption=title")
     assert {row["caption"][0] for row in words_of(tmp_path / "p")} == {f"a {name}" for name in names[:2]}
     assert refused("source=folder", "src=f", "out=q", "source.caption=words") == (
-        f"source.caption=words: f/metadata.{kind} has no such column; there are file_name, text, title")
+        f"source.caption=words: f/metadata.{kind} has no such column; there are file_name, text, title"
+    )
 
 
 def test_an_imagefolder_may_have_splits(prepare: Callable[..., None], tmp_path: Path) -> None:
@@ -169,9 +173,7 @@ def test_a_folder_may_have_another_encoding(
         assert words_of(tmp_path / f"o{root}")[0]["caption"] == ["b\u00e9b\u00e9"]
 
 
-def test_files_that_a_system_leaves_in_a_folder_are_no_pictures(
-    prepare: Callable[..., None], tmp_path: Path
-) -> None:
+def test_files_that_a_system_leaves_in_a_folder_are_no_pictures(prepare: Callable[..., None], tmp_path: Path) -> None:
     save(tmp_path / "a/0000.png", picture(1))
     save(tmp_path / "a/0000.txt", "a thing")
     for name in ("._0000.png", "@eaDir/0000.png", ".thumbnails/1.png"):
@@ -184,7 +186,8 @@ def test_files_that_a_system_leaves_in_a_folder_are_no_pictures(
 def test_a_caption_key_without_verify_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     write_tar(tmp_path / "s/a.tar", [("1.jpg", picture(1, "jpeg")), ("1.json", b'{"title": "a"}')])
     assert refused("source=shards", "src=s", "source.caption_key=title").startswith(
-        "source.caption_key=title has no effect on an index; add verify=true")
+        "source.caption_key=title has no effect on an index; add verify=true"
+    )
 
 
 TEXT = "only on tables of text (.csv, .tsv); leave it out"
@@ -245,13 +248,16 @@ def test_a_table_of_any_kind_and_columns(kind: str, prepare: Callable[..., None]
         pyarrow.parquet.write_table(pyarrow.table({**columns, "n": list(range(4))}), tmp_path / "t/t.parquet")
     else:
         sep = {"csv": ",", "tsv": "\t", "semicolon": ";"}[kind]
-        lines = [sep.join(columns), *(sep.join((str(n), '"' + text.replace('"', '""') + '"', name))
-                                      for n, (name, text) in enumerate(ROWS))]
+        lines = [
+            sep.join(columns),
+            *(sep.join((str(n), '"' + text.replace('"', '""') + '"', name)) for n, (name, text) in enumerate(ROWS)),
+        ]
         save(tmp_path / src, "\ufeff" + "\r\n".join(lines))
         more = {"semicolon": ["source.sep=;"], "tsv": ['source.quote="', r"source.sep=\t"]}.get(kind, [])
     prepare("source=csv", f"src={src}", "source.image=file", "source.caption=the text", "out=o", "shuffle=false", *more)
     assert [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")] == [
-        ("p/a.png", ["one, with a comma", 'un "uno"']), ("p/b.png", ["two"]),
+        ("p/a.png", ["one, with a comma", 'un "uno"']),
+        ("p/b.png", ["two"]),
     ]
 
 
@@ -297,8 +303,13 @@ def test_rows_with_more_fields_than_the_header_are_listed_and_too_many_end_it(
     found = packed_table(prepare, tmp_path, "t.csv", "\n".join(["image,caption", *rows]))
     assert found == [f"thing {n}" for n in range(10, 60)]
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"has more fields than the header": 10}
-    assert (tmp_path / "o/dropped.jsonl").read_text().startswith(
-        '{"split": "train", "picture": "t.csv, line 2", "reason": "has more fields than the header: 3, not 2"}')
+    assert (
+        (tmp_path / "o/dropped.jsonl")
+        .read_text()
+        .startswith(
+            '{"split": "train", "picture": "t.csv, line 2", "reason": "has more fields than the header: 3, not 2"}'
+        )
+    )
     save(tmp_path / "t.csv", "\n".join(["image,caption", *rows, "11.png,a,b"]))
     given = ("source=csv", "src=t.csv", "source.image=image", "source.caption=caption")
     assert refused(*given, "out=p").startswith("t.csv: 11 of 61 rows cannot be read, such as t.csv, line 2, which has ")
@@ -324,7 +335,9 @@ def test_a_table_may_be_lines_of_json(
     text = '{"image": "1.png", "caption": ["a", "b"]}\nno json\n{"image": "2.png", "caption": "c"}\n{"image": "3.png"}'
     assert packed_table(prepare, tmp_path, "metadata.jsonl", text) == ["a", "b", "c"]
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {
-        "is not an object with 'image'": 1, "has no caption": 1}
+        "is not an object with 'image'": 1,
+        "has no caption": 1,
+    }
     given = ("source=csv", "src=metadata.jsonl", "source.image=image", "source.caption=text", "out=p")
     assert refused(*given) == "source.caption=text: metadata.jsonl has no such column; there are image, caption"
 
@@ -355,9 +368,7 @@ PARQUET = ("source=csv", "source.image=image", "source.caption=caption")
 
 
 @pytest.mark.parametrize("inside", ["bytes", "struct"])
-def test_pictures_inside_a_parquet_table_are_packed(
-    inside: str, prepare: Callable[..., None], tmp_path: Path
-) -> None:
+def test_pictures_inside_a_parquet_table_are_packed(inside: str, prepare: Callable[..., None], tmp_path: Path) -> None:
     write_pictures(tmp_path / "p/a.parquet", 8, inside=inside)
     write_pictures(tmp_path / "p/b.parquet", 4, first=8, inside=inside)
     orders = {}
@@ -368,27 +379,40 @@ def test_pictures_inside_a_parquet_table_are_packed(
         assert all(one.captions == [f"thing {int(one.key)}", "a thing"] for one in found)
         orders[out] = [int(one.key) for one in found]
     assert [row["name"] for row in words_of(tmp_path / "plain")][6:9] == [
-        "a.parquet, row 6", "a.parquet, row 7", "b.parquet, row 0"]
+        "a.parquet, row 6",
+        "a.parquet, row 7",
+        "b.parquet, row 0",
+    ]
     assert orders["plain"] == list(range(12)) == sorted(orders["a"])
     assert orders["a"] == orders["b"] != orders["c"] and orders["a"] != orders["plain"]
     groups = [number // 3 if number < 8 else 3 + (number - 8) // 3 for number in orders["a"]]
-    assert sum(one != other for one, other in pairwise(groups)) == 4       # a group of rows is read together
+    assert sum(one != other for one, other in pairwise(groups)) == 4  # a group of rows is read together
 
 
 def test_cells_without_a_picture_are_counted_and_a_path_in_place_of_bytes_is_read(
     prepare: Callable[..., None], tmp_path: Path
 ) -> None:
-    cells = [{"bytes": picture(1), "path": None}, {"bytes": None, "path": "2.png"}, {"bytes": None, "path": None}, None,
-             {"bytes": b"no", "path": "x"}, {"bytes": None, "path": "no.png"}, {"bytes": picture(1), "path": "again"}]
+    cells = [
+        {"bytes": picture(1), "path": None},
+        {"bytes": None, "path": "2.png"},
+        {"bytes": None, "path": None},
+        None,
+        {"bytes": b"no", "path": "x"},
+        {"bytes": None, "path": "no.png"},
+        {"bytes": picture(1), "path": "again"},
+    ]
     captions = ["one", "two", "three", "four", "five", "six", None]
     pyarrow.parquet.write_table(pyarrow.table({"image": cells, "caption": captions}), tmp_path / "t.parquet")
     save(tmp_path / "2.png", picture(2))
     prepare(*PARQUET, "src=t.parquet", "out=o", "shuffle=false")
     assert [row["caption"] for row in words_of(tmp_path / "o")] == [["one"], ["two"]]
     assert dropped(tmp_path / "o") == {
-        "t.parquet, row 2": "its cell is empty", "t.parquet, row 3": "its cell is empty",
-        "t.parquet, row 4": "is not a picture", "t.parquet, row 5": "there is no such file",
-        "t.parquet, row 6": "has no caption"}
+        "t.parquet, row 2": "its cell is empty",
+        "t.parquet, row 3": "its cell is empty",
+        "t.parquet, row 4": "is not a picture",
+        "t.parquet, row 5": "there is no such file",
+        "t.parquet, row 6": "has no caption",
+    }
     prepare(*PARQUET, "src=t.parquet", "out=p", "shuffle=false", "drop_duplicates=true")
     assert dropped(tmp_path / "p")["t.parquet, row 6"] == "is a duplicate: of t.parquet, row 0"
 
@@ -403,7 +427,8 @@ def test_a_damaged_group_of_rows_costs_its_pictures_alone(prepare: Callable[...,
     prepare(*PARQUET, "src=t.parquet", "out=o", "shuffle=false")
     assert [one.captions[0] for one in samples(tmp_path / "o")] == [f"thing {n}" for n in (0, 1, 2, 6, 7, 8)]
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {
-        "its part of the parquet file is corrupt": 3}
+        "its part of the parquet file is corrupt": 3
+    }
 
 
 def test_captions_that_are_structs_are_refused_and_nan_counts_as_missing(
@@ -411,13 +436,19 @@ def test_captions_that_are_structs_are_refused_and_nan_counts_as_missing(
 ) -> None:
     save(tmp_path / "1.png", picture(1))
     save(tmp_path / "2.png", picture(2))
-    rows = {"image": ["1.png", "2.png"], "caption": [{"raw": "a"}, {"raw": "b"}], "sentences": [[{"raw": "a"}]] * 2,
-            "number": [1.0, float("nan")], "nan": [float("nan"), None]}
+    rows = {
+        "image": ["1.png", "2.png"],
+        "caption": [{"raw": "a"}, {"raw": "b"}],
+        "sentences": [[{"raw": "a"}]] * 2,
+        "number": [1.0, float("nan")],
+        "nan": [float("nan"), None],
+    }
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
     for column, kind in (("caption", "dict"), ("sentences", "dict"), ("number", "float")):
         given = ("source=csv", "src=t.parquet", "source.image=image", f"source.caption={column}", "out=o")
-        assert refused(*given) == (f"source.caption={column} holds {kind} in t.parquet, not text or lists of text; "
-                                   "choose a text column")
+        assert refused(*given) == (
+            f"source.caption={column} holds {kind} in t.parquet, not text or lists of text; choose a text column"
+        )
     given = ("source=csv", "src=t.parquet", "source.image=image", "source.caption=nan", "out=o")
     assert refused(*given).endswith("has no picture with a caption")
     save(tmp_path / "t.jsonl", '{"image": "1.png", "caption": "a"}\n{"image": "2.png", "caption": NaN}\n')
@@ -463,11 +494,14 @@ def test_an_empty_shard_is_left_out_reported_and_bounded(
     assert len(dropped(tmp_path / "o")) == 4
     report = json.loads((tmp_path / "o/report.json").read_text())
     assert report["empty"] == ["train/folder-train-000001.tar"] and report["dropped"] == {"there is no such file": 4}
-    assert ("o/train/folder-train-000001.tar is not written: none of its 4 pictures can be used (4 there is no such "
-            "file; such as images/4.png)") in caplog.text
+    assert (
+        "o/train/folder-train-000001.tar is not written: none of its 4 pictures can be used (4 there is no such "
+        "file; such as images/4.png)"
+    ) in caplog.text
     message = refused(*given, "samples_per_shard=2", "out=p")
-    assert message.endswith("; fix that and rerun the same command to resume, or set max_empty=1 to leave out the 2 "
-                            "empty shards")
+    assert message.endswith(
+        "; fix that and rerun the same command to resume, or set max_empty=1 to leave out the 2 empty shards"
+    )
     prepare(*given, "samples_per_shard=2", "out=p", "max_empty=1", "workers=2")
     assert sizes(tmp_path / "p") == [2, 2, 2, 2]
     report = json.loads((tmp_path / "p/report.json").read_text())
@@ -486,9 +520,7 @@ def test_empty_shards_are_retried_by_the_same_command(
     assert everything(tmp_path / "o") == everything(tmp_path / "whole")
 
 
-def test_only_where_nothing_at_all_can_be_used_no_max_empty_helps(
-    refused: Callable[..., str], tmp_path: Path
-) -> None:
+def test_only_where_nothing_at_all_can_be_used_no_max_empty_helps(refused: Callable[..., str], tmp_path: Path) -> None:
     make_holes(tmp_path / "a", set())
     given = ("source=folder", "src=a", "samples_per_shard=3", "max_empty=1", "out=o")
     assert refused(*given).startswith("none of the 3 pictures for o/train/folder-train-000003.tar can be used (3 ")

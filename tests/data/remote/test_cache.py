@@ -33,8 +33,8 @@ from clipx.data.tar.headers import DataError
 from clipx.tokenizer import SimpleTokenizer
 
 TOKENIZER = SimpleTokenizer()
-SIZES = (9, 4, 14, 8, 11, 5, 12)        # samples of the shards
-WINDOW = 6                              # samples
+SIZES = (9, 4, 14, 8, 11, 5, 12)  # samples of the shards
+WINDOW = 6  # samples
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -56,7 +56,7 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: len(data) // 2])
-        elif status == "short":         # whole, as far as HTTP tells
+        elif status == "short":  # whole, as far as HTTP tells
             data = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data) // 2))
@@ -79,7 +79,7 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
-        pass                                                    # who asked has hung up
+        pass  # who asked has hung up
 
     @property
     def url(self) -> str:
@@ -87,7 +87,7 @@ class Server(ThreadingHTTPServer):
 
     def stop(self) -> None:
         if self.up:
-            self.socket.shutdown(socket.SHUT_RDWR)          # forked workers have it open, too
+            self.socket.shutdown(socket.SHUT_RDWR)  # forked workers have it open, too
             self.up = False
         self.shutdown()
         self.server_close()
@@ -190,7 +190,7 @@ def test_the_cache_holds_no_more_than_it_may_at_any_moment(
     ended.set()
     watch.join()
     assert len(seen) > 50 and 0 < max(seen) <= 1e9 * limit
-    assert len(server.copies()) > 2 * len(SIZES)                # evicted, and copied again
+    assert len(server.copies()) > 2 * len(SIZES)  # evicted, and copied again
     assert not list((tmp_path / "cache").rglob("*.part"))
 
 
@@ -201,7 +201,7 @@ def test_what_is_still_needed_is_not_evicted(server: Server, remote: Callable[..
     batches = load_chunks(reader_of(data), train_ranges(0, 5), 0, pin=False)
     for a, b in zip(batches, expected, strict=False):
         assert_same([a], [b])
-        time.sleep(0.05)                                        # the copies run far ahead
+        time.sleep(0.05)  # the copies run far ahead
         needed = next(plan.windows(a.position)).shards
         assert all(data.train.catalogue.remotes[shard].is_cached() for shard in needed)
 
@@ -219,7 +219,7 @@ def test_too_small_a_cache_is_refused_with_a_sufficient_size(server: Server, rem
 def test_a_set_much_smaller_than_the_window_starts_at_once(
     server: Server, remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tar(server.root / "part-007.tar", [])                 # is never read
+    write_tar(server.root / "part-007.tar", [])  # is never read
     open_shards(str(server.root), val=0)
     looked, windows = [], Plan.windows
 
@@ -230,16 +230,14 @@ def test_a_set_much_smaller_than_the_window_starts_at_once(
 
     monkeypatch.setattr(Plan, "windows", counted)
     chunks_of(remote(shards=f"{server.url}/part-{{000..007}}.tar", shuffle_window=131_072), 1)
-    assert len(looked) < 4 * prefetch.CHECKED                       # and not 2,000 for each of them
+    assert len(looked) < 4 * prefetch.CHECKED  # and not 2,000 for each of them
     assert "part-007.tar" not in server.asked
 
 
-def test_cached_shards_are_reused_without_another_request(
-    server: Server, remote: Callable[..., Data]
-) -> None:
+def test_cached_shards_are_reused_without_another_request(server: Server, remote: Callable[..., Data]) -> None:
     chunks_of(remote())
     assert sorted(server.copies()) == sorted(f"part-{number:03d}.tar" for number in range(7))
-    assert len(server.asked) == 15              # for dataset_type.txt, and for each shard its index and itself
+    assert len(server.asked) == 15  # for dataset_type.txt, and for each shard its index and itself
     chunks_of(remote())
     assert len(server.asked) == 15
 
@@ -439,9 +437,7 @@ def test_remote_validation_is_copied_whole_and_stays(
     server: Server, remote: Callable[..., Data], tmp_path: Path
 ) -> None:
     held = f"{server.url}/part-00{{5..6}}.tar"
-    data = remote(
-        shards=f"{server.url}/part-00{{0..4}}.tar", val_shards=held, val=0.02, cache_gb=1.5 * enough(server)
-    )
+    data = remote(shards=f"{server.url}/part-00{{0..4}}.tar", val_shards=held, val=0.02, cache_gb=1.5 * enough(server))
     assert sorted(server.copies()) == ["part-005.tar", "part-006.tar"] and list(data.val.sizes) == [5, 12]
     chunks_of(data, 40)
     assert all(data.val.catalogue.remotes[shard].is_cached() for shard in range(2))
@@ -490,9 +486,7 @@ def test_a_pipe_runs_only_where_it_is_allowed(server: Server, remote: Callable[.
         remote(shards=f"pipe:cat {tmp_path}/nowhere.tar", allow_pipe=True)
 
 
-def test_what_cannot_be_opened_is_one_line(
-    remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_opened_is_one_line(remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"^odd://b/x\.tar cannot be opened: .* http\(s\)://, s3://, gs:// or az:"):
         remote(shards="odd://b/x.tar")
     with pytest.raises(DataError, match=r"^http://h/\*\.tar: web servers do not list files; give the numbers"):
@@ -513,8 +507,12 @@ def bucket(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
-    for name, value in {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b",
-                        "DEFAULT_REGION": "us-east-1"}.items():
+    for name, value in {
+        "ENDPOINT_URL": f"http://{host}:{port}",
+        "ACCESS_KEY_ID": "a",
+        "SECRET_ACCESS_KEY": "b",
+        "DEFAULT_REGION": "us-east-1",
+    }.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     s3 = boto3.client("s3")
     s3.create_bucket(Bucket="clipx-test")
@@ -564,7 +562,7 @@ def test_a_run_trains_from_http_and_resumes_when_the_server_is_back(
     ]  # fmt: skip
     windows = Plan(SIZES[:6], 0, WINDOW).windows(0)
     early = {shard for window in itertools.islice(windows, 3) for shard in window.shards}
-    server.faults = {f"part-{number:03d}.tar": [503] * 9 for number in set(range(6)) - early}       # down behind these
+    server.faults = {f"part-{number:03d}.tar": [503] * 9 for number in set(range(6)) - early}  # down behind these
     told = fails(*words)
     assert "cannot be copied (HTTP 503 Service Unavailable" in told
     saved = torch.load(tmp_path / "outputs/far/checkpoints/clip_last.pt", weights_only=True)

@@ -34,7 +34,7 @@ def contents(shard: Path) -> dict[str, dict[str, bytes]]:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")     # webdataset's own
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")  # webdataset's own
 @pytest.mark.parametrize("format", FORMATS)
 def test_byte_ranges_hold_what_webdataset_reads(tmp_path: Path, format: int) -> None:
     names = NAMES if format != tarfile.USTAR_FORMAT else NAMES[:4]
@@ -89,9 +89,7 @@ def test_members_of_one_kind_twice_make_two_samples(tmp_path: Path) -> None:
     [(1700, 1, 2), (1400, 1, 1), (1024, 1, 1), (700, 0, 1)],
     ids=["in a member", "in a header", "between", "in the first"],
 )
-def test_a_truncated_tar_is_used_up_to_the_cut(
-    tmp_path: Path, kept: int, readable: int, samples: int
-) -> None:
+def test_a_truncated_tar_is_used_up_to_the_cut(tmp_path: Path, kept: int, readable: int, samples: int) -> None:
     shard = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 300), ("b.jpg", b"2" * 1000), ("c.jpg", b"3")])
     shard.write_bytes(shard.read_bytes()[:kept])
     head = read_head(make_index(shard, tmp_path))
@@ -104,8 +102,8 @@ def test_what_is_lost_is_known_from_an_older_index_or_from_the_counts_of_img2dat
     make_index(old, tmp_path)
     (tmp_path / "00000_stats.json").write_text('{"count": 12, "successes": 10}')
     for shard in (old, counted):
-        shard.write_bytes(shard.read_bytes()[:3700])        # in the fourth
-        for _ in range(2):                                  # the second time from the first's own index
+        shard.write_bytes(shard.read_bytes()[:3700])  # in the fourth
+        for _ in range(2):  # the second time from the first's own index
             head = read_head(make_index(shard, tmp_path))
             assert (head["readable"], head["samples"], head["total"], head["cut"]) == (3, 4, 10, True)
         assert len(read_table(shard.with_name(f"{shard.name}.index"))) == 4
@@ -161,7 +159,7 @@ def test_where_shards_cannot_be_written_the_index_goes_to_index_dir(
     shard = make_shards(3) / "part-000.tar"
     write = Path.write_bytes
 
-    def refuse(path: Path, data: bytes) -> int:        # root may write anywhere, so the file system's no is acted
+    def refuse(path: Path, data: bytes) -> int:  # root may write anywhere, so the file system's no is acted
         if path.parent == shard.parent:
             raise PermissionError(13, "read-only", str(path))
         return write(path, data)
@@ -174,7 +172,10 @@ def test_where_shards_cannot_be_written_the_index_goes_to_index_dir(
 
 @pytest.mark.parametrize("stranger", [False, True])
 def test_where_neither_can_be_written_it_goes_to_a_temporary_directory_of_our_own_with_a_warning(
-    make_shards: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    make_shards: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     stranger: bool,
 ) -> None:
     shard, own = make_shards(3) / "part-000.tar", tmp_path / f"tmp/clipx-{os.getuid()}"
@@ -188,7 +189,7 @@ def test_where_neither_can_be_written_it_goes_to_a_temporary_directory_of_our_ow
     monkeypatch.setattr(Path, "write_bytes", refuse)
     monkeypatch.setattr(tempfile, "tempdir", str(own.parent))
     own.mkdir(parents=True)
-    if stranger:                            # who might have laid indexes there that lie
+    if stranger:  # who might have laid indexes there that lie
         os.chown(own, 12345, 12345)
         with pytest.raises(DataError, match="part-000.tar.index cannot be written, nor .*set data.index_dir=DIR"):
             open_catalogue([shard], tmp_path / "cache")
@@ -197,7 +198,8 @@ def test_where_neither_can_be_written_it_goes_to_a_temporary_directory_of_our_ow
         assert open_catalogue([shard], tmp_path / "cache").rows["samples"].tolist() == [3]
     assert [record.getMessage() for record in caplog.records] == [
         f"1 indexes are in the temporary directory {own}, as {shard.parent} is not writable; set "
-        "data.index_dir=DIR to keep them"]
+        "data.index_dir=DIR to keep them"
+    ]
 
 
 def test_without_a_home_directory_paths_in_it_are_temporary(monkeypatch: pytest.MonkeyPatch) -> None:
