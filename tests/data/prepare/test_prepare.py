@@ -27,6 +27,7 @@ from clipx.config.instantiate import build, locate
 from clipx.config.resolve import resolve
 from clipx.config.schema import PrepareConfig
 from clipx.data.prepare import pack
+from clipx.data.prepare import shard as writer
 from clipx.data.shards import open_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")  # webdataset's own
@@ -467,9 +468,15 @@ def test_a_failure_between_any_two_files_costs_one_shard(
     make_coco(tmp_path / "coco", 8, 2)
     given = ["source=coco", "src=coco", "samples_per_shard=2"]
     prepare(*given, "out=whole")
-    failures = [("make_index", 3), ("write", 1), ("write", 4), ("encode", 7), ("finish", 1)]
-    for number, (name, turn) in enumerate(failures):
-        calls, real = [], getattr(pack, name)
+    failures = [
+        (writer, "make_index", 3),
+        (pack, "write", 1),
+        (writer, "write", 3),
+        (writer, "encode", 7),
+        (pack, "finish", 1),
+    ]
+    for number, (module, name, turn) in enumerate(failures):
+        calls, real = [], getattr(module, name)
 
         def fail(
             *words: object, calls: list = calls, real: Callable = real, turn: int = turn, **more: object
@@ -480,7 +487,7 @@ def test_a_failure_between_any_two_files_costs_one_shard(
             return real(*words, **more)
 
         with monkeypatch.context() as broken:
-            broken.setattr(pack, name, fail)
+            broken.setattr(module, name, fail)
             assert refused(*given, f"out=o{number}") == (
                 f"o{number}: No space left on device; fix that and rerun the same command to resume"
             )
