@@ -1,4 +1,4 @@
-"""What SECURITY.md promises, each promise against an attack."""
+"""Every promise of SECURITY.md, tested with an attack."""
 
 import argparse
 import ast
@@ -25,7 +25,7 @@ from PIL import EpsImagePlugin, Image
 
 from clipx import load
 from clipx.config.instantiate import build, locate
-from clipx.data import sample as sample_room
+from clipx.data import sample
 from clipx.data.catalogue import open_catalogue
 from clipx.data.folder import open_folder
 from clipx.data.images import decode, get_image_transform
@@ -45,7 +45,7 @@ CODE = sorted((ROOT / "clipx").rglob("*.py"))
 
 
 class Bomb:
-    """Its pickle runs a command for whoever loads it."""
+    """Unpickling this runs a command."""
 
     def __init__(self, ran: Path):
         self.ran = ran
@@ -56,15 +56,15 @@ class Bomb:
 
 @pytest.fixture
 def ran(tmp_path: Path) -> Iterator[Path]:
-    """A file that an attack makes; in the end it must not be there."""
+    """A file that a successful attack creates; fails the test if it exists at the end."""
     path = tmp_path / "ran"
     yield path
     assert not path.exists()
 
 
 @contextmanager
-def in_little_memory() -> Iterator[None]:
-    """Python and numpy ask for less than 16 MB."""
+def little_memory() -> Iterator[None]:
+    """Fails if Python and numpy allocate more than 16 MB."""
     tracemalloc.start()
     try:
         yield
@@ -84,20 +84,20 @@ def test_a_pickle_in_place_of_a_checkpoint_is_not_run(tmp_path: Path, ran: Path)
             load(tmp_path / name)
 
 
-@pytest.mark.parametrize("way", ["a call", "a name of torch", "a tensor out of bounds", "written on the reader"])
-def test_a_torchscript_archive_runs_no_code(tmp_path: Path, ran: Path, way: str) -> None:
+@pytest.mark.parametrize("kind", ["a call", "a name of torch", "a tensor out of bounds", "written on the reader"])
+def test_a_torchscript_archive_runs_no_code(tmp_path: Path, ran: Path, kind: str) -> None:
     storage = b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI1\ntQ"
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I0\n(I%d\nt(I1\ntI00\nNtR"
-    attack = {
+    payload = {
         "a call": pickle.dumps(Bomb(ran), 2),
         "a name of torch": b"ctorch\nload\n(V/x\ntR.",
         "a tensor out of bounds": tensor % 10**9 + b".",
         "written on the reader": b"ctorch._utils\n_rebuild_tensor_v2\n(N}V__name__\nI1\nstb.",
-    }[way]
+    }[kind]
     with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
         for name, data in (
-            ("data.pkl", attack),
-            ("constants.pkl", attack),
+            ("data.pkl", payload),
+            ("constants.pkl", payload),
             ("version", b"3"),
             ("data/0", bytes(4)),
             ("code/__torch__.py", b"import os"),
@@ -110,17 +110,17 @@ def test_a_torchscript_archive_runs_no_code(tmp_path: Path, ran: Path, way: str)
 def test_a_pickle_in_place_of_what_was_held_out_is_not_run(
     make_shards: Callable[..., Path], tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample_room, "LARGE", 1)
+    monkeypatch.setattr(sample, "LARGE", 1)
     source = open_shards(str(make_shards(20)), val=0).train
     expected = hold_out(source, 0.3, tmp_path / "kept")[1].ids
-    (kept,) = (tmp_path / "kept").iterdir()
-    lie = io.BytesIO()
-    np.lib.format.write_array_header_1_0(lie, {"descr": "<i8", "fortran_order": False, "shape": (10**12,)})
+    (file,) = (tmp_path / "kept").iterdir()
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (10**12,)})
     objects = io.BytesIO()
     np.save(objects, np.array([Bomb(ran)], object), allow_pickle=True)
-    for attack in (pickle.dumps(Bomb(ran)), objects.getvalue(), lie.getvalue()):
-        kept.write_bytes(attack)
-        with in_little_memory():
+    for payload in (pickle.dumps(Bomb(ran)), objects.getvalue(), header.getvalue()):
+        file.write_bytes(payload)
+        with little_memory():
             assert np.array_equal(hold_out(source, 0.3, tmp_path / "kept")[1].ids, expected)
 
 
@@ -152,7 +152,7 @@ def test_no_line_of_clipx_unpickles_evaluates_unpacks_or_asks_a_shell() -> None:
             assert name != "torch.load" or keywords["weights_only"] == "True"
 
 
-# ---------------------------------------------------------------- what a config and a checkpoint may call
+# ---------------------------------------------------------------- what configs and checkpoints may call
 
 
 TOWERS = {
@@ -169,7 +169,7 @@ def checkpoint_of(path: Path, node: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("attack", "reason"),
+    ("node", "reason"),
     [
         ({"_target_": "os.system", "command": "touch {ran}"}, "os.system is not clipx's own code"),
         ({"_target_": "builtins.exec", "source": "open('{ran}', 'w')"}, "builtins.exec is not clipx's own code"),
@@ -185,10 +185,10 @@ def checkpoint_of(path: Path, node: object) -> Path:
 )  # fmt: skip
 @pytest.mark.parametrize("nested", [False, True], ids=["model", "nested"])
 def test_of_a_checkpoints_config_nothing_is_called_but_its_model(
-    tmp_path: Path, ran: Path, attack: dict[str, object], reason: str, nested: bool
+    tmp_path: Path, ran: Path, node: dict[str, object], reason: str, nested: bool
 ) -> None:
-    attack = {key: value.format(ran=ran) if isinstance(value, str) else value for key, value in attack.items()}
-    path = checkpoint_of(tmp_path / "evil.pt", {**MODEL, "text": {"a": attack}} if nested else attack)
+    node = {key: value.format(ran=ran) if isinstance(value, str) else value for key, value in node.items()}
+    path = checkpoint_of(tmp_path / "evil.pt", {**MODEL, "text": {"a": node}} if nested else node)
     with pytest.raises(CheckpointError, match=f"evil.pt: model{'.text.a' if nested else ''}._target_=.*{reason}"):
         load(path)
     assert [file.name for file in tmp_path.iterdir()] == ["evil.pt"]
@@ -202,11 +202,11 @@ def test_what_a_checkpoints_config_makes_is_a_clip(tmp_path: Path, node: object,
         load(checkpoint_of(tmp_path / "evil.pt", node))
 
 
-@pytest.mark.parametrize("odd", [{"width": "wide"}, {"wings": 2}])
+@pytest.mark.parametrize("override", [{"width": "wide"}, {"wings": 2}])
 def test_a_model_that_cannot_be_made_from_a_checkpoints_config_is_one_line(
-    tmp_path: Path, odd: dict[str, object]
+    tmp_path: Path, override: dict[str, object]
 ) -> None:
-    path = checkpoint_of(tmp_path / "odd.pt", {**MODEL, "image": {**TOWERS["image"], **odd}})
+    path = checkpoint_of(tmp_path / "odd.pt", {**MODEL, "image": {**TOWERS["image"], **override}})
     with pytest.raises(CheckpointError, match="odd.pt: its config's model cannot be built: [^\n]*$"):
         load(path)
 
@@ -247,28 +247,28 @@ def test_a_trusted_package_passes_on_only_what_it_says_that_it_does(
     assert type(load(tmp_path / "own.pt", trust=trust)[0]).__name__ == "CLIP"
     with pytest.raises(CheckpointError, match=r"my_models\.own is not clipx's own code; trust=\[my_models\]"):
         load(tmp_path / "own.pt")
-    for attack in (
+    for node in (
         {"_target_": "my_models.system", "command": f"touch {ran}"},
         {"_target_": "my_models.save", "path": str(ran), "content": {}},
     ):
         with pytest.raises(CheckpointError, match=r"comes from (posix|nt);|is outside clipx\.models"):
-            load(checkpoint_of(tmp_path / "evil.pt", attack), trust=trust)
+            load(checkpoint_of(tmp_path / "evil.pt", node), trust=trust)
     monkeypatch.delitem(sys.modules, "my_models")
 
 
 # ---------------------------------------------------------------- no shell
 
 
-@pytest.mark.parametrize("way", ["behind another", "in a brace", "for validation", "as a root", "in a list"])
-def test_a_command_hidden_in_a_name_is_not_run(make_shards: Callable[..., Path], ran: Path, way: str) -> None:
+@pytest.mark.parametrize("kind", ["after another shard", "in a brace", "for validation", "as a root", "in a list"])
+def test_a_command_hidden_in_a_name_is_not_run(make_shards: Callable[..., Path], ran: Path, kind: str) -> None:
     good, command = str(make_shards(3) / "part-000.tar"), f"pipe:touch {ran}"
     keys = {
-        "behind another": {"shards": f"{good}::{command}"},
+        "after another shard": {"shards": f"{good}::{command}"},
         "in a brace": {"shards": f"pipe:touch {ran}-{{0..3}}"},
         "for validation": {"shards": good, "val": command},
         "as a root": {"root": command},
         "in a list": {"shards": [good, command]},
-    }[way]
+    }[kind]
     with pytest.raises(ValueError, match="would run a command; data.allow_pipe=true|holds no shards|not a directory"):
         open_shards(**keys)
 
@@ -288,7 +288,7 @@ def test_a_picture_that_is_a_program_is_no_picture(monkeypatch: pytest.MonkeyPat
 
 
 def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
-    """A tar header whose size field holds what it is told."""
+    """A tar header with any bytes in its size field."""
     block = bytearray(name.ljust(124, b"\0") + size.ljust(12, b"\0") + b" " * 20 + kind)
     block[100:124] = b"0000644\0" + b"0000000\0" * 2
     block[136:156] = b"00000000000\0" + b" " * 8
@@ -306,7 +306,7 @@ def pax(records: bytes, size: int | None = None) -> bytes:
 
 
 GOOD = header(b"good.txt", b"%011o" % 4) + padded(b"good")
-LIES = {
+LYING_HEADERS = {
     "pax of 8 GB": pax(b"9 a=bcde\n", 8 * 10**9),
     "global pax of 8 GB": header(b"pax", b"\x80" + (8 * 10**9).to_bytes(11, "big"), b"g"),
     "long name of 8 GB": header(b"././@LongLink", b"\x80" + (8 * 10**9).to_bytes(11, "big"), b"L"),
@@ -318,10 +318,10 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_header_that_lies_of_its_size_is_damage_and_takes_no_memory(tmp_path: Path, lie: str) -> None:
-    (tmp_path / "x.tar").write_bytes(GOOD + LIES[lie] + bytes(1024))
-    with in_little_memory(), pytest.raises(DataError, match=r"x\.tar is corrupt after member 1"):
+@pytest.mark.parametrize("name", LYING_HEADERS)
+def test_a_header_that_lies_of_its_size_is_damage_and_takes_no_memory(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.tar").write_bytes(GOOD + LYING_HEADERS[name] + bytes(1024))
+    with little_memory(), pytest.raises(DataError, match=r"x\.tar is corrupt after member 1"):
         scan(tmp_path / "x.tar")
 
 
@@ -329,20 +329,20 @@ def test_one_long_name_does_not_make_room_in_every_row(tmp_path: Path) -> None:
     name = b"a" * 500_000 + b".txt"
     long = header(b"long", b"%011o" % len(name), b"L") + padded(name)
     (tmp_path / "x.tar").write_bytes(GOOD * 500 + long + GOOD + bytes(1024))
-    with in_little_memory(), pytest.raises(DataError, match=r"x\.tar has a name of 500,004 bytes, more than 1,024"):
+    with little_memory(), pytest.raises(DataError, match=r"x\.tar has a name of 500,004 bytes, more than 1,024"):
         scan(tmp_path / "x.tar")
 
 
 def test_a_header_of_very_many_records_is_read_in_a_moment(tmp_path: Path) -> None:
     records = b"5 a=\n" * (MAX_HEADER // 5)
     (tmp_path / "x.tar").write_bytes(pax(records) + GOOD + bytes(1024))
-    began = time.process_time()
+    start = time.process_time()
     assert len(scan(tmp_path / "x.tar")[0]) == 1
-    assert time.process_time() - began < 5
+    assert time.process_time() - start < 5
 
 
 def sparse_tar(path: Path, *sizes: tuple[str, int]) -> Path:
-    """A tar whose members are as long as they say, all zeros, and take no room on the disk."""
+    """A sparse tar: its members are full-length zeros that take no disk space."""
     with path.open("wb") as file:
         for name, size in sizes:
             file.write(header(name.encode(), b"%011o" % size))
@@ -363,13 +363,13 @@ def test_a_member_that_is_too_large_is_not_read(tmp_path: Path, member: str, siz
         del sizes["txt"]
     sparse_tar(tmp_path / "x.tar", *((f"a.{kind}", size) for kind, size in sizes.items()))
     source = open_shards(str(tmp_path), val=0).train
-    with in_little_memory(), pytest.raises(BadSample) as error:
+    with little_memory(), pytest.raises(BadSample) as error:
         source.read(0)
     assert str(error.value) == reason
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"),
+    ("members", "reason"),
     [({"txt": b"a" * 20_000}, "its caption is too large: 20,000 bytes, more than 16,384"),
      ({"json": json.dumps({"caption": ["ok", "a" * 20_000]}).encode()}, "its caption is too large: 20,000 bytes"),
      ({"json": b'{"caption": ' + b"[" * 900_000}, "its json cannot be read"),
@@ -377,9 +377,9 @@ def test_a_member_that_is_too_large_is_not_read(tmp_path: Path, member: str, siz
     ids=["long", "one of two", "deep", "a number"],
 )  # fmt: skip
 def test_a_caption_that_would_hold_up_the_run_makes_its_sample_bad(
-    tmp_path: Path, words: dict[str, bytes], reason: str
+    tmp_path: Path, members: dict[str, bytes], reason: str
 ) -> None:
-    write_tar(tmp_path / "x.tar", [("a.png", picture(1)), *((f"a.{kind}", data) for kind, data in words.items())])
+    write_tar(tmp_path / "x.tar", [("a.png", picture(1)), *((f"a.{kind}", data) for kind, data in members.items())])
     with pytest.raises(BadSample) as error:
         open_shards(str(tmp_path), val=0).train.read(0)
     assert str(error.value).startswith(reason)
@@ -396,10 +396,10 @@ def test_what_a_listing_names_is_read_only_if_it_is_a_file_of_some_size(tmp_path
     source = open_folder(str(tmp_path), val=0).train
     reasons = ["its picture is too large: 10,000,000,000", "there is no such file", "there is no such file"]
     for number, reason in enumerate([*reasons, "its caption is too large: 20,000 bytes"]):
-        with in_little_memory(), pytest.raises(BadSample, match=reason):
+        with little_memory(), pytest.raises(BadSample, match=reason):
             source.read(number)
     for name, reason in zip(("huge.jpg", "zero.jpg", "pipe.jpg"), reasons, strict=True):
-        with in_little_memory(), pytest.raises(BadSample, match=reason):
+        with little_memory(), pytest.raises(BadSample, match=reason):
             read_file(tmp_path / "images", name)
 
 
@@ -410,11 +410,11 @@ def png(width: int, height: int) -> bytes:
 
 
 def test_in_evaluation_a_picture_that_would_fill_the_memory_is_skipped(tmp_path: Path) -> None:
-    words = {"txt": b"a line"}
+    caption = {"txt": b"a line"}
     bombs = {"ok": picture(1), "large": png(30_000, 3_000), "narrow": png(1, 60_000)}
     write_tar(
         tmp_path / "x.tar",
-        [(f"{name}.{kind}", data) for name, bomb in bombs.items() for kind, data in {"png": bomb, **words}.items()],
+        [(f"{name}.{kind}", data) for name, bomb in bombs.items() for kind, data in {"png": bomb, **caption}.items()],
     )
     reader = EvalReader(open_shards(str(tmp_path), val=0).train, 224, SimpleTokenizer())
     chunk = reader.chunk(range(3))
@@ -434,11 +434,11 @@ def test_an_endless_response_is_cut_off(tmp_path: Path, serve: Callable[[Path], 
     assert (tmp_path / "part").stat().st_size < 10 << 20
 
 
-# ---------------------------------------------------------------- an index that lies
+# ---------------------------------------------------------------- a forged index
 
 
 def tampered(shard: Path, change: Callable[[dict], object], rows: bytes | None = None) -> None:
-    """Rewrites the head of a shard's index, and its rows."""
+    """Rewrites the head of a shard's index, and optionally its rows."""
     index = shard.with_name(f"{shard.name}.index")
     with index.open("rb") as file:
         head = json.loads(file.readline())
@@ -468,41 +468,43 @@ def test_an_index_that_lies_is_made_again(
 ) -> None:
     shard = make_shards(3) / "part-000.tar"
     index = make_index(shard, tmp_path)
-    whole = index.read_bytes()
+    original = index.read_bytes()
     tampered(shard, change, rows)
-    assert index.read_bytes() != whole
+    assert index.read_bytes() != original
     assert open_catalogue([shard], tmp_path).rows["samples"].tolist() == [3]
-    assert index.read_bytes() == whole
+    assert index.read_bytes() == original
 
 
-@pytest.mark.parametrize("attack", [b"[" * 900_000, pickle.dumps({"samples": 1}), b'{"dtype": [["__key__", "|S9"]]}\n'])
+@pytest.mark.parametrize(
+    "content", [b"[" * 900_000, pickle.dumps({"samples": 1}), b'{"dtype": [["__key__", "|S9"]]}\n']
+)
 def test_an_index_that_is_something_else_is_made_again(
-    make_shards: Callable[..., Path], tmp_path: Path, attack: bytes
+    make_shards: Callable[..., Path], tmp_path: Path, content: bytes
 ) -> None:
     shard = make_shards(3) / "part-000.tar"
-    shard.with_name("part-000.tar.index").write_bytes(attack)
+    shard.with_name("part-000.tar.index").write_bytes(content)
     assert open_catalogue([shard], tmp_path).rows["samples"].tolist() == [3]
 
 
 @pytest.mark.parametrize(
-    ("place", "reason"),
+    ("span", "reason"),
     [((-5, 10), "its index points outside the shard"), ((512, -1), "its index points outside the shard"),
      ((512, 1 << 40), "is lost"), ((1 << 62, 1 << 62), "is lost"), ((0, 0), "has no picture")],
 )  # fmt: skip
 def test_an_index_that_points_elsewhere_makes_its_samples_bad(
-    make_shards: Callable[..., Path], tmp_path: Path, place: tuple[int, int], reason: str
+    make_shards: Callable[..., Path], tmp_path: Path, span: tuple[int, int], reason: str
 ) -> None:
     shard = make_shards(3) / "part-000.tar"
     table = np.array(read_table(make_index(shard, tmp_path)))
-    table["png"] = table["json"] = place
+    table["png"] = table["json"] = span
     tampered(shard, lambda head: None, table.tobytes())
-    with in_little_memory(), pytest.raises(BadSample, match=reason):
+    with little_memory(), pytest.raises(BadSample, match=reason):
         open_shards(str(shard.parent), val=0).train.read(1)
 
 
-@pytest.mark.parametrize("attack", [b'{"successes": 1e400}', b'{"successes": -3}', b"[" * 900_000])
-def test_counts_that_cannot_be_are_none(attack: bytes) -> None:
-    assert successes(attack) is None
+@pytest.mark.parametrize("content", [b'{"successes": 1e400}', b'{"successes": -3}', b"[" * 900_000])
+def test_counts_that_cannot_be_are_none(content: bytes) -> None:
+    assert successes(content) is None
 
 
 def test_a_member_called_like_the_key_is_no_member(tmp_path: Path) -> None:
@@ -511,7 +513,7 @@ def test_a_member_called_like_the_key_is_no_member(tmp_path: Path) -> None:
     assert read_head(tmp_path / "x.tar.index")["samples"] == 1
 
 
-# ---------------------------------------------------------------- names are names
+# ---------------------------------------------------------------- member names are not paths
 
 
 def test_the_names_of_members_never_become_paths(
@@ -544,7 +546,7 @@ def test_the_names_of_members_never_become_paths(
         "evals=[]",
     )
     source = open_shards(str(data), val=0).train
-    assert sum(source.sizes) == 6  # ".." has no key; links and devices are passed over
+    assert sum(source.sizes) == 6  # ".." has no key; links and devices are ignored
     assert picture(9) not in [source.read(number).picture for number in range(6)]
     outside = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
     assert outside == {"inner", "secret.png"} and (tmp_path / "secret.png").read_bytes() == picture(9)
@@ -553,7 +555,7 @@ def test_the_names_of_members_never_become_paths(
     assert not Path("/etc/evil.png").exists() and not (tmp_path.parent / "evil.png").exists()
 
 
-# ---------------------------------------------------------------- who listens
+# ---------------------------------------------------------------- network
 
 
 def test_a_run_opens_no_socket_to_the_network(train: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,8 +575,8 @@ def test_the_tensorboard_that_we_name_binds_to_localhost() -> None:
 
     parser = argparse.ArgumentParser()
     CorePluginLoader().define_flags(parser)
-    given = parser.parse_args(["--logdir", "outputs"])
-    assert given.host is None and given.bind_all is False  # its server then takes localhost
+    args = parser.parse_args(["--logdir", "outputs"])
+    assert args.host is None and args.bind_all is False  # so its server binds to localhost
     for file in [*CODE, ROOT / "README.md", ROOT / "Makefile"]:
         assert not {"--bind_all", "--host", "0.0.0.0"} & set(file.read_text().replace('"', " ").split()), file
 
@@ -601,5 +603,5 @@ def test_a_saved_config_that_would_steer_hydra_is_refused(fails: Callable[..., s
 def test_a_name_does_not_steer_the_terminal(fails: Callable[..., str], tmp_path: Path) -> None:
     names = [f"\x1b[2Jsample{n}.{kind}" for n in range(30) for kind in ("png", "txt")]
     write_tar(tmp_path / "data/x.tar", [(name, b"no") for name in names])
-    told = fails("data=shards", "data.root=data", "data.val=0", "batch_size=4", "workers=0", "evals=[]", "name=x")
-    assert "x.tar/?[2Jsample" in told and "\x1b" not in told
+    message = fails("data=shards", "data.root=data", "data.val=0", "batch_size=4", "workers=0", "evals=[]", "name=x")
+    assert "x.tar/?[2Jsample" in message and "\x1b" not in message

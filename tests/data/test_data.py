@@ -1,4 +1,4 @@
-"""Captions, sources and what is held out."""
+"""Captions, sources and held-out samples."""
 
 import shutil
 from collections.abc import Callable
@@ -108,8 +108,8 @@ def test_globs_and_brace_lists_replace_a_directory(make_shards: Callable[..., Pa
     root = make_shards(4, 2, 3)
     brace = open_shards(shards=f"{root}/part-{{000..001}}.tar", val_shards=f"{root}/part-002.tar")
     assert list(brace.train.sizes) == [4, 2] and list(brace.val.sizes) == [3]
-    several = open_shards(shards=[f"{root}/part-00[01].tar", f"{root}/part-002.tar"], val=0)
-    assert list(several.train.sizes) == [4, 2, 3] and several.val is None
+    from_list = open_shards(shards=[f"{root}/part-00[01].tar", f"{root}/part-002.tar"], val=0)
+    assert list(from_list.train.sizes) == [4, 2, 3] and from_list.val is None
 
 
 def test_a_list_of_patterns_has_its_braces_expanded_each(make_shards: Callable[..., Path]) -> None:
@@ -140,19 +140,21 @@ def test_a_low_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_file_name_with_braces_is_taken_as_it_is(make_shards: Callable[..., Path]) -> None:
     shard = make_shards(4) / "part-000.tar"
-    odd = shard.rename(shard.with_name("a{1..2} [b]~é=c.tar"))
-    assert list(open_shards(shards=str(odd), val=0).train.sizes) == [4]
+    renamed = shard.rename(shard.with_name("a{1..2} [b]~é=c.tar"))
+    assert list(open_shards(shards=str(renamed), val=0).train.sizes) == [4]
 
 
 def test_a_share_is_held_out_by_key_alone(make_shards: Callable[..., Path]) -> None:
     root = make_shards(60, 40)
     data = open_shards(str(root), val=0.1)
-    held = {data.val.read(number).key for number in range(10)}
-    kept = {data.train.read(number).key for number in range(90)}
-    assert sum(data.val.sizes) == 10 and len(held) == 10 and sum(data.train.sizes) == 90 and not held & kept
-    assert sorted(held | kept) == [f"{number:05d}" for number in range(100)]
-    other = open_shards(str(make_shards(100, folder="one")), val=0.1)  # packed otherwise
-    assert {other.val.read(number).key for number in range(10)} == held
+    val_keys = {data.val.read(number).key for number in range(10)}
+    train_keys = {data.train.read(number).key for number in range(90)}
+    assert (
+        sum(data.val.sizes) == 10 and len(val_keys) == 10 and sum(data.train.sizes) == 90 and not val_keys & train_keys
+    )
+    assert sorted(val_keys | train_keys) == [f"{number:05d}" for number in range(100)]
+    other = open_shards(str(make_shards(100, folder="one")), val=0.1)  # the same samples in one shard
+    assert {other.val.read(number).key for number in range(10)} == val_keys
     assert data.train.id != open_shards(str(root), val=0.2).train.id
 
 
@@ -161,10 +163,10 @@ def test_no_more_than_5000_are_held_out() -> None:
     assert sum(val.sizes) == 5000 and sum(train.sizes) == 25_000
 
 
-@pytest.mark.parametrize("words", [{}, {"root": "a", "shards": "b"}])
-def test_root_or_shards_is_given(words: dict[str, str]) -> None:
+@pytest.mark.parametrize("options", [{}, {"root": "a", "shards": "b"}])
+def test_root_or_shards_is_given(options: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="set exactly one"):
-        open_shards(**words)
+        open_shards(**options)
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_a_missing_named_set_says_which_command_makes_it(fails: Callable[..., st
 
 
 @pytest.mark.parametrize(
-    ("word", "reason"),
+    ("setting", "reason"),
     [
         ("shuffle_window=0", "should be greater than 0"),
         ("max_skipped=-0.1", "should be greater than or equal to 0"),
@@ -214,22 +216,22 @@ def test_a_missing_named_set_says_which_command_makes_it(fails: Callable[..., st
     ],
 )
 def test_a_value_that_cannot_be_is_named(
-    word: str, reason: str, fails: Callable[..., str], make_shards: Callable[..., Path]
+    setting: str, reason: str, fails: Callable[..., str], make_shards: Callable[..., Path]
 ) -> None:
-    told = fails("data=shards", f"data.root={make_shards(4)}", f"data.{word}")
-    assert told.startswith(f"data.{word.partition('=')[0]}=") and reason in told
+    message = fails("data=shards", f"data.root={make_shards(4)}", f"data.{setting}")
+    assert message.startswith(f"data.{setting.partition('=')[0]}=") and reason in message
 
 
 def test_what_a_source_of_a_mix_has_lost_is_bounded_by_its_own_key(make_shards: Callable[..., Path]) -> None:
     root = make_shards(40)
-    open_shards(str(root), val=0)  # knows that there were 40
+    open_shards(str(root), val=0)  # the index records 40 samples
     with (root / "part-000.tar").open("rb+") as shard:
         shard.truncate(shard.seek(0, 2) // 2)
     with pytest.raises(ValueError, match=r"^max_skipped=0\.01: .* set 0\.425 "):
         open_shards(str(root), val=0)
     lossy = open_shards(str(root), val=0, max_skipped=0.6)
     mix = open_mix({"a": lossy}, {"a": 1.0}, max_skipped=0.6)
-    assert mix.lost == lossy.lost and not mix.vals  # nor need a mix be validated
+    assert mix.lost == lossy.lost and not mix.vals  # a mix may have no validation set
     with pytest.raises(DataError, match=r"data\.sources\.a\.caption is not used in a mix"):
         open_mix({"a": open_shards(str(root), val=0, max_skipped=0.6, caption="first")}, {"a": 1.0})
 
@@ -238,7 +240,7 @@ def test_what_a_source_of_a_mix_has_lost_is_bounded_by_its_own_key(make_shards: 
 
 
 def benchmark_set(root: Path, kind: str) -> Path:
-    """A retrieval set as clip_benchmark.webdataset_builder writes it: a line of .txt a caption."""
+    """A retrieval set as written by clip_benchmark.webdataset_builder: one caption per line of .txt."""
     members = []
     for number in range(3):
         captions = "\n".join(f"number {number}, said {time} times" for time in range(5))
@@ -271,18 +273,18 @@ def test_a_set_with_only_test_shards_is_refused_with_the_evaluate_command(tmp_pa
         open_shards(str(root))
 
 
-@pytest.mark.parametrize("place", ["", "test/"])
+@pytest.mark.parametrize("prefix", ["", "test/"])
 def test_each_line_is_a_caption_in_remote_retrieval_sets_too(
-    place: str, tmp_path: Path, serve: Callable[[Path], str]
+    prefix: str, tmp_path: Path, serve: Callable[[Path], str]
 ) -> None:
     root = benchmark_set(tmp_path / "served/x", "retrieval")
-    (root / "dataset_type.txt").rename(root / f"{place}dataset_type.txt")
+    (root / "dataset_type.txt").rename(root / f"{prefix}dataset_type.txt")
     url = f"{serve(tmp_path / 'served')}/x/test/0.tar"
     local = open_shards(str(root / "test"), val=0.0).train
     for _ in range(2):
         remote = open_shards(shards=url, val=0.0, index_dir=str(tmp_path / "i"), cache=str(tmp_path / "c")).train
         assert remote.caption_per_line and remote.id == local.id
-        (root / f"{place}dataset_type.txt").unlink(missing_ok=True)  # it is asked for once
+        (root / f"{prefix}dataset_type.txt").unlink(missing_ok=True)  # it is requested only once
 
 
 def test_shards_of_which_some_have_one_caption_a_line_are_two_sources(tmp_path: Path) -> None:
@@ -319,7 +321,7 @@ def test_a_key_with_a_dot_is_refused(tmp_path: Path) -> None:
 
 def test_a_batch_of_a_mix_holds_no_picture_twice(fails: Callable[..., str], make_shards: Callable[..., Path]) -> None:
     many, few = make_shards(40, folder="many"), make_shards(3, folder="few")
-    words = (
+    args = (
         "data=mix",
         "data@data.sources.coco=shards",
         "data@data.sources.cc3m=shards",
@@ -333,7 +335,7 @@ def test_a_batch_of_a_mix_holds_no_picture_twice(fails: Callable[..., str], make
         "max_steps=1",
         "evals=[]",
     )
-    assert fails(*words, "batch_size=8") == (
+    assert fails(*args, "batch_size=8") == (
         "batch_size=8 is more than its smallest source gives, by data.weights, so a batch would hold a picture twice; "
         "at most batch_size=6, or a smaller weight for that source"
     )
@@ -437,7 +439,7 @@ def test_the_embedded_pictures_are_whole() -> None:
     keys = np.concatenate([source.keys(shard) for source in (train, val) for shard in range(len(source.sizes))])
     assert len(set(keys.tolist())) == len(keys) and sum(val.sizes) == round(len(keys) / 10)
     names = THINGS.read_text().splitlines()
-    things = {sample.captions[0] for source in (train, val) for sample in map(source.read, range(sum(source.sizes)))}
-    assert things == set(names) and len(names) == len(things) and len(keys) == 3 * len(names)
+    captions = {sample.captions[0] for source in (train, val) for sample in map(source.read, range(sum(source.sizes)))}
+    assert captions == set(names) and len(names) == len(captions) and len(keys) == 3 * len(names)
     picture = decode(val.read(0).picture)
     assert picture.size == (64, 64)

@@ -1,5 +1,5 @@
-"""Everything that goes wrong with data, on real tars broken on purpose: a run survives it with a true account, or
-ends with an error that says what is wrong."""
+"""Data faults, on real tars broken on purpose: the run continues and reports every skipped sample, or ends with an
+error that says what is wrong."""
 
 import gzip
 import io
@@ -31,7 +31,7 @@ from clipx.data.plan import Plan
 from clipx.data.readers import TRIES, Chunk, TrainReader
 from clipx.data.shards import open_shards
 from clipx.data.tar.headers import DataError
-from clipx.evals import encoder as encoder_room
+from clipx.evals import encoder
 from clipx.tokenizer import SimpleTokenizer
 
 TOKENIZER = SimpleTokenizer()
@@ -40,7 +40,7 @@ Members = dict[str, list[tuple[str, bytes]]]
 
 
 def members(count: int = SAMPLES) -> Members:
-    """The members of some good samples, by key."""
+    """Members of intact samples, by key."""
     return {
         f"{number:03d}": [
             (f"{number:03d}.jpg", picture(number, "jpeg")),
@@ -51,11 +51,11 @@ def members(count: int = SAMPLES) -> Members:
 
 
 def write(path: Path, samples: Members) -> Path:
-    return write_tar(path, [member for several in samples.values() for member in several])
+    return write_tar(path, [member for group in samples.values() for member in group])
 
 
-def reader_of(root: Path, **how: object) -> TrainReader:
-    source = open_shards(str(root), val=0, index_dir=str(root / "cache"), **how).train
+def reader_of(root: Path, **options: object) -> TrainReader:
+    source = open_shards(str(root), val=0, index_dir=str(root / "cache"), **options).train
     return TrainReader(source, Plan(source.sizes, 0, 64), TrainCrop(16, (0.9, 1.0), "fast"), TOKENIZER, "random")
 
 
@@ -65,13 +65,13 @@ def two_epochs(reader: TrainReader, workers: int = 0, **shared: int) -> list[Chu
 
 
 def account(chunks: list[Chunk]) -> dict[str, str]:
-    """What was skipped, with its reason; all batches were full."""
+    """Reason for each skipped sample, by key; checks that every batch is full."""
     assert {len(chunk) for chunk in chunks} == {8}
     return {record.place.partition("/")[2]: record.reason for chunk in chunks for record in chunk.skipped}
 
 
 def spoil(sample: str, kind: str, data: bytes | None) -> Callable[[Members], None]:
-    """Puts other bytes in place of a member, or takes it away."""
+    """Replaces the bytes of a member, or removes it if ``data`` is None."""
 
     def change(samples: Members) -> None:
         name = f"{sample}.{kind}"
@@ -81,7 +81,7 @@ def spoil(sample: str, kind: str, data: bytes | None) -> Callable[[Members], Non
 
 
 WHOLE = picture(1, "jpeg", (200, 150))
-FLIPPED = bytes(byte ^ 0xFF if 150 < place < 400 else byte for place, byte in enumerate(WHOLE))
+FLIPPED = bytes(byte ^ 0xFF if 150 < index < 400 else byte for index, byte in enumerate(WHOLE))
 
 
 def bomb() -> bytes:
@@ -127,8 +127,8 @@ def test_a_bad_sample_is_replaced_and_listed(tmp_path: Path, change: Callable[[M
     change(samples)
     write(tmp_path / "x.tar", samples)
     chunks = two_epochs(reader_of(tmp_path))
-    told = account(chunks)
-    assert list(told) == ["007"] and told["007"].startswith(reason)
+    skipped = account(chunks)
+    assert list(skipped) == ["007"] and skipped["007"].startswith(reason)
     used = torch.cat([chunk.samples for chunk in chunks])
     assert set(used.tolist()) == set(range(SAMPLES)) - {7}
 
@@ -153,19 +153,19 @@ def test_names_with_spaces_dots_chinese_and_folders_are_names(tmp_path: Path, fo
     source = reader_of(tmp_path).source
     keys = [source.read(number).key for number in range(5)]
     assert keys == names[:5]
-    with pytest.raises(Exception, match="has no picture"):  # what follows the first dot is the kind
+    with pytest.raises(Exception, match="has no picture"):  # the kind is everything after the first dot
         source.read(5)
 
 
 def cut_in(shard: Path, sample: str) -> None:
-    """Cut a tar in the middle of a sample's picture."""
+    """Truncate a tar in the middle of a sample's picture."""
     with tarfile.open(shard) as tar:
         picture = tar.getmember(f"{sample}.jpg")
     os.truncate(shard, picture.offset_data + picture.size // 2)
 
 
 def cut_shard(root: Path) -> Path:
-    """Two shards, the second cut in its sample 022."""
+    """Two shards, the second truncated in sample 022."""
     write(root / "a.tar", members())
     shard = write(root / "b.tar", members())
     cut_in(shard, "022")
@@ -212,10 +212,10 @@ def test_what_a_cut_has_lost_is_listed_once_by_a_run_that_was_killed_before_its_
 ) -> None:
     shard = cut_shard(tmp_path / "data")
     shard.with_name("b_stats.json").write_text(json.dumps({"successes": 31}))
-    words = ("data=shards", "data.root=data", "data.val=0", "batch_size=21", "max_steps=2", "name=x", "workers=0")
-    train(*words)
-    shutil.rmtree(tmp_path / "outputs/x/checkpoints")  # as a run that was killed before leaves it
-    train(*words)
+    args = ("data=shards", "data.root=data", "data.val=0", "batch_size=21", "max_steps=2", "name=x", "workers=0")
+    train(*args)
+    shutil.rmtree(tmp_path / "outputs/x/checkpoints")  # as if it had been killed before the first one
+    train(*args)
     listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
     assert [line["place"] for line in listed].count("b.tar") == 1
 
@@ -283,25 +283,25 @@ def test_a_file_of_zero_bytes_is_listed_as_what_it_is(tmp_path: Path, train: Cal
     assert listed == [{"samples": 0, "place": "c.tar", "reason": reason}]
 
 
-@pytest.mark.parametrize("words", [(), ("verify=true",)])
+@pytest.mark.parametrize("args", [(), ("verify=true",)])
 def test_prepare_reports_a_file_of_zero_bytes_of_a_set_that_cannot_be_written(
-    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from clipx.prepare import main
 
     write(tmp_path / "data/a.tar", members(19))
     (tmp_path / "data/c.tar").touch()
-    can, temporary = os.access, tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    can, writable = os.access, tmp_path / "temporary"
+    writable.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(writable))
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and can(path, mode))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["clipx.prepare", "source=shards", "src=data", "workers=0", *words])
+    monkeypatch.setattr(sys, "argv", ["clipx.prepare", "source=shards", "src=data", "workers=0", *args])
     with pytest.raises(SystemExit, match="^19 of the 38 samples in data cannot be used, but training tolerates"):
         main()
     assert "data/c.tar is empty (0 bytes); about 19 samples are lost" in capsys.readouterr().err
     listed = [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("bad.jsonl")]
-    assert listed == ["temporary"] * len(words)
+    assert listed == ["temporary"] * len(args)
 
 
 def test_tars_that_were_joined_are_read_to_the_end_of_the_last(tmp_path: Path) -> None:
@@ -328,8 +328,8 @@ def test_bytes_after_the_end_mark_that_are_no_tar_are_an_error_that_says_how_to_
 
 
 def by_kind(samples: Members) -> list[tuple[str, bytes]]:
-    """The members as a tar has them that was written without sorting: all pictures, then all captions."""
-    return [several[place] for place in (0, 1) for several in samples.values()]
+    """Members in the order of an unsorted tar: all pictures, then all captions."""
+    return [group[index] for index in (0, 1) for group in samples.values()]
 
 
 def test_a_tar_that_was_not_sorted_says_so_and_how_to_write_it_again(tmp_path: Path) -> None:
@@ -351,8 +351,10 @@ def test_a_few_samples_with_scattered_members_are_reported_and_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     samples = members()
-    apart = by_kind({key: samples.pop(key) for key in ("000", "001", "002")})
-    write_tar(tmp_path / "a.tar", [*apart, *by_kind({"100": samples.pop("003")}), *itertools.chain(*samples.values())])
+    scattered = by_kind({key: samples.pop(key) for key in ("000", "001", "002")})
+    write_tar(
+        tmp_path / "a.tar", [*scattered, *by_kind({"100": samples.pop("003")}), *itertools.chain(*samples.values())]
+    )
     reader = reader_of(tmp_path)
     assert "so 6 of its 43 samples lack some" in caplog.text
     assert set(account(two_epochs(reader))) == {"000", "001", "002"}
@@ -393,14 +395,14 @@ def test_a_file_that_is_no_tar_is_named_for_what_it_is(tmp_path: Path, data: byt
 def test_a_header_that_is_damaged_in_the_middle_ends_the_run(tmp_path: Path) -> None:
     shard = write(tmp_path / "a.tar", members())
     data = bytearray(shard.read_bytes())
-    data[next(place for place in range(10_240, len(data), 512) if data[place + 257 : place + 262] == b"ustar")] ^= 1
+    data[next(offset for offset in range(10_240, len(data), 512) if data[offset + 257 : offset + 262] == b"ustar")] ^= 1
     shard.write_bytes(data)
     with pytest.raises(DataError, match=r"a\.tar is corrupt after member \d+; the rest is unreadable"):
         reader_of(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_disappears_ends_the_run(tmp_path: Path, workers: int, quick: None) -> None:
+def test_a_shard_that_disappears_ends_the_run(tmp_path: Path, workers: int, short_waits: None) -> None:
     shard = write(tmp_path / "a.tar", members())
     reader = reader_of(tmp_path)
     shard.unlink()
@@ -436,37 +438,37 @@ def test_a_shard_that_changes_ends_the_run(tmp_path: Path, change: Callable[[Pat
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "WAITS", (0.01, 0.02, 0.03))
 
 
-class Stubborn:
-    """``os.open`` or ``os.pread`` of a disk that fails some times."""
+class FlakyCall:
+    """``os.open`` or ``os.pread`` on a disk that fails the first few times."""
 
     def __init__(self, real: Callable[..., object], failures: int):
         self.real, self.failures = real, failures
 
-    def __call__(self, *given: object) -> object:
-        if self.failures > 0 and (isinstance(given[0], int) or str(given[0]).endswith(".tar")):
+    def __call__(self, *args: object) -> object:
+        if self.failures > 0 and (isinstance(args[0], int) or str(args[0]).endswith(".tar")):
             self.failures -= 1
-            raise OSError(5, "Input/output error", *([] if isinstance(given[0], int) else [str(given[0])]))
-        return self.real(*given)
+            raise OSError(5, "Input/output error", *([] if isinstance(args[0], int) else [str(args[0])]))
+        return self.real(*args)
 
 
 @pytest.mark.parametrize(("module", "call"), [(os, "open"), (os, "pread"), (io, "open")])
 def test_a_shard_that_cannot_be_read_is_tried_again_and_then_ends_the_run(
-    tmp_path: Path, module: ModuleType, call: str, quick: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, module: ModuleType, call: str, short_waits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "a.tar", members())
     reader = reader_of(tmp_path)
     expected = two_epochs(reader)
     real = getattr(module, call)
-    monkeypatch.setattr(module, call, Stubborn(real, failures=3))
-    found = two_epochs(reader_of_again(reader))
-    assert all(torch.equal(a.images, b.images) for a, b in zip(expected, found, strict=True))
-    monkeypatch.setattr(module, call, Stubborn(real, failures=4))
+    monkeypatch.setattr(module, call, FlakyCall(real, failures=3))
+    actual = two_epochs(reopened(reader))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(expected, actual, strict=True))
+    monkeypatch.setattr(module, call, FlakyCall(real, failures=4))
     with pytest.raises(DataError, match=r"a\.tar cannot be read \(Input/output error\), after 4 tries"):
-        two_epochs(reader_of_again(reader))
+        two_epochs(reopened(reader))
 
 
 @pytest.mark.parametrize(("module", "call"), [(os, "pread"), (io, "open")])
@@ -474,7 +476,7 @@ def test_a_shard_that_cannot_be_read_when_a_run_begins_is_named(
     tmp_path: Path, module: ModuleType, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "a.tar", members())
-    monkeypatch.setattr(module, call, Stubborn(getattr(module, call), failures=1))
+    monkeypatch.setattr(module, call, FlakyCall(getattr(module, call), failures=1))
     with pytest.raises(DataError, match=r"a\.tar cannot be read: Input/output error"):
         reader_of(tmp_path)
     (tmp_path / "b.tar").mkdir()
@@ -482,10 +484,10 @@ def test_a_shard_that_cannot_be_read_when_a_run_begins_is_named(
         reader_of(tmp_path)
 
 
-def reader_of_again(reader: TrainReader) -> TrainReader:
-    """The same, with nothing open."""
-    make, given = reader.source.__reduce__()
-    return TrainReader(make(*given), reader.plan, reader.crop, TOKENIZER, "random")
+def reopened(reader: TrainReader) -> TrainReader:
+    """A copy of the reader, with no open files."""
+    make, args = reader.source.__reduce__()
+    return TrainReader(make(*args), reader.plan, reader.crop, TOKENIZER, "random")
 
 
 def test_a_worker_that_is_killed_ends_the_run_between_two_batches(tmp_path: Path) -> None:
@@ -498,7 +500,7 @@ def test_a_worker_that_is_killed_ends_the_run_between_two_batches(tmp_path: Path
 
 
 def killed_after(ranges: Iterator[range], count: int) -> Iterator[range]:
-    """Kills a worker of this process as the system does when memory is short."""
+    """Kills a worker of this process, as the out-of-memory killer does."""
     import multiprocessing
 
     for number, positions in enumerate(ranges):
@@ -525,12 +527,12 @@ def test_validation_pictures_that_are_bad_by_the_chunk_are_counted_and_listed(
     caplog: pytest.LogCaptureFixture,
     workers: int,
 ) -> None:
-    monkeypatch.setattr(encoder_room, "CPU_BATCH", 8)
+    monkeypatch.setattr(encoder, "CPU_BATCH", 8)
     write(tmp_path / "data/train/a.tar", members())
-    held = members(17)
-    for key in list(held)[8:]:
-        spoil(key, "jpg", b"broken")(held)
-    write(tmp_path / "data/val/a.tar", held)
+    validation = members(17)
+    for key in list(validation)[8:]:
+        spoil(key, "jpg", b"broken")(validation)
+    write(tmp_path / "data/val/a.tar", validation)
     train(
         "data=shards",
         "data.root=data",
@@ -567,7 +569,7 @@ def test_bad_samples_are_bounded_by_max_skipped(
     for key in list(samples)[:30]:
         spoil(key, "jpg", b"no")(samples)
     write(tmp_path / "data/x.tar", samples)
-    words = [
+    args = [
         "data=shards",
         "data.root=data",
         "data.val=0",
@@ -577,19 +579,19 @@ def test_bad_samples_are_bounded_by_max_skipped(
         "workers=0",
         "log_every=1",
     ]
-    told = fails(*words)
-    assert told.startswith("11 bad samples, more than data.max_skipped allows") or int(told.split()[0]) > 11
+    message = fails(*args)
+    assert message.startswith("11 bad samples, more than data.max_skipped allows") or int(message.split()[0]) > 11
     saved = torch.load(tmp_path / "outputs/x/checkpoints/clip_last.pt", weights_only=True)
     listed = [json.loads(line) for line in (tmp_path / "outputs/x/skipped.jsonl").read_text().splitlines()]
     assert {line["sample"] for line in listed} == set(saved["skipped"])
-    assert len(saved["skipped"]) == int(told.split()[0])
-    train(*words, "data.max_skipped=0.3")  # goes on from there
+    assert len(saved["skipped"]) == int(message.split()[0])
+    train(*args, "data.max_skipped=0.3")  # resumes
     summary = json.loads((tmp_path / "outputs/x/summary.json").read_text())
     assert summary["state"] == "finished" and summary["final"]["train/skipped"] == 30
 
 
-def spoilt(root: Path) -> Path:
-    """Two shards with every tenth sample bad in one of six ways, one of them cut."""
+def damaged_shards(root: Path) -> Path:
+    """Two shards with every tenth sample bad in one of six ways; the second is also truncated."""
     for shard in range(2):
         samples = members(100)
         ways = [("jpg", WHOLE[:500]), ("jpg", b""), ("jpg", None), ("json", None), ("json", b"{"), ("json", b"{}")]
@@ -602,12 +604,12 @@ def spoilt(root: Path) -> Path:
 
 
 def test_workers_runs_and_ranks_skip_the_same_samples_and_see_the_same_batches(tmp_path: Path) -> None:
-    reader = reader_of(spoilt(tmp_path))
+    reader = reader_of(damaged_shards(tmp_path))
     expected = two_epochs(reader)
     account(expected)
     assert len({record.place for chunk in expected for record in chunk.skipped}) == 10 + 5 + 1
-    for again in (two_epochs(reader_of(tmp_path)), two_epochs(reader, workers=2)):
-        for a, b in zip(expected, again, strict=True):
+    for other in (two_epochs(reader_of(tmp_path)), two_epochs(reader, workers=2)):
+        for a, b in zip(expected, other, strict=True):
             assert torch.equal(a.images, b.images) and torch.equal(a.samples, b.samples) and a.skipped == b.skipped
     halves = [
         itertools.islice(load_chunks(reader, train_ranges(0, 8, rank=rank, world=2), 0, pin=False), len(expected))
@@ -618,37 +620,37 @@ def test_workers_runs_and_ranks_skip_the_same_samples_and_see_the_same_batches(t
         assert whole.skipped == [record for part in parts for record in part.skipped]
 
 
-def damage(data: bytes, draw: random.Random) -> bytes:
-    """Some bytes flipped, cut out, doubled, or the end cut off."""
-    found = bytearray(data)
-    for _ in range(draw.choice([1, 1, 3, 30])):
-        place = draw.randrange(len(found))
-        way = draw.randrange(10)
-        if way < 6:
-            found[place] ^= 1 << draw.randrange(8)
-        elif way < 7:
-            del found[place : place + draw.choice([1, 100, 512, 3000])]
-        elif way < 8:
-            found[place:place] = draw.randbytes(draw.choice([1, 512]))
-        elif way < 9:
-            found[place : place + 600] = bytes(600)
+def damage(data: bytes, rng: random.Random) -> bytes:
+    """Flip, remove, insert or zero some bytes, or cut off the end."""
+    damaged = bytearray(data)
+    for _ in range(rng.choice([1, 1, 3, 30])):
+        offset = rng.randrange(len(damaged))
+        kind = rng.randrange(10)
+        if kind < 6:
+            damaged[offset] ^= 1 << rng.randrange(8)
+        elif kind < 7:
+            del damaged[offset : offset + rng.choice([1, 100, 512, 3000])]
+        elif kind < 8:
+            damaged[offset:offset] = rng.randbytes(rng.choice([1, 512]))
+        elif kind < 9:
+            damaged[offset : offset + 600] = bytes(600)
         else:
-            del found[place:]
-        if not found:
+            del damaged[offset:]
+        if not damaged:
             break
-    return bytes(found)
+    return bytes(damaged)
 
 
 def test_random_damage_ends_in_full_batches_with_a_true_account_or_in_a_clear_error(
-    tmp_path: Path, quick: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, short_waits: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = write(tmp_path / "whole.tar", members(24)).read_bytes()
     survived, refused = 0, 0
     for seed in range(300):
-        draw = random.Random(seed)
+        rng = random.Random(seed)
         root = tmp_path / str(seed)
         root.mkdir()
-        (root / "x.tar").write_bytes(damage(whole, draw))
+        (root / "x.tar").write_bytes(damage(whole, rng))
         try:
             reader = reader_of(root, max_skipped=1.0)
             chunks = two_epochs(reader)
@@ -656,10 +658,10 @@ def test_random_damage_ends_in_full_batches_with_a_true_account_or_in_a_clear_er
             assert "\n" not in str(error) and ("x.tar" in str(error) or "samples in a row" in str(error))
             refused += 1
             continue
-        told = {record.sample for chunk in chunks for record in chunk.skipped}
+        skipped = {record.sample for chunk in chunks for record in chunk.skipped}
         used = set(torch.cat([chunk.samples for chunk in chunks]).tolist())
-        assert {len(chunk) for chunk in chunks} == {8} and not told & used
-        assert told | used == set(range(reader.plan.samples))  # each is accounted for
+        assert {len(chunk) for chunk in chunks} == {8} and not skipped & used
+        assert skipped | used == set(range(reader.plan.samples))  # each is accounted for
         survived += 1
     assert survived > 60 and refused > 20
 
@@ -673,12 +675,12 @@ def test_a_picture_with_flipped_bits_that_still_decodes_is_used(tmp_path: Path) 
     spoil("007", "jpg", bytes(file))(samples)
     write(tmp_path / "x.tar", samples)
     reader = reader_of(tmp_path)
-    told, used = account(two_epochs(reader)), reader.source.read(7).picture == bytes(file)
-    assert used and set(told) <= {"007"}
+    skipped, used = account(two_epochs(reader)), reader.source.read(7).picture == bytes(file)
+    assert used and set(skipped) <= {"007"}
 
 
 def test_a_picture_of_a_folder_that_cannot_be_read_ends_the_run(
-    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, short_waits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").write_bytes(picture(1))

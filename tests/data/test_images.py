@@ -26,7 +26,7 @@ RED, BLUE = (200, 30, 40), (10, 60, 220)
 
 
 def halves(mode: str = "RGB") -> Image.Image:
-    """Red on the left, blue on the right, 60 x 40."""
+    """60 x 40 pixels, red on the left and blue on the right."""
     image = Image.new("RGB", (60, 40), RED)
     image.paste(BLUE, (30, 0, 60, 40))
     return image.convert(mode)
@@ -57,8 +57,8 @@ def corner_colours(file: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ids=["png", "palette", "webp", "jpeg", "cmyk", "rgba"],
 )
 def test_every_kind_of_file_shows_its_colours(file: bytes) -> None:
-    for found, meant in zip(corner_colours(file), (RED, BLUE), strict=True):
-        assert np.abs(np.subtract(found, meant)).max() <= 12
+    for actual, expected in zip(corner_colours(file), (RED, BLUE), strict=True):
+        assert np.abs(np.subtract(actual, expected)).max() <= 12
 
 
 def test_grey_of_8_and_16_bits_is_grey() -> None:
@@ -69,12 +69,12 @@ def test_grey_of_8_and_16_bits_is_grey() -> None:
 
 
 def test_what_is_transparent_is_white() -> None:
-    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    transparent = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    translucent = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([9, 9, 9])
-    assert decode(encoded(clear, "png")).getpixel((4, 4)) == (255, 255, 255)
-    assert decode(encoded(half, "webp", lossless=True)).getpixel((4, 4)) == (127, 127, 127)
+    assert decode(encoded(transparent, "png")).getpixel((4, 4)) == (255, 255, 255)
+    assert decode(encoded(translucent, "webp", lossless=True)).getpixel((4, 4)) == (127, 127, 127)
     assert decode(encoded(palette, "png", transparency=0)).getpixel((4, 4)) == (255, 255, 255)
     keyed = encoded(Image.new("RGB", (8, 8), (1, 2, 3)), "png", transparency=(1, 2, 3))
     assert decode(keyed).getpixel((0, 0)) == (255, 255, 255)
@@ -112,8 +112,8 @@ def test_what_evaluation_sees_is_what_open_clip_sees_to_one_grey_level(kind: str
     file = encoded(photo(333, 247).convert(mode), kind)
     transform = open_clip.image_transform(64, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     expected = transform(Image.open(io.BytesIO(file)))
-    found = np.asarray(eval_crop(decode(file), 64)).astype(int)
-    assert np.abs(found - 255 * expected.permute(1, 2, 0).numpy()).max() < 1.01
+    actual = np.asarray(eval_crop(decode(file), 64)).astype(int)
+    assert np.abs(actual - 255 * expected.permute(1, 2, 0).numpy()).max() < 1.01
 
 
 def test_normalised_pixels_have_the_published_mean_and_deviation() -> None:
@@ -124,11 +124,11 @@ def test_normalised_pixels_have_the_published_mean_and_deviation() -> None:
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Soft shapes and some noise."""
-    draw = np.random.default_rng(seed)
-    coarse = Image.fromarray(draw.integers(64, 192, (12, 16, 3), np.uint8))
+    """Smooth shapes with some noise."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(64, 192, (12, 16, 3), np.uint8))
     soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    return Image.fromarray((soft + draw.integers(-8, 9, soft.shape)).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((soft + rng.integers(-8, 9, soft.shape)).clip(0, 255).astype(np.uint8))
 
 
 def cropped(file: bytes, size: int, scale: tuple[float, float], seed: int = 0, decode: str = "exact") -> np.ndarray:
@@ -157,7 +157,7 @@ def test_a_crop_depends_on_its_generator_alone() -> None:
     crop = TrainCrop(32, (0.5, 1.0), "fast")
     big, small = encoded(photo(300, 200), "jpeg"), encoded(photo(90, 70), "jpeg")
     first = apply(crop, small, 5)
-    apply(crop, big, 6)  # leaves its pixels in the memory that the two share
+    apply(crop, big, 6)  # fills the buffer that both crops share
     assert torch.equal(first, apply(crop, small, 5))
     assert torch.equal(first, apply(pickle.loads(pickle.dumps(crop)), small, 5))
 
@@ -187,23 +187,23 @@ def test_a_jpeg_is_decoded_as_small_as_the_crop_allows(monkeypatch: pytest.Monke
     crop = TrainCrop(100, (0.9, 1.0), "fast")
     assert [crop.shrink(side, 2000) for side in (99, 199, 200, 399, 400, 799, 800, 1600)] == [1, 1, 2, 2, 4, 4, 8, 8]
     for shrink in (1, 2, 4, 8):
-        pixels, found = crop.decode_jpeg(encoded(photo(330, 250), "jpeg"), (330, 250), 1, shrink)
-        assert found == shrink and pixels.shape == (-(-250 // shrink), -(-330 // shrink), 3)
+        pixels, actual = crop.decode_jpeg(encoded(photo(330, 250), "jpeg"), (330, 250), 1, shrink)
+        assert actual == shrink and pixels.shape == (-(-250 // shrink), -(-330 // shrink), 3)
 
 
-@pytest.mark.parametrize("turn", range(1, 9))
-def test_a_training_crop_is_turned_as_exif_says(turn: int) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_training_crop_is_turned_as_exif_says(orientation: int) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = turn
+    exif[ORIENTATION] = orientation
     file = encoded(photo(90, 60), "jpeg", exif=exif, quality=95)
     upright = encoded(ImageOps.exif_transpose(Image.open(io.BytesIO(file))), "png")
     assert np.abs(cropped(file, 32, (0.5, 1.0)) - cropped(upright, 32, (0.5, 1.0))).max() <= 1
 
 
-@pytest.mark.parametrize("kept", [1, 2, 20, 400, 3000])
-def test_a_jpeg_that_is_cut_short_is_a_bad_sample(kept: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 20, 400, 3000])
+def test_a_jpeg_that_is_cut_short_is_a_bad_sample(size: int) -> None:
     with pytest.raises(BadSample, match="does not decode"):
-        cropped(encoded(photo(200, 200), "jpeg")[:kept], 32, (0.5, 1.0))
+        cropped(encoded(photo(200, 200), "jpeg")[:size], 32, (0.5, 1.0))
 
 
 def test_a_jpeg_bomb_is_a_bad_sample() -> None:
@@ -225,4 +225,4 @@ def test_a_very_narrow_picture_still_gives_a_square() -> None:
 def test_the_training_transform_varies() -> None:
     transform = get_image_transform(32, is_train=True)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
-    assert len({transform(image).numpy().tobytes() for _ in range(20)}) > 1  # two crops in twenty may well be equal
+    assert len({transform(image).numpy().tobytes() for _ in range(20)}) > 1  # some of the twenty may be equal

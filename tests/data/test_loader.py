@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 import clipx
-from clipx.data import loader as loader_room
+from clipx.data import loader
 from clipx.data.images import TrainCrop, decode
 from clipx.data.loader import group_steps, load_chunks, split_range, train_ranges
 from clipx.data.plan import Plan
@@ -55,29 +55,29 @@ def test_the_batches_are_the_same_with_0_1_2_and_4_workers(shards: Path) -> None
     reader = reader_of(shards)
     expected = batches(reader, 8, 8)
     for workers in (1, 2, 4):
-        found = batches(reader, 8, 8, workers)
-        assert all(same(a, b) for a, b in zip(expected, found, strict=True))
+        actual = batches(reader, 8, 8, workers)
+        assert all(same(a, b) for a, b in zip(expected, actual, strict=True))
     assert len({chunk.images.sum().item() for chunk in expected}) > 1
 
 
 def test_an_epoch_brings_every_sample_once_across_the_ends_of_batches(shards: Path) -> None:
-    chunks = batches(reader_of(shards), 27, 8)  # 27 samples: 27 batches of 8 are 8 epochs
+    chunks = batches(reader_of(shards), 27, 8)  # 27 batches of 8 are 8 epochs of 27 samples
     ids = torch.cat([chunk.samples for chunk in chunks]).view(8, 27)
     assert all(sorted(epoch.tolist()) == list(range(27)) for epoch in ids)
 
 
 def test_the_loader_resumes_from_a_position_alone(shards: Path) -> None:
     reader = reader_of(shards)
-    straight = batches(reader, 6, 5)
-    assert all(same(a, b) for a, b in zip(straight[3:], batches(reader, 3, 5, start=15), strict=True))
+    uninterrupted = batches(reader, 6, 5)
+    assert all(same(a, b) for a, b in zip(uninterrupted[3:], batches(reader, 3, 5, start=15), strict=True))
 
 
 def test_ranks_share_a_global_batch(shards: Path) -> None:
     reader = reader_of(shards)
-    whole = batches(reader, 3, 8)
+    expected = batches(reader, 3, 8)
     halves = [batches(reader, 3, 8, rank=rank, world=2) for rank in (0, 1)]
-    for step, chunk in enumerate(whole):
-        assert torch.equal(chunk.images, torch.cat([half[step].images for half in halves]))
+    for step, chunk in enumerate(expected):
+        assert torch.equal(chunk.images, torch.cat([part[step].images for part in halves]))
         assert halves[1][step].position == 8 * step + 4
 
 
@@ -122,7 +122,7 @@ def test_steps_gather_chunks(shards: Path) -> None:
 
 @pytest.fixture
 def spoilt(tmp_path: Path) -> Path:
-    """Forty samples; 3 does not decode, 8 has no caption, 20 no picture."""
+    """Forty samples: 3 does not decode, 8 has no caption, 20 has no picture."""
     members = []
     for number in range(40):
         members += [] if number == 20 else [(f"{number}.png", picture(number) if number != 3 else b"\x89PNG broken")]
@@ -201,7 +201,7 @@ def test_a_worker_ends_only_when_its_run_says_so(shards: Path) -> None:
     chunks = load_chunks(reader_of(shards), train_ranges(0, 5), 1, pin=False)
     next(chunks)
     (worker,) = active_children()
-    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as a scheduler does, to all processes
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # a scheduler signals every process
     assert len(list(itertools.islice(chunks, 20))) == 20 and worker.is_alive()
     worker.terminate()
     worker.join(10)
@@ -209,7 +209,7 @@ def test_a_worker_ends_only_when_its_run_says_so(shards: Path) -> None:
 
 
 class Transformed(Dataset):
-    """What users write: pictures through the transform, captions through the tokenizer."""
+    """A user's dataset: pictures through the transform, captions through the tokenizer."""
 
     def __init__(self):
         self.transform, self.tokenizer = clipx.get_image_transform(16), clipx.SimpleTokenizer()
@@ -223,15 +223,15 @@ class Transformed(Dataset):
 
 def test_the_public_api_works_in_workers_that_are_spawned() -> None:
     data = Transformed()
-    for shown, (image, tokens) in enumerate(DataLoader(data, None, num_workers=1, multiprocessing_context="spawn")):
-        assert torch.equal(image, data[shown][0]) and torch.equal(tokens, data[shown][1])
+    for step, (image, tokens) in enumerate(DataLoader(data, None, num_workers=1, multiprocessing_context="spawn")):
+        assert torch.equal(image, data[step][0]) and torch.equal(tokens, data[step][1])
     model = clipx.CLIP(ImageEncoder(16, 16, 64, 1, 1, 32), TextEncoder(width=64, depth=1, heads=1, embed=32))
-    for thing in (model, *(getattr(clipx, name) for name in clipx.__all__)):
-        pickle.loads(pickle.dumps(thing))
+    for item in (model, *(getattr(clipx, name) for name in clipx.__all__)):
+        pickle.loads(pickle.dumps(item))
 
 
 @pytest.mark.long
 def test_the_batches_are_the_same_from_workers_that_are_spawned(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = batches(reader_of(shards), 2, 4)
-    monkeypatch.setattr(loader_room, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setattr(loader, "get_all_start_methods", lambda: ["spawn"])
     assert all(same(a, b) for a, b in zip(expected, batches(reader_of(shards), 2, 4, workers=1), strict=True))

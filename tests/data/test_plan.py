@@ -29,11 +29,11 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 def test_a_position_needs_nothing_but_itself() -> None:
     plan = Plan([30, 70], seed=1, window=16)
-    straight = [plan[position] for position in range(300)]
+    expected = [plan[position] for position in range(300)]
     shuffled = np.random.default_rng(0).permutation(300)
     fresh = Plan([30, 70], seed=1, window=16)
-    assert [fresh[int(p)] for p in shuffled] == [straight[p] for p in shuffled]
-    assert [pickle.loads(pickle.dumps(plan))[position] for position in range(20)] == straight[:20]
+    assert [fresh[int(p)] for p in shuffled] == [expected[p] for p in shuffled]
+    assert [pickle.loads(pickle.dumps(plan))[position] for position in range(20)] == expected[:20]
 
 
 def test_a_window_draws_on_few_shards() -> None:
@@ -52,9 +52,9 @@ def test_the_stream_is_the_same_today_as_when_it_was_written() -> None:
 def test_substitutes_come_from_the_same_window_and_differ() -> None:
     plan = Plan([1000], seed=0, window=100)
     window = {plan[position].sample for position in range(200, 300)}
-    found = [plan.substitute(250, attempt).sample for attempt in range(1, 65)]
-    assert set(found) <= window and len(set(found)) > 40
-    assert found == [plan.substitute(250, attempt).sample for attempt in range(1, 65)]
+    substitutes = [plan.substitute(250, attempt).sample for attempt in range(1, 65)]
+    assert set(substitutes) <= window and len(set(substitutes)) > 40
+    assert substitutes == [plan.substitute(250, attempt).sample for attempt in range(1, 65)]
 
 
 def test_windows_list_what_will_be_read_and_from_which_position() -> None:
@@ -76,22 +76,22 @@ def test_a_mix_has_exact_proportions_in_every_block_and_each_source_once_an_epoc
     places = [plan[position] for position in range(3000)]
     assert plan.shares == [303, 606, 91]
     for start in range(0, 3000, 1000):
-        found = Counter(place.source for place in places[start : start + 1000])
-        assert [found[source] for source in range(3)] == plan.shares
+        counts = Counter(place.source for place in places[start : start + 1000])
+        assert [counts[source] for source in range(3)] == plan.shares
     for source, first, size in ((0, 0, 80), (1, 80, 200), (2, 280, 13)):
-        own = [place for place in places if place.source == source]
-        for epoch in range(len(own) // size):
-            part = own[epoch * size : (epoch + 1) * size]
+        positions = [place for place in places if place.source == source]
+        for epoch in range(len(positions) // size):
+            part = positions[epoch * size : (epoch + 1) * size]
             assert {place.epoch for place in part} == {epoch}
             assert sorted(place.sample for place in part) == list(range(first, first + size))
 
 
 def test_a_position_of_a_mix_needs_nothing_but_itself() -> None:
     plan = MixPlan(SIZES, WEIGHTS, seed=4, window=64)
-    again = pickle.loads(pickle.dumps(plan))
+    copy = pickle.loads(pickle.dumps(plan))
     for position in (2999, 17, 1000, 999):
-        assert again[position] == plan[position]
-        assert again.substitute(position, 3).source == plan[position].source
+        assert copy[position] == plan[position]
+        assert copy.substitute(position, 3).source == plan[position].source
     assert MixPlan(SIZES, WEIGHTS, seed=5, window=64)[17] != plan[17]
 
 

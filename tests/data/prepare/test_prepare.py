@@ -1,4 +1,4 @@
-"""Published layouts, exactly as they are published, become shards; and shards are read through."""
+"""Packing data sets in their published layouts, and verifying existing shards."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Except
 
 
 def make_coco(root: Path, train: int = 10, val: int = 4) -> Path:
-    """COCO 2017 as it is published, with five captions a picture whose ids are not in the order of the file."""
+    """COCO 2017 in its published layout, with five captions per picture whose ids are not in file order."""
     for split, count, shift in (("train", train, 0), ("val", val, 100)):
         images, annotations = [], []
         for number in range(shift, shift + count):
@@ -67,9 +67,9 @@ def make_coco(root: Path, train: int = 10, val: int = 4) -> Path:
 # ---------------------------------------------------------------- config
 
 
-def composed(*given: str) -> PrepareConfig:
+def composed(*overrides: str) -> PrepareConfig:
     with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
-        return resolve(hydra.compose("prepare", list(given)), PrepareConfig)
+        return resolve(hydra.compose("prepare", list(overrides)), PrepareConfig)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf/source").glob("*.yaml")), ids=lambda path: path.stem)
@@ -83,35 +83,35 @@ def test_every_source_composes_and_restates_the_defaults_of_what_it_calls(path: 
 
 
 def test_prepare_yaml_states_every_key_of_the_schema_and_the_help_every_source(tmp_path: Path) -> None:
-    stated = yaml.safe_load((ROOT / "conf/prepare.yaml").read_text())
+    documented = yaml.safe_load((ROOT / "conf/prepare.yaml").read_text())
     keys = {field.name for field in fields(PrepareConfig)} - {"choices", "varied"}
-    assert set(stated) - {"defaults", "hydra"} == keys
+    assert set(documented) - {"defaults", "hydra"} == keys
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    shown = in_process("-m", "clipx.prepare", "--help", cwd=tmp_path).stdout
-    assert all(path.stem in shown for path in (ROOT / "conf/source").glob("*.yaml"))
-    assert "samples_per_shard: 2000" in shown
+    output = in_process("-m", "clipx.prepare", "--help", cwd=tmp_path).stdout
+    assert all(path.stem in output for path in (ROOT / "conf/source").glob("*.yaml"))
+    assert "samples_per_shard: 2000" in output
 
 
 def test_a_mistake_ends_in_one_line_and_leaves_nothing(refused: Callable[..., str], tmp_path: Path) -> None:
     coco = str(make_coco(tmp_path / "coco", 1, 1))
     before = everything(tmp_path)
-    given = ["source=coco", f"src={coco}"]
+    args = ["source=coco", f"src={coco}"]
     assert refused() == "source has no value; add source=cc3m|coco|csv|flickr30k|folder|shards"
     assert refused("source=coko", "src=x") == "source=coko: there is no such option; did you mean coco?"
     assert refused("source=coco") == "src has no value; add src=..."
-    assert refused(*given) == "out has no value; add out=DIR, a new directory"
+    assert refused(*args) == "out has no value; add out=DIR, a new directory"
     assert refused("source=csv", "src=x") == "source.image has no value; add source.image=..."
-    assert refused(*given, "sedd=1") == "sedd: there is no such key; did you mean seed?"
-    assert refused(*given, "out=o", "quality=101") == "quality=101: should be less than or equal to 100"
-    assert refused(*given, "out=o", "encode=gif") == "encode='gif': should be 'jpg', 'webp' or 'png'"
-    assert refused(*given, "out=o", "samples_per_shard=0").startswith("samples_per_shard=0: should be greater than 0")
+    assert refused(*args, "sedd=1") == "sedd: there is no such key; did you mean seed?"
+    assert refused(*args, "out=o", "quality=101") == "quality=101: should be less than or equal to 100"
+    assert refused(*args, "out=o", "encode=gif") == "encode='gif': should be 'jpg', 'webp' or 'png'"
+    assert refused(*args, "out=o", "samples_per_shard=0").startswith("samples_per_shard=0: should be greater than 0")
     assert refused("source=coco", "src=no where", "out=o") == "src=no where is not a directory"
     assert refused("source=coco", f"src={coco}/val2017", "out=o").endswith(
         "has neither train2017/ nor val2017/; COCO's layout is train2017/, val2017/ and "
         "annotations/captions_train2017.json, captions_val2017.json"
     )
-    assert refused(*given, "out=o", "source.karpathy=no.json") == "no.json: there is no such file"
-    assert refused(*given, "out=o", f"source.karpathy={coco}/annotations/captions_val2017.json").endswith(
+    assert refused(*args, "out=o", "source.karpathy=no.json") == "no.json: there is no such file"
+    assert refused(*args, "out=o", f"source.karpathy={coco}/annotations/captions_val2017.json").endswith(
         "captions_val2017.json is not the published json: KeyError 'filename'"
     )
     assert refused("source=flickr30k", f"src={coco}", "out=o").startswith(f"src={coco} is not Flickr30k's layout: ")
@@ -132,9 +132,9 @@ def test_coco_is_one_sample_a_picture_with_its_five_captions(prepare: Callable[.
     prepare("source=coco", "src=co é=co", "out=o u~t", "samples_per_shard=4")
     out = tmp_path / "o u~t"
     assert sizes(out) == [4, 3, 3] and sizes(out, "val") == [4]
-    found = {row["name"]: row for row in words_of(out)}
-    assert len(found) == 10
-    assert found["train2017/000000000025.jpg"] == {
+    by_name = {row["name"]: row for row in words_of(out)}
+    assert len(by_name) == 10
+    assert by_name["train2017/000000000025.jpg"] == {
         "caption": [f"Thing 1 seen for the {turn}th time." for turn in (4, 3, 2, 1, 0)],
         "height": 32,
         "name": "train2017/000000000025.jpg",
@@ -157,7 +157,7 @@ def test_coco_is_one_sample_a_picture_with_its_five_captions(prepare: Callable[.
     assert not (out / ".prepare").exists() and (out / "dropped.jsonl").read_text() == ""
     indexes = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.index")}
     assert len(indexes) == 4
-    open_shards(str(out))  # finds them as they are
+    open_shards(str(out))  # the indexes are up to date
     assert {path.name: path.stat().st_mtime_ns for path in out.rglob("*.index")} == indexes
 
 
@@ -204,7 +204,7 @@ FLICKR_CSV = (
     "image_name| comment_number| comment\n"
     "1000.jpg| 0| Two men , one | with a hat .\n"
     "1000.jpg| 1| Two men .\n"
-    "2199200615.jpg| 4   A dog runs across the grass .\n"  # so it stands in the published file
+    "2199200615.jpg| 4   A dog runs across the grass .\n"  # malformed like this in the published file
 )
 FLICKR_TOKEN = (
     "1000.jpg#0\tTwo men , one | with a hat .\n1000.jpg#1\tTwo men .\n2199200615.jpg#4\tA dog runs across the grass .\n"
@@ -244,7 +244,7 @@ def test_a_line_that_cannot_be_read_is_named_and_left_out(
 
 
 class Web(BaseHTTPRequestHandler):
-    """Pictures by number, and all that goes wrong in the web."""
+    """Serves pictures by number, and the usual failures of the web."""
 
     protocol_version = "HTTP/1.1"
 
@@ -264,12 +264,12 @@ class Web(BaseHTTPRequestHandler):
         self.wfile.write(data)
         self.close_connection = True
 
-    def log_message(self, *words: object) -> None: ...
+    def log_message(self, *args: object) -> None: ...
 
 
 @pytest.fixture
 def web() -> Iterator[ThreadingHTTPServer]:
-    """A server at ``web.url``; ``web.asked`` are the paths that it was asked for."""
+    """A server at ``web.url``; ``web.asked`` lists the requested paths."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
     server.asked, server.url, server.handle_error = [], f"http://127.0.0.1:{server.server_port}", lambda *_: None
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -283,8 +283,8 @@ def web() -> Iterator[ThreadingHTTPServer]:
 def test_cc3m_is_downloaded_and_shrunk_and_unreachable_urls_are_reported(
     prepare: Callable[..., None], tmp_path: Path, web: ThreadingHTTPServer
 ) -> None:
-    odd = ["gone", "slow", "html", "cut", "shy", "busy"]
-    rows = [(f"picture {path} , said <PERSON>", f"{web.url}/{path}") for path in [*map(str, range(6)), *odd]]
+    faulty = ["gone", "slow", "html", "cut", "shy", "busy"]
+    rows = [(f"picture {path} , said <PERSON>", f"{web.url}/{path}") for path in [*map(str, range(6)), *faulty]]
     rows += [("nobody", "http://127.0.0.1:9/x"), ("picture 0 again", f"{web.url}/0")]
     save(tmp_path / "cc/Train_GCC-training.tsv", "".join(f"{caption}\t{url}\n" for caption, url in rows))
     save(tmp_path / "cc/Validation_GCC-1.1.0-Validation.tsv", f"held\t{web.url}/9\n")
@@ -302,9 +302,11 @@ def test_cc3m_is_downloaded_and_shrunk_and_unreachable_urls_are_reported(
         "x": "unreachable: NewConnectionError",
         "shy": "unreachable: its owner asks not to be trained on (X-Robots-Tag)",
     }
-    asked = len(web.asked)
-    prepare("source=cc3m", "src=cc", "out=o", "shuffle=false", "source.timeout=5")  # neutral: it is finished
-    assert len(web.asked) == asked
+    requests = len(web.asked)
+    prepare(
+        "source=cc3m", "src=cc", "out=o", "shuffle=false", "source.timeout=5"
+    )  # source.timeout does not affect the result, so nothing is left to do
+    assert len(web.asked) == requests
 
 
 def test_labels_after_the_url_of_cc3m_are_left_alone(
@@ -331,14 +333,14 @@ def test_a_lost_network_ends_the_run_and_the_same_command_resumes(
     assert refused("source=cc3m", "src=x.tsv", "out=o2", "drop_duplicates=true").startswith("drop_duplicates=true comp")
 
 
-# ---------------------------------------------------------------- the order, and what is done to pictures
+# ---------------------------------------------------------------- order and encoding
 
 
 def test_the_order_is_seeded_and_the_shards_are_of_even_size(prepare: Callable[..., None], tmp_path: Path) -> None:
     make_coco(tmp_path / "coco", 23, 1)
     orders = {}
-    for name, given in {"a": [], "b": ["workers=2"], "c": ["seed=1"], "plain": ["shuffle=false"]}.items():
-        prepare("source=coco", "src=coco", f"out={name}", "samples_per_shard=5", *given)
+    for name, args in {"a": [], "b": ["workers=2"], "c": ["seed=1"], "plain": ["shuffle=false"]}.items():
+        prepare("source=coco", "src=coco", f"out={name}", "samples_per_shard=5", *args)
         assert sizes(tmp_path / name) == [5, 5, 5, 4, 4]
         orders[name] = [int(sample.key) for sample in samples(tmp_path / name)]
     assert orders["plain"] == list(range(23)) == sorted(orders["a"])
@@ -347,7 +349,7 @@ def test_the_order_is_seeded_and_the_shards_are_of_even_size(prepare: Callable[.
 
 
 def make_mixed(root: Path) -> Path:
-    """Pictures of all kinds, with a caption each; two of them are no pictures, and one is there twice."""
+    """Pictures in various formats, one caption each; two are unusable and one is a duplicate."""
     large = picture(1, "jpeg", (640, 480))
     rows = {
         "big.jpg": large,
@@ -365,18 +367,18 @@ def make_mixed(root: Path) -> Path:
     return root
 
 
-def kinds(out: Path) -> dict[str, tuple[str, tuple[int, int]]]:
-    """The format and the size of each picture, by name; the extension says the format."""
-    found = {}
+def formats_of(out: Path) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Format and size of each picture, by name; checks that the extension matches the format."""
+    formats = {}
     for shard in sorted((out / "train").glob("*.tar")):
         for sample in webdataset.WebDataset(str(shard), shardshuffle=False):
             (kind,) = {"jpg", "png", "webp"} & set(sample)
             image = Image.open(BytesIO(sample[kind]))
-            words = json.loads(sample["json"])
+            metadata = json.loads(sample["json"])
             assert image.format.lower().replace("jpeg", "jpg") == kind
-            assert image.size == (words["width"], words["height"])
-            found[Path(words["name"]).name] = (kind, image.size)
-    return found
+            assert image.size == (metadata["width"], metadata["height"])
+            formats[Path(metadata["name"]).name] = (kind, image.size)
+    return formats
 
 
 def test_bytes_stay_unless_they_must_not_and_the_extension_says_what_they_are(
@@ -384,7 +386,7 @@ def test_bytes_stay_unless_they_must_not_and_the_extension_says_what_they_are(
 ) -> None:
     make_mixed(tmp_path / "m")
     prepare("source=folder", "src=m", "out=o", "shuffle=false")
-    assert kinds(tmp_path / "o") == {
+    assert formats_of(tmp_path / "o") == {
         "big.jpg": ("jpg", (640, 480)),
         "big.png": ("png", (300, 600)),
         "small.webp": ("webp", (50, 40)),
@@ -398,7 +400,7 @@ def test_bytes_stay_unless_they_must_not_and_the_extension_says_what_they_are(
 
 
 @pytest.mark.parametrize(
-    ("given", "changed", "gone"),
+    ("args", "changed", "dropped_reasons"),
     [
         (["resize=100"], {"big.jpg": ("jpg", (133, 100)), "big.png": ("jpg", (100, 200)), "anim.gif": ("png", (40, 32)),
                           "cut.jpg": None}, {"cut.jpg": "does not decode"}),
@@ -410,13 +412,13 @@ def test_bytes_stay_unless_they_must_not_and_the_extension_says_what_they_are(
     ],
 )  # fmt: skip
 def test_pictures_are_shrunk_encoded_and_left_out_as_asked(
-    given: list[str], changed: dict, gone: dict, prepare: Callable[..., None], tmp_path: Path
+    args: list[str], changed: dict, dropped_reasons: dict, prepare: Callable[..., None], tmp_path: Path
 ) -> None:
     make_mixed(tmp_path / "m")
-    prepare("source=folder", "src=m", "out=o", "shuffle=false", *given)
-    found = kinds(tmp_path / "o")
-    assert {name: found.get(name) for name in changed} == changed
-    for name, reason in gone.items():
+    prepare("source=folder", "src=m", "out=o", "shuffle=false", *args)
+    formats = formats_of(tmp_path / "o")
+    assert {name: formats.get(name) for name in changed} == changed
+    for name, reason in dropped_reasons.items():
         assert dropped(tmp_path / "o")[name].startswith(reason)
 
 
@@ -437,7 +439,7 @@ def test_nothing_left_is_an_error(prepare: Callable[..., None], refused: Callabl
         "none of the 2 pictures for o/train/folder-train-000000.tar can be used (1 there is no such file, 1 is not "
         "a picture; such as images/a.jpg); fix that and rerun the same command to resume"
     )
-    assert list((tmp_path / "o").iterdir()) == []  # free for words that are better
+    assert list((tmp_path / "o").iterdir()) == []  # so the corrected command can use it
     save(tmp_path / "m/images/a.jpg", picture(1, "jpeg"))
     prepare("source=folder", "src=m", "out=o")
     assert [sample.captions for sample in samples(tmp_path / "o")] == [["one"]]
@@ -448,8 +450,8 @@ def test_nothing_left_is_an_error(prepare: Callable[..., None], refused: Callabl
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(prepare: Callable[..., None], tmp_path: Path) -> None:
     make_coco(tmp_path / "coco", 300, 20)
-    given = ["source=coco", "src=coco", "samples_per_shard=10", "encode=webp", "workers=2"]
-    command = [sys.executable, "-m", "clipx.prepare", *given, "out=killed"]
+    args = ["source=coco", "src=coco", "samples_per_shard=10", "encode=webp", "workers=2"]
+    command = [sys.executable, "-m", "clipx.prepare", *args, "out=killed"]
     for shards in (3, 12):
         with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}) as running:
             while len(list(tmp_path.glob("killed/train/*.tar"))) < shards and running.poll() is None:
@@ -457,8 +459,8 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(prepare: Callable[...
             running.send_signal(signal.SIGKILL)
         assert running.returncode == -signal.SIGKILL
         assert (tmp_path / "killed/.prepare").is_dir() and not (tmp_path / "killed/report.json").exists()
-    prepare(*given, "out=killed", "workers=0")
-    prepare(*given, "out=whole", "workers=0")
+    prepare(*args, "out=killed", "workers=0")
+    prepare(*args, "out=whole", "workers=0")
     assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
 
 
@@ -466,8 +468,8 @@ def test_a_failure_between_any_two_files_costs_one_shard(
     prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_coco(tmp_path / "coco", 8, 2)
-    given = ["source=coco", "src=coco", "samples_per_shard=2"]
-    prepare(*given, "out=whole")
+    args = ["source=coco", "src=coco", "samples_per_shard=2"]
+    prepare(*args, "out=whole")
     failures = [
         (writer, "make_index", 3),
         (pack, "write", 1),
@@ -475,23 +477,21 @@ def test_a_failure_between_any_two_files_costs_one_shard(
         (writer, "encode", 7),
         (pack, "finish", 1),
     ]
-    for number, (module, name, turn) in enumerate(failures):
+    for number, (module, name, nth) in enumerate(failures):
         calls, real = [], getattr(module, name)
 
-        def fail(
-            *words: object, calls: list = calls, real: Callable = real, turn: int = turn, **more: object
-        ) -> object:
-            calls.append(words)
-            if len(calls) == turn:
+        def fail(*args: object, calls: list = calls, real: Callable = real, nth: int = nth, **kwargs: object) -> object:
+            calls.append(args)
+            if len(calls) == nth:
                 raise OSError(28, "No space left on device")
-            return real(*words, **more)
+            return real(*args, **kwargs)
 
         with monkeypatch.context() as broken:
             broken.setattr(module, name, fail)
-            assert refused(*given, f"out=o{number}") == (
+            assert refused(*args, f"out=o{number}") == (
                 f"o{number}: No space left on device; fix that and rerun the same command to resume"
             )
-        prepare(*given, f"out=o{number}")
+        prepare(*args, f"out=o{number}")
         assert everything(tmp_path / f"o{number}") == everything(tmp_path / "whole")
 
 
@@ -499,32 +499,37 @@ def test_a_finished_directory_is_left_as_it_is_and_any_other_is_refused(
     prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     make_coco(tmp_path / "coco", 4, 2)
-    given = ["source=coco", "src=coco"]
-    prepare(*given, "out=o")
+    args = ["source=coco", "src=coco"]
+    prepare(*args, "out=o")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")}
-    prepare(*given, "out=o", "workers=1")
+    prepare(*args, "out=o", "workers=1")
     (tmp_path / "coco").rename(tmp_path / "moved")
     prepare("source=coco", "src=moved", "out=o")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
-    given = ["source=coco", "src=moved"]
-    assert refused(*given, "out=o", "resize=20", "shuffle=false").startswith(
+    args = ["source=coco", "src=moved"]
+    assert refused(*args, "out=o", "resize=20", "shuffle=false").startswith(
         "out=o holds shards with other settings (shuffle=true there, false now; resize=null there, 20 now); "
     )
     save(tmp_path / "p/thesis.txt", "dear")
-    assert refused(*given, "out=p").startswith("out=p holds something else (thesis.txt); shards need a new or empty")
-    assert refused(*given, "out=p/thesis.txt").startswith("out=p/thesis.txt is a file")
-    assert refused(*given, "out=moved").startswith("out=moved holds something else (annotations, train2017, val2017)")
+    assert refused(*args, "out=p").startswith("out=p holds something else (thesis.txt); shards need a new or empty")
+    assert refused(*args, "out=p/thesis.txt").startswith("out=p/thesis.txt is a file")
+    assert refused(*args, "out=moved").startswith("out=moved holds something else (annotations, train2017, val2017)")
     assert everything(tmp_path / "p") == {"thesis.txt": b"dear"}
 
 
-# ---------------------------------------------------------------- shards that are there
+# ---------------------------------------------------------------- existing shards
 
 
 def test_every_bad_sample_is_listed_with_its_place_and_reason(
     prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = picture(1, "jpeg", (64, 64))
-    rows = {"good": (whole, "fine"), "cut": (whole[:600], "fine"), "mute": (whole, " "), "text": (b"no picture", "x")}
+    original = picture(1, "jpeg", (64, 64))
+    rows = {
+        "good": (original, "fine"),
+        "cut": (original[:600], "fine"),
+        "mute": (original, " "),
+        "text": (b"no picture", "x"),
+    }
     for shard, names in {"train/a.tar": ["good", "cut", "mute"], "val/b.tar": ["text", "good"]}.items():
         write_tar(
             tmp_path / "s" / shard,
@@ -537,13 +542,13 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
     write_tar(tmp_path / "s/train/c.tar", [("lonely.txt", b"words")])
     save(tmp_path / "s/train/d.tar", "no tar" * 300)
     (tmp_path / "s/train/e.tar").mkdir()
-    for more in ([], ["out=told", "workers=2"]):
+    for args in ([], ["out=out", "workers=2"]):
         caplog.clear()
         caplog.set_level(logging.INFO, logger="clipx")
-        assert refused("source=shards", "src=s", "verify=true", *more) == (
+        assert refused("source=shards", "src=s", "verify=true", *args) == (
             "training would fail on d.tar, e.tar, 2 of 5 files; pack the incomplete tars again, or move them out of s"
         )
-        listing = tmp_path / ("told" if more else "s") / "bad.jsonl"
+        listing = tmp_path / ("out" if args else "s") / "bad.jsonl"
         bad = [json.loads(line) for line in listing.read_text().splitlines()]
         assert [(row["shard"], row["key"]) for row in bad] == [
             ("train/a.tar", "cut"),
@@ -563,7 +568,7 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
         ]
         assert all(row["reason"].startswith(start) for row, start in zip(bad, starts, strict=True))
         data = {row["key"]: (tmp_path / "s" / row["shard"]).read_bytes()[row["offset"] :] for row in bad if row["key"]}
-        assert data["cut"].startswith(whole[:600]) and data["mute"].startswith(whole)
+        assert data["cut"].startswith(original[:600]) and data["mute"].startswith(original)
         assert data["text"].startswith(b"no picture") and data["lonely"].startswith(b"words")
         assert "verified  6 samples, 4 of them bad" in caplog.text and "train/a.tar, cut, byte" in caplog.text
         assert "s/train/d.tar is not a tar; leave it out" in caplog.text and "next" not in caplog.text
@@ -573,14 +578,14 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
     assert "next      python -m clipx.train model=small data=shards data.root=s" in caplog.text
 
 
-@pytest.mark.parametrize("more", [[], ["verify=true"]])
+@pytest.mark.parametrize("args", [[], ["verify=true"]])
 def test_shards_that_training_would_refuse_end_with_exit_code_1(
-    more: list[str], refused: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    args: list[str], refused: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="clipx")
     rows = [(f"{number}.jpg", picture(number, "jpeg")) for number in range(20)]
     write_tar(tmp_path / "s/a.tar", [*rows, *((f"{number}.txt", b"a thing") for number in range(20))])
-    assert refused("source=shards", "src=s", *more).startswith(
+    assert refused("source=shards", "src=s", *args).startswith(
         "40 of the 40 samples in s cannot be used, but training tolerates 1% (data.max_skipped); "
     )
     assert "the members of a sample are not adjacent" in caplog.text and "next" not in caplog.text
@@ -594,10 +599,10 @@ def test_img2datasets_shards_are_indexed_as_they_are_and_its_counts_are_held_aga
         members = []
         for number in range(2):
             key = f"{shard}{number:04d}"
-            words = {"caption": f"caption {key}", "url": "http://x", "key": key, "status": "success", "width": 40}
+            metadata = {"caption": f"caption {key}", "url": "http://x", "key": key, "status": "success", "width": 40}
             members += [
                 (f"{key}.jpg", picture(number, "jpeg")),
-                (f"{key}.json", json.dumps(words).encode()),
+                (f"{key}.json", json.dumps(metadata).encode()),
                 (f"{key}.txt", f"caption {key}".encode()),
             ]
         write_tar(tmp_path / f"laion/{shard}.tar", members)
@@ -630,11 +635,11 @@ def test_coco_from_its_published_files_to_retrieval_over_five_captions(tmp_path:
         "check": ["model=small", "data=coco", "batch_size=16", "max_steps=3"],
         "train": ["model=small", "data=coco", "batch_size=16", "max_steps=3", "name=x"],
     }
-    for command, given in commands.items():
-        ended = in_process("-m", f"clipx.{command}", *given, cwd=tmp_path)
-        assert ended.returncode == 0, ended.stderr
+    for command, args in commands.items():
+        result = in_process("-m", f"clipx.{command}", *args, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
     assert "90 pictures to train, 12 to validate" in (tmp_path / "outputs/x/train.log").read_text()
     final = json.loads((tmp_path / "outputs/x/summary.json").read_text())["final"]
-    ranks = [final[f"val/retrieval/t2i_r{k}"] * 12 * 5 for k in (1, 5, 10)]  # counted among 60 captions
+    ranks = [final[f"val/retrieval/t2i_r{k}"] * 12 * 5 for k in (1, 5, 10)]  # number of hits among 60 captions
     assert all(abs(rank - round(rank)) < 1e-6 for rank in ranks) and ranks[2] > 0
-    assert 0 < final["val/retrieval/i2t_median_rank"] <= 56  # the best of a picture's five
+    assert 0 < final["val/retrieval/i2t_median_rank"] <= 56  # the best of the five captions of a picture

@@ -1,4 +1,4 @@
-"""Folders, imagefolders and tables become shards, or are refused in one line; nothing is left out in silence."""
+"""Packing folders, imagefolders and tables: skipped rows are reported, unusable input is refused in one line."""
 
 import json
 import sys
@@ -70,11 +70,11 @@ def test_pictures_of_every_ending_are_packed(prepare: Callable[..., None], tmp_p
         save(tmp_path / f"a/{ending}.{ending}", data)
         save(tmp_path / f"a/{ending}.txt", ending)
     prepare("source=folder", "src=a", "out=o", "shuffle=false")
-    found = {row["name"] for row in words_of(tmp_path / "o")}
-    assert found == {f"{ending}.{ending}" for ending in files}
-    for number in range(len(found)):
-        shown = decode(samples(tmp_path / "o")[number].picture)
-        assert shown.size == (40, 32) and shown.getpixel((20, 16))[2] <= 3
+    names = {row["name"] for row in words_of(tmp_path / "o")}
+    assert names == {f"{ending}.{ending}" for ending in files}
+    for number in range(len(names)):
+        decoded = decode(samples(tmp_path / "o")[number].picture)
+        assert decoded.size == (40, 32) and decoded.getpixel((20, 16))[2] <= 3
 
 
 def test_an_image_whose_reader_is_not_installed_is_counted_with_the_install_command(
@@ -96,12 +96,12 @@ def test_an_image_whose_reader_is_not_installed_is_counted_with_the_install_comm
         decode((tmp_path / "a/1.heic").read_bytes())
 
 
-@pytest.mark.parametrize("kept", [0.02, 0.3, 0.6, 0.95])
-def test_a_heic_that_is_cut_short_is_a_bad_sample(kept: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fraction", [0.02, 0.3, 0.6, 0.95])
+def test_a_heic_that_is_cut_short_is_a_bad_sample(fraction: float, tmp_path: Path) -> None:
     pillow_heif.from_pillow(Image.open(BytesIO(picture(1)))).save(tmp_path / "x.heic")
-    whole = (tmp_path / "x.heic").read_bytes()
+    data = (tmp_path / "x.heic").read_bytes()
     with pytest.raises(BadSample):
-        decode(whole[: int(kept * len(whole))])
+        decode(data[: int(fraction * len(data))])
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -120,8 +120,9 @@ def test_an_imagefolder_is_read_by_its_metadata(
         lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
         save(tmp_path / "f/metadata.csv", "\n".join(lines))
     prepare("source=folder", "src=f", "out=o", "shuffle=false")
-    found = [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")]
-    assert found == [(normalize("NFD", names[0]), [f"thing, {names[0]}"]), ("sub/2.png", ["thing, sub/2.png"])]
+
+    packed = [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")]
+    assert packed == [(normalize("NFD", names[0]), [f"thing, {names[0]}"]), ("sub/2.png", ["thing, sub/2.png"])]
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {
         f"is not in metadata.{kind}": 1,
         "there is no such file": 1,
@@ -140,8 +141,8 @@ def test_an_imagefolder_may_have_splits(prepare: Callable[..., None], tmp_path: 
     with (tmp_path / "f/test/metadata.csv").open("a") as file:
         file.write("1.png,a,b\n")
     prepare("source=folder", "src=f", "out=o")
-    found = {split: words_of(tmp_path / "o", split)[0]["caption"] for split in ("train", "val", "test")}
-    assert found == {"train": ["train"], "val": ["validation"], "test": ["test"]}
+    captions = {split: words_of(tmp_path / "o", split)[0]["caption"] for split in ("train", "val", "test")}
+    assert captions == {"train": ["train"], "val": ["validation"], "test": ["test"]}
     assert '"split": "test"' in (tmp_path / "o/dropped.jsonl").read_text()
 
 
@@ -151,8 +152,8 @@ def test_a_folder_that_training_cannot_read_is_refused_with_the_prepare_command(
     save(tmp_path / "f/1.png", picture(1))
     save(tmp_path / "f/metadata.jsonl", '{"file_name": "1.png", "text": "a"}\n')
     message = fails("model=tiny", "data=folder", "data.root=f")
-    words = message.partition("python -m clipx.prepare ")[2].partition(", then data=shards data.root=f-shards")[0]
-    prepare(*words.split())
+    args = message.partition("python -m clipx.prepare ")[2].partition(", then data=shards data.root=f-shards")[0]
+    prepare(*args.split())
     assert words_of(tmp_path / "f-shards")[0]["caption"] == ["a"]
 
 
@@ -164,12 +165,12 @@ def test_a_folder_may_have_another_encoding(
     save(tmp_path / "b/1.png", picture(1))
     save(tmp_path / "b/1.txt", "b\u00e9b\u00e9\n".encode("utf-16"))
     for root, listing, encoding in (("a", "captions.txt", "cp1252"), ("b", "1.txt", "utf-16")):
-        given = ("source=folder", f"src={root}", f"out=o{root}")
-        message = refused(*given)
+        args = ("source=folder", f"src={root}", f"out=o{root}")
+        message = refused(*args)
         assert message.startswith(f"{root}/{listing} cannot be read as source.encoding=utf-8")
         assert message.endswith("set its encoding, such as source.encoding=cp1252")
-        assert refused(*given, "source.encoding=x").startswith(f"{root}/{listing} cannot be read as source.encoding=x")
-        prepare(*given, f"source.encoding={encoding}")
+        assert refused(*args, "source.encoding=x").startswith(f"{root}/{listing} cannot be read as source.encoding=x")
+        prepare(*args, f"source.encoding={encoding}")
         assert words_of(tmp_path / f"o{root}")[0]["caption"] == ["b\u00e9b\u00e9"]
 
 
@@ -195,7 +196,7 @@ METADATA = "only on imagefolders (metadata.csv, metadata.jsonl, metadata.parquet
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         ("source=csv src=t.jsonl source.encoding=cp1252", f"source.encoding=cp1252 has no effect on t.jsonl, {TEXT}"),
         ("source=csv src=t.jsonl source.sep=;", f"source.sep=; has no effect on t.jsonl, {TEXT}"),
@@ -215,7 +216,7 @@ METADATA = "only on imagefolders (metadata.csv, metadata.jsonl, metadata.parquet
     ],
 )  # fmt: skip
 def test_a_key_of_a_source_that_has_no_effect_is_refused(
-    words: str, message: str, refused: Callable[..., str], tmp_path: Path
+    args: str, message: str, refused: Callable[..., str], tmp_path: Path
 ) -> None:
     save(tmp_path / "t.jsonl", '{"a": "1.png", "b": "one"}')
     save(tmp_path / "t.csv", "a,b\n1.png,one\n")
@@ -227,8 +228,8 @@ def test_a_key_of_a_source_that_has_no_effect_is_refused(
     save(tmp_path / "a/captions.txt", "1.png\tone\n")
     save(tmp_path / "b/1.txt", "one")
     save(tmp_path / "c/metadata.jsonl", '{"b": "1.png", "text": "one"}')
-    more = SOURCES["csv"] if "source=csv" in words else []
-    assert refused(*words.split(), *more, "out=o") == message
+    more = SOURCES["csv"] if "source=csv" in args else []
+    assert refused(*args.split(), *more, "out=o") == message
 
 
 # ---------------------------------------------------------------- tables
@@ -265,34 +266,34 @@ def test_a_table_that_is_otherwise_is_refused_in_one_line(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path / "t.csv", "a,c\nx.png,one\n")
-    given = ["source=csv", *SOURCES["csv"], "out=o"]
-    assert refused(*given, "src=t.csv") == "source.caption=b: t.csv has no such column; there are a, c"
+    args = ["source=csv", *SOURCES["csv"], "out=o"]
+    assert refused(*args, "src=t.csv") == "source.caption=b: t.csv has no such column; there are a, c"
     save(tmp_path / "t.csv", b"a,b\nx.png,\xe9\n")
-    message = refused(*given, "src=t.csv")
+    message = refused(*args, "src=t.csv")
     assert message.startswith("t.csv cannot be read as source.encoding=utf-8") and "source.encoding=cp1252" in message
-    assert refused(*given, "src=t.csv", "source.encoding=x").startswith("t.csv cannot be read as source.encoding=x")
-    assert refused(*given, "src=t.csv", "source.sep=ab").startswith("t.csv cannot be read with source.sep='ab' and ")
+    assert refused(*args, "src=t.csv", "source.encoding=x").startswith("t.csv cannot be read as source.encoding=x")
+    assert refused(*args, "src=t.csv", "source.sep=ab").startswith("t.csv cannot be read with source.sep='ab' and ")
     save(tmp_path / "t.csv", 'a,b\nx.png,"one\ny.png,two\n')
-    assert refused(*given, "src=t.csv").startswith("t.csv, line 2: a quotation mark is never closed")
+    assert refused(*args, "src=t.csv").startswith("t.csv, line 2: a quotation mark is never closed")
     save(tmp_path / "t.parquet", b"PAR1 and no more")
-    assert refused(*given, "src=t.parquet").startswith("t.parquet is not a complete parquet file")
+    assert refused(*args, "src=t.parquet").startswith("t.parquet is not a complete parquet file")
     pyarrow.parquet.write_table(pyarrow.table({"a": [b"bytes"], "b": ["x"]}), tmp_path / "t.parquet")
-    assert refused(*given, "src=t.parquet").startswith("none of the 1 pictures for ")
+    assert refused(*args, "src=t.parquet").startswith("none of the 1 pictures for ")
     pyarrow.parquet.write_table(pyarrow.table({"a": [7], "b": ["x"]}), tmp_path / "t.parquet")
-    assert refused(*given, "src=t.parquet") == "source.image=a holds int in t.parquet, not paths, URLs or pictures"
+    assert refused(*args, "src=t.parquet") == "source.image=a holds int in t.parquet, not paths, URLs or pictures"
     pyarrow.parquet.write_table(pyarrow.table({"a": ["x.png"], "b": [{"raw": "x"}]}), tmp_path / "t.parquet")
-    assert refused(*given, "src=t.parquet").startswith("source.caption=b holds dict in t.parquet, not text")
+    assert refused(*args, "src=t.parquet").startswith("source.caption=b holds dict in t.parquet, not text")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert refused(*given, "src=t.parquet") == "t.parquet needs pyarrow to be read: pip install 'clipx[parquet]'"
+    assert refused(*args, "src=t.parquet") == "t.parquet needs pyarrow to be read: pip install 'clipx[parquet]'"
 
 
 def packed_table(prepare: Callable[..., None], tmp_path: Path, name: str, text: str | bytes, *more: str) -> list[str]:
-    """The captions that a table with columns image and caption is packed to; 0.png to 59.png are there."""
+    """Captions packed from a table with columns image and caption; 0.png to 59.png exist."""
     for number in range(60):
         save(tmp_path / f"{number}.png", picture(number))
     save(tmp_path / name, text)
-    given = ("source=csv", "source.image=image", "source.caption=caption", "shuffle=false")
-    prepare(*given, f"src={name}", "out=o", *more)
+    args = ("source=csv", "source.image=image", "source.caption=caption", "shuffle=false")
+    prepare(*args, f"src={name}", "out=o", *more)
     return [caption for row in words_of(tmp_path / "o") for caption in row["caption"]]
 
 
@@ -300,8 +301,8 @@ def test_rows_with_more_fields_than_the_header_are_listed_and_too_many_end_it(
     prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     rows = [f"{n}.png,thing {n}" + (", on a table" if n < 10 else "") for n in range(60)]
-    found = packed_table(prepare, tmp_path, "t.csv", "\n".join(["image,caption", *rows]))
-    assert found == [f"thing {n}" for n in range(10, 60)]
+    captions = packed_table(prepare, tmp_path, "t.csv", "\n".join(["image,caption", *rows]))
+    assert captions == [f"thing {n}" for n in range(10, 60)]
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"has more fields than the header": 10}
     assert (
         (tmp_path / "o/dropped.jsonl")
@@ -311,15 +312,15 @@ def test_rows_with_more_fields_than_the_header_are_listed_and_too_many_end_it(
         )
     )
     save(tmp_path / "t.csv", "\n".join(["image,caption", *rows, "11.png,a,b"]))
-    given = ("source=csv", "src=t.csv", "source.image=image", "source.caption=caption")
-    assert refused(*given, "out=p").startswith("t.csv: 11 of 61 rows cannot be read, such as t.csv, line 2, which has ")
-    prepare(*given, "out=p", "source.max_bad=0.5")
+    args = ("source=csv", "src=t.csv", "source.image=image", "source.caption=caption")
+    assert refused(*args, "out=p").startswith("t.csv: 11 of 61 rows cannot be read, such as t.csv, line 2, which has ")
+    prepare(*args, "out=p", "source.max_bad=0.5")
 
 
 def test_a_field_beyond_what_csv_reads_costs_its_row_alone(prepare: Callable[..., None], tmp_path: Path) -> None:
     rows = [f"{n}.png,{'long ' * 40_000 if n == 5 else n}" for n in range(60)]
-    found = packed_table(prepare, tmp_path, "t.csv", "\n".join(["image,caption", *rows]))
-    assert found == [str(n) for n in range(60) if n != 5]
+    captions = packed_table(prepare, tmp_path, "t.csv", "\n".join(["image,caption", *rows]))
+    assert captions == [str(n) for n in range(60) if n != 5]
     assert '"t.csv, line 7", "reason": "cannot be parsed: ' in (tmp_path / "o/dropped.jsonl").read_text()
 
 
@@ -338,8 +339,8 @@ def test_a_table_may_be_lines_of_json(
         "is not an object with 'image'": 1,
         "has no caption": 1,
     }
-    given = ("source=csv", "src=metadata.jsonl", "source.image=image", "source.caption=text", "out=p")
-    assert refused(*given) == "source.caption=text: metadata.jsonl has no such column; there are image, caption"
+    args = ("source=csv", "src=metadata.jsonl", "source.image=image", "source.caption=text", "out=p")
+    assert refused(*args) == "source.caption=text: metadata.jsonl has no such column; there are image, caption"
 
 
 def test_fields_of_several_lines_are_reported(
@@ -355,7 +356,7 @@ def test_a_table_may_have_another_encoding(prepare: Callable[..., None], tmp_pat
 
 
 def write_pictures(path: Path, count: int, first: int = 0, group: int = 3, inside: str = "struct") -> None:
-    """A table as Hugging Face's datasets library writes it, a caption or two a picture."""
+    """A table as written by Hugging Face's datasets, with two captions per picture."""
     path.parent.mkdir(exist_ok=True)
     numbers = range(first, first + count)
     files = [picture(number, "jpeg") for number in numbers]
@@ -374,10 +375,10 @@ def test_pictures_inside_a_parquet_table_are_packed(inside: str, prepare: Callab
     orders = {}
     for out, more in {"plain": ["shuffle=false"], "a": [], "b": ["workers=2"], "c": ["seed=1"]}.items():
         prepare(*PARQUET, "src=p", f"out={out}", "samples_per_shard=5", *more)
-        found = samples(tmp_path / out)
-        assert all(one.picture == picture(int(one.key), "jpeg") for one in found)
-        assert all(one.captions == [f"thing {int(one.key)}", "a thing"] for one in found)
-        orders[out] = [int(one.key) for one in found]
+        packed = samples(tmp_path / out)
+        assert all(one.picture == picture(int(one.key), "jpeg") for one in packed)
+        assert all(one.captions == [f"thing {int(one.key)}", "a thing"] for one in packed)
+        orders[out] = [int(one.key) for one in packed]
     assert [row["name"] for row in words_of(tmp_path / "plain")][6:9] == [
         "a.parquet, row 6",
         "a.parquet, row 7",
@@ -386,7 +387,7 @@ def test_pictures_inside_a_parquet_table_are_packed(inside: str, prepare: Callab
     assert orders["plain"] == list(range(12)) == sorted(orders["a"])
     assert orders["a"] == orders["b"] != orders["c"] and orders["a"] != orders["plain"]
     groups = [number // 3 if number < 8 else 3 + (number - 8) // 3 for number in orders["a"]]
-    assert sum(one != other for one, other in pairwise(groups)) == 4  # a group of rows is read together
+    assert sum(one != other for one, other in pairwise(groups)) == 4  # rows of a group stay together
 
 
 def test_cells_without_a_picture_are_counted_and_a_path_in_place_of_bytes_is_read(
@@ -420,9 +421,9 @@ def test_cells_without_a_picture_are_counted_and_a_path_in_place_of_bytes_is_rea
 def test_a_damaged_group_of_rows_costs_its_pictures_alone(prepare: Callable[..., None], tmp_path: Path) -> None:
     write_pictures(tmp_path / "t.parquet", 9)
     with pyarrow.parquet.ParquetFile(tmp_path / "t.parquet") as file:
-        place = file.metadata.row_group(1).column(0).data_page_offset
+        offset = file.metadata.row_group(1).column(0).data_page_offset
     data = bytearray((tmp_path / "t.parquet").read_bytes())
-    data[place : place + 40] = bytes(40)
+    data[offset : offset + 40] = bytes(40)
     save(tmp_path / "t.parquet", bytes(data))
     prepare(*PARQUET, "src=t.parquet", "out=o", "shuffle=false")
     assert [one.captions[0] for one in samples(tmp_path / "o")] == [f"thing {n}" for n in (0, 1, 2, 6, 7, 8)]
@@ -445,12 +446,12 @@ def test_captions_that_are_structs_are_refused_and_nan_counts_as_missing(
     }
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
     for column, kind in (("caption", "dict"), ("sentences", "dict"), ("number", "float")):
-        given = ("source=csv", "src=t.parquet", "source.image=image", f"source.caption={column}", "out=o")
-        assert refused(*given) == (
+        args = ("source=csv", "src=t.parquet", "source.image=image", f"source.caption={column}", "out=o")
+        assert refused(*args) == (
             f"source.caption={column} holds {kind} in t.parquet, not text or lists of text; choose a text column"
         )
-    given = ("source=csv", "src=t.parquet", "source.image=image", "source.caption=nan", "out=o")
-    assert refused(*given).endswith("has no picture with a caption")
+    args = ("source=csv", "src=t.parquet", "source.image=image", "source.caption=nan", "out=o")
+    assert refused(*args).endswith("has no picture with a caption")
     save(tmp_path / "t.jsonl", '{"image": "1.png", "caption": "a"}\n{"image": "2.png", "caption": NaN}\n')
     prepare(*PARQUET, "src=t.jsonl", "out=o")
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {"has no caption": 1}
@@ -473,23 +474,23 @@ def test_a_caption_that_is_nan_is_missing() -> None:
     assert texts_of(["a", None, "b"], "") == ["a", "b"]
 
 
-# ---------------------------------------------------------------- shards that would be empty
+# ---------------------------------------------------------------- empty shards
 
 
-def make_holes(root: Path, there: set[int]) -> None:
-    """Twelve pictures in the listing; those that are ``there`` are."""
+def make_missing(root: Path, existing: set[int]) -> None:
+    """A listing of twelve pictures, of which only ``existing`` are on disk."""
     save(root / "captions.txt", "".join(f"{n}.png\tthing {n}\n" for n in range(12)))
     (root / "images").mkdir(exist_ok=True)
-    for n in there:
+    for n in existing:
         save(root / f"images/{n}.png", picture(n))
 
 
 def test_an_empty_shard_is_left_out_reported_and_bounded(
     prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make_holes(tmp_path / "a", set(range(12)) - {4, 5, 6, 7})
-    given = ("source=folder", "src=a", "shuffle=false")
-    prepare(*given, "samples_per_shard=4", "out=o")
+    make_missing(tmp_path / "a", set(range(12)) - {4, 5, 6, 7})
+    args = ("source=folder", "src=a", "shuffle=false")
+    prepare(*args, "samples_per_shard=4", "out=o")
     assert sizes(tmp_path / "o") == [4, 4]
     assert len(dropped(tmp_path / "o")) == 4
     report = json.loads((tmp_path / "o/report.json").read_text())
@@ -498,11 +499,11 @@ def test_an_empty_shard_is_left_out_reported_and_bounded(
         "o/train/folder-train-000001.tar is not written: none of its 4 pictures can be used (4 there is no such "
         "file; such as images/4.png)"
     ) in caplog.text
-    message = refused(*given, "samples_per_shard=2", "out=p")
+    message = refused(*args, "samples_per_shard=2", "out=p")
     assert message.endswith(
         "; fix that and rerun the same command to resume, or set max_empty=1 to leave out the 2 empty shards"
     )
-    prepare(*given, "samples_per_shard=2", "out=p", "max_empty=1", "workers=2")
+    prepare(*args, "samples_per_shard=2", "out=p", "max_empty=1", "workers=2")
     assert sizes(tmp_path / "p") == [2, 2, 2, 2]
     report = json.loads((tmp_path / "p/report.json").read_text())
     assert report["empty"] == ["train/folder-train-000002.tar", "train/folder-train-000003.tar"]
@@ -511,17 +512,17 @@ def test_an_empty_shard_is_left_out_reported_and_bounded(
 def test_empty_shards_are_retried_by_the_same_command(
     prepare: Callable[..., None], refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    given = ("source=folder", "src=a", "samples_per_shard=2", "shuffle=false")
-    make_holes(tmp_path / "a", {0, 1, 2, 3, 8, 9})
-    assert "000003.tar" in refused(*given, "out=o")
-    make_holes(tmp_path / "a", set(range(12)))
-    prepare(*given, "out=o")
-    prepare(*given, "out=whole")
+    args = ("source=folder", "src=a", "samples_per_shard=2", "shuffle=false")
+    make_missing(tmp_path / "a", {0, 1, 2, 3, 8, 9})
+    assert "000003.tar" in refused(*args, "out=o")
+    make_missing(tmp_path / "a", set(range(12)))
+    prepare(*args, "out=o")
+    prepare(*args, "out=whole")
     assert everything(tmp_path / "o") == everything(tmp_path / "whole")
 
 
 def test_only_where_nothing_at_all_can_be_used_no_max_empty_helps(refused: Callable[..., str], tmp_path: Path) -> None:
-    make_holes(tmp_path / "a", set())
-    given = ("source=folder", "src=a", "samples_per_shard=3", "max_empty=1", "out=o")
-    assert refused(*given).startswith("none of the 3 pictures for o/train/folder-train-000003.tar can be used (3 ")
+    make_missing(tmp_path / "a", set())
+    args = ("source=folder", "src=a", "samples_per_shard=3", "max_empty=1", "out=o")
+    assert refused(*args).startswith("none of the 3 pictures for o/train/folder-train-000003.tar can be used (3 ")
     assert list((tmp_path / "o").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Remote shards, from real servers on this machine that are slow, cut, refuse, vanish."""
+"""Remote shards, from local servers that are slow, refuse requests, cut responses short or disappear."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ WINDOW = 6  # samples
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a directory, with the faults that its server was told."""
+    """Serves a directory, with the faults set on its server."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -56,7 +56,7 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: len(data) // 2])
-        elif status == "short":  # whole, as far as HTTP tells
+        elif status == "short":  # complete, according to its Content-Length
             data = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data) // 2))
@@ -79,7 +79,7 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
-        pass  # who asked has hung up
+        pass  # the client has disconnected
 
     @property
     def url(self) -> str:
@@ -87,19 +87,19 @@ class Server(ThreadingHTTPServer):
 
     def stop(self) -> None:
         if self.up:
-            self.socket.shutdown(socket.SHUT_RDWR)  # forked workers have it open, too
+            self.socket.shutdown(socket.SHUT_RDWR)  # forked workers also hold it open
             self.up = False
         self.shutdown()
         self.server_close()
 
     def copies(self) -> list[str]:
-        """The shards that were asked for."""
+        """The shards that were requested."""
         return [name for name in self.asked if name.endswith(".tar")]
 
 
 @pytest.fixture
 def server(make_shards: Callable[..., Path]) -> Iterator[Server]:
-    """Serves seven shards, each with its index beside it."""
+    """Serves seven shards, each next to its index."""
     root = make_shards(*SIZES)
     open_shards(str(root), val=0)
     server = Server(root)
@@ -108,7 +108,7 @@ def server(make_shards: Callable[..., Path]) -> Iterator[Server]:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "WAITS", (0.02, 0.04, 0.08))
     monkeypatch.setattr(stores, "PAUSE", 0.02)
 
@@ -117,14 +117,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def remote(server: Server, tmp_path: Path) -> Callable[..., Data]:
     """Opens the server's shards."""
 
-    def open_them(**given: object) -> Data:
-        how = {
+    def open_remote(**overrides: object) -> Data:
+        options = {
             "shards": f"{server.url}/part-{{000..006}}.tar", "val": 0, "index_dir": str(tmp_path / "indexes"),
-            "cache": str(tmp_path / "cache"), "cache_gb": 1.0, "shuffle_window": WINDOW, **given,
+            "cache": str(tmp_path / "cache"), "cache_gb": 1.0, "shuffle_window": WINDOW, **overrides,
         }  # fmt: skip
-        return open_shards(**how)
+        return open_shards(**options)
 
-    return open_them
+    return open_remote
 
 
 def reader_of(data: Data) -> TrainReader:
@@ -135,8 +135,8 @@ def chunks_of(data: Data, count: int = 20, workers: int = 0, start: int = 0, bat
     return list(itertools.islice(load_chunks(reader_of(data), train_ranges(start, batch), workers, pin=False), count))
 
 
-def assert_same(found: list[Chunk], expected: list[Chunk]) -> None:
-    for a, b in zip(found, expected, strict=True):
+def assert_same(actual: list[Chunk], expected: list[Chunk]) -> None:
+    for a, b in zip(actual, expected, strict=True):
         assert a.captions == b.captions and a.position == b.position and torch.equal(a.samples, b.samples)
         assert torch.equal(a.images, b.images) and torch.equal(a.tokens.ids, b.tokens.ids)
 
@@ -149,19 +149,19 @@ def copies(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache").glob("shards-*/*"))
 
 
-def enough(server: Server, neighbours: int = 3) -> float:
-    """GB of the largest neighbouring windows; where an epoch ends, a third one is near."""
+def sufficient_gb(server: Server, neighbours: int = 3) -> float:
+    """Size in GB of the largest neighbouring windows: two, or three where an epoch ends."""
     data = local(server)
     sizes = data.train.catalogue.rows["bytes"]
     checked = itertools.islice(data.plan(0).windows(0), prefetch.CHECKED + neighbours)
     windows = [set(window.shards) for window in checked]
-    near = zip(*(windows[first:] for first in range(neighbours)), strict=False)
-    return max(int(sizes[list(set().union(*several))].sum()) for several in near) / 1e9
+    neighbourhoods = zip(*(windows[first:] for first in range(neighbours)), strict=False)
+    return max(int(sizes[list(set().union(*group))].sum()) for group in neighbourhoods) / 1e9
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_batches_are_those_of_local_shards(server: Server, remote: Callable[..., Data], workers: int) -> None:
-    data = remote(cache_gb=enough(server))
+    data = remote(cache_gb=sufficient_gb(server))
     assert data.train.id == local(server).train.id
     assert_same(chunks_of(data, workers=workers), chunks_of(local(server)))
     assert_same(chunks_of(data, 6, workers, start=95), chunks_of(local(server), 6, start=95))
@@ -170,38 +170,38 @@ def test_the_batches_are_those_of_local_shards(server: Server, remote: Callable[
 def test_the_cache_holds_no_more_than_it_may_at_any_moment(
     server: Server, remote: Callable[..., Data], tmp_path: Path
 ) -> None:
-    limit = enough(server)
+    limit = sufficient_gb(server)
     data = remote(cache_gb=limit)
-    seen, ended = [], threading.Event()
+    totals, done = [], threading.Event()
 
     def look() -> None:
-        while not ended.is_set():
+        while not done.is_set():
             sizes = []
             for path in copies(tmp_path):
                 try:
                     sizes.append(path.stat().st_size)
                 except FileNotFoundError:
                     continue
-            seen.append(sum(sizes))
+            totals.append(sum(sizes))
 
     watch = threading.Thread(target=look)
     watch.start()
     chunks_of(data, 40)
-    ended.set()
+    done.set()
     watch.join()
-    assert len(seen) > 50 and 0 < max(seen) <= 1e9 * limit
+    assert len(totals) > 50 and 0 < max(totals) <= 1e9 * limit
     assert len(server.copies()) > 2 * len(SIZES)  # evicted, and copied again
     assert not list((tmp_path / "cache").rglob("*.part"))
 
 
 def test_what_is_still_needed_is_not_evicted(server: Server, remote: Callable[..., Data]) -> None:
-    data = remote(cache_gb=enough(server))
+    data = remote(cache_gb=sufficient_gb(server))
     expected = chunks_of(local(server), 24)
     plan = data.plan(0)
     batches = load_chunks(reader_of(data), train_ranges(0, 5), 0, pin=False)
     for a, b in zip(batches, expected, strict=False):
         assert_same([a], [b])
-        time.sleep(0.05)  # the copies run far ahead
+        time.sleep(0.05)  # lets the cache prefetch far ahead
         needed = next(plan.windows(a.position)).shards
         assert all(data.train.catalogue.remotes[shard].is_cached() for shard in needed)
 
@@ -209,9 +209,9 @@ def test_what_is_still_needed_is_not_evicted(server: Server, remote: Callable[..
 def test_too_small_a_cache_is_refused_with_a_sufficient_size(server: Server, remote: Callable[..., Data]) -> None:
     with pytest.raises(DataError, match=r"data\.cache_gb=1e-05 is too small for two windows of shards") as raised:
         chunks_of(remote(cache_gb=0.00001))
-    told = float(str(raised.value).partition("at least data.cache_gb=")[2])
-    assert enough(server, 2) <= told < 1.02 * enough(server, 3)
-    chunks_of(remote(cache_gb=told), 40)
+    sufficient = float(str(raised.value).partition("at least data.cache_gb=")[2])
+    assert sufficient_gb(server, 2) <= sufficient < 1.02 * sufficient_gb(server, 3)
+    chunks_of(remote(cache_gb=sufficient), 40)
     with pytest.raises(DataError, match=r"data\.cache_gb=1e-05 is too small for the validation shards"):
         remote(val_shards=f"{server.url}/part-000.tar", cache_gb=0.00001)
 
@@ -219,25 +219,25 @@ def test_too_small_a_cache_is_refused_with_a_sufficient_size(server: Server, rem
 def test_a_set_much_smaller_than_the_window_starts_at_once(
     server: Server, remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tar(server.root / "part-007.tar", [])  # is never read
+    write_tar(server.root / "part-007.tar", [])  # empty, so never read
     open_shards(str(server.root), val=0)
-    looked, windows = [], Plan.windows
+    visited, windows = [], Plan.windows
 
-    def counted(plan: Plan, position: int) -> Iterator[Window]:
+    def count_windows(plan: Plan, position: int) -> Iterator[Window]:
         for window in windows(plan, position):
-            looked.append(window)
+            visited.append(window)
             yield window
 
-    monkeypatch.setattr(Plan, "windows", counted)
+    monkeypatch.setattr(Plan, "windows", count_windows)
     chunks_of(remote(shards=f"{server.url}/part-{{000..007}}.tar", shuffle_window=131_072), 1)
-    assert len(looked) < 4 * prefetch.CHECKED  # and not 2,000 for each of them
+    assert len(visited) < 4 * prefetch.CHECKED  # not 2,000 for each window
     assert "part-007.tar" not in server.asked
 
 
 def test_cached_shards_are_reused_without_another_request(server: Server, remote: Callable[..., Data]) -> None:
     chunks_of(remote())
     assert sorted(server.copies()) == sorted(f"part-{number:03d}.tar" for number in range(7))
-    assert len(server.asked) == 15  # for dataset_type.txt, and for each shard its index and itself
+    assert len(server.asked) == 15  # dataset_type.txt, and each shard with its index
     chunks_of(remote())
     assert len(server.asked) == 15
 
@@ -245,11 +245,11 @@ def test_cached_shards_are_reused_without_another_request(server: Server, remote
 def test_copies_of_another_set_count_and_give_way(server: Server, remote: Callable[..., Data], tmp_path: Path) -> None:
     other = tmp_path / "cache" / "shards-0123456789abcdef" / "x.tar"
     other.parent.mkdir(parents=True)
-    other.write_bytes(bytes(int(1e9 * enough(server))))
-    mine = tmp_path / "cache" / "my.tar"
-    mine.write_bytes(b"not ours")
-    chunks_of(remote(cache_gb=enough(server)))
-    assert not other.exists() and mine.exists()
+    other.write_bytes(bytes(int(1e9 * sufficient_gb(server))))
+    unrelated = tmp_path / "cache" / "my.tar"
+    unrelated.write_bytes(b"not ours")
+    chunks_of(remote(cache_gb=sufficient_gb(server)))
+    assert not other.exists() and unrelated.exists()
 
 
 def test_a_copy_that_is_not_what_it_should_be_is_made_again(
@@ -298,21 +298,21 @@ def test_a_shard_that_cannot_be_had_ends_the_run_with_its_url_when_it_is_needed(
     first, *_, bad = next(last).shards, *(next(last).shards for _ in range(4))
     name = f"part-{next(shard for shard in bad if shard not in first):03d}.tar"
     server.faults = {name: list(faults)}
-    began = time.perf_counter()
+    start = time.perf_counter()
     with pytest.raises(DataError, match=rf"^http://.*/{name} cannot be copied \({reason}.*rerun the same command"):
         chunks_of(data, 40, workers)
-    assert server.asked.count(name) == tries and time.perf_counter() - began < 8
+    assert server.asked.count(name) == tries and time.perf_counter() - start < 8
 
 
 def test_a_server_that_is_down_is_reported_by_every_rank(server: Server, remote: Callable[..., Data]) -> None:
-    data = remote(cache_gb=enough(server))
+    data = remote(cache_gb=sufficient_gb(server))
     batches = load_chunks(reader_of(data), train_ranges(0, 5), 2, pin=False)
     next(batches)
     server.stop()
     with pytest.raises(DataError, match=r"/part-00\d\.tar cannot be copied \(HTTP error: error sending"):
         list(itertools.islice(batches, 40))
     with pytest.raises(DataError, match="cannot be copied"):
-        chunks_of(remote(cache_gb=enough(server)), 40)
+        chunks_of(remote(cache_gb=sufficient_gb(server)), 40)
 
 
 def test_the_death_of_the_thread_ends_the_run(
@@ -352,16 +352,16 @@ def test_a_process_can_exit_while_a_server_is_silent(
         "next(t.load_chunks(t.reader_of(data), t.train_ranges(0, 5), 2, pin=False))"
     )
     paths = f"{ROOT / 'tests'} {Path(__file__).parent}"
-    words = [paths, f"{server.url}/part-{{000..006}}.tar", str(tmp_path / "indexes"), str(tmp_path / "c")]
+    args = [paths, f"{server.url}/part-{{000..006}}.tar", str(tmp_path / "indexes"), str(tmp_path / "c")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stderr=subprocess.PIPE, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", code, *args], env=environment, stderr=subprocess.PIPE, cwd=ROOT)
     while not server.copies():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    began = time.perf_counter()
+    start = time.perf_counter()
     _, stderr = process.communicate(timeout=15)
-    assert b"KeyboardInterrupt" in stderr and time.perf_counter() - began < 6
+    assert b"KeyboardInterrupt" in stderr and time.perf_counter() - start < 6
 
 
 def test_one_run_at_a_time_fills_a_cache(server: Server, remote: Callable[..., Data], tmp_path: Path) -> None:
@@ -380,10 +380,10 @@ def test_another_rank_waits_for_what_the_first_copies(server: Server, remote: Ca
         load_chunks(reader, train_ranges(0, 6, rank=rank, world=2), 0, pin=False, fill=rank == 0)
         for rank, reader in enumerate(readers)
     ]
-    found = [list(itertools.islice(zip(*ranks, strict=True), 12))]
-    whole = chunks_of(local(server), 12, batch=6)
-    for halves, both in zip(found[0], whole, strict=True):
-        assert torch.equal(torch.cat([half.images for half in halves]), both.images)
+    batches = [list(itertools.islice(zip(*ranks, strict=True), 12))]
+    expected = chunks_of(local(server), 12, batch=6)
+    for halves, both in zip(batches[0], expected, strict=True):
+        assert torch.equal(torch.cat([part.images for part in halves]), both.images)
     assert len(server.copies()) == 7
 
 
@@ -436,8 +436,13 @@ def test_more_shards_than_are_asked_about_at_once_and_a_query(
 def test_remote_validation_is_copied_whole_and_stays(
     server: Server, remote: Callable[..., Data], tmp_path: Path
 ) -> None:
-    held = f"{server.url}/part-00{{5..6}}.tar"
-    data = remote(shards=f"{server.url}/part-00{{0..4}}.tar", val_shards=held, val=0.02, cache_gb=1.5 * enough(server))
+    val_shards = f"{server.url}/part-00{{5..6}}.tar"
+    data = remote(
+        shards=f"{server.url}/part-00{{0..4}}.tar",
+        val_shards=val_shards,
+        val=0.02,
+        cache_gb=1.5 * sufficient_gb(server),
+    )
     assert sorted(server.copies()) == ["part-005.tar", "part-006.tar"] and list(data.val.sizes) == [5, 12]
     chunks_of(data, 40)
     assert all(data.val.catalogue.remotes[shard].is_cached() for shard in range(2))
@@ -452,15 +457,15 @@ def test_a_share_for_validation_is_refused(remote: Callable[..., Data]) -> None:
 def test_remote_and_local_shards_mix(
     server: Server, remote: Callable[..., Data], make_shards: Callable[..., Path]
 ) -> None:
-    own = make_shards(30, folder="own")
-    listed = [str(own / "part-000.tar"), f"{server.url}/part-{{000..006}}.tar"]
-    same = remote(shards=[listed[0], str(server.root / "*.tar")])
-    data = remote(shards=listed)
+    local_root = make_shards(30, folder="own")
+    shards = [str(local_root / "part-000.tar"), f"{server.url}/part-{{000..006}}.tar"]
+    same = remote(shards=[shards[0], str(server.root / "*.tar")])
+    data = remote(shards=shards)
     assert data.train.id == same.train.id
     assert_same(chunks_of(data), chunks_of(same))
 
     def mix(shards: Data) -> Data:
-        parts = {"own": open_shards(str(own), val=0.1), "far": shards}
+        parts = {"own": open_shards(str(local_root), val=0.1), "far": shards}
         return open_mix(parts, {"own": 1, "far": 2}, shuffle_window=WINDOW)
 
     assert_same(chunks_of(mix(remote(shuffle_window=131_072))), chunks_of(mix(open_shards(str(server.root), val=0))))
@@ -479,7 +484,7 @@ def test_a_pipe_runs_only_where_it_is_allowed(server: Server, remote: Callable[.
         with pytest.raises(ValueError, match=r"shards=pipe:touch .* would run a command; data\.allow_pipe=true"):
             remote(**keys)
     assert not (tmp_path / "ran").exists()
-    data = remote(shards=shards, allow_pipe=True, cache_gb=enough(server))
+    data = remote(shards=shards, allow_pipe=True, cache_gb=sufficient_gb(server))
     assert (tmp_path / "ran").exists() and data.train.id == local(server).train.id
     assert_same(chunks_of(data), chunks_of(local(server)))
     with pytest.raises(DataError, match=r"^pipe:cat .*nowhere\.tar cannot be copied \(.*exit 1 "):
@@ -500,7 +505,7 @@ def test_what_cannot_be_opened_is_one_line(remote: Callable[..., Data], monkeypa
 
 @pytest.fixture
 def bucket(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The shards in S3, as moto plays it."""
+    """The shards in S3, mocked by moto."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -523,7 +528,7 @@ def bucket(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_shards_come_from_s3(bucket: str, server: Server, remote: Callable[..., Data]) -> None:
-    data = remote(shards=f"{bucket}/*.tar", cache_gb=enough(server))
+    data = remote(shards=f"{bucket}/*.tar", cache_gb=sufficient_gb(server))
     assert data.train.id == local(server).train.id and not server.asked
     assert_same(chunks_of(data, workers=1), chunks_of(local(server)))
     with pytest.raises(DataError, match=r"^s3://clipx-test/set/part-007\.tar cannot be copied \(HTTP 404"):
@@ -533,18 +538,18 @@ def test_shards_come_from_s3(bucket: str, server: Server, remote: Callable[..., 
 def test_a_bucket_without_credentials_fails_at_once(
     remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outside a cloud nobody answers where its machines ask for credentials."""
+    """Outside the cloud, the metadata server that hands out credentials does not exist."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(stores, "METADATA", "127.0.0.1:9")
     monkeypatch.setattr(stores, "WAITS", (60,))
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(DataError, match=r"^s3://b/x\.tar cannot be copied \(no credentials; set AWS_ACCESS_KEY_ID and"):
         remote(shards="s3://b/x.tar")
     with pytest.raises(DataError, match=r"^az://c/x\.tar cannot be opened: .*Account must be specified"):
         remote(shards="az://c/x.tar")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - start < 10
 
 
 def test_a_signed_url_keeps_its_query(server: Server, tmp_path: Path) -> None:
@@ -555,23 +560,23 @@ def test_a_signed_url_keeps_its_query(server: Server, tmp_path: Path) -> None:
 def test_a_run_trains_from_http_and_resumes_when_the_server_is_back(
     server: Server, train: Callable[..., None], fails: Callable[..., str], tmp_path: Path
 ) -> None:
-    words = [
+    args = [
         "data=shards", f"data.shards={server.url}/part-{{000..005}}.tar", f"data.val_shards={server.url}/part-006.tar",
         "data.index_dir=indexes", "data.cache=cache", "data.cache_gb=0.001", f"data.shuffle_window={WINDOW}",
         "batch_size=5", "max_steps=16", "name=far", "workers=1", "evals=[]", "log_every=1",
     ]  # fmt: skip
     windows = Plan(SIZES[:6], 0, WINDOW).windows(0)
-    early = {shard for window in itertools.islice(windows, 3) for shard in window.shards}
-    server.faults = {f"part-{number:03d}.tar": [503] * 9 for number in set(range(6)) - early}  # down behind these
-    told = fails(*words)
+    reachable = {shard for window in itertools.islice(windows, 3) for shard in window.shards}
+    server.faults = {f"part-{number:03d}.tar": [503] * 9 for number in set(range(6)) - reachable}  # the others fail
+    told = fails(*args)
     assert "cannot be copied (HTTP 503 Service Unavailable" in told
     saved = torch.load(tmp_path / "outputs/far/checkpoints/clip_last.pt", weights_only=True)
     assert 0 < saved["step"] < 16
     server.faults = {}
-    train(*words)
+    train(*args)
     summary = json.loads((tmp_path / "outputs/far/summary.json").read_text())
     assert summary["state"] == "finished"
-    local_words = [f"data.shards={server.root}/part-{{000..005}}.tar", f"data.val_shards={server.root}/part-006.tar"]
-    train(*words[:1], *local_words, *words[6:9], "name=near", *words[10:])
-    near = json.loads((tmp_path / "outputs/near/summary.json").read_text())
-    assert near["final"]["train/loss"] == summary["final"]["train/loss"]
+    local_args = [f"data.shards={server.root}/part-{{000..005}}.tar", f"data.val_shards={server.root}/part-006.tar"]
+    train(*args[:1], *local_args, *args[6:9], "name=near", *args[10:])
+    local_summary = json.loads((tmp_path / "outputs/near/summary.json").read_text())
+    assert local_summary["final"]["train/loss"] == summary["final"]["train/loss"]

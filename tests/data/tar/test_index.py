@@ -27,11 +27,12 @@ def shard_with(path: Path, names: list[str], format: int) -> Path:
 
 def contents(shard: Path) -> dict[str, dict[str, bytes]]:
     data = shard.read_bytes()
-    found = {}
+
+    samples = {}
     for row in scan(shard)[0]:
         members = {kind: data[row[kind][0] : sum(row[kind])] for kind in row.dtype.names[1:] if row[kind][0]}
-        found[row[KEY].decode()] = members
-    return found
+        samples[row[KEY].decode()] = members
+    return samples
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file", "ignore:.*Exception ignored in")  # webdataset's own
@@ -102,8 +103,8 @@ def test_what_is_lost_is_known_from_an_older_index_or_from_the_counts_of_img2dat
     make_index(old, tmp_path)
     (tmp_path / "00000_stats.json").write_text('{"count": 12, "successes": 10}')
     for shard in (old, counted):
-        shard.write_bytes(shard.read_bytes()[:3700])  # in the fourth
-        for _ in range(2):  # the second time from the first's own index
+        shard.write_bytes(shard.read_bytes()[:3700])  # cut in the fourth member
+        for _ in range(2):  # the second time, the total comes from the first index
             head = read_head(make_index(shard, tmp_path))
             assert (head["readable"], head["samples"], head["total"], head["cut"]) == (3, 4, 10, True)
         assert len(read_table(shard.with_name(f"{shard.name}.index"))) == 4
@@ -132,9 +133,9 @@ def test_an_index_is_made_once_and_again_when_the_shard_changes(
     assert first.rows["samples"].tolist() == [3, 2]
     files = [shard.with_name(f"{shard.name}.index") for shard in shards]
     times = [file.stat().st_mtime_ns for file in files]
-    again = open_catalogue(shards, tmp_path / "cache")
+    reopened = open_catalogue(shards, tmp_path / "cache")
     assert [file.stat().st_mtime_ns for file in files] == times
-    assert isinstance(read_table(files[0]), np.memmap) and again.id == first.id
+    assert isinstance(read_table(files[0]), np.memmap) and reopened.id == first.id
     write_tar(shards[0], [("new.jpg", b"1" * 20_000)])
     assert open_catalogue(shards, tmp_path / "cache").rows["samples"].tolist() == [1, 2]
 
@@ -159,7 +160,7 @@ def test_where_shards_cannot_be_written_the_index_goes_to_index_dir(
     shard = make_shards(3) / "part-000.tar"
     write = Path.write_bytes
 
-    def refuse(path: Path, data: bytes) -> int:  # root may write anywhere, so the file system's no is acted
+    def refuse(path: Path, data: bytes) -> int:  # simulated, as root may write anywhere
         if path.parent == shard.parent:
             raise PermissionError(13, "read-only", str(path))
         return write(path, data)
@@ -170,13 +171,13 @@ def test_where_shards_cannot_be_written_the_index_goes_to_index_dir(
     assert os.listdir(shard.parent) == ["part-000.tar"]
 
 
-@pytest.mark.parametrize("stranger", [False, True])
+@pytest.mark.parametrize("foreign_owner", [False, True])
 def test_where_neither_can_be_written_it_goes_to_a_temporary_directory_of_our_own_with_a_warning(
     make_shards: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    stranger: bool,
+    foreign_owner: bool,
 ) -> None:
     shard, own = make_shards(3) / "part-000.tar", tmp_path / f"tmp/clipx-{os.getuid()}"
     write = Path.write_bytes
@@ -189,7 +190,7 @@ def test_where_neither_can_be_written_it_goes_to_a_temporary_directory_of_our_ow
     monkeypatch.setattr(Path, "write_bytes", refuse)
     monkeypatch.setattr(tempfile, "tempdir", str(own.parent))
     own.mkdir(parents=True)
-    if stranger:  # who might have laid indexes there that lie
+    if foreign_owner:  # another user could have put forged indexes there
         os.chown(own, 12345, 12345)
         with pytest.raises(DataError, match="part-000.tar.index cannot be written, nor .*set data.index_dir=DIR"):
             open_catalogue([shard], tmp_path / "cache")
