@@ -31,7 +31,7 @@ LEVELS = {
     "evals.validation evals.zero_shot": 4,
     "training.batch training.callbacks training.compile training.direction training.existing_run": 5,
     "training.final_report training.header training.health training.lock training.logs training.loop": 5,
-    "training.memory training.parts training.resume training.run": 5,
+    "training.memory training.parts training.reading training.resume training.run": 5,
     "training.step training.summary training.tensorboard": 5,
     "tools.bench tools.curves tools.findings tools.machine tools.measure tools.predictions": 6,
     "tools.runs_table tools.score": 6,

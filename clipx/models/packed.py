@@ -87,9 +87,9 @@ class Packed(NamedTuple):
         """(T, D) -> (T', D) for each grid."""
         return x.split([len(grid.places) for grid in self.grids])
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Packed":
-        """The same captions on a device."""
-        return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=non_blocking), self)
+    def to(self, device: torch.device) -> "Packed":
+        """The same captions on a device, copied as ``to_device`` does."""
+        return tree_map_only(Tensor, lambda x: to_device(x, device), self)
 
 
 def pack(tokens: Tokens, edges: Sequence[int] | None = EDGES) -> Packed:
@@ -135,6 +135,11 @@ def make_grid(lengths: Tensor, multiple: int) -> Grid:
 
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host to a device; to a GPU from pinned memory, so that the program does not wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def unpad(tokens: Tensor) -> Tokens:

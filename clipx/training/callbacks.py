@@ -19,19 +19,12 @@ from clipx.training.health import HealthMonitor, health_metrics, weight_norms
 from clipx.training.logs import RunLog, SilentLog
 from clipx.training.loop import State, StepOutput
 from clipx.training.memory import peak_memory_by_tag
+from clipx.training.reading import BadStep, Reading, runs_ahead
 from clipx.weights.checkpoint import AsyncSaver
 
 logger = logging.getLogger("clipx")
 
 MAX_UNCHECKED = 100  # steps between two checks for infinite gradients
-
-
-class BadStep(NamedTuple):
-    """A step whose gradient was not finite."""
-
-    step: int  # from 1
-    position: int  # of its batch in the plan
-    lr: float
 
 
 class Diverged(UserError):
@@ -66,8 +59,9 @@ class Intervals(NamedTuple):
 class Callbacks:
     """Run after every step.
 
-    Waits for the device only when something is due.  Saves only after checking that all steps since the last check
-    were finite.  All ranks do the same at the same step.
+    Waits for the device only to evaluate and to save.  What is logged on a GPU is read one step later, when the GPU has
+    that step to compute.  Saves only after checking that all steps since the last check were finite.  All ranks do the
+    same at the same step.
 
     Args:
         run_log: receives the metrics.
@@ -104,6 +98,7 @@ class Callbacks:
         self.signals, self.monitor, self.stopping = signals, monitor, stopping
         self.shared_flags = SharedFlags()
         self.unchecked: list[tuple[BadStep, torch.Tensor]] = []  # steps, and whether their gradient was finite
+        self.reading: Reading | None = None  # still to be read
         self.bad_steps: list[BadStep] = []  # the latest consecutive steps without effect
         self.records: list[dict[str, Any]] = []  # of bad samples, for skipped.jsonl
         self.eval_due = self.save_due = self.keep_due = False
@@ -113,6 +108,7 @@ class Callbacks:
         self.samples, self.wait = 0, 0.0
 
     def __call__(self, state: State, output: StepOutput) -> None:
+        self.read(state)  # the step before
         step = state.step
         self.unchecked.append((BadStep(step, output.position, output.lr), output.grad_norm.isfinite()))
         self.records += [{"samples": state.samples, **asdict(record)} for record in output.skipped]
@@ -134,9 +130,9 @@ class Callbacks:
         self.keep_due |= keep
         due = self.eval_due or self.save_due or self.keep_due
         if log or due or len(self.unchecked) == MAX_UNCHECKED:
-            self.check_finite(state)
-        if log:
-            self.log(state, output)
+            self.read_later(state, log)
+        if due or not runs_ahead(output):
+            self.read(state)
         if self.bad_steps or not due:  # after steps without effect the weights may be bad: postpone
             return
         kinds = self.evaluate(state) if self.eval_due else []
@@ -152,24 +148,47 @@ class Callbacks:
             state: of the run.
             complete: whether the run is; a signal before its end skips evaluation.
         """
-        self.check_finite(state)
-        if self.output is not None and self.last_logged != state.step:
-            self.log(state, self.output)
+        self.read(state)
+        self.read_all(state, log=self.last_logged != state.step)
         interrupted = self.signals.received and not complete
         kinds = self.evaluate(state) if self.last_evaluated != state.step and not interrupted else []
         if kinds or self.last_saved != state.step:
             self.save(state, [*kinds, "last"])
         self.saver.wait()
 
-    def check_finite(self, state: State) -> None:
-        """Check the gradients of the steps since the last check, and gather the bad samples of all ranks.
+    def read_later(self, state: State, log: bool) -> None:
+        """Start to copy to the host what ``read`` needs, and gather the bad samples of all ranks.
+
+        Raises:
+            DataError: too many samples are bad.
+        """
+        self.reading = Reading.start(state, self.unchecked, self.output if log else None)
+        self.unchecked = []
+        self.report_skipped(state)
+
+    def read(self, state: State) -> None:
+        """Check, and log, what the last ``read_later`` left.  Raises as ``check_finite``."""
+        reading, self.reading = self.reading, None
+        if reading is None:
+            return
+        reading.wait()
+        self.check_finite(state, reading)
+        if reading.output is not None:
+            self.log(state, reading, reading.output)
+
+    def read_all(self, state: State, log: bool) -> None:
+        """Check all steps, and log the last one if asked to.  Raises as ``read_later`` and ``read``."""
+        self.read(state)
+        self.read_later(state, log)
+        self.read(state)
+
+    def check_finite(self, state: State, reading: Reading) -> None:
+        """Check the gradients of the steps since the last check.
 
         Raises:
             Diverged: too many of them in a row were not finite.
-            DataError: too many samples are bad.
         """
-        finite = torch.stack([flag for _, flag in self.unchecked]).tolist() if self.unchecked else []
-        for (step, _), is_finite in zip(self.unchecked, finite, strict=True):
+        for step, is_finite in zip(reading.steps, reading.finite.tolist(), strict=True):
             self.bad_steps = [] if is_finite else [*self.bad_steps, step]
             if not is_finite and not state.bad_steps:
                 searching = state.scaler.get_scale() != 1  # fp16 adapts its loss scale in the first steps
@@ -181,11 +200,10 @@ class Callbacks:
             state.bad_steps += not is_finite
             if len(self.bad_steps) > self.max_bad_steps:
                 scale = state.model.logit_scale.exp().item()
-                raise Diverged(self.bad_steps[0], state.samples, len(self.bad_steps), scale, weight_norms(state.model))
-        self.unchecked.clear()
-        self.report_skipped(state)
+                norms = weight_norms(state.model)
+                raise Diverged(self.bad_steps[0], reading.samples, len(self.bad_steps), scale, norms)
 
-    def log(self, state: State, output: StepOutput) -> None:
+    def log(self, state: State, reading: Reading, output: StepOutput) -> None:
         elapsed = time.perf_counter() - self.start
         metrics = {
             "train/loss": output.loss.item(),
@@ -196,16 +214,16 @@ class Callbacks:
             "train/data_wait": self.wait / elapsed,
             "train/skipped": len(state.skipped),
             "train/bad_steps": state.bad_steps,
-            **peak_memory_by_tag(output.loss.device),
+            **peak_memory_by_tag(state.model.logit_scale.device),
             **(health_metrics(output) if not self.bad_steps else {}),
         }
-        self.run_log.scalars(metrics, state.step, state.samples)
+        self.run_log.scalars(metrics, reading.step, reading.samples)
         metrics = {tag: value for tag, value in metrics.items() if math.isfinite(value)}
         shown = {"loss": "train/loss", "samples/s": "train/samples_per_s", "data wait": "train/data_wait"}
-        self.run_log.progress(state.step, {name: metrics[tag] for name, tag in shown.items() if tag in metrics})
-        for message in self.monitor.check(state.step, metrics):
-            logger.warning("step %d: %s", state.step, message)
-        self.last_logged = state.step
+        self.run_log.progress(reading.step, {name: metrics[tag] for name, tag in shown.items() if tag in metrics})
+        for message in self.monitor.check(reading.step, metrics):
+            logger.warning("step %d: %s", reading.step, message)
+        self.last_logged = reading.step
         self.restart_clock()
 
     def evaluate(self, state: State) -> list[str]:
@@ -238,7 +256,7 @@ class Callbacks:
         """Save after a data error; impossible with several ranks, as the others are in the middle of a step."""
         if world_size() > 1:
             return False
-        self.check_finite(state)
+        self.read_all(state, log=False)
         self.save(state, ["last"])
         return True
 

@@ -159,7 +159,7 @@ def step_optimizer(state: State, clip_norm: float | None, amp: torch.dtype | Non
     norms = gradient_norms(model)
     if clip_norm is not None:
         clip_grads_with_norm_(model.parameters(), clip_norm, norms.model)
-    scaler.step(optimizer)  # no-op if a gradient is not finite
+    scaler.step(optimizer)  # no-op if a gradient is not finite; a fused optimiser knows without waiting for the device
     scaler.update(None if amp is torch.float16 else 1.0)  # only fp16 adapts its loss scale
     optimizer.zero_grad(set_to_none=True)
     model.clamp_scale()

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from clipx.data.images import Normalise
-from clipx.models.packed import Packed
+from clipx.models.packed import Packed, to_device
 from clipx.training.batch import MicroBatch, concat
 
 Features = tuple[Tensor, Tensor, Tensor]  # unit features (b, E), (b, E), scale ()
@@ -55,8 +55,8 @@ class MicroBatchEncoder:
         if self.copies is None:
             return concat([x.to(self.device) for x in micro_batch.images]), micro_batch.captions.to(self.device)
         with torch.cuda.stream(self.copies):
-            images = concat([x.to(self.device, non_blocking=True) for x in micro_batch.images])
-            captions = micro_batch.captions.to(self.device, non_blocking=True)
+            images = concat([to_device(x, self.device) for x in micro_batch.images])
+            captions = micro_batch.captions.to(self.device)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.copies)
         tree_map_only(Tensor, lambda x: x.record_stream(current), (images, captions))  # keeps their memory until then
@@ -96,7 +96,7 @@ def backward(
     Source: Gao et al. 2021, GradCache (arXiv 2101.06983).
     """
     id_parts = [micro_batch.ids for micro_batch in micro_batches if micro_batch.ids is not None]
-    ids = concat(id_parts).to(encoder.device) if id_parts else None
+    ids = to_device(concat(id_parts), encoder.device) if id_parts else None
     if len(micro_batches) == 1:
         image, text, scale = encoder(micro_batches[0])
         loss = loss_fn(image, text, scale, ids)
