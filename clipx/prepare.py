@@ -1,5 +1,6 @@
 """``python -m clipx.prepare``: images and captions -> indexed shards; or shards -> a check of them."""
 
+import json
 import logging
 import os
 import shlex
@@ -68,6 +69,13 @@ def check_shards(config: PrepareConfig, tars: Tars, workers: int) -> tuple[Path,
     Raises:
         UserError: training would fail on a shard, or a key has no effect.
     """
+    shaping = {field.name for field in fields(Packing)} - {"verify"} | {"max_empty"}
+    if unused := [f"{key}={json.dumps(getattr(config, key))}" for key in config.varied if key in shaping]:
+        raise UserError(
+            f"{unused[0]} has no effect on existing shards, which are only indexed and verified; leave it out"
+        )
+    if config.out is not None and not config.verify:
+        raise UserError(f"out={config.out} has no effect on an index; add verify=true, which writes bad.jsonl there")
     if tars.caption_key is not None and not config.verify:
         raise UserError(
             f"source.caption_key={tars.caption_key} has no effect on an index; add verify=true, which "

@@ -97,8 +97,8 @@ def check_duplicates(overrides: Sequence[str]) -> None:
     for override in overrides:
         key = key_of(override)
         if key in first:
+            quote = f", and quote a pattern that the shell would expand: '{key}=DIR/{{00000..00001}}.tar'"
             raise UserError(
-                f"{key} is given twice, {first[key]} and {override}; give it once, and quote a pattern "
-                f"that the shell would expand: '{key}=DIR/{{00000..00001}}.tar'"
+                f"{key} is given twice, {first[key]} and {override}; give it once{quote if '/' in override else ''}"
             )
         first[key] = override
