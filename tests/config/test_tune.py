@@ -119,7 +119,7 @@ def test_poor_trials_stop_early_and_the_others_equal_uninterrupted_runs(
     assert_same_state(FOUND / best[1], Path("outputs/straight"))
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("random", marks=pytest.mark.long)])
 def test_an_interrupted_search_proposes_what_an_uninterrupted_one_does(
     search: Callable[..., tuple[list[str], str]], pretended: Pretended, sampler: str
 ) -> None:
