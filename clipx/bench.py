@@ -29,7 +29,7 @@ def bench(composed: DictConfig, directory: Path) -> None:
     if "loader" in keys.parts:
         results["loader"] = bench_loader(config, keys.rounds, keys.seconds)
     if "step" in keys.parts:
-        results["step"] = bench_step(config, keys.rounds, keys.steps, directory / "trace" if keys.trace else None)
+        results["step"] = bench_step(config, keys.rounds, keys.steps, directory / "trace.json" if keys.trace else None)
         report_bound(config, results)
     if keys.json:
         Path(keys.json).write_text(json.dumps(results, indent=2) + "\n")

@@ -44,7 +44,9 @@ def test_a_step_is_measured(bench: Callable[..., None], tmp_path: Path, capsys: 
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert all(found["shares"][part] > 0 for part in ("wait", "image tower", "text tower", "loss", "backward"))
     assert found["rounds"][0]["samples_per_s"] > 0 and found["memory_gb"] > 0
-    assert list((tmp_path / "outputs/x/trace").glob("*.pt.trace.json"))
+    assert json.loads((tmp_path / "outputs/x/trace.json").read_text())["traceEvents"]
+    shares = list(found["operations"].values())
+    assert len(shares) == 10 and sorted(shares, reverse=True) == shares and 0.3 < sum(shares) <= 1
     log = capsys.readouterr().err
     assert "samples/s on batches in memory, peak" in log and "GFLOP per sample" in log and "bound     " in log
 

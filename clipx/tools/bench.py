@@ -63,8 +63,10 @@ def bench_step(config: TrainConfig, rounds: int, steps: int, trace: Path | None)
         f", model FLOPs utilisation {achieved / peak:.0%}" if peak else "; the device's peak is unknown",
     )
     if trace:
-        run.trace(trace)
-        logger.info("trace     tensorboard --logdir %s (with pip install torch-tb-profiler)", trace)
+        figures["operations"] = run.trace(trace)
+        for operation, share in figures["operations"].items():
+            logger.info("profile   %2.0f %% %s", 100 * share, operation)
+        logger.info("trace     %s (open it in ui.perfetto.dev)", trace)
     return {"rounds": found, **figures}
 
 

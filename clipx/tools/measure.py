@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +28,7 @@ from clipx.training.memory import keep_freed_memory, peak_memory
 from clipx.training.parts import build_forward, initial_state, train_reader
 from clipx.training.step import Forward, MicroBatchEncoder, backward
 
+TOP = 10  # operations in a profile's summary
 NUM_STAGED = 256  # pictures for timing the loader's stages
 NUM_BATCHES = 4  # in memory
 PEAKS = {           # dense FLOP/s in bf16 and fp16, from the vendors' data sheets
@@ -219,12 +221,21 @@ class StepBenchmark:
         """Peak memory so far, in GB."""
         return peak_memory(self.device)
 
-    def trace(self, directory: Path) -> None:
-        """Profile three steps, for TensorBoard's profiler."""
-        with torch.profiler.profile(
-            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(directory)), profile_memory=True
-        ):
+    def trace(self, path: Path) -> dict[str, float]:
+        """Profile three steps; return the most expensive kernels, or operations on a CPU, with their share of the time.
+
+        Args:
+            path: file for the trace, in Chrome's format.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.profiler.profile() as profile:
             self.from_memory(3)
+        profile.export_chrome_trace(str(path))
+        cuda = self.device.type == "cuda"
+        events = [event for event in profile.key_averages() if not cuda or event.device_type == DeviceType.CUDA]
+        times = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total for event in events}
+        total = sum(times.values())
+        return {name: times[name] / total for name in sorted(times, key=times.__getitem__, reverse=True)[:TOP]}
 
 
 def no_callbacks(_state: State, _output: StepOutput) -> None:
