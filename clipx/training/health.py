@@ -23,9 +23,13 @@ def health_metrics(output: StepOutput) -> dict[str, float]:
     ``loss_over_chance`` is 1 for an untrained model; the cosines are means over pairs and over non-pairs; the ranks are
     the effective ranks of the embeddings of 256 rows (RankMe: Garrido et al. 2023, arXiv 2210.02885);
     ``scale_at_clamp`` is 1 when the temperature has reached its bound.
+
+    Args:
+        output: on the host, where the ranks take some milliseconds while a GPU has the next step to compute; on a GPU,
+            computing eigenvalues waits for it.
     """
     rows = -(-ROWS // world_size())
-    image, text = (gather(features[:rows].cpu()) for features in (output.image, output.text))  # (N, E)
+    image, text = (gather(features[:rows]) for features in (output.image, output.text))  # (N, E)
     cosine = image @ text.T  # (N, N)
     pairs, total, count = cosine.trace().item(), cosine.sum().item(), len(cosine)
     image_norm, text_norm = output.tower_grad_norms.tolist()
