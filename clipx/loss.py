@@ -1,4 +1,4 @@
-"""The contrastive loss, computed in tiles: the whole matrix of logits is never in memory."""
+"""The contrastive loss, computed in tiles: the matrix of logits of a large batch is never in memory as a whole."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 from clipx import distributed
 from clipx.models.layers import linear
 
-TILE = 1 << 21  # logits at once; 8 MB in float32
+TILE = 1 << 21  # logits at once; 8 MB in float32, which suits a CPU
+GPU_SHARE = 1 / 64  # of a GPU's memory for a tile; backward and a mask take up to three times as much
 
 
 def clip_loss(
@@ -93,10 +94,21 @@ class TiledLoss(torch.autograd.Function):
 
 def tiles(image: Tensor, scale: Tensor, batch: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of the images and their scaled features (t, E)."""
-    size = max(1, TILE // batch)
+    size = max(1, logits_at_once(image.device, image.element_size()) // batch)
     for start in range(0, len(image), size):
         part = slice(start, min(start + size, len(image)))
         yield part, scale * image[part]
+
+
+def logits_at_once(device: torch.device, itemsize: int) -> int:
+    """Logits of a tile.  On a GPU, one tile holds all of most batches: fewer and larger kernels.
+
+    The share is of all memory, not of what is free: the tiles decide how sums are rounded, and what is free changes
+    from step to step, so that a resumed run would not repeat the bits.
+    """
+    if device.type != "cuda":
+        return TILE
+    return max(TILE, int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE) // itemsize)
 
 
 def masked(logits: Tensor, part: slice, ids: Tensor | None, all_ids: Tensor | None) -> Tensor:

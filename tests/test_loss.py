@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -76,3 +77,22 @@ def test_a_batch_of_one_caption_alone_has_a_finite_gradient_when_masked() -> Non
     loss = clip_loss(image, text, torch.tensor(10.0), torch.zeros(4, 2, dtype=torch.long), "mask")
     loss.backward()
     assert loss == 0 and image.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("gigabytes", "largest"), [(80, 17_000), (24, 9_000), (8, 5_000)])
+def test_on_a_gpu_the_logits_of_most_batches_are_one_tile(
+    gigabytes: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: memory)
+    logits = room.logits_at_once(torch.device("cuda"), 4)
+    assert largest**2 <= logits and logits * 4 <= gigabytes * 1e9 / 64
+    assert room.logits_at_once(torch.device("cuda"), 8) == logits // 2
+    monkeypatch.setattr(room, "logits_at_once", lambda *_: logits)
+    assert [part for part, _ in room.tiles(torch.ones(100, 2), torch.ones(()), largest)] == [slice(0, 100)]
+    assert len([*room.tiles(torch.ones(largest, 1), torch.ones(()), 4 * largest)]) > 1
+
+
+def test_on_a_cpu_and_on_a_tiny_gpu_a_tile_holds_as_many_logits_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=10**6))
+    assert room.logits_at_once(torch.device("cpu"), 4) == room.logits_at_once(torch.device("cuda"), 4) == room.TILE
