@@ -41,6 +41,7 @@ from clipx.config.validate import ConfigError
 from clipx.errors import Interrupted, UserError
 from clipx.training.lock import remove_created_on_error
 
+ALLOC_CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # names of torch's variable: today's, and before 2.9
 TRAIN_COMMANDS = ("train", "check", "bench")  # their config is that of a training run
 
 JobFunction = Callable[[DictConfig, Path], float | None]  # of the composed config and the run's directory
@@ -63,6 +64,7 @@ def command(name: str, job: JobFunction, trains: bool = False) -> None:
         return print(help_page(name, arguments))
     if {"-sc", "--shell-completion"} & set(arguments):
         os.environ["COMP_LINE"] = completion_line(os.environ.get("COMP_LINE", ""))
+    expand_segments()
     failures = FailureLog.of_this_process()
     errors: list[str] = []
     try:
@@ -106,6 +108,15 @@ def call(name: str, job: JobFunction, arguments: Sequence[str]) -> Path:
     with suppress(Interrupted):  # after a save
         run_explained(name, arguments, recorded, FailureLog.of_this_process(), True)
     return directories[0]
+
+
+def expand_segments() -> None:
+    """Let torch grow its segments of a GPU's memory, unless the user says how; read when torch is imported.
+
+    Captions make each batch another size, which leaves gaps between segments of fixed size.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOC_CONF):
+        os.environ[ALLOC_CONF[0]] = "expandable_segments:True"
 
 
 def run_explained(name: str, arguments: Sequence[str], job: JobFunction, failures: FailureLog, trains: bool) -> None:

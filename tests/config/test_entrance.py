@@ -1,12 +1,15 @@
 """What a command refuses at once: before torch is imported, and leaving nothing behind."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import EARLY, FEW, in_process
 
-from clipx.config import meaning
+from clipx import train
+from clipx.config import cli, meaning
 from clipx.weights import peek
 
 RUN = "outputs/early/checkpoints/clip_last.pt"
@@ -176,3 +179,20 @@ def test_a_refused_command_does_not_create_hydra_run_dir(
     (tmp_path / "there").mkdir()
     fails(f"hydra.run.dir={place}", "name=x", *given)
     assert [path.name for path in tmp_path.iterdir()] == ["there"] and not [*(tmp_path / "there").iterdir()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch grows segments on Linux alone")
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": ""}])
+def test_a_command_lets_segments_of_gpu_memory_grow_unless_the_user_says_how(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in cli.ALLOC_CONF:
+        monkeypatch.setenv(name, "")  # restored in the end
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["clipx.train", "optim.lr=x"])
+    with pytest.raises(SystemExit):
+        train.main()
+    found = {name: os.environ[name] for name in cli.ALLOC_CONF if name in os.environ}
+    assert found == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
