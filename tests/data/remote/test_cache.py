@@ -19,13 +19,12 @@ import pytest
 import torch
 from conftest import ROOT, write_tar
 
-from clipx.data import catalogue
 from clipx.data.images import TrainCrop
 from clipx.data.loader import load_chunks, train_ranges
 from clipx.data.mix import open_mix
 from clipx.data.plan import Plan, Window
 from clipx.data.readers import Chunk, TrainReader
-from clipx.data.remote import prefetch, stores
+from clipx.data.remote import prefetch, sizes, stores
 from clipx.data.remote.cache import Cache
 from clipx.data.sample import Data
 from clipx.data.shards import open_shards
@@ -426,7 +425,7 @@ def test_where_nothing_tells_the_counts_each_shard_is_copied_once(
 def test_more_shards_than_are_asked_about_at_once_and_a_query(
     server: Server, remote: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalogue, "ASKED", 3)
+    monkeypatch.setattr(sizes, "ASKED", 3)
     signed = remote(shards=f"{server.url}/part-{{000..006}}.tar?token=a")
     assert list(signed.train.sizes) == list(SIZES) and len(server.asked) == 8
     assert list(remote(shards=f"{server.url}/part-{{000..006}}.tar?token=b").train.sizes) == list(SIZES)
