@@ -1,4 +1,4 @@
-"""What tests share: one thread, small real shards, and a way to call a command in this process."""
+"""Shared fixtures and helpers: small real shards, and commands that run in the test process."""
 
 import csv
 import importlib
@@ -26,7 +26,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
-torch.set_num_threads(1)  # two threads on a busy two-core machine wait for each other
+torch.set_num_threads(1)  # several threads slow each other down on a busy machine with few cores
 
 FEW = (
     "experiment=smoke",
@@ -42,9 +42,9 @@ FEW = (
 )
 
 
-def once(*words: str) -> list[str]:
-    """The words, of those with the same key the last alone: tests change what they share."""
-    return list({word.partition("=")[0] if "=" in word else number: word for number, word in enumerate(words)}.values())
+def once(*args: str) -> list[str]:
+    """Drop all but the last argument for each key, so that tests can override shared arguments."""
+    return list({arg.partition("=")[0] if "=" in arg else number: arg for number, arg in enumerate(args)}.values())
 
 
 def picture(shade: int, kind: str = "png", size: tuple[int, int] = (40, 32)) -> bytes:
@@ -67,15 +67,15 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfil
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> Callable[..., Path]:
-    """Writes shards of the given sizes below a directory; sample i of all has shade i and two captions."""
+    """Writes shards of the given sizes; sample i, counted over all shards, has shade i and two captions."""
 
     def make(*sizes: int, folder: str = "shards") -> Path:
         number = 0
         for shard, size in enumerate(sizes):
             members = []
             for _ in range(size):
-                words = json.dumps({"caption": [f"thing number {number}", f"the {number}th thing of all"]}).encode()
-                members += [(f"{number:05d}.png", picture(number)), (f"{number:05d}.json", words)]
+                captions = json.dumps({"caption": [f"thing number {number}", f"the {number}th thing of all"]}).encode()
+                members += [(f"{number:05d}.png", picture(number)), (f"{number:05d}.json", captions)]
                 number += 1
             write_tar(tmp_path / folder / f"part-{shard:03d}.tar", members)
         return tmp_path / folder
@@ -85,7 +85,7 @@ def make_shards(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Path], str]]:
-    """Serves a directory by HTTP; gives its URL."""
+    """Serves a directory over HTTP and returns its URL."""
     servers = []
 
     def start(root: Path) -> str:
@@ -102,7 +102,7 @@ def serve() -> Iterator[Callable[[Path], str]]:
 
 @pytest.fixture(autouse=True)
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no pictures of their validation set, which takes half of a tiny run, but in tests marked for it."""
+    """Skip the figures of the validation set, which take half the time of a tiny run, except in tests marked for it."""
     if "pictures" not in request.keywords:
         monkeypatch.setattr("clipx.training.logs.RunLog.pictures", lambda *_: None)
 
@@ -118,47 +118,47 @@ def command(name: str, cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     main = importlib.import_module(f"clipx.{name}").main
     monkeypatch.chdir(cwd)
 
-    def run(*words: str) -> None:
-        monkeypatch.setattr(sys, "argv", [f"clipx.{name}", *once(*words)])
+    def run(*args: str) -> None:
+        monkeypatch.setattr(sys, "argv", [f"clipx.{name}", *once(*args)])
         main()
 
     return run
 
 
-def train_in(cwd: Path, *words: str) -> Path:
-    """A small run in a directory, for fixtures that outlive a test."""
+def train_in(cwd: Path, *args: str) -> Path:
+    """Train a small run in a directory, for fixtures of wider scope than a test."""
     from clipx.train import main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["clipx.train", *once(*FEW, *words, "name=x")])
+        patch.setattr(sys, "argv", ["clipx.train", *once(*FEW, *args, "name=x")])
         main()
     return cwd / "outputs/x"
 
 
 @pytest.fixture
 def fails(train: Callable[..., None]) -> Callable[..., str]:
-    """The one line that a command ends with."""
+    """Runs a train command that must fail, and returns its one-line error message."""
     return partial(last_line, train)
 
 
-def last_line(command: Callable[..., None], *words: str) -> str:
-    """The one line that a command ends with, which exits."""
-    with pytest.raises(SystemExit) as ended:
-        command(*words)
-    message = str(ended.value.code)
+def last_line(command: Callable[..., None], *args: str) -> str:
+    """The one-line error message that a command exits with."""
+    with pytest.raises(SystemExit) as raised:
+        command(*args)
+    message = str(raised.value.code)
     assert "\n" not in message
     return message
 
 
-def in_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A Python of its own, in another directory."""
+def in_process(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python in a subprocess, in another directory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *once(*words)], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *once(*args)], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def run_ranks(function: Callable[..., None], world: int, *args: str) -> None:
-    """Run ``function(rank, world, *args)`` in processes of their own; one that has imported torch forks them all."""
+    """Run ``function(rank, world, *args)`` in ``world`` processes, forked from a server that has imported torch."""
     multiprocessing.set_forkserver_preload(["clipx.training.run", function.__module__])
     torch.multiprocessing.start_processes(function, (world, *args), nprocs=world, start_method="forkserver")
 
@@ -184,40 +184,40 @@ def assert_same_state(a: Path, b: Path) -> None:
 
 
 class Block(NamedTuple):
-    """What stands between fences in a document."""
+    """A fenced block of a document."""
 
-    mark: str  # of the comment right before it, without which it is run: "not run: needs COCO"
-    file: str  # of the line before it, where it is what a file holds
+    mark: str  # text of the comment right before it, such as "not run: needs COCO"; empty if the block is run
+    file: str  # name on the line before it, if the block is the content of a file
     language: str
     text: str
 
 
 def blocks(document: Path) -> list[Block]:
     pattern = r"(?:<!-- (.*?) -->\n|`(\S+)`\n\n)?```(\w*)\n(.*?)```"
-    return [Block(*found) for found in re.findall(pattern, document.read_text(encoding="utf-8"), re.DOTALL)]
+    return [Block(*match) for match in re.findall(pattern, document.read_text(encoding="utf-8"), re.DOTALL)]
 
 
-def follow(document: Path, place: Path, languages: Collection[str] = ("bash", "python")) -> None:
-    """Do what a document says, block by block, in a directory that has what its reader has."""
+def follow(document: Path, directory: Path, languages: Collection[str] = ("bash", "python")) -> None:
+    """Run the blocks of a document in order, in a directory with the files that it mentions."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "HOME": str(place), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": path, "HOME": str(directory), "OMP_NUM_THREADS": "1"}
     for block in blocks(document):
         if block.mark or not (block.file or block.language in languages):
             continue
         if block.file:
-            (place / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (place / block.file).write_text(block.text, encoding="utf-8")
+            (directory / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (directory / block.file).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
             exec(compile(block.text, str(document), "exec"), {})
         else:
             command = ["bash", "-euo", "pipefail", "-c", block.text]
-            ended = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-            assert ended.returncode == 0, f"{block.text}\n{ended.stdout}\n{ended.stderr}"
+            result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, f"{block.text}\n{result.stdout}\n{result.stderr}"
 
 
 @pytest.fixture
 def reader(train: Callable[..., None], tmp_path: Path) -> Path:
-    """A directory with what the documents say that their reader has, in small: pictures, a table, a run of the demo."""
+    """A directory with small versions of the files that the documents mention: pictures, a table, a run of the demo."""
     from clipx.data.dummy import Dummy
 
     shapes, (images, rows) = Dummy(400, 64, seed=0), (tmp_path / name for name in ("pictures/images", "rows"))
@@ -238,8 +238,8 @@ def reader(train: Callable[..., None], tmp_path: Path) -> Path:
         entries = [json.dumps({"image": f"../pictures/{row['image']}", "text": row["caption"]}) for row in part]
         (rows / f"{name}.jsonl").write_text("\n".join(entries))
     for shape in ("circle", "square"):
-        drawn = [row["image"] for row in table if shape in row["caption"]][:20]
-        for number, image in enumerate(drawn):
+        selected = [row["image"] for row in table if shape in row["caption"]][:20]
+        for number, image in enumerate(selected):
             folder = tmp_path / ("labelled" if number % 2 else "known") / shape
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / "pictures" / image, folder)
@@ -259,7 +259,7 @@ def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 @pytest.fixture
 def refused(prepare: Callable[..., None]) -> Callable[..., str]:
-    """The one line that the command ends with."""
+    """Runs a prepare command that must fail, and returns its one-line error message."""
     return partial(last_line, prepare)
 
 
@@ -273,16 +273,16 @@ def until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 def check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, int]]:
-    """``python -m clipx.check ARGUMENTS`` in this process, from an empty directory: its output and exit code."""
+    """``python -m clipx.check ARGUMENTS`` in this process, from an empty directory; its output and exit code."""
     call = command("check", tmp_path, monkeypatch)
 
-    def run(*words: str) -> tuple[str, int]:
+    def run(*args: str) -> tuple[str, int]:
         capsys.readouterr()
         code = 0
         try:
-            call(*words)
-        except SystemExit as ended:
-            print(ended.code, file=sys.stderr)
+            call(*args)
+        except SystemExit as error:
+            print(error.code, file=sys.stderr)
             code = 1
         return capsys.readouterr().err, code
 

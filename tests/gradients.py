@@ -1,4 +1,4 @@
-"""The gradient of a batch in float64, from chunks as training reads them."""
+"""Gradients of a batch in float64, computed from the same chunks as in training."""
 
 import torch
 from torch import Tensor
@@ -18,19 +18,19 @@ def chunks_of(batch: int, micro: int | None, rank: int = 0, world: int = 1) -> l
     data = open_dummy(samples=512, val_samples=8)
     crop = TrainCrop(64, (0.9, 1.0), "exact")
     reader = TrainReader(data.train, data.plan(0), crop, SimpleTokenizer(), "random", identify=True)
-    chunks, found = train_ranges(0, batch, micro, rank, world), []
-    while sum(map(len, found)) < batch // world:
-        found.append(reader.chunk(next(chunks)))
-    return found
+    ranges, chunks = train_ranges(0, batch, micro, rank, world), []
+    while sum(map(len, chunks)) < batch // world:
+        chunks.append(reader.chunk(next(ranges)))
+    return chunks
 
 
 class Double(MicroBatchEncoder):
-    """In float64 from the pictures on."""
+    """Encodes in float64, including the pictures."""
 
     def __call__(self, part: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         return self.forward(self.normalise(concat(part.images)).double(), part.captions)
 
 
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
-    for a, b in zip(found, expected, strict=True):
+def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
+    for a, b in zip(actual, expected, strict=True):
         assert (a - b).norm() <= tolerance * b.norm(), (a.shape, (a - b).norm() / b.norm())

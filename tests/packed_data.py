@@ -1,4 +1,4 @@
-"""What tests of prepare share: writing its inputs and reading its output."""
+"""Helpers for the tests of prepare: writing its inputs and reading its output."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import webdataset
 from clipx.data.sample import Sample
 from clipx.data.shards import open_shards
 
-SOURCES = {"csv": ["source.image=a", "source.caption=b"]}  # what must be given besides src
+SOURCES = {"csv": ["source.image=a", "source.caption=b"]}  # required arguments besides src
 
 
 def save(path: Path, data: bytes | str | dict) -> Path:
@@ -24,8 +24,8 @@ def samples(out: Path, split: str = "train") -> list[Sample]:
     return [source.read(number) for number in range(sum(source.sizes))]
 
 
-def words_of(out: Path, split: str = "train") -> list[dict]:
-    """The json of each sample, as webdataset reads it."""
+def metadata_of(out: Path, split: str = "train") -> list[dict]:
+    """The .json member of each sample, as read by webdataset."""
     return [
         json.loads(sample["json"])
         for shard in sorted((out / split).glob("*.tar"))
@@ -33,7 +33,7 @@ def words_of(out: Path, split: str = "train") -> list[dict]:
     ]
 
 
-def everything(root: Path) -> dict[str, bytes]:
+def read_tree(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""Models of other projects, and the batches on which they are compared with ours."""
+"""Models of other projects, and batches to compare them with ours."""
 
 import open_clip
 import torch
@@ -8,7 +8,7 @@ from clipx.data.emoji import open_emoji
 from clipx.data.images import decode, get_image_transform
 from clipx.tokenizer import SimpleTokenizer
 
-SIZES = {  # of conf/model/tiny.yaml with one block in each tower, in open_clip's words
+SIZES = {  # conf/model/tiny.yaml with one block per tower, as an open_clip config
     "embed_dim": 192,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 192, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49_408, "width": 128, "heads": 2, "layers": 1},

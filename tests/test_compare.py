@@ -1,4 +1,4 @@
-"""Runs side by side: one table, right, quick, while they run."""
+"""``python -m clipx.compare``: tables and plots of finished, running and broken runs."""
 
 import csv
 import json
@@ -19,8 +19,8 @@ from clipx.tools.runs_table import find_runs, table
 TAG = "val/retrieval/mean_recall"
 
 
-def made_up(root: Path, number: int, value: float | None, state: str = "finished", **keys: object) -> Path:
-    """A run's directory as a run leaves it."""
+def fake_run(root: Path, number: int, value: float | None, state: str = "finished", **keys: object) -> Path:
+    """A run directory with a summary and metrics, as written by training."""
     run = root / f"run{number:04d}"
     run.mkdir(parents=True)
     config = {"name": f"run{number}", "model.image.width": 192, "optim.lr": 5e-4, "seed": 0, "choices.model": "tiny"}
@@ -39,8 +39,8 @@ def made_up(root: Path, number: int, value: float | None, state: str = "finished
 
 def test_the_table_has_what_differs_and_the_best_first(tmp_path: Path) -> None:
     for number, (lr, width) in enumerate([(1e-4, 64), (5e-4, 64), (1e-4, 128)]):
-        made_up(tmp_path, number, [0.2, 0.5, 0.3][number], **{"optim.lr": lr, "model.image.width": width})
-    made_up(tmp_path, 3, None, "failed")
+        fake_run(tmp_path, number, [0.2, 0.5, 0.3][number], **{"optim.lr": lr, "model.image.width": width})
+    fake_run(tmp_path, 3, None, "failed")
     rows = table(find_runs([tmp_path]))
     assert [row["run"] for row in rows] == ["run0001", "run0002", "run0000", "run0003"]
     assert list(rows[0]) == [
@@ -60,17 +60,17 @@ def test_the_table_has_what_differs_and_the_best_first(tmp_path: Path) -> None:
 
 def test_seeds_of_one_setting_are_listed_together(tmp_path: Path) -> None:
     for number, value in enumerate([0.1, 0.2, 0.6, 0.8]):
-        made_up(tmp_path, number, value, **{"optim.lr": 1e-4 if number < 2 else 1e-3, "seed": number % 2})
-    good, poor = table(find_runs([tmp_path]))
-    assert (good["run"], good["state"], good["optim.lr"]) == ("2 seeds", "2 finished", 1e-3)
-    assert str(good[TAG]) == "0.7 ± 0.14" and str(poor[TAG]) == "0.15 ± 0.071" and "seed" not in good
+        fake_run(tmp_path, number, value, **{"optim.lr": 1e-4 if number < 2 else 1e-3, "seed": number % 2})
+    best, worst = table(find_runs([tmp_path]))
+    assert (best["run"], best["state"], best["optim.lr"]) == ("2 seeds", "2 finished", 1e-3)
+    assert str(best[TAG]) == "0.7 ± 0.14" and str(worst[TAG]) == "0.15 ± 0.071" and "seed" not in best
 
 
 def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     for number in range(3):
-        made_up(tmp_path, number, 0.1, "running", **{"optim.lr": number})
-    gone = next(number for number in range(100_000, 4_000_000) if not psutil.pid_exists(number))
-    for number, process in ((1, {"id": gone, "since": time.time()}), (2, {"id": os.getpid(), "since": 5.0})):
+        fake_run(tmp_path, number, 0.1, "running", **{"optim.lr": number})
+    dead_pid = next(number for number in range(100_000, 4_000_000) if not psutil.pid_exists(number))
+    for number, process in ((1, {"id": dead_pid, "since": time.time()}), (2, {"id": os.getpid(), "since": 5.0})):
         file = tmp_path / f"run{number:04d}/summary.json"
         summary = json.loads(file.read_text())
         file.write_text(json.dumps({**summary, "process": {"host": socket.gethostname(), **process}}))
@@ -91,7 +91,7 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(2):
-        made_up(tmp_path / "outputs", number, 0.1 * number, **{"optim.lr": number})
+        fake_run(tmp_path / "outputs", number, 0.1 * number, **{"optim.lr": number})
     for name, content in BROKEN.items():
         (tmp_path / "outputs" / name).mkdir()
         (tmp_path / "outputs" / name / "summary.json").write_bytes(content)
@@ -99,8 +99,8 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["clipx.compare", "outputs", "--out=table.csv", "--out=plot.png"])
     main()
-    told = capsys.readouterr()
-    assert [line.split()[0] for line in told.out.splitlines()] == ["run", "run0001", "run0000"]
+    captured = capsys.readouterr()
+    assert [line.split()[0] for line in captured.out.splitlines()] == ["run", "run0001", "run0000"]
     damaged = "it is empty or corrupt, not the JSON that a run writes"
     foreign = "it was not written by a run of clipx"
     reasons = {
@@ -112,7 +112,7 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
         "odd": foreign,
         "folder": "it cannot be read: Is a directory",
     }
-    assert sorted(told.err.splitlines()) == sorted(
+    assert sorted(captured.err.splitlines()) == sorted(
         f"outputs/{name}/summary.json is left out: {reason}" for name, reason in reasons.items()
     )
 
@@ -129,7 +129,7 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
 def test_every_kind_of_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         keys = {"a.width": number, "compile": number > 1, "evals.a.ks": [number]}
-        made_up(tmp_path / "runs", number, 0.1 * number, **{"optim.lr": 10.0**-number}, **keys)
+        fake_run(tmp_path / "runs", number, 0.1 * number, **{"optim.lr": 10.0**-number}, **keys)
     outs = [tmp_path / f"table{kind}" for kind in (".md", ".csv", ".json", ".png", ".svg")]
     monkeypatch.setattr(sys, "argv", ["clipx.compare", str(tmp_path / "runs"), *(f"--out={out}" for out in outs)])
     main()
@@ -139,24 +139,24 @@ def test_every_kind_of_file_is_written(tmp_path: Path, monkeypatch: pytest.Monke
         assert [float(row[TAG]) for row in csv.DictReader(file)] == [0, 0.1, 0.2]
     assert [row["optim.lr"] for row in json.loads(outs[2].read_text())] == [1, 0.1, 0.01]
     with Image.open(outs[3]) as picture:
-        assert picture.size == (1500, 4 * 420)  # two rows of curves, two for the effects of four keys
+        assert picture.size == (1500, 4 * 420)  # two rows of curves and two of the effects of four keys
     none = ([str(tmp_path / "none")], "there is no such run or folder of runs")
-    for words, told in (none, ([str(tmp_path), "--out=x.doc"], "ends in .csv")):
-        monkeypatch.setattr(sys, "argv", ["clipx.compare", *words])
-        with pytest.raises(SystemExit, match=told):
+    for args, message in (none, ([str(tmp_path), "--out=x.doc"], "ends in .csv")):
+        monkeypatch.setattr(sys, "argv", ["clipx.compare", *args])
+        with pytest.raises(SystemExit, match=message):
             main()
 
 
 def test_a_thousand_runs_are_compared_without_torch_or_hydra(tmp_path: Path) -> None:
     for number in range(1000):
-        made_up(tmp_path / "runs", number, number / 1000, **{"optim.lr": number})
+        fake_run(tmp_path / "runs", number, number / 1000, **{"optim.lr": number})
     code = (
         "import sys, time; from clipx.compare import main\n"
         "sys.argv = ['x', 'runs']; began = time.perf_counter(); main()\n"
         "assert not {'torch', 'hydra', 'omegaconf', 'matplotlib'} & set(sys.modules)\n"
         "print(time.perf_counter() - began)"
     )
-    ended = in_process("-c", code, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    *lines, seconds = ended.stdout.splitlines()
+    result = in_process("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    *lines, seconds = result.stdout.splitlines()
     assert len(lines) == 1001 and lines[1].startswith("run0999") and float(seconds) < 5

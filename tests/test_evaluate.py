@@ -1,4 +1,4 @@
-"""``python -m clipx.evaluate``: where the numbers of runs and weights go, and that they are those of training."""
+"""``python -m clipx.evaluate``: it writes results next to runs and weights, and they equal those of training."""
 
 import json
 import os
@@ -35,25 +35,25 @@ Evaluate = Callable[..., str]
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run; read only."""
+    """A short run, which tests must not modify."""
     return train_in(tmp_path_factory.mktemp("trained"), "max_steps=4")
 
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of the trained run."""
     return Path(shutil.copytree(trained, tmp_path / "outputs/x"))
 
 
 @pytest.fixture
 def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Evaluate:
-    """``python -m clipx.evaluate ARGUMENTS`` in this process, from an empty directory: what it tells."""
+    """``python -m clipx.evaluate ARGUMENTS`` in this process, from an empty directory; returns its output."""
     call = command("evaluate", tmp_path, monkeypatch)
 
-    def run(*words: str) -> str:
+    def run(*args: str) -> str:
         capsys.readouterr()
         try:
-            call(*words)
+            call(*args)
         except SystemExit as ended:
             assert "\n" not in str(ended.code)
             return str(ended.code)
@@ -69,18 +69,18 @@ def metrics(directory: Path) -> dict:
 def test_a_run_gives_the_numbers_of_its_training_to_a_file_to_tensorboard_and_to_a_table(
     run: Path, evaluate: Evaluate
 ) -> None:
-    told = evaluate("run=outputs/x", *DUMMY)
-    found = metrics(run)["checkpoints/clip_best.pt"]["dummy"]["retrieval"]
+    output = evaluate("run=outputs/x", *DUMMY)
+    scores = metrics(run)["checkpoints/clip_best.pt"]["dummy"]["retrieval"]
     trained = {tag: value for tag, value in summary(run)["final"].items() if tag.startswith("val/retrieval/")}
     assert len(trained) == 13
     for tag, value in trained.items():
-        assert found[tag.rpartition("/")[2]] == pytest.approx(value), tag
-    assert found["step"] == 4 and found["mean_recall_low"] <= found["mean_recall"] <= found["mean_recall_high"]
+        assert scores[tag.rpartition("/")[2]] == pytest.approx(value), tag
+    assert scores["step"] == 4 and scores["mean_recall_low"] <= scores["mean_recall"] <= scores["mean_recall_high"]
     events = EventAccumulator(str(run)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("val/retrieval@dummy/mean_recall")] == [
-        (4, pytest.approx(found["mean_recall"]))
+        (4, pytest.approx(scores["mean_recall"]))
     ]
-    lines = told.splitlines()
+    lines = output.splitlines()
     assert lines[0] == "x: outputs/x/metrics.json" and lines[1].split() == ["x"]
     assert lines[2].split()[:2] == ["retrieval@dummy", "i2t_r1"] and " to " in lines[2]
     assert lines[3].startswith(" ") and len(lines) == 15
@@ -94,16 +94,16 @@ def test_several_runs_give_one_table_and_weights_keep_their_numbers_beside_them(
     shutil.copy(run / "checkpoints/clip_last.pt", tmp_path / "mine/b.pt")
     (tmp_path / "bees").mkdir()
     class_folders(tmp_path / "bees/test")
-    words = (
+    args = (
         "evals=[zero_shot]",
         "labelled={bees:{folder:bees/test}}",
         "workers=0",
         "device=cpu",
         "evals.zero_shot.templates=simple",
     )
-    told = evaluate("run=[outputs/x,mine/a.pt]", *words)
-    assert told.splitlines()[2].split() == ["x", "a.pt"]
-    assert told == evaluate("run=outputs/x,mine/a.pt", *words)
+    output = evaluate("run=[outputs/x,mine/a.pt]", *args)
+    assert output.splitlines()[2].split() == ["x", "a.pt"]
+    assert output == evaluate("run=outputs/x,mine/a.pt", *args)
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
         "a-zero_shot@bees-mistakes.png",
         "a.pt",
@@ -127,21 +127,24 @@ def test_other_data_of_the_same_name_do_not_take_the_place_of_the_first(run: Pat
     after = metrics(run)["checkpoints/clip_best.pt"]
     assert len(after) == 2 and after["dummy"] == before
     evaluate("run=outputs/x", *DUMMY, "data.val_samples=10", "bootstrap=null")
-    again = metrics(run)["checkpoints/clip_best.pt"]
-    assert len(again) == 2 and again["dummy"] == before and again.keys() == after.keys()
+    rerun = metrics(run)["checkpoints/clip_best.pt"]
+    assert len(rerun) == 2 and rerun["dummy"] == before and rerun.keys() == after.keys()
 
 
 @pytest.mark.parametrize(
-    ("given", "names"),
+    ("pattern", "names"),
     [
         ("outputs/a", {"outputs/a": "a"}),
         ("a,b/c", {"a": "a", "b/c": "c"}),
-        ("[outputs/x=1,outputs/y=2]", {"outputs/x=1": "x=1", "outputs/y=2": "y=2"}),  # no list to Hydra, for its =
+        (
+            "[outputs/x=1,outputs/y=2]",
+            {"outputs/x=1": "x=1", "outputs/y=2": "y=2"},
+        ),  # the = keeps Hydra from parsing it as a list
         (["one/a", "two/a", "one/a"], {"one/a": "one/a", "two/a": "two/a"}),
     ],
 )
-def test_runs_are_headed_by_distinct_names(given: str | list[str], names: dict[str, str]) -> None:
-    assert expand_runs(given) == names
+def test_runs_are_headed_by_distinct_names(pattern: str | list[str], names: dict[str, str]) -> None:
+    assert expand_runs(pattern) == names
 
 
 def test_two_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
@@ -160,7 +163,7 @@ def test_features_are_kept_by_what_weights_and_data_hold(
 ) -> None:
     root = class_folders(tmp_path / "bees/test", each=2)
     class_folders(tmp_path / "bees/train", each=3, shift=2)
-    words = (
+    args = (
         "run=outputs/x",
         "evals=[zero_shot,linear_probe,retrieval]",
         *DUMMY,
@@ -168,32 +171,32 @@ def test_features_are_kept_by_what_weights_and_data_hold(
         "labelled={bees:{folder:bees/test,train:bees/train}}",
         "evals.zero_shot.templates=simple",
     )
-    first = evaluate(*words)
+    first = evaluate(*args)
     assert len(list((tmp_path / "kept").iterdir())) == 3 and "linear_probe@bees" in first
     with monkeypatch.context() as patch:
-        patch.setattr(EvalEncoder, "encode_images", None)  # nothing is encoded
-        assert evaluate(*words) == first
+        patch.setattr(EvalEncoder, "encode_images", None)  # fails if anything is encoded
+        assert evaluate(*args) == first
     size = (root / "bee/0.png").stat().st_size
     changed = picture(200)
     (root / "bee/0.png").write_bytes(changed + bytes(max(0, size - len(changed))))
-    evaluate(*words)
+    evaluate(*args)
     assert len(list((tmp_path / "kept").iterdir())) == 4
     content = checkpoint.read(run / "checkpoints/clip_best.pt")
     content["model_state_dict"]["logit_scale"] += 0.1
     checkpoint.save(run / "checkpoints/clip_best.pt", content)
-    evaluate(*words)
+    evaluate(*args)
     assert len(list((tmp_path / "kept").iterdir())) == 7
     for file in (tmp_path / "kept").iterdir():
         file.write_bytes(b"x")
-    assert "is damaged; delete it, and it will be encoded again" in evaluate(*words)
+    assert "is damaged; delete it, and it will be encoded again" in evaluate(*args)
 
 
 def test_all_pictures_can_be_scored_and_each_set_of_a_mix_goes_by_its_name(
     run: Path, evaluate: Evaluate, make_shards: Callable[..., Path]
 ) -> None:
     root = make_shards(20, 10)
-    told = evaluate("run=outputs/x", "data=shards", f"data.root={root}", "split=train", "data.val=0", "workers=0")
-    assert "retrieval@shards  i2t_r1" in told
+    output = evaluate("run=outputs/x", "data=shards", f"data.root={root}", "split=train", "data.val=0", "workers=0")
+    assert "retrieval@shards  i2t_r1" in output
     assert evaluate("run=outputs/x", "data=shards", f"data.root={root}", "data.val=0", "workers=0") == (
         "split=val: shards has no validation pictures; split=train scores all, or give data.val=DIR"
     )
@@ -204,12 +207,12 @@ def test_data_in_the_current_directory_go_by_its_name(run: Path, evaluate: Evalu
     for number in range(20):
         (tmp_path / f"images/{number}.png").write_bytes(picture(number))
     (tmp_path / "captions.txt").write_text("".join(f"{number}.png\tthing {number}\n" for number in range(20)))
-    told = evaluate("run=outputs/x", "data=folder", "data.root=.", "data.val=0.5", "workers=0")
-    assert f"retrieval@{tmp_path.name}" in told and tmp_path.name in metrics(run)["checkpoints/clip_best.pt"]
+    output = evaluate("run=outputs/x", "data=folder", "data.root=.", "data.val=0.5", "workers=0")
+    assert f"retrieval@{tmp_path.name}" in output and tmp_path.name in metrics(run)["checkpoints/clip_best.pt"]
 
 
 @pytest.mark.parametrize(
-    ("given", "line"),
+    ("args", "line"),
     [
         (["run=no", *DUMMY], "run=no: there is no such run, checkpoint or weights; there is outputs/x"),
         ([*DUMMY], "run has no value; add run=..."),
@@ -231,29 +234,29 @@ def test_data_in_the_current_directory_go_by_its_name(run: Path, evaluate: Evalu
         (["run=outputs/x", "bootstrap=0"], "bootstrap=0: should be greater than 0"),
     ],
 )
-def test_a_mistake_ends_in_one_line(given: list[str], line: str, run: Path, evaluate: Evaluate) -> None:
-    assert evaluate(*given).startswith(line)
+def test_a_mistake_ends_in_one_line(args: list[str], line: str, run: Path, evaluate: Evaluate) -> None:
+    assert evaluate(*args).startswith(line)
     assert not (run / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("odd", ["directory", "text", "list", "read-only"])
+@pytest.mark.parametrize("obstacle", ["directory", "text", "list", "read-only"])
 def test_unwritable_results_are_refused_before_scoring(
-    odd: str, run: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+    obstacle: str, run: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Validation, "__call__", lambda *_: pytest.fail("scored"))
-    if odd == "directory":
+    if obstacle == "directory":
         (run / "metrics.json").mkdir()
-    elif odd == "read-only":
+    elif obstacle == "read-only":
         monkeypatch.setattr(os, "access", lambda *_: False)
     else:
-        (run / "metrics.json").write_text({"text": "mine", "list": "[]"}[odd])
-    told = {
+        (run / "metrics.json").write_text({"text": "mine", "list": "[]"}[obstacle])
+    message = {
         "directory": "was not written by evaluate (Is a directory); move it away, and evaluate writes a new one",
         "text": "was not written by evaluate (Expecting value",
         "read-only": "cannot be written: Permission denied",
         "list": "was not written by evaluate (it holds a list); move it away, and evaluate writes a new one",
     }
-    assert evaluate("run=outputs/x", *DUMMY).startswith(f"outputs/x/metrics.json {told[odd]}")
+    assert evaluate("run=outputs/x", *DUMMY).startswith(f"outputs/x/metrics.json {message[obstacle]}")
 
 
 def test_pictures_that_are_left_out_are_listed_once(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
@@ -304,7 +307,7 @@ def test_training_scores_labelled_data_as_it_goes_and_keeps_the_best_by_them(
 def test_check_looks_at_the_labelled_data(check: Callable[..., tuple[str, int]], tmp_path: Path) -> None:
     root = class_folders(tmp_path / "a")
     (root / "bee/0.png").write_bytes(b"no picture")
-    words = (
+    args = (
         "data=dummy",
         "data.samples=40",
         "data.val_samples=20",
@@ -314,10 +317,12 @@ def test_check_looks_at_the_labelled_data(check: Callable[..., tuple[str, int]],
         "labelled={a:{folder:a}}",
         "objective=val/zero_shot@a/top1",
     )
-    told, code = check(*words)
-    assert code == 0 and "12 pictures to validate of zero_shot@a" in told
-    assert "1 of the first 32 are skipped, for example bee/0.png: does not decode" in told and "computes" not in told
-    assert "no evaluation computes val/zero_shot@c/top1" in check(*words, "best=val/zero_shot@c/top1")[0]
+    output, code = check(*args)
+    assert code == 0 and "12 pictures to validate of zero_shot@a" in output
+    assert (
+        "1 of the first 32 are skipped, for example bee/0.png: does not decode" in output and "computes" not in output
+    )
+    assert "no evaluation computes val/zero_shot@c/top1" in check(*args, "best=val/zero_shot@c/top1")[0]
 
 
 def scores(root: str) -> dict[str, float]:
@@ -339,7 +344,7 @@ def scores(root: str) -> dict[str, float]:
 def on_rank(rank: int, world: int, root: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=world)
-    torch.save([scores(root), scores(root)], f"{root}/{rank}.pt")  # the second from what is kept
+    torch.save([scores(root), scores(root)], f"{root}/{rank}.pt")  # the second from the cache
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -349,15 +354,15 @@ def test_two_ranks_share_the_work_and_get_what_one_gets(tmp_path: Path) -> None:
     class_folders(tmp_path / "learn", each=5, shift=3)
     run_ranks(on_rank, 2, str(tmp_path))
     shutil.rmtree(tmp_path / "kept")
-    alone = scores(str(tmp_path))
+    single = scores(str(tmp_path))
     for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == [alone, alone]  # bit for bit
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == [single, single]  # bit for bit
 
 
 @pytest.mark.long
 def test_under_torchrun_one_rank_writes_what_one_process_would(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate("run=outputs/x", *DUMMY)
-    alone = metrics(run)
+    single = metrics(run)
     (run / "metrics.json").unlink()
     command = [
         sys.executable,
@@ -371,13 +376,13 @@ def test_under_torchrun_one_rank_writes_what_one_process_would(run: Path, evalua
         "run=outputs/x",
         *DUMMY,
     ]
-    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300).stderr
-    assert metrics(run) == alone and told.count("mean_recall") == 1
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300).stderr
+    assert metrics(run) == single and output.count("mean_recall") == 1
 
 
 def test_help_needs_no_torch_and_names_the_commands(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "clipx.evaluate", "--help"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert ended.returncode == 0 and "run=outputs/NAME data=coco" in ended.stdout, ended.stderr
+    assert result.returncode == 0 and "run=outputs/NAME data=coco" in result.stdout, result.stderr

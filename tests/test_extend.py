@@ -1,4 +1,4 @@
-"""docs/extend.md does what it says: parts from outside the project train, and are what was asked for."""
+"""The examples of docs/extend.md work: models, data, losses and evaluations from outside clipx can be trained."""
 
 import re
 from pathlib import Path
@@ -33,18 +33,18 @@ def test_parts_from_outside_are_used_as_the_page_says(reader: Path, monkeypatch:
     scored = [row["val/gap/distance"] for row in lines(runs["gap"]) if "val/gap/distance" in row]
     assert scored and 0 < scored[-1] < 2 and '"gap"' in (runs["gap"] / "metrics.json").read_text()
 
-    ended = in_process("-m", "clipx.train", "--config-dir", "mine/conf", "--help", cwd=reader)
-    assert "conv              Convolutional image tower" in ended.stdout
-    ended = in_process("-m", "clipx.train", *MINE[:2], "model=conv", cwd=reader)
-    assert ended.stderr.startswith("model.image._target_=mine.conv.ConvTower is not clipx's own code; trust=[mine]")
-    for words, line in (
+    result = in_process("-m", "clipx.train", "--config-dir", "mine/conf", "--help", cwd=reader)
+    assert "conv              Convolutional image tower" in result.stdout
+    result = in_process("-m", "clipx.train", *MINE[:2], "model=conv", cwd=reader)
+    assert result.stderr.startswith("model.image._target_=mine.conv.ConvTower is not clipx's own code; trust=[mine]")
+    for args, line in (
         (("model=conv", "model.image.widht=1"), "did you mean model.image.width?"),
         (("model=conv", "grad_checkpoint=true"), "ConvTower has no blocks to recompute"),
     ):
-        ended = in_process("-m", "clipx.train", *MINE, *words, cwd=reader)
-        assert ended.returncode == 1 and ended.stderr.strip().endswith(line), ended.stderr
-    checked = in_process("-m", "clipx.check", *MINE, "experiment=smoke", "model=conv", cwd=reader)
-    assert checked.returncode == 0, checked.stderr
+        result = in_process("-m", "clipx.train", *MINE, *args, cwd=reader)
+        assert result.returncode == 1 and result.stderr.strip().endswith(line), result.stderr
+    check_result = in_process("-m", "clipx.check", *MINE, "experiment=smoke", "model=conv", cwd=reader)
+    assert check_result.returncode == 0, check_result.stderr
 
 
 @pytest.mark.long
@@ -53,11 +53,11 @@ def test_a_loss_from_outside_is_exact_across_processes_and_micro_batches(tmp_pat
         if block.file:
             (tmp_path / block.file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / block.file).write_text(block.text)
-    words = ("-m", "clipx.train", *MINE, *FEW, "loss=smooth", "evals=[]", "max_steps=4")
+    args = ("-m", "clipx.train", *MINE, *FEW, "loss=smooth", "evals=[]", "max_steps=4")
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    for given in ((*words, "name=one"), (*words, "name=parts", "micro_batch_size=4"), (*two, *words, "name=two")):
-        ended = in_process(*given, cwd=tmp_path)
-        assert ended.returncode == 0, ended.stderr
+    for command in ((*args, "name=one"), (*args, "name=parts", "micro_batch_size=4"), (*two, *args, "name=two")):
+        result = in_process(*command, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
     one, parts, ranks = (
         [row["train/loss"] for row in lines(tmp_path / "outputs" / name)] for name in ("one", "parts", "two")
     )

@@ -1,4 +1,4 @@
-"""Who may import whom: each module's level, and no cycles."""
+"""Which module may import which: each has a level, and there are no cycles."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# a module imports those of lower levels, and of its own; where a folder has several levels, each is its own line
+# modules import from their own level and below; a folder with several levels has a line for each
 LEVELS = {
     "errors duration": 0,
     "distributed distributed.signals distributed.watchdog": 1,
@@ -46,20 +46,22 @@ CONFIG = {module for module in LEVEL if module.startswith("config.") or LEVEL[mo
 
 @cache
 def modules() -> dict[str, Path]:
-    """Each module's path by its name below clipx; packages whose __init__ only describes them are left out."""
-    found = {
+    """Path of each module, by its name below clipx, except packages whose __init__ is only a docstring."""
+    modules_by_name = {
         ".".join(path.relative_to(ROOT / "clipx").with_suffix("").parts): path
         for path in (ROOT / "clipx").rglob("*.py")
     }
-    named = {name.removesuffix(".__init__"): path for name, path in found.items() if name != "__init__"}
+    named = {name.removesuffix(".__init__"): path for name, path in modules_by_name.items() if name != "__init__"}
     return {name: path for name, path in named.items() if path.stem != "__init__" or name in LEVEL}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The full names that a file imports, at the top or inside a function; not those for type checkers alone."""
+    """The full names that a file imports, including inside functions, but not under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
-    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
-    skipped = {id(inner) for node in typing for inner in ast.walk(node)}
+    type_checking_blocks = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    ]
+    skipped = {id(inner) for node in type_checking_blocks for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
@@ -71,13 +73,13 @@ def imports(path: Path) -> Iterator[str]:
 
 @cache
 def graph() -> dict[str, set[str]]:
-    """The modules of clipx that each imports."""
-    found: dict[str, set[str]] = {}
+    """The modules of clipx that each module imports."""
+    imported: dict[str, set[str]] = {}
     for module, path in modules().items():
         names = [name.removeprefix("clipx.") for name in imports(path) if name.startswith("clipx.")]
-        homes = (name if name in LEVEL else name.rpartition(".")[0] for name in names)
-        found[module] = {home for home in homes if home in LEVEL} - {module}
-    return found
+        targets = (name if name in LEVEL else name.rpartition(".")[0] for name in names)
+        imported[module] = {home for home in targets if home in LEVEL} - {module}
+    return imported
 
 
 def test_every_module_has_a_level() -> None:

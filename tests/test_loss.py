@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipx import loss as room
+from clipx import loss as loss_module
 from clipx.loss import clip_loss
 
 
@@ -33,13 +33,13 @@ def test_rows_with_the_same_picture_or_caption_can_be_kept_from_being_negatives(
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
     scale = torch.tensor(10.0)
-    apart = torch.arange(12).view(6, 2)
-    assert torch.equal(clip_loss(image, text, scale, apart, "mask"), clip_loss(image, text, scale))
-    ids = apart.clone()
-    ids[4, 0], ids[2, 1] = ids[1, 0], ids[3, 1]  # 1 and 4 show one picture, 2 and 3 have one caption
+    distinct = torch.arange(12).view(6, 2)
+    assert torch.equal(clip_loss(image, text, scale, distinct, "mask"), clip_loss(image, text, scale))
+    ids = distinct.clone()
+    ids[4, 0], ids[2, 1] = ids[1, 0], ids[3, 1]  # 1 and 4 share a picture, 2 and 3 share a caption
     logits, total = scale * image @ text.T, 0.0
-    for row, alike in enumerate([{0}, {1, 4}, {2, 3}, {2, 3}, {1, 4}, {5}]):
-        others = [column for column in range(6) if column not in alike - {row}]
+    for row, same in enumerate([{0}, {1, 4}, {2, 3}, {2, 3}, {1, 4}, {5}]):
+        others = [column for column in range(6) if column not in same - {row}]
         for view in (logits[row], logits[:, row]):
             total += torch.logsumexp(view[others], 0) - view[row]
     torch.testing.assert_close(clip_loss(image, text, scale, ids, "mask"), total / 12)
@@ -51,17 +51,17 @@ def test_rows_with_the_same_picture_or_caption_can_be_kept_from_being_negatives(
 def test_tiles_give_the_loss_and_gradient_of_open_clip(
     tile: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "TILE", tile)
+    monkeypatch.setattr(loss_module, "TILE", tile)
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(20, 6, dtype=torch.float64), dim=-1) for _ in range(2))
-    text[3] = -image[3]  # a pair as far apart as can be
-    found = []
+    text[3] = -image[3]  # a pair pointing in opposite directions
+    results = []
     for loss_fn in (clip_loss, open_clip.ClipLoss()):
-        given = [x.clone().requires_grad_() for x in (image, text, torch.tensor(temperature, dtype=torch.float64))]
-        loss = loss_fn(*given)
+        inputs = [x.clone().requires_grad_() for x in (image, text, torch.tensor(temperature, dtype=torch.float64))]
+        loss = loss_fn(*inputs)
         (3 * loss).backward()
-        found.append([loss.detach(), *(x.grad for x in given)])
-    for ours, theirs in zip(*found, strict=True):
+        results.append([loss.detach(), *(x.grad for x in inputs)])
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
@@ -85,14 +85,14 @@ def test_on_a_gpu_the_logits_of_most_batches_are_one_tile(
 ) -> None:
     memory = SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: memory)
-    logits = room.logits_at_once(torch.device("cuda"), 4)
+    logits = loss_module.logits_at_once(torch.device("cuda"), 4)
     assert largest**2 <= logits and logits * 4 <= gigabytes * 1e9 / 64
-    assert room.logits_at_once(torch.device("cuda"), 8) == logits // 2
-    monkeypatch.setattr(room, "logits_at_once", lambda *_: logits)
-    assert [part for part, _ in room.tiles(torch.ones(100, 2), torch.ones(()), largest)] == [slice(0, 100)]
-    assert len([*room.tiles(torch.ones(largest, 1), torch.ones(()), 4 * largest)]) > 1
+    assert loss_module.logits_at_once(torch.device("cuda"), 8) == logits // 2
+    monkeypatch.setattr(loss_module, "logits_at_once", lambda *_: logits)
+    assert [part for part, _ in loss_module.tiles(torch.ones(100, 2), torch.ones(()), largest)] == [slice(0, 100)]
+    assert len([*loss_module.tiles(torch.ones(largest, 1), torch.ones(()), 4 * largest)]) > 1
 
 
 def test_on_a_cpu_and_on_a_tiny_gpu_a_tile_holds_as_many_logits_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=10**6))
-    assert room.logits_at_once(torch.device("cpu"), 4) == room.logits_at_once(torch.device("cuda"), 4) == room.TILE
+    assert loss_module.logits_at_once(torch.device("cpu"), 4) == loss_module.logits_at_once(torch.device("cuda"), 4) == loss_module.TILE

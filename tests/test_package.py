@@ -1,4 +1,4 @@
-"""What is shipped, and what it says of itself."""
+"""The contents and metadata of the package."""
 
 import configparser
 

@@ -1,4 +1,4 @@
-"""README.md and docs/ do what they say: every command and every Python block runs as it is written, or says why not."""
+"""Every command and Python block of README.md and docs/ runs as written, or says why not."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whole runs, small ones: what they leave behind, how they go on, how they end."""
+"""Small complete runs: their output files, how they resume, and how they end."""
 
 import math
 import shutil
@@ -43,12 +43,14 @@ def test_a_run_leaves_what_was_promised(train: Callable[..., None], tmp_path: Pa
     } <= set(steps[0])
     scores = [line for line in lines(run) if "val/retrieval/i2t_r1" in line]
     assert [line["step"] for line in scores] == [7, 14, 15]
-    told = summary(run)
+    final_summary = summary(run)
     best = max(line["val/retrieval/mean_recall"] for line in scores)
-    assert told["state"] == "finished" and told["step"] == 15 and told["best"]["value"] == best
-    assert told["final"]["train/loss"] == steps[-1]["train/loss"]
-    told = (run / "train.log").read_text()
-    assert "finished at step 15 of 15" in told and "step 7  val/retrieval/mean_recall 0." in told
+    assert (
+        final_summary["state"] == "finished" and final_summary["step"] == 15 and final_summary["best"]["value"] == best
+    )
+    assert final_summary["final"]["train/loss"] == steps[-1]["train/loss"]
+    final_summary = (run / "train.log").read_text()
+    assert "finished at step 15 of 15" in final_summary and "step 7  val/retrieval/mean_recall 0." in final_summary
 
 
 @pytest.mark.pictures
@@ -91,7 +93,7 @@ def test_rows_logged_after_the_checkpoint_are_dropped_on_resume(train: Callable[
     train(*FEW, "name=x", "max_steps=12", "stop_at=6", "save_every=4")
     run = tmp_path / "outputs" / "x"
     shutil.copy(run / "checkpoints/clip_last.pt", tmp_path / "six.pt")
-    with (run / "metrics.jsonl").open("a") as file:  # as a run that was killed at step 8 leaves it
+    with (run / "metrics.jsonl").open("a") as file:  # as if the run had been killed at step 8
         file.write('{"step": 8, "samples": 128, "train/loss": 0}\n{"step": 9, "sam')
     train(*FEW, "name=x", "max_steps=12", "save_every=4")
     steps = [line["step"] for line in lines(run) if "train/loss" in line]
@@ -134,10 +136,10 @@ def test_a_run_of_other_meaning_in_the_same_directory_is_refused(
 def test_other_data_under_the_same_arguments_are_refused(
     train: Callable[..., None], fails: Callable[..., str], make_shards: Callable[..., Path]
 ) -> None:
-    few = ("data=shards", f"data.root={make_shards(30)}", "workers=0", "batch_size=8", "max_steps=4", "evals=[]")
-    train(*few, "stop_at=2")
+    args = ("data=shards", f"data.root={make_shards(30)}", "workers=0", "batch_size=8", "max_steps=4", "evals=[]")
+    train(*args, "stop_at=2")
     make_shards(31)
-    assert "belongs to another run (data: different shards, or different files in them)" in fails(*few)
+    assert "belongs to another run (data: different shards, or different files in them)" in fails(*args)
 
 
 def test_the_same_run_again_from_its_config(
@@ -173,14 +175,14 @@ def test_bad_samples_are_listed_and_too_many_end_the_run(
         write_tar(tmp_path / f"spoilt{count}" / "x.tar", members)
         return f"data.root={tmp_path}/spoilt{count}"
 
-    few = ("data=shards", "workers=0", "batch_size=20", "max_steps=6", "log_every=1", "data.val=0", "evals=[]")
-    train(*few, spoil(4), "name=x")
-    told = capsys.readouterr().err
-    assert told.count("bad samples are skipped, first x.tar/") == 1
+    args = ("data=shards", "workers=0", "batch_size=20", "max_steps=6", "log_every=1", "data.val=0", "evals=[]")
+    train(*args, spoil(4), "name=x")
+    log = capsys.readouterr().err
+    assert log.count("bad samples are skipped, first x.tar/") == 1
     records = lines(tmp_path / "outputs/x", "skipped.jsonl")
     assert {record["place"] for record in records} == {f"x.tar/{number}" for number in range(4)}
     assert lines(tmp_path / "outputs/x")[-1]["train/skipped"] == 4
-    message = fails(*few, spoil(12), "name=y")
+    message = fails(*args, spoil(12), "name=y")
     assert message.startswith("12 bad samples, more than data.max_skipped allows, last x.tar/")
 
 
@@ -221,7 +223,7 @@ def test_a_missing_device_is_named(fails: Callable[..., str]) -> None:
 def test_a_model_learns_shapes_that_it_has_not_seen(train: Callable[..., None], tmp_path: Path) -> None:
     train("data=dummy", "workers=0", "batch_size=64", "max_steps=250", "optim.lr=1e-3", "eval_every=250", "name=x")
     final = summary(tmp_path / "outputs/x")["final"]
-    # 128 sentences over 256 pictures: two pictures share one, so a perfect model is right half of the time at 1
+    # 256 pictures share 128 captions in pairs, so even a perfect model has a recall at 1 of one half
     assert final["val/retrieval/i2t_r10"] > 0.9 and final["train/loss"] < 2
     assert final["health/loss_over_chance"] < 0.5 and final["health/positive_cosine"] > final["health/negative_cosine"]
     assert "The usual causes" not in (tmp_path / "outputs/x/train.log").read_text()

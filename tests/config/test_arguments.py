@@ -1,4 +1,4 @@
-"""Every argument of a command is obeyed, or refused in one line."""
+"""Every argument of a command takes effect, or is refused in one line."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SHORT = (*FEW, "max_steps=2")
 
 
 @pytest.mark.parametrize(
-    ("given", "line"),
+    ("args", "line"),
     [
         (["--name=first"], "--name=first: there is no such switch; a key has no dashes: name=first"),
         (["--batch-size", "8"], "--batch-size: there is no such switch; a key has no dashes: batch_size=8"),
@@ -46,9 +46,9 @@ SHORT = (*FEW, "max_steps=2")
     ],
 )
 def test_a_mistyped_argument_is_refused_with_the_right_form(
-    given: list[str], line: str, fails: Callable[..., str], tmp_path: Path
+    args: list[str], line: str, fails: Callable[..., str], tmp_path: Path
 ) -> None:
-    assert fails(*given) == line
+    assert fails(*args) == line
     assert not list(tmp_path.iterdir())
 
 
@@ -56,9 +56,9 @@ def test_a_repeated_key_is_refused_with_a_hint_at_shell_braces(
     train: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["clipx.train", "data=shards", "data.shards=s/0.tar", "data.shards=s/1.tar"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         clipx.train.main()
-    assert ended.value.code == (
+    assert raised.value.code == (
         "data.shards is given twice, data.shards=s/0.tar and data.shards=s/1.tar; give it once, and quote a pattern "
         "that the shell would expand: 'data.shards=DIR/{00000..00001}.tar'"
     )
@@ -80,16 +80,16 @@ def test_values_with_commas_get_a_hint_at_sweeps_and_lists(fails: Callable[..., 
 
 
 def test_an_unknown_setting_of_a_sweeper_has_a_near_match_among_its_own(fails: Callable[..., str]) -> None:
-    told = fails("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trial=3", "seed=1,2")
-    assert told == "hydra.sweeper.n_trial: there is no such key; did you mean hydra.sweeper.n_trials?"
+    message = fails("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trial=3", "seed=1,2")
+    assert message == "hydra.sweeper.n_trial: there is no such key; did you mean hydra.sweeper.n_trials?"
 
 
 @pytest.mark.parametrize("value", ["007", "1e3", "1_000", "true", "inf"])
 @pytest.mark.parametrize("key", ["name", "data.root", "data.sources.a.root"])
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_number_is_a_name_where_a_name_or_a_path_is_wanted(key: str, value: str, sweep: bool) -> None:
-    word = arguments.escape_override(f"{key}={value}", sweep)
-    assert OverridesParser.create().parse_override(word).value() == value
+    argument = arguments.escape_override(f"{key}={value}", sweep)
+    assert OverridesParser.create().parse_override(argument).value() == value
 
 
 @pytest.mark.parametrize("root", ["1e3", "007"])
@@ -137,7 +137,7 @@ def test_a_notebook_trains_by_a_call_that_returns_the_summary(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
-        found = clipx.train.run(overrides=[*SHORT, "name=a"])
+        returned = clipx.train.run(overrides=[*SHORT, "name=a"])
         train(*SHORT, "name=b")
         with pytest.raises(UserError, match="optim.lr='fast': should be a valid number"):
             clipx.train.run(["optim.lr=fast"])
@@ -146,7 +146,7 @@ def test_a_notebook_trains_by_a_call_that_returns_the_summary(
         with pytest.raises(UserError, match="one call is one run"):
             clipx.train.run(["-m", "seed=1,2"])
         assert GlobalHydra.instance().is_initialized()
-    assert found["state"] == "finished" and found["step"] == 2
+    assert returned["state"] == "finished" and returned["step"] == 2
     assert (tmp_path / "outputs/b/summary.json").exists()
 
 
@@ -159,14 +159,14 @@ def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("command", ["clipx.train --help", "clipx.train --cfg job", "clipx.compare --help"])
 def test_a_page_may_be_read_in_part(command: str, tmp_path: Path) -> None:
-    shown = shell(f"$PY -m {command} | head -c 1", tmp_path)
-    assert shown.stderr == "" and shown.returncode == 0
+    result = shell(f"$PY -m {command} | head -c 1", tmp_path)
+    assert result.stderr == "" and result.returncode == 0
 
 
 @pytest.mark.parametrize("closed", ["2>&1 | true", ">&- 2>&-"])
 def test_a_closed_console_does_not_end_a_run(closed: str, tmp_path: Path) -> None:
-    ended = shell(f"$PY -m clipx.train {' '.join(SHORT)} name=x {closed}", tmp_path)
-    assert ended.returncode == 0, ended.stderr
+    result = shell(f"$PY -m clipx.train {' '.join(SHORT)} name=x {closed}", tmp_path)
+    assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "outputs/x/summary.json").read_text())["state"] == "finished"
     assert "finished at step 2" in (tmp_path / "outputs/x/train.log").read_text()
 

@@ -24,27 +24,27 @@ from clipx.models.vision import ImageEncoder
 
 GROUPS = ("model", "data", "optim", "sched", "loss", "evals", "experiment")
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
-GIVEN = {"data=folder": ["data.root=DIR"], "data=shards": ["data.root=DIR"]}
+REQUIRED = {"data=folder": ["data.root=DIR"], "data=shards": ["data.root=DIR"]}
 
 
 def every_option() -> list[str]:
     return sorted(f"{group}={path.stem}" for group in GROUPS for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
-def composed(*given: str) -> TrainConfig:
+def compose_config(*overrides: str) -> TrainConfig:
     with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
-        return resolve(hydra.compose("train", list(given)), TrainConfig)
+        return resolve(hydra.compose("train", list(overrides)), TrainConfig)
 
 
 @pytest.mark.parametrize("option", every_option())
 def test_every_option_of_every_group_composes_and_fits_what_it_calls(option: str) -> None:
-    given = option if not option.startswith("evals=") else f"evals=[{option.removeprefix('evals=')}]"
-    assert composed(given, *GIVEN.get(option, []))
+    override = option if not option.startswith("evals=") else f"evals=[{option.removeprefix('evals=')}]"
+    assert compose_config(override, *REQUIRED.get(option, []))
 
 
 @pytest.mark.parametrize("option", [option for option in every_option() if option.startswith("model=")])
 def test_every_model_builds(option: str) -> None:
-    config = composed(option)
+    config = compose_config(option)
     with torch.device("meta"):
         assert build(config.model).visual.size == config.model["image"]["size"]
 
@@ -57,45 +57,45 @@ def test_every_experiment_opens_with_its_command() -> None:
 
 
 def test_the_defaults_of_the_encoders_are_those_of_vit_b32() -> None:
-    node = composed("model=vit_b32").model
+    node = compose_config("model=vit_b32").model
     for part, target in (("image", ImageEncoder), ("text", TextEncoder)):
-        own = {key: parameter.default for key, parameter in signature(target).parameters.items()}
-        assert {key: value for key, value in node[part].items() if key != "_target_"} == own
+        defaults = {key: parameter.default for key, parameter in signature(target).parameters.items()}
+        assert {key: value for key, value in node[part].items() if key != "_target_"} == defaults
 
 
-def whole_options(*groups: str) -> list[str]:
-    """Those that are no deltas of others."""
+def base_options(*groups: str) -> list[str]:
+    """Options that do not extend another option."""
     files = [path for group in groups for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
     return [f"{path.parent.name}={path.stem}" for path in files if "defaults:" not in path.read_text()]
 
 
-@pytest.mark.parametrize("option", whole_options("data", "optim", "sched"))
+@pytest.mark.parametrize("option", base_options("data", "optim", "sched"))
 def test_the_yaml_of_a_group_restates_the_defaults_of_what_it_calls(option: str) -> None:
     group = option.split("=")[0]
-    node = getattr(composed(option, *GIVEN.get(option, [])), group)
+    node = getattr(compose_config(option, *REQUIRED.get(option, [])), group)
     parameters = signature(locate(node["_target_"], group)).parameters
-    stated = {
+    defaults = {
         key: parameter.default
         for key, parameter in parameters.items()
         if parameter.default is not parameter.empty and key != "root"
     }
     if group == "data":
-        stated |= {field.name: field.default for field in fields(Data) if field.default is not MISSING}
-    assert stated == {key: tuple(node[key]) if isinstance(node[key], list) else node[key] for key in stated}
+        defaults |= {field.name: field.default for field in fields(Data) if field.default is not MISSING}
+    assert defaults == {key: tuple(node[key]) if isinstance(node[key], list) else node[key] for key in defaults}
 
 
 def test_export_yaml_states_every_key_of_the_schema() -> None:
-    stated = set(yaml.safe_load((ROOT / "conf/export.yaml").read_text())) - {"hydra"}
-    assert stated == {field.name for field in fields(ExportConfig)} - {"choices", "varied"}
+    keys = set(yaml.safe_load((ROOT / "conf/export.yaml").read_text())) - {"hydra"}
+    assert keys == {field.name for field in fields(ExportConfig)} - {"choices", "varied"}
 
 
 def test_train_yaml_states_every_key_of_the_schema() -> None:
-    stated = set(yaml.safe_load((ROOT / "conf/train.yaml").read_text())) - {"defaults", "hydra"}
-    assert stated - {"evals"} == {field.name for field in fields(TrainConfig)} - {*GROUPS, "choices", "varied"}
+    keys = set(yaml.safe_load((ROOT / "conf/train.yaml").read_text())) - {"defaults", "hydra"}
+    assert keys - {"evals"} == {field.name for field in fields(TrainConfig)} - {*GROUPS, "choices", "varied"}
 
 
 @pytest.mark.parametrize(
-    ("wrong", "line"),
+    ("args", "line"),
     [
         (["optim.lr=fast"], "optim.lr='fast': should be a valid number, unable to parse string as a number"),
         (["optim.lrr=1"], "optim.lrr: there is no such key; did you mean optim.lr?"),
@@ -135,9 +135,9 @@ def test_train_yaml_states_every_key_of_the_schema() -> None:
     ],
 )
 def test_a_mistake_ends_in_one_line_before_anything_is_built(
-    wrong: list[str], line: str, fails: Callable[..., str], tmp_path: Path
+    args: list[str], line: str, fails: Callable[..., str], tmp_path: Path
 ) -> None:
-    assert fails(*wrong) == line
+    assert fails(*args) == line
     assert not list(tmp_path.iterdir())
 
 
@@ -146,9 +146,9 @@ def test_a_wrong_duration_is_refused_with_the_right_form(fails: Callable[..., st
 
 
 def test_a_mistake_costs_no_traceback_and_exit_code_1(tmp_path: Path) -> None:
-    ended = in_process("-m", "clipx.train", "optim.lr=fast", cwd=tmp_path)
-    assert ended.returncode == 1 and ended.stdout == ""
-    assert ended.stderr == "optim.lr='fast': should be a valid number, unable to parse string as a number\n"
+    result = in_process("-m", "clipx.train", "optim.lr=fast", cwd=tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == "optim.lr='fast': should be a valid number, unable to parse string as a number\n"
 
 
 ODD = [
@@ -177,14 +177,14 @@ ODD = [
 
 @pytest.mark.parametrize("value", ODD)
 def test_odd_values_are_taken_as_they_are_written(value: str) -> None:
-    word = arguments.escape_override(f"data.root={value}", sweep=False)
-    override = OverridesParser.create().parse_override(word)
+    argument = arguments.escape_override(f"data.root={value}", sweep=False)
+    override = OverridesParser.create().parse_override(argument)
     assert override.value() == value and not override.is_sweep_override()
 
 
-@pytest.mark.parametrize("word", ["evals=[a,b]", "x=null", "x=3", "x={a:1}", "x=${y}", "~x", "+x=1", "x='a b'"])
-def test_what_hydra_parses_is_unchanged(word: str) -> None:
-    assert arguments.escape_override(word, sweep=False) == word
+@pytest.mark.parametrize("argument", ["evals=[a,b]", "x=null", "x=3", "x={a:1}", "x=${y}", "~x", "+x=1", "x='a b'"])
+def test_what_hydra_parses_is_unchanged(argument: str) -> None:
+    assert arguments.escape_override(argument, sweep=False) == argument
 
 
 def test_in_a_sweep_a_comma_parts_values_and_each_is_quoted_where_it_must_be() -> None:
@@ -194,8 +194,8 @@ def test_in_a_sweep_a_comma_parts_values_and_each_is_quoted_where_it_must_be() -
 
 @pytest.mark.parametrize("sweep", [False, True])
 def test_in_a_list_each_value_is_quoted_where_it_must_be(sweep: bool) -> None:
-    word = arguments.escape_override("data.shards=[s/{00000..00001}.tar,b/{x,y}.tar,c.tar]", sweep)
-    override = OverridesParser.create().parse_override(word)
+    argument = arguments.escape_override("data.shards=[s/{00000..00001}.tar,b/{x,y}.tar,c.tar]", sweep)
+    override = OverridesParser.create().parse_override(argument)
     assert override.value() == ["s/{00000..00001}.tar", "b/{x,y}.tar", "c.tar"] and not override.is_sweep_override()
 
 
@@ -204,13 +204,13 @@ def test_the_value_of_an_option_is_no_override() -> None:
 
 
 def test_odd_paths_reach_the_data(fails: Callable[..., str]) -> None:
-    for odd in ("/no/été=x~{a,b} c", "it's,here"):
-        assert fails("data=shards", f"data.root={odd}").startswith(f"data.root={odd} is not a directory")
+    for path in ("/no/été=x~{a,b} c", "it's,here"):
+        assert fails("data=shards", f"data.root={path}").startswith(f"data.root={path} is not a directory")
 
 
 def test_the_same_arguments_give_the_same_directory() -> None:
-    def directory(*given: str, **where: object) -> str:
-        return str(arguments.run_directory(list(given), where.pop("name", None), where.pop("swept", None), **where))
+    def directory(*overrides: str, **where: object) -> str:
+        return str(arguments.run_directory(list(overrides), where.pop("name", None), where.pop("swept", None), **where))
 
     assert directory("optim.lr=1e-4", "model=tiny") == "outputs/model=tiny,optim.lr=1e-4"
     assert directory("model=tiny", "optim.lr=5e-4", "optim.lr=1e-4") == directory("optim.lr=1e-4", "model=tiny")
@@ -230,19 +230,19 @@ def test_a_directory_name_is_bounded_and_distinct() -> None:
 
 
 def test_the_meaning_of_a_run_leaves_out_where_and_how_closely_it_is_watched() -> None:
-    base = asdict(composed("data=shards", "data.root=a"))
-    other = asdict(composed("data=shards", "data.root=b", "workers=3", "name=x", "save_every=5", "stop_at=3"))
+    base = asdict(compose_config("data=shards", "data.root=a"))
+    other = asdict(compose_config("data=shards", "data.root=b", "workers=3", "name=x", "save_every=5", "stop_at=3"))
     assert differences(base, other) == {}
-    assert differences(base, asdict(composed("data=coco", "data.root=a"))) == {}  # the same shards by their name
-    changed = asdict(composed("data=shards", "data.root=a", "optim.lr=1", "model.image.width=384"))
+    assert differences(base, asdict(compose_config("data=coco", "data.root=a"))) == {}  # the same shards, by name
+    changed = asdict(compose_config("data=shards", "data.root=a", "optim.lr=1", "model.image.width=384"))
     assert [*differences(base, changed).values()] == ["model.image.width: 192 -> 384", "optim.lr: 0.0005 -> 1.0"]
 
 
 def test_the_composed_config_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    ended = in_process("-m", "clipx.train", "--cfg", "job", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert "batch_size: 256" in ended.stdout
+    result = in_process("-m", "clipx.train", "--cfg", "job", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "batch_size: 256" in result.stdout
 
 
 def test_users_options_and_code_come_from_a_directory(
@@ -256,10 +256,10 @@ def test_users_options_and_code_come_from_a_directory(
         "    groups = [{'params': list(model.parameters()), 'peak_lr': lr}]\n"
         "    return torch.optim.SGD(groups, lr=lr)\n"
     )
-    given = ["--config-dir", str(tmp_path / "mine"), "optim=sgd", "experiment=smoke", "max_steps=2", "workers=0"]
+    args = ["--config-dir", str(tmp_path / "mine"), "optim=sgd", "experiment=smoke", "max_steps=2", "workers=0"]
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert fails(*given).startswith("optim._target_=my_optimizers.sgd is not clipx's own code; trust=[my_optimizers]")
-    train(*given, "trust=[my_optimizers]", "name=mine")
+    assert fails(*args).startswith("optim._target_=my_optimizers.sgd is not clipx's own code; trust=[my_optimizers]")
+    train(*args, "trust=[my_optimizers]", "name=mine")
     assert json.loads((tmp_path / "outputs/mine/summary.json").read_text())["state"] == "finished"
 
 
@@ -268,10 +268,10 @@ def test_importing_clipx_costs_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("given", [["--cfg", "job", "model=small"], ["model=small", "--cfg", "job", "seed=1"]])
-def test_options_may_come_anywhere_among_the_arguments(given: list[str], tmp_path: Path) -> None:
-    shown = in_process("-m", "clipx.train", *given, cwd=tmp_path)
-    assert shown.returncode == 0 and yaml.safe_load(shown.stdout)["model"]["image"]["width"] == 384
+@pytest.mark.parametrize("args", [["--cfg", "job", "model=small"], ["model=small", "--cfg", "job", "seed=1"]])
+def test_options_may_come_anywhere_among_the_arguments(args: list[str], tmp_path: Path) -> None:
+    result = in_process("-m", "clipx.train", *args, cwd=tmp_path)
+    assert result.returncode == 0 and yaml.safe_load(result.stdout)["model"]["image"]["width"] == 384
 
 
 def test_a_config_of_a_run_is_for_the_commands_that_are_about_one(
@@ -280,8 +280,8 @@ def test_a_config_of_a_run_is_for_the_commands_that_are_about_one(
     from clipx import bench, evaluate
 
     train(*FEW, "evals=[]", "max_steps=1", "name=x")
-    words = ["config=outputs/x/config.yaml", "parts=[step]", "rounds=1", "steps=1", "json=found.json"]
-    monkeypatch.setattr(sys, "argv", ["clipx.bench", *words])
+    args = ["config=outputs/x/config.yaml", "parts=[step]", "rounds=1", "steps=1", "json=found.json"]
+    monkeypatch.setattr(sys, "argv", ["clipx.bench", *args])
     bench.main()
     assert json.loads((tmp_path / "found.json").read_text())["step"]
     monkeypatch.setattr(sys, "argv", ["clipx.evaluate", "config=outputs/x/config.yaml", "run=outputs/x"])

@@ -1,4 +1,4 @@
-"""What a command refuses at once: before torch is imported, and leaving nothing behind."""
+"""Errors that a command reports before it imports torch, without leaving files."""
 
 import os
 import sys
@@ -18,13 +18,13 @@ NONE = "there is no such run, checkpoint or weights; there is outputs/early"
 
 @pytest.fixture
 def without_torch(tmp_path: Path) -> Path:
-    """A directory from which a process that imports torch fails."""
+    """A directory in which importing torch fails."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("command", "given", "line"),
+    ("command", "args", "line"),
     [
         (
             "train",
@@ -56,21 +56,21 @@ def without_torch(tmp_path: Path) -> Path:
     ],
 )
 def test_a_mistake_is_refused_before_torch_is_imported(
-    command: str, given: list[str], line: str, early: Path, without_torch: Path
+    command: str, args: list[str], line: str, early: Path, without_torch: Path
 ) -> None:
-    ended = in_process("-m", f"clipx.{command}", *given, cwd=without_torch)
-    assert ended.stderr.startswith(line.replace("--batch_size:", "--batch_size=8:")), ended.stderr
-    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    result = in_process("-m", f"clipx.{command}", *args, cwd=without_torch)
+    assert result.stderr.startswith(line.replace("--batch_size:", "--batch_size=8:")), result.stderr
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
 
 
 def test_a_runs_own_config_may_be_moved_and_name_users_options(
     early: Path, fails: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
-    told = "batch_size='x': should be a valid integer, unable to parse string as an integer"
-    given = ("config=outputs/early/config.yaml", "name=again", "batch_size=x")
+    message = "batch_size='x': should be a valid integer, unable to parse string as an integer"
+    args = ("config=outputs/early/config.yaml", "name=again", "batch_size=x")
     for more in ((), ("hydra.run.dir=new",), ("--config-dir", "mine")):
-        assert fails(*more, *given) == told
+        assert fails(*more, *args) == message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "outputs"]
 
 
@@ -78,10 +78,10 @@ def test_a_checkpoint_whose_config_cannot_be_read_early_is_left_to_training(
     early: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last = early / "checkpoints/clip_last.pt"
-    whole = last.read_bytes()
+    original = last.read_bytes()
     assert peek.read_config(last)["batch_size"] == 16
-    for cut in (0, 100, len(whole) // 2, len(whole) - 10):
-        last.write_bytes(whole[:cut])
+    for cut in (0, 100, len(original) // 2, len(original) - 10):
+        last.write_bytes(original[:cut])
         assert peek.read_config(last) == {}
     assert peek.read_config(tmp_path) == peek.read_config(tmp_path / "no.pt") == {}
 
@@ -133,8 +133,8 @@ def test_of_many_runs_the_similar_names_are_shown(tmp_path: Path, monkeypatch: p
     assert suggest_runs(Path("outputs/flower_small")).endswith(" and 6 more")
     (tmp_path / "outputs/zz1/checkpoints").mkdir()
     (tmp_path / "outputs/zz1/checkpoints/clip_step_50.pt").touch()
-    told = suggest_runs(Path("outputs/zz1/checkpoints/clip_step_5.pt"))
-    assert told.startswith("; there are outputs/zz1/checkpoints/clip_step_50.pt, ")
+    message = suggest_runs(Path("outputs/zz1/checkpoints/clip_step_5.pt"))
+    assert message.startswith("; there are outputs/zz1/checkpoints/clip_step_50.pt, ")
 
 
 def test_a_run_that_is_refused_late_leaves_nothing(fails: Callable[..., str], tmp_path: Path) -> None:
@@ -150,17 +150,17 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("way", ["experiment", "base of an experiment", "primary"])
+@pytest.mark.parametrize("source", ["experiment", "base of an experiment", "primary"])
 def test_a_setting_of_hydra_without_effect_is_refused_in_a_file_as_on_the_command_line(
-    setting: str, way: str, fails: Callable[..., str], tmp_path: Path
+    setting: str, source: str, fails: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "mine/experiment").mkdir(parents=True)
     text = f"hydra: {{run: {{dir: theirs}}, {setting}}}\n"
     (tmp_path / "mine/experiment/odd.yaml").write_text(f"# @package _global_\ndefaults: [smoke]\n{text}")
     (tmp_path / "mine/experiment/mine.yaml").write_text("# @package _global_\ndefaults: [odd]\nname: x\n")
     (tmp_path / "mine/own.yaml").write_text(f"defaults: [train, _self_]\n{text}")
-    given = {"experiment": ["experiment=odd"], "base of an experiment": ["experiment=mine"], "primary": ["-cn", "own"]}
-    assert fails("--config-dir", "mine", *given[way], "batch_size=0").startswith(
+    args = {"experiment": ["experiment=odd"], "base of an experiment": ["experiment=mine"], "primary": ["-cn", "own"]}
+    assert fails("--config-dir", "mine", *args[source], "batch_size=0").startswith(
         f"{SETTINGS[setting]}, as a file of mine sets it, has no effect in clipx: a run keeps its own log and config"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -171,13 +171,13 @@ def test_a_refused_sweep_leaves_nothing(fails: Callable[..., str], tmp_path: Pat
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("given", [["data=folder", "data.root=no"], ["batch_size=x"], ["optim.lr=fast"]])
-@pytest.mark.parametrize("place", ["new/deep", "there/new/${name}", "there"])
+@pytest.mark.parametrize("args", [["data=folder", "data.root=no"], ["batch_size=x"], ["optim.lr=fast"]])
+@pytest.mark.parametrize("directory", ["new/deep", "there/new/${name}", "there"])
 def test_a_refused_command_does_not_create_hydra_run_dir(
-    place: str, given: list[str], fails: Callable[..., str], tmp_path: Path
+    directory: str, args: list[str], fails: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "there").mkdir()
-    fails(f"hydra.run.dir={place}", "name=x", *given)
+    fails(f"hydra.run.dir={directory}", "name=x", *args)
     assert [path.name for path in tmp_path.iterdir()] == ["there"] and not [*(tmp_path / "there").iterdir()]
 
 

@@ -1,4 +1,4 @@
-"""Several jobs from one line: each finds its directory, tells its end in a line, and leaves nothing behind."""
+"""Sweeps: each job has its own directory, reports its result in one line, and leaves no resources open."""
 
 import gc
 import logging
@@ -30,12 +30,12 @@ SHORT = (*FEW, "max_steps=2", "eval_every=1")
 
 @pytest.fixture
 def sweep(train: Train, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """Its lines, and what it ends with."""
+    """Runs a sweep and returns its output and its exit message."""
 
-    def run(*words: str) -> tuple[str, str]:
+    def run(*args: str) -> tuple[str, str]:
         code = ""
         try:
-            train(*words)
+            train(*args)
         except SystemExit as ended:
             code = str(ended.code)
         return capsys.readouterr().err, code
@@ -46,16 +46,16 @@ def sweep(train: Train, capsys: pytest.CaptureFixture[str]) -> Callable[..., tup
 def test_each_job_has_a_directory_and_a_line_and_a_failed_one_ends_no_other(
     sweep: Callable[..., tuple[str, str]], tmp_path: Path
 ) -> None:
-    told, code = sweep("-m", *SHORT, "name=s", "optim.lr=1e-4,fast,5e-4")
+    output, code = sweep("-m", *SHORT, "name=s", "optim.lr=1e-4,fast,5e-4")
     assert code == "optim.lr=fast: optim.lr='fast': should be a valid number, unable to parse string as a number"
-    shown = [line for line in told.splitlines() if line.startswith("[")]
-    heads = [
+    job_lines = [line for line in output.splitlines() if line.startswith("[")]
+    starts = [
         "[0] optim.lr=0.0001: finished at step 2",
         "[1] optim.lr=fast: failed: optim.lr='fast'",
         "[2] optim.lr=0.0005: finished at step 2",
     ]
-    assert [line.startswith(head) for line, head in zip(shown, heads, strict=True)] == [True] * 3
-    assert "val/retrieval/mean_recall 0." in shown[0] and "model     " not in told
+    assert [line.startswith(head) for line, head in zip(job_lines, starts, strict=True)] == [True] * 3
+    assert "val/retrieval/mean_recall 0." in job_lines[0] and "model     " not in output
     jobs = tmp_path / "outputs/sweeps/s"
     ends = {path.name: summary(path)["state"] for path in jobs.iterdir()}
     assert ends == {"optim.lr=0.0001": "finished", "optim.lr=fast": "failed", "optim.lr=0.0005": "finished"}
@@ -63,17 +63,17 @@ def test_each_job_has_a_directory_and_a_line_and_a_failed_one_ends_no_other(
     assert [row["optim.lr"] for row in table(find_runs([jobs]))][2] == "fast"
 
     before = {path: path.stat().st_mtime_ns for path in jobs.rglob("clip_last.pt")}
-    told, code = sweep("-m", *SHORT, "name=s", "optim.lr=1e-4,5e-4,1e-3")
+    output, code = sweep("-m", *SHORT, "name=s", "optim.lr=1e-4,5e-4,1e-3")
     assert code == "" and before.items() < {p: p.stat().st_mtime_ns for p in jobs.rglob("clip_last.pt")}.items()
-    assert [line.split(":")[1][:9] for line in told.splitlines() if line.startswith("[")] == [" finished"] * 3
+    assert [line.split(":")[1][:9] for line in output.splitlines() if line.startswith("[")] == [" finished"] * 3
 
 
 def test_without_a_name_shared_arguments_keep_sweeps_apart(
     sweep: Callable[..., tuple[str, str]], tmp_path: Path
 ) -> None:
     for steps in (1, 2):
-        told, code = sweep("-m", *FEW[:2], *FEW[2:6], f"max_steps={steps}", "seed=0,1")
-        assert code == "", told
+        output, code = sweep("-m", *FEW[:2], *FEW[2:6], f"max_steps={steps}", "seed=0,1")
+        assert code == "", output
     jobs = sorted(path.name for path in (tmp_path / "outputs/sweeps/sweep").iterdir())
     assert len(jobs) == 4 and all("experiment=smoke" in job for job in jobs)
 
@@ -81,16 +81,20 @@ def test_without_a_name_shared_arguments_keep_sweeps_apart(
 def test_a_defect_in_one_job_keeps_its_traceback_and_the_others_train(
     sweep: Callable[..., tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run.train
+    original = run.train
 
-    def breaks(parts: RunParts, *rest: Any) -> Any:
+    def fail_first(parts: RunParts, *rest: Any) -> Any:
         if parts.config.seed == 0:
             raise ZeroDivisionError("nobody expected this")
-        return whole(parts, *rest)
+        return original(parts, *rest)
 
-    monkeypatch.setattr(run, "train", breaks)
-    told, code = sweep("-m", *SHORT, "name=s", "seed=0,1")
-    assert code == "seed=0: ZeroDivisionError: nobody expected this" and "Traceback" in told and "in breaks" in told
+    monkeypatch.setattr(run, "train", fail_first)
+    output, code = sweep("-m", *SHORT, "name=s", "seed=0,1")
+    assert (
+        code == "seed=0: ZeroDivisionError: nobody expected this"
+        and "Traceback" in output
+        and "in fail_first" in output
+    )
     jobs = tmp_path / "outputs/sweeps/s"
     assert [summary(jobs / f"seed={seed}")["state"] for seed in (0, 1)] == ["failed", "finished"]
 
@@ -99,11 +103,11 @@ def test_a_recipe_that_sweeps_needs_no_m(sweep: Callable[..., tuple[str, str]], 
     recipe = tmp_path / "own/experiment/widths.yaml"
     recipe.parent.mkdir(parents=True)
     recipe.write_text("# @package _global_\nname: widths\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '3,4'}}}\n")
-    words = ["--config-dir", str(tmp_path / "own"), "experiment=widths"]
-    assert is_sweep(words) and not is_sweep(words[2:]) and not is_sweep(["experiment=smoke"])
-    rest = [word for word in SHORT if not word.startswith("experiment")]
-    told, code = sweep(*words, "data=dummy", *rest, "optim.lr=1e-4,1e-3")
-    assert code == "", told
+    args = ["--config-dir", str(tmp_path / "own"), "experiment=widths"]
+    assert is_sweep(args) and not is_sweep(args[2:]) and not is_sweep(["experiment=smoke"])
+    rest = [arg for arg in SHORT if not arg.startswith("experiment")]
+    output, code = sweep(*args, "data=dummy", *rest, "optim.lr=1e-4,1e-3")
+    assert code == "", output
     names = sorted(path.name for path in (tmp_path / "outputs/sweeps/widths").iterdir())
     assert names == [f"optim.lr={lr},seed={seed}" for lr in ("0.0001", "0.001") for seed in (3, 4)]
 
@@ -136,12 +140,12 @@ def test_jobs_leave_no_threads_handlers_or_files_open(
 
 @pytest.mark.long
 def test_a_killed_sweep_resumes_with_the_same_command(tmp_path: Path) -> None:
-    words = once("-m", "clipx.train", "-m", *FEW, "save_every=5", "name=s", "optim.lr=1e-4,1e-3", "seed=0,1,2")
+    args = once("-m", "clipx.train", "-m", *FEW, "save_every=5", "name=s", "optim.lr=1e-4,1e-3", "seed=0,1,2")
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    assert in_process(*words, cwd=tmp_path / "whole").returncode == 0
+    assert in_process(*args, cwd=tmp_path / "whole").returncode == 0
     started = subprocess.Popen(
-        [sys.executable, *words],
+        [sys.executable, *args],
         cwd=tmp_path / "cut",
         start_new_session=True,
         stderr=subprocess.PIPE,
@@ -157,8 +161,8 @@ def test_a_killed_sweep_resumes_with_the_same_command(tmp_path: Path) -> None:
     assert states == {f"optim.lr=0.0001,seed={seed}": state for seed, state in enumerate(["finished"] * 2 + ["killed"])}
     before = {seed: (jobs / f"optim.lr=0.0001,seed={seed}/summary.json").read_bytes() for seed in (0, 1)}
 
-    again = in_process(*words, cwd=tmp_path / "cut")
-    assert again.returncode == 0 and again.stderr.count(": finished at step 20") == 6, again.stderr
+    rerun = in_process(*args, cwd=tmp_path / "cut")
+    assert rerun.returncode == 0 and rerun.stderr.count(": finished at step 20") == 6, rerun.stderr
     assert all((jobs / f"optim.lr=0.0001,seed={seed}/summary.json").read_bytes() == old for seed, old in before.items())
     for job in jobs.iterdir():
         assert_same_state(job, tmp_path / "whole/outputs/sweeps/s" / job.name)

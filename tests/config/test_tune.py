@@ -1,4 +1,4 @@
-"""A search: Optuna proposes the jobs, poor trials stop early, and the same command resumes to the same end."""
+"""Searches with Optuna: proposed jobs, early stopping, and resuming with the same command."""
 
 import fcntl
 import json
@@ -37,12 +37,12 @@ FOUND = Path("outputs/sweeps/s")
 
 @pytest.fixture
 def search(train: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[list[str], str]]:
-    """Its lines, and what it ends with."""
+    """Runs a search and returns its output lines and its exit message."""
 
-    def run(*words: str) -> tuple[list[str], str]:
+    def run(*args: str) -> tuple[list[str], str]:
         code = ""
         try:
-            train(*SEARCH, *words)
+            train(*SEARCH, *args)
         except SystemExit as ended:
             code = str(ended.code)
         return capsys.readouterr().err.splitlines(), code
@@ -50,8 +50,8 @@ def search(train: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Ca
     return run
 
 
-class Pretended:
-    """Runs that only give numbers: the larger the learning rate the better.  Those that have begun are in ``ran``."""
+class FakeRuns:
+    """Runs that only report a metric, equal to the learning rate; ``ran`` lists the started ones."""
 
     def __init__(self) -> None:
         self.ran: list[tuple[str, Any]] = []
@@ -64,15 +64,15 @@ class Pretended:
         value = {2: None, 4: float("nan")}.get(lr, lr)
         state = "finished" if config.stop_at is None else "stopped"
         final = {} if value is None else {config.objective: value}
-        told = {"state": state, "step": 1, "seconds": 1.0, "objective": config.objective, "final": final, "best": {}}
+        content = {"state": state, "step": 1, "seconds": 1.0, "objective": config.objective, "final": final, "best": {}}
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "summary.json").write_text(json.dumps(told))
+        (directory / "summary.json").write_text(json.dumps(content))
         return value
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
-    runs = Pretended()
+def fake_runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
+    runs = FakeRuns()
     monkeypatch.setattr("clipx.training.run.run", runs)
     return runs
 
@@ -85,45 +85,45 @@ def trials() -> list[optuna.trial.FrozenTrial]:
 def test_poor_trials_stop_early_and_the_others_equal_uninterrupted_runs(
     search: Callable[..., tuple[list[str], str]], train: Callable[..., None]
 ) -> None:
-    worth = ("objective=train/lr", "best=null")  # a number that is the same on every processor
-    words = (
+    objective = ("objective=train/lr", "best=null")  # equal on every processor
+    args = (
         "optim.lr=tag(log,interval(1e-6,1e-3))",
-        *worth,
+        *objective,
         "hydra.sweeper.n_trials=4",
         "hydra.sweeper.rungs=[20%]",
         "hydra.sweeper.sampler=random",
         "hydra.sweeper.seed=4",
     )
-    told, code = search(*words)
-    assert code == "", told
+    output, code = search(*args)
+    assert code == "", output
     finished: list[float] = []
     for trial in trials():
         lr = trial.params["optim.lr"]
-        poor = len(finished) >= 2 and lr < statistics.median(finished)
-        assert trial.state.name == ("PRUNED" if poor else "COMPLETE")
-        finished += [] if poor else [lr]
-    found = {run.name: summary(run) for run in FOUND.iterdir() if run.is_dir()}
-    ended = Counter((one["state"], one["step"]) for one in found.values())
-    assert ended == {("finished", 10): len(finished), ("stopped", 2): 4 - len(finished)} and 2 < len(finished) < 4
-    best = max((one["final"]["train/lr"], name) for name, one in found.items() if one["state"] == "finished")
-    assert f"best      train/lr {best[0]:.4g}: {best[1]}" in told
-    assert f"repeat    python -m clipx.train config={FOUND}/{best[1]}/config.yaml name=best" in told
-    assert sum(line.startswith("pruned at 20%: optim.lr=") for line in told) == 4 - len(finished)
+        pruned = len(finished) >= 2 and lr < statistics.median(finished)
+        assert trial.state.name == ("PRUNED" if pruned else "COMPLETE")
+        finished += [] if pruned else [lr]
+    summaries = {run.name: summary(run) for run in FOUND.iterdir() if run.is_dir()}
+    outcomes = Counter((one["state"], one["step"]) for one in summaries.values())
+    assert outcomes == {("finished", 10): len(finished), ("stopped", 2): 4 - len(finished)} and 2 < len(finished) < 4
+    best = max((one["final"]["train/lr"], name) for name, one in summaries.items() if one["state"] == "finished")
+    assert f"best      train/lr {best[0]:.4g}: {best[1]}" in output
+    assert f"repeat    python -m clipx.train config={FOUND}/{best[1]}/config.yaml name=best" in output
+    assert sum(line.startswith("pruned at 20%: optim.lr=") for line in output) == 4 - len(finished)
 
     before = {path: path.stat().st_mtime_ns for path in FOUND.rglob("*/*") if path.is_file()}
-    again, code = search(*words)
-    assert code == "" and again == told[-4:]
+    rerun, code = search(*args)
+    assert code == "" and rerun == output[-4:]
     assert before == {path: path.stat().st_mtime_ns for path in FOUND.rglob("*/*") if path.is_file()}
 
-    train(*FEW, "max_steps=10", *worth, best[1], "name=straight")
+    train(*FEW, "max_steps=10", *objective, best[1], "name=straight")
     assert_same_state(FOUND / best[1], Path("outputs/straight"))
 
 
 @pytest.mark.parametrize("sampler", ["tpe", pytest.param("random", marks=pytest.mark.long)])
 def test_an_interrupted_search_proposes_what_an_uninterrupted_one_does(
-    search: Callable[..., tuple[list[str], str]], pretended: Pretended, sampler: str
+    search: Callable[..., tuple[list[str], str]], fake_runs: FakeRuns, sampler: str
 ) -> None:
-    words = (
+    args = (
         SPACE,
         "model.image.depth=range(1,4)",
         "hydra.sweeper.n_trials=8",
@@ -131,29 +131,29 @@ def test_an_interrupted_search_proposes_what_an_uninterrupted_one_does(
         "hydra.sweeper.rungs=[20%,50%]",
         "stop_at=90%",
     )
-    search(*words)
-    straight, pretended.ran = pretended.ran, []
+    search(*args)
+    uninterrupted, fake_runs.ran = fake_runs.ran, []
     names = [trial.params for trial in trials()]
     (FOUND / "optuna.journal").unlink()
 
     def stops(config: TrainConfig) -> None:
-        if len(pretended.ran) in (2, 7, 12):
+        if len(fake_runs.ran) in (2, 7, 12):
             raise Interrupted(0)
 
-    pretended.before = stops
+    fake_runs.before = stops
     for _ in range(3):
-        assert search(*words)[1] == "0"
-    assert search(*words)[1] == ""
+        assert search(*args)[1] == "0"
+    assert search(*args)[1] == ""
     assert [trial.params for trial in trials()] == names
-    assert list(dict.fromkeys(pretended.ran)) == straight and len(pretended.ran) == len(straight) + 3
-    assert {stop for _, stop in straight} == {"20%", "50%", "90%"}
+    assert list(dict.fromkeys(fake_runs.ran)) == uninterrupted and len(fake_runs.ran) == len(uninterrupted) + 3
+    assert {stop for _, stop in uninterrupted} == {"20%", "50%", "90%"}
 
-    search(*words[:2], "hydra.sweeper.n_trials=9", *words[3:])  # all in all
+    search(*args[:2], "hydra.sweeper.n_trials=9", *args[3:])  # 9 trials in total
     assert len(trials()) == 9
-    assert search(*words[:2], *words[4:], "hydra.sweeper.n_trials=3")[1] == "" and len(trials()) == 9
+    assert search(*args[:2], *args[4:], "hydra.sweeper.n_trials=3")[1] == "" and len(trials()) == 9
 
 
-def test_halving_continues_the_better_half(search: Callable[..., tuple[list[str], str]], pretended: Pretended) -> None:
+def test_halving_continues_the_better_half(search: Callable[..., tuple[list[str], str]], fake_runs: FakeRuns) -> None:
     search(
         SPACE,
         "hydra.sweeper.n_trials=12",
@@ -161,58 +161,58 @@ def test_halving_continues_the_better_half(search: Callable[..., tuple[list[str]
         "hydra.sweeper.pruner=halving",
         "hydra.sweeper.sampler=random",
     )
-    reached = [sum(stop == rung for _, stop in pretended.ran) for rung in ("20%", "50%", None)]
+    reached = [sum(stop == rung for _, stop in fake_runs.ran) for rung in ("20%", "50%", None)]
     assert reached[0] == 12 and 3 <= reached[2] <= reached[1] <= 8
     best = max(trials(), key=lambda trial: trial.params["optim.lr"])
     assert best.state == optuna.trial.TrialState.COMPLETE
 
 
 def test_a_failed_trial_ends_no_other_and_is_reported_at_the_end(
-    search: Callable[..., tuple[list[str], str]], pretended: Pretended
+    search: Callable[..., tuple[list[str], str]], fake_runs: FakeRuns
 ) -> None:
     def fails(config: TrainConfig) -> None:
         if config.optim["lr"] == 3:
             raise UserError("it is too fast")
 
-    pretended.before = fails
-    told, code = search("optim.lr=1,2,3,4", "hydra.sweeper.n_trials=12", "hydra.sweeper.sampler=random")
-    no_number = [f"optim.lr={lr}: the run gives no finite objective={TAG}" for lr in (2, 4)]
-    assert set(code.split("\n")) == {"optim.lr=3: it is too fast", *no_number}
+    fake_runs.before = fails
+    output, code = search("optim.lr=1,2,3,4", "hydra.sweeper.n_trials=12", "hydra.sweeper.sampler=random")
+    no_value = [f"optim.lr={lr}: the run gives no finite objective={TAG}" for lr in (2, 4)]
+    assert set(code.split("\n")) == {"optim.lr=3: it is too fast", *no_value}
     states = {trial.params["optim.lr"]: trial.state.name for trial in trials()}
     assert states == {"1": "COMPLETE", "2": "FAIL", "3": "FAIL", "4": "FAIL"} and len(trials()) == 12
-    assert f"best      {TAG} 1: optim.lr=1" in told
+    assert f"best      {TAG} 1: optim.lr=1" in output
 
 
 def test_if_all_trials_failed_the_same_command_tries_again(
-    search: Callable[..., tuple[list[str], str]], pretended: Pretended
+    search: Callable[..., tuple[list[str], str]], fake_runs: FakeRuns
 ) -> None:
     def fails(config: TrainConfig) -> None:
         raise UserError("the disk is full")
 
-    pretended.before, mended = fails, pretended.before
+    fake_runs.before, healthy = fails, fake_runs.before
     for _ in range(2):
         assert search(SPACE, "hydra.sweeper.n_trials=2")[1].count("the disk is full") == 2 and len(trials()) == 2
-    pretended.before = mended
+    fake_runs.before = healthy
     assert search(SPACE, "hydra.sweeper.n_trials=2")[1] == ""
     assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 2
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
-    """Have something done before jobs are launched, with their last words."""
+    """Calls a function with the last argument of each job before a batch is launched."""
 
     def use(before: Callable[[list[str]], None]) -> None:
-        whole = Plugins.instantiate_launcher
+        original = Plugins.instantiate_launcher
 
-        def instantiate(self: Plugins, **given: Any) -> Launcher:
-            launcher = whole(self, **given)
+        def instantiate(self: Plugins, **kwargs: Any) -> Launcher:
+            launcher = original(self, **kwargs)
             launch = launcher.launch
 
-            def noted(jobs: list[list[str]], initial_job_idx: int) -> Any:
-                before([words[-1] for words in jobs])
+            def before_launch(jobs: list[list[str]], initial_job_idx: int) -> Any:
+                before([args[-1] for args in jobs])
                 return launch(jobs, initial_job_idx=initial_job_idx)
 
-            launcher.launch = noted
+            launcher.launch = before_launch
             return launcher
 
         monkeypatch.setattr(Plugins, "instantiate_launcher", instantiate)
@@ -221,7 +221,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]],
 
 
 def test_trials_at_once_are_one_batch_and_a_job_whose_process_is_killed_fails_alone(
-    search: Callable[..., tuple[list[str], str]], pretended: Pretended, launched: Callable[..., None]
+    search: Callable[..., tuple[list[str], str]], fake_runs: FakeRuns, launched: Callable[..., None]
 ) -> None:
     batches = []
 
@@ -235,14 +235,14 @@ def test_trials_at_once_are_one_batch_and_a_job_whose_process_is_killed_fails_al
         "optim.lr=1,3,5", "hydra.sweeper.n_jobs=6", "hydra.sweeper.n_trials=12", "hydra.sweeper.sampler=random"
     )
     assert sorted(batches[0]) == ["optim.lr=1", "optim.lr=3", "optim.lr=5"]
-    assert all(len(set(batch)) == len(batch) for batch in batches)  # equal trials are one job
+    assert all(len(set(batch)) == len(batch) for batch in batches)  # equal trials share a job
     states = {trial.params["optim.lr"]: trial.state.name for trial in trials()}
     assert states == {"1": "COMPLETE", "3": "COMPLETE", "5": "FAIL"} and len(trials()) == 12
     assert code == "optim.lr=5: its process was killed, probably out of memory"
 
 
 def test_in_a_grid_a_killed_process_is_reported_in_one_line(
-    fails: Callable[..., str], pretended: Pretended, launched: Callable[..., None]
+    fails: Callable[..., str], fake_runs: FakeRuns, launched: Callable[..., None]
 ) -> None:
     def kill(jobs: list[str]) -> None:
         raise BrokenProcessPool("a process was killed")
@@ -251,7 +251,7 @@ def test_in_a_grid_a_killed_process_is_reported_in_one_line(
     assert fails("-m", *FEW, "seed=1,2").startswith("a job's process was killed, probably out of memory")
 
 
-@pytest.mark.parametrize(("word", "among"), [
+@pytest.mark.parametrize(("argument", "choices"), [
     ("optim.lr=tag(log,interval(1e-5,1e-2))", None), ("optim.lr=interval(0,1)", None),
     ("model.image.depth=int(interval(2,4))", {"2", "3", "4"}), ("model.image.depth=range(2,6)", {"2", "3", "4", "5"}),
     ("batch_size=tag(log,range(1,4))", {"1", "2", "3"}), ("batch_size=range(8,1,-3)", {"2", "5", "8"}),
@@ -259,28 +259,28 @@ def test_in_a_grid_a_killed_process_is_reported_in_one_line(
     ("batch_size=64,128", {"64", "128"}), ("freeze=[image],[text]", {"[image]", "[text]"}),
     ("+data.root='a b','c=d'", {"'a b'", "'c=d'"}),
 ])  # fmt: skip
-def test_every_kind_of_sweep_can_be_searched(word: str, among: set[str] | None) -> None:
-    assert escape_override(word, sweep=True) == word
-    override = OverridesParser.create().parse_override(word)
+def test_every_kind_of_sweep_can_be_searched(argument: str, choices: set[str] | None) -> None:
+    assert escape_override(argument, sweep=True) == argument
+    override = OverridesParser.create().parse_override(argument)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    drawn = [propose(study.ask(), override).partition("=") for _ in range(30)]
-    assert {key for key, _, _ in drawn} == {word.partition("=")[0]}
-    values = {value for _, _, value in drawn}
-    assert values == among if among else len(values) == 30 and all(0 <= float(value) <= 1 for value in values)
+    proposed = [propose(study.ask(), override).partition("=") for _ in range(30)]
+    assert {key for key, _, _ in proposed} == {argument.partition("=")[0]}
+    values = {value for _, _, value in proposed}
+    assert values == choices if choices else len(values) == 30 and all(0 <= float(value) <= 1 for value in values)
 
 
 def test_a_job_runs_with_exactly_the_value_that_is_recorded(
-    search: Callable[..., tuple[list[str], str]], pretended: Pretended
+    search: Callable[..., tuple[list[str], str]], fake_runs: FakeRuns
 ) -> None:
-    used: list[float] = []
-    pretended.before = lambda config: used.append(config.optim["lr"])
+    recorded: list[float] = []
+    fake_runs.before = lambda config: recorded.append(config.optim["lr"])
     assert search(SPACE, "hydra.sweeper.n_trials=4")[1] == ""
-    assert used == [trial.params["optim.lr"] for trial in trials()] == [trial.value for trial in trials()]
+    assert recorded == [trial.params["optim.lr"] for trial in trials()] == [trial.value for trial in trials()]
 
 
 def test_a_mistake_ends_in_a_line(
-    fails: Callable[..., str], search: Callable[..., tuple[list[str], str]], pretended: Pretended,
+    fails: Callable[..., str], search: Callable[..., tuple[list[str], str]], fake_runs: FakeRuns,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     assert fails("-m", *FEW, SPACE) == (
@@ -292,40 +292,40 @@ def test_a_mistake_ends_in_a_line(
     assert search(SPACE, "hydra.sweeper.rungs=[soon]")[1].startswith("hydra.sweeper.rungs=['soon']: should be a durati")
     assert search()[1].startswith("there is nothing to search; give a key several values")
     assert search(SPACE, "objective=null")[1].startswith("objective=null: a search needs a metric")
-    assert not FOUND.exists() and not pretended.ran
+    assert not FOUND.exists() and not fake_runs.ran
     assert search("optim.lr=tag(log,interval(0,1))")[1].startswith("optim.lr=tag(log,interval(0,1)): ")
-    assert search(SPACE, "hydra.sweeper.n_trials=1")[1] == "" and len(pretended.ran) == 1
+    assert search(SPACE, "hydra.sweeper.n_trials=1")[1] == "" and len(fake_runs.ran) == 1
 
     assert search(SPACE, "hydra.sweeper.n_trials=1", "name=t")[1] == ""
-    ran = len(pretended.ran)
+    started = len(fake_runs.ran)
     assert search("optim.lr=interval(0,1)", "seed=5", "name=t")[1] == (
         "outputs/sweeps/t holds another search (seed: 0 -> 5; hydra.sweeper.params.optim.lr: "
         "'tag(log,interval(1e-6,1e-1))' -> 'interval(0,1)'); name=... starts a new one"
     )
-    assert len(pretended.ran) == ran
+    assert len(fake_runs.ran) == started
 
-    with (FOUND / "optuna.journal").open("ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with (FOUND / "optuna.journal").open("ab") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
         assert search(SPACE)[1].startswith("another process searches in outputs/sweeps/s; name=... starts a new")
 
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert search(SPACE)[1] == 'hydra/sweeper=optuna needs Optuna; pip install "clipx[optuna]"'
 
 
-def test_the_recipe_searches_without_m(train: Callable[..., None], pretended: Pretended) -> None:
+def test_the_recipe_searches_without_m(train: Callable[..., None], fake_runs: FakeRuns) -> None:
     train("experiment=tune", "hydra.sweeper.n_trials=2", "optim.weight_decay=0")
-    assert len(pretended.ran) == 6 and {stop for _, stop in pretended.ran} == {"20%", "50%", None}
+    assert len(fake_runs.ran) == 6 and {stop for _, stop in fake_runs.ran} == {"20%", "50%", None}
     pattern = r"model\.image\.depth=[1-4],optim\.lr=0\.\d+,optim\.weight_decay=0"
-    assert all(re.fullmatch(pattern, name) for name, _ in pretended.ran)
+    assert all(re.fullmatch(pattern, name) for name, _ in fake_runs.ran)
     assert Path("outputs/sweeps/tune/optuna.journal").exists()
 
 
-def test_the_config_of_a_run_can_be_searched_around(train: Callable[..., None], pretended: Pretended) -> None:
+def test_the_config_of_a_run_can_be_searched_around(train: Callable[..., None], fake_runs: FakeRuns) -> None:
     with initialize_config_module("clipx.conf", version_base="1.3"):
         saved = OmegaConf.to_yaml(compose("train", ["experiment=smoke"]), resolve=True)
     Path("saved.yaml").write_text(saved)
     train("config=saved.yaml", "-m", "name=s", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", SPACE)
-    assert len(pretended.ran) == 3 and all(name.startswith("optim.lr=") for name, _ in pretended.ran)
+    assert len(fake_runs.ran) == 3 and all(name.startswith("optim.lr=") for name, _ in fake_runs.ran)
 
 
 def test_a_start_without_a_search_imports_no_optuna(tmp_path: Path) -> None:
@@ -337,9 +337,9 @@ def test_a_start_without_a_search_imports_no_optuna(tmp_path: Path) -> None:
 def test_a_killed_search_resumes_its_unfinished_trial(
     search: Callable[..., tuple[list[str], str]], tmp_path: Path
 ) -> None:
-    words = (SPACE, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[20%,50%]", "max_steps=60", "eval_every=null")
+    args = (SPACE, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[20%,50%]", "max_steps=60", "eval_every=null")
     process = subprocess.Popen(
-        [sys.executable, "-m", "clipx.train", *once(*SEARCH, *words)],
+        [sys.executable, "-m", "clipx.train", *once(*SEARCH, *args)],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
@@ -352,7 +352,7 @@ def test_a_killed_search_resumes_its_unfinished_trial(
     process.communicate()
     before = trials()
     assert before[-1].state == optuna.trial.TrialState.RUNNING and len(before) < 4
-    assert search(*words)[1] == ""
+    assert search(*args)[1] == ""
     after = trials()
     assert [trial.params for trial in after[: len(before)]] == [trial.params for trial in before]
     assert len(after) == 4 and all(trial.state.is_finished() for trial in after)

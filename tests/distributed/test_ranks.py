@@ -1,4 +1,4 @@
-"""Several processes as one: what they compute, what they write, and how they end when one of them is lost."""
+"""Distributed runs: same results as one process, and clean ends when a rank is lost."""
 
 import os
 import re
@@ -33,12 +33,12 @@ from clipx.training.logs import SilentLog
 from clipx.training.resume import restore
 from clipx.weights.checkpoint import CheckpointError, read
 
-WORDS = [word for word in FEW if not word.startswith(("eval_every", "data.samples"))]
-RUN = (*WORDS, "data.samples=400", "eval_every=20", "save_every=5", "max_steps=60", "name=x")
+SHORT = [arg for arg in FEW if not arg.startswith(("eval_every", "data.samples"))]
+RUN = (*SHORT, "data.samples=400", "eval_every=20", "save_every=5", "max_steps=60", "name=x")
 
 
 def scores(names: str) -> dict[str, float]:
-    """What a model is worth on 150 pictures: three chunks, so a fourth rank has none."""
+    """Validation metrics on 150 pictures: three chunks, so a fourth rank has none."""
     torch.manual_seed(0)
     model = CLIP(
         ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=32),
@@ -56,20 +56,20 @@ def on_rank(rank: int, world: int, store: str, names: str) -> None:
     assert rows.tolist() == [10 * r + n for r in range(world) for n in range(r)]
     assert distributed.gather_lists([f"{rank}"] * rank) == [f"{r}" for r in range(world) for _ in range(r)]
     flags = distributed.SharedFlags()
-    seen = [flags(rank == world - 1 and call == 1, False) for call in range(4)]
-    assert seen == [[False, False], [False, False], [True, False], [False, False]]
+    results = [flags(rank == world - 1 and call == 1, False) for call in range(4)]
+    assert results == [[False, False], [False, False], [True, False], [False, False]]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_evaluation_and_get_what_one_gets(world: int, tmp_path: Path) -> None:
-    words = tmp_path / "names.txt"
-    words.write_text("\n".join(sorted({Dummy(150, 32, 0).read(number).captions[0] for number in range(150)})))
-    run_ranks(on_rank, world, str(tmp_path / "store"), str(words))
-    alone = scores(str(words))
+    args = tmp_path / "names.txt"
+    args.write_text("\n".join(sorted({Dummy(150, 32, 0).read(number).captions[0] for number in range(150)})))
+    run_ranks(on_rank, world, str(tmp_path / "store"), str(args))
+    single = scores(str(args))
     for rank in range(world):
-        assert torch.load(f"{tmp_path}/store-{rank}.pt") == alone  # bit for bit
+        assert torch.load(f"{tmp_path}/store-{rank}.pt") == single  # bit for bit
 
 
 def test_a_batch_that_does_not_divide_names_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_half_an_environment_of_ranks_is_refused_in_one_line(
     )
 
 
-def start(cwd: Path, ranks: int, *words: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen[str]:
+def start(cwd: Path, ranks: int, *args: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen[str]:
     cwd.mkdir(exist_ok=True)
     command = [
         sys.executable,
@@ -105,7 +105,7 @@ def start(cwd: Path, ranks: int, *words: str, agent: tuple[str, ...] = ("--stand
         str(ranks),
         "-m",
         "clipx.train",
-        *once(*(words or RUN)),
+        *once(*(args or RUN)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
@@ -115,14 +115,14 @@ def start(cwd: Path, ranks: int, *words: str, agent: tuple[str, ...] = ("--stand
 
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Runs the ranks to their end; what they told."""
+    """Runs the ranks to completion and returns their output."""
     started = []
 
-    def run(ranks: int, *words: str, name: str = "x", code: int = 0) -> str:
-        started.append(process := start(tmp_path, ranks, *RUN[:-1], f"name={name}", *words))
-        _, told = process.communicate(timeout=300)
-        assert process.returncode == code, told
-        return told
+    def run(ranks: int, *args: str, name: str = "x", code: int = 0) -> str:
+        started.append(process := start(tmp_path, ranks, *RUN[:-1], f"name={name}", *args))
+        _, output = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        return output
 
     yield run
     for process in started:
@@ -131,8 +131,8 @@ def torchrun(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 
 def ranks_of(agent: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = [child for child in psutil.Process(agent.pid).children() if "clipx.train" in " ".join(child.cmdline())]
-    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+    children = [child for child in psutil.Process(agent.pid).children() if "clipx.train" in " ".join(child.cmdline())]
+    return sorted(children, key=lambda child: int(child.environ()["RANK"]))
 
 
 def logged(cwd: Path) -> int:
@@ -141,8 +141,8 @@ def logged(cwd: Path) -> int:
 
 
 def port_is_free(port: int) -> bool:
-    with socket.socket() as asked:
-        return asked.connect_ex(("localhost", port)) != 0
+    with socket.socket() as sock:
+        return sock.connect_ex(("localhost", port)) != 0
 
 
 def numbers(directory: Path) -> dict[str, list[float]]:
@@ -161,20 +161,20 @@ def test_other_numbers_of_ranks_and_micro_batches_are_the_same_run(
     torchrun(2, "stop_at=20")
     torchrun(4, "stop_at=40", "micro_batch_size=2")
     torchrun(1, "workers=2")
-    one, several = (numbers(tmp_path / "outputs" / name) for name in ("one", "x"))
-    assert len(several["train/loss"]) == 60
-    assert several["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
-    assert several["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=0.02)
-    assert several["val/retrieval/mean_recall"] == pytest.approx(one["val/retrieval/mean_recall"], abs=0.05)
-    last, alone = (read(tmp_path / f"outputs/{name}/checkpoints/clip_last.pt") for name in ("x", "one"))
-    assert (last["samples"], last["step"], last["plan"]) == (alone["samples"], alone["step"], alone["plan"])
+    one, combined = (numbers(tmp_path / "outputs" / name) for name in ("one", "x"))
+    assert len(combined["train/loss"]) == 60
+    assert combined["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
+    assert combined["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=0.02)
+    assert combined["val/retrieval/mean_recall"] == pytest.approx(one["val/retrieval/mean_recall"], abs=0.05)
+    resumed, single = (read(tmp_path / f"outputs/{name}/checkpoints/clip_last.pt") for name in ("x", "one"))
+    assert (resumed["samples"], resumed["step"], resumed["plan"]) == (single["samples"], single["step"], single["plan"])
 
 
 @pytest.mark.long
 def test_mixed_precision_in_micro_batches_on_ranks_is_that_of_one(torchrun: Callable[..., str], tmp_path: Path) -> None:
-    words = ("amp=bf16", "micro_batch_size=4", "max_steps=20")
-    torchrun(1, *words, name="one")
-    torchrun(2, *words, "save_every=0.01min")  # by rank 0's clock
+    args = ("amp=bf16", "micro_batch_size=4", "max_steps=20")
+    torchrun(1, *args, name="one")
+    torchrun(2, *args, "save_every=0.01min")  # measured by rank 0's clock
     one, two = (numbers(tmp_path / "outputs" / name) for name in ("one", "x"))
     assert two["train/loss"] == pytest.approx(one["train/loss"], rel=0.02)
 
@@ -185,10 +185,10 @@ def test_a_lost_rank_is_named_by_all_others_within_a_minute(victim: int, tmp_pat
     agent = start(tmp_path, 4)
     until(lambda: logged(tmp_path) > 12, agent)
     ranks_of(agent)[victim].kill()
-    began = time.monotonic()
-    _, told = agent.communicate(timeout=60)
-    assert agent.returncode == 1 and time.monotonic() - began < 30
-    assert told.count(f"rank {victim} is lost: it ended without an error message; rerun the same command to") == 3
+    start_time = time.monotonic()
+    _, output = agent.communicate(timeout=60)
+    assert agent.returncode == 1 and time.monotonic() - start_time < 30
+    assert output.count(f"rank {victim} is lost: it ended without an error message; rerun the same command to") == 3
 
 
 @pytest.mark.long
@@ -202,9 +202,9 @@ def test_torchrun_restarts_a_job_that_lost_a_rank_with_the_same_result(
     if saving:
         until(lambda: any((tmp_path / "outputs/x/checkpoints").glob("*.writing")), agent)
     ranks_of(agent)[victim].kill()
-    _, told = agent.communicate(timeout=120)
-    assert agent.returncode == 0, told
-    assert f"rank {victim} is lost" in told and "resuming after step" in told
+    _, output = agent.communicate(timeout=120)
+    assert agent.returncode == 0, output
+    assert f"rank {victim} is lost" in output and "resuming after step" in output
     assert_same_state(tmp_path / "outputs/straight", tmp_path / "outputs/x")
     assert numbers(tmp_path / "outputs/straight") == numbers(tmp_path / "outputs/x")
 
@@ -213,7 +213,7 @@ def test_torchrun_restarts_a_job_that_lost_a_rank_with_the_same_result(
 def test_a_node_that_is_lost_leaves_the_job_to_the_others(torchrun: Callable[..., str], tmp_path: Path) -> None:
     torchrun(1, name="straight")
     port = 20_000 + os.getpid() % 10_000
-    how = (
+    agent_args = (
         "--nnodes",
         "1:2",
         "--rdzv-backend",
@@ -225,16 +225,16 @@ def test_a_node_that_is_lost_leaves_the_job_to_the_others(torchrun: Callable[...
         "--rdzv-conf",
         "last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=3",
     )
-    first = start(tmp_path, 1, agent=how)
-    until(lambda: not port_is_free(port), first)  # the first one is to hold the rendezvous
-    second = start(tmp_path, 1, agent=how)
+    first = start(tmp_path, 1, agent=agent_args)
+    until(lambda: not port_is_free(port), first)  # so that the first one hosts the rendezvous
+    second = start(tmp_path, 1, agent=agent_args)
     until(lambda: logged(tmp_path) > 12, first)
-    for process in (second, *ranks_of(second)):  # as a machine goes
+    for process in (second, *ranks_of(second)):  # as when a machine fails
         process.kill()
     second.communicate()
-    _, told = first.communicate(timeout=180)
-    assert first.returncode == 0, told
-    assert "2 ranks of 8 samples" in told and re.search("rank . is lost", told)
+    _, output = first.communicate(timeout=180)
+    assert first.returncode == 0, output
+    assert "2 ranks of 8 samples" in output and re.search("rank . is lost", output)
     assert numbers(tmp_path / "outputs/x")["train/loss"] == pytest.approx(
         numbers(tmp_path / "outputs/straight")["train/loss"], rel=1e-3
     )
@@ -242,21 +242,21 @@ def test_a_node_that_is_lost_leaves_the_job_to_the_others(torchrun: Callable[...
 
 @pytest.mark.long
 def test_one_ranks_error_is_reported_by_all_and_sigterm_saves(torchrun: Callable[..., str], tmp_path: Path) -> None:
-    told = torchrun(2, "batch_size=15", code=1)
-    assert "batch_size=15 does not divide among 2 ranks; 14 and 16 do\n" in told
+    output = torchrun(2, "batch_size=15", code=1)
+    assert "batch_size=15 does not divide among 2 ranks; 14 and 16 do\n" in output
     agent = start(tmp_path, 2)
     until(lambda: logged(tmp_path) > 12, agent)
     agent.send_signal(signal.SIGTERM)
-    _, told = agent.communicate(timeout=60)
-    assert "SIGTERM: checkpoint saved, stopping" in told and summary(tmp_path / "outputs/x")["state"] == "stopped"
+    _, output = agent.communicate(timeout=60)
+    assert "SIGTERM: checkpoint saved, stopping" in output and summary(tmp_path / "outputs/x")["state"] == "stopped"
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"]
     assert lines(tmp_path / "outputs/x")[-1]["step"] == saved
 
 
 @pytest.mark.long
 def test_a_job_of_a_sweep_that_fails_leaves_the_ranks_to_the_next(torchrun: Callable[..., str], tmp_path: Path) -> None:
-    told = torchrun(2, "-m", "batch_size=15,16", "max_steps=4", code=1)
-    assert "batch_size=15 does not divide among 2 ranks" in told
+    output = torchrun(2, "-m", "batch_size=15,16", "max_steps=4", code=1)
+    assert "batch_size=15 does not divide among 2 ranks" in output
     assert summary(tmp_path / "outputs/sweeps/x/batch_size=16")["state"] == "finished"
 
 
@@ -264,11 +264,11 @@ def test_a_job_of_a_sweep_that_fails_leaves_the_ranks_to_the_next(torchrun: Call
 def test_an_error_of_one_rank_alone_is_reported_by_the_others(tmp_path: Path) -> None:
     agent = start(tmp_path, 2, *RUN, "workers=1", "eval_every=null")
     until(lambda: logged(tmp_path) > 12, agent)
-    ranks_of(agent)[1].children()[0].kill()  # the process that reads for it
-    _, told = agent.communicate(timeout=60)
+    ranks_of(agent)[1].children()[0].kill()  # its data worker
+    _, output = agent.communicate(timeout=60)
     assert agent.returncode == 1
     reason = "one of the workers=1 processes that read data was killed"
-    assert f"rank 1 failed: {reason}" in told and told.count(reason) == 2  # rank 1's own, and rank 0's
+    assert f"rank 1 failed: {reason}" in output and output.count(reason) == 2  # rank 1's own, and rank 0's
 
 
 def on_its_own_disk(rank: int, world: int, store: str, folder: str) -> None:
@@ -276,9 +276,9 @@ def on_its_own_disk(rank: int, world: int, store: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
         config = resolve(hydra.compose("train", ["experiment=smoke"]), TrainConfig)
-    found = Path(folder) / ("x" if rank else "elsewhere")
+    directory = Path(folder) / ("x" if rank else "elsewhere")
     with pytest.raises(CheckpointError, match=r"the ranks find different checkpoints in .*, of steps \[0, 2\]; "):
-        restore(None, config, found, None)
+        restore(None, config, directory, None)
     torch.distributed.destroy_process_group()
 
 
@@ -289,7 +289,7 @@ def test_ranks_that_do_not_see_the_same_directory_say_so(train: Callable[..., No
 
 @pytest.mark.long
 def test_a_sweep_on_submitit_sets_each_task_up_as_a_rank(tmp_path: Path) -> None:
-    words = [
+    args = [
         "-m",
         *RUN[:-3],
         "max_steps=4",
@@ -298,8 +298,8 @@ def test_a_sweep_on_submitit_sets_each_task_up_as_a_rank(tmp_path: Path) -> None
         "hydra.launcher.tasks_per_node=2",
         "batch_size=16,15",
     ]
-    ended = in_process("-m", "clipx.train", *words, cwd=tmp_path)
-    assert ended.returncode == 1 and "batch_size=15 does not divide among 2 ranks; 14 and 16 do" in ended.stderr
+    result = in_process("-m", "clipx.train", *args, cwd=tmp_path)
+    assert result.returncode == 1 and "batch_size=15 does not divide among 2 ranks; 14 and 16 do" in result.stderr
     jobs = sorted((tmp_path / "outputs/sweeps/sweep").iterdir())
     assert [summary(job)["state"] for job in jobs] == ["failed", "failed", "finished", "finished"]
     assert all("2 ranks of 8 samples" in (job / "train.log").read_text() for job in jobs[2:])

@@ -1,4 +1,4 @@
-"""Labelled pictures, and what zero-shot classification and the linear probe make of them."""
+"""Labelled data sets, zero-shot classification and the linear probe."""
 
 import logging
 import struct
@@ -43,14 +43,14 @@ def model() -> CLIP:
 
 
 def mnist(root: Path, labels: list[int], train: bool = False) -> Path:
-    """MNIST's files as torchvision reads them: 28 x 28 bytes a picture."""
+    """MNIST's files as read by torchvision: 28 x 28 bytes per picture."""
     raw, part = root / "MNIST" / "raw", "train" if train else "t10k"
     raw.mkdir(parents=True, exist_ok=True)
-    for which in ("train", "t10k"):  # torchvision wants all four
+    for split in ("train", "t10k"):  # torchvision checks that all four exist
         for kind in ("images-idx3", "labels-idx1"):
-            if not (raw / f"{which}-{kind}-ubyte").exists():
-                (raw / f"{which}-{kind}-ubyte").write_bytes(b"")
-    pixels = np.stack([np.full((28, 28), 20 * label + 5 + place, np.uint8) for place, label in enumerate(labels)])
+            if not (raw / f"{split}-{kind}-ubyte").exists():
+                (raw / f"{split}-{kind}-ubyte").write_bytes(b"")
+    pixels = np.stack([np.full((28, 28), 20 * label + 5 + offset, np.uint8) for offset, label in enumerate(labels)])
     (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, len(labels), 28, 28) + pixels.tobytes())
     (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, len(labels)) + bytes(labels))
     return root
@@ -61,35 +61,35 @@ def scores(model: CLIP, evaluation: ZeroShot | LinearProbe, workers: int = 0) ->
     return {tag.removeprefix("val/it@"): value for tag, value in validation(model, 1, SilentLog()).items()}
 
 
-# ---------------------------------------------------------------- the numbers, next to others'
+# ---------------------------------------------------------------- comparison with other projects
 
 
 def test_the_same_model_gives_the_classifier_and_the_accuracies_of_clip_benchmark(model: CLIP, tmp_path: Path) -> None:
     from clip_benchmark.metrics import zeroshot_classification as peer
 
-    words, root = read_templates("simple"), class_folders(tmp_path / "x", each=5)
+    templates, root = read_templates("simple"), class_folders(tmp_path / "x", each=5)
     tokenizer = SimpleTokenizer()
     theirs = peer.zero_shot_classifier(
-        model, tokenizer, CLASSES, [word.replace("{}", "{c}") for word in words], "cpu", amp=False
+        model, tokenizer, CLASSES, [template.replace("{}", "{c}") for template in templates], "cpu", amp=False
     )
     texts = EvalEncoder(model, tokenizer).encode_texts
-    assert torch.allclose(classifier(texts, CLASSES, words), theirs.T, atol=1e-6)
+    assert torch.allclose(classifier(texts, CLASSES, templates), theirs.T, atol=1e-6)
 
     data = open_sets({"x": {"folder": str(root)}})["x"]
-    found = EvalEncoder(model, tokenizer, 0, None).encode_labelled(data.test)
+    encoded = EvalEncoder(model, tokenizer, 0, None).encode_labelled(data.test)
     transform = get_image_transform(32)
-    batch = torch.stack([transform(Image.open(file)) for file in sorted(root.rglob("*.png"))]), found.labels
+    batch = torch.stack([transform(Image.open(file)) for file in sorted(root.rglob("*.png"))]), encoded.labels
     their_texts = peer.zero_shot_classifier(model, tokenizer, NAMES, ["a {c}"], "cpu", amp=False)
     logits, target = peer.run_classification(model, their_texts, [batch], "cpu", amp=False)
-    # from here on by scikit-learn: with numpy 2.4 and later, clip_benchmark's own accuracy() ends in a TypeError
+    # accuracy from scikit-learn, because clip_benchmark's accuracy() raises TypeError with numpy 2.4 and later
     top1, top5 = (top_k_accuracy_score(target, logits, k=k, labels=range(6)) for k in (1, 5))
-    ours = ZeroShot({"x": {"folder": str(root)}}, ["a {c}"])(replace(data, classes=NAMES), lambda _: found, texts)
+    ours = ZeroShot({"x": {"folder": str(root)}}, ["a {c}"])(replace(data, classes=NAMES), lambda _: encoded, texts)
     assert (ours["top1"], ours["top5"]) == (top1, top5)
     assert ours["mean_per_class"] == pytest.approx(balanced_accuracy_score(target, logits.argmax(dim=1)))
     assert zero_shot_eval(model, tokenizer, [batch], class_names=NAMES, templates=["a {}"]) == top1
 
 
-def given(images: torch.Tensor, labels: torch.Tensor) -> Callable[..., LabelledFeatures]:
+def feature_source(images: torch.Tensor, labels: torch.Tensor) -> Callable[..., LabelledFeatures]:
     return lambda source: LabelledFeatures(images, images, labels, torch.arange(len(labels)), [])
 
 
@@ -100,29 +100,29 @@ def test_top_1_top_5_and_the_mean_of_classes_are_scikit_learns(monkeypatch: pyte
     images = F.normalize(texts[labels] + 0.5 * torch.randn(50, 8), dim=-1)
     names = [f"class {number}" for number in range(12)]
     evaluation = ZeroShot({"x": {"folder": str(class_folders(tmp_path / "x"))}}, ["{}"], per_class=True, mistakes=0)
-    found = evaluation(LabelledSet(None, None, names), given(images, labels), lambda prompts: texts)
+    metrics = evaluation(LabelledSet(None, None, names), feature_source(images, labels), lambda prompts: texts)
     logits = (images @ texts.T).numpy()
     for k in (1, 5):
-        assert found[f"top{k}"] == top_k_accuracy_score(labels, logits, k=k, labels=range(12))
-    assert found["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
-    own = labels == 3
-    assert found["per_class/class 3"] == pytest.approx((logits.argmax(1)[own] == 3).mean())
-    assert 0.3 < found["top1"] < found["top5"] <= 1
+        assert metrics[f"top{k}"] == top_k_accuracy_score(labels, logits, k=k, labels=range(12))
+    assert metrics["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
+    in_class = labels == 3
+    assert metrics["per_class/class 3"] == pytest.approx((logits.argmax(1)[in_class] == 3).mean())
+    assert 0.3 < metrics["top1"] < metrics["top5"] <= 1
 
 
 def test_the_class_texts_are_encoded_in_tiles_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    encoded: list[str] = []
 
     def texts(prompts: list[str]) -> torch.Tensor:
-        asked.extend(prompts)
+        encoded.extend(prompts)
         return F.normalize(torch.tensor([[len(prompt), prompt.count("a"), 1.0] for prompt in prompts]), dim=-1)
 
-    whole = classifier(texts, NAMES, ["a {}", "the {}!"])
-    assert len(asked) == len(set(asked)) == 12
+    expected = classifier(texts, NAMES, ["a {}", "the {}!"])
+    assert len(encoded) == len(set(encoded)) == 12
     monkeypatch.setattr(zero_shot, "MAX_PROMPTS", 4)
-    assert torch.equal(classifier(texts, NAMES, ["a {}", "the {}!"]), whole)
+    assert torch.equal(classifier(texts, NAMES, ["a {}", "the {}!"]), expected)
     both = F.normalize(texts(["a ant", "the ant!"]).mean(dim=0), dim=-1)
-    assert torch.allclose(whole[0], both)
+    assert torch.allclose(expected[0], both)
 
 
 # ---------------------------------------------------------------- templates
@@ -182,8 +182,8 @@ def test_class_names_of_clip_benchmark_are_found_one_level_up_and_the_test_split
         (root / split).mkdir()
     write_tar(root / "train" / "0.tar", [("0.png", picture(1)), ("0.cls", b"2")])
     (root / "part-0.tar").rename(root / "test" / "0.tar")
-    for place in ("x", "x/test"):
-        data = open_sets({"x": {"shards": str(tmp_path / place), "train": str(root)}}, train=True)["x"]
+    for location in ("x", "x/test"):
+        data = open_sets({"x": {"shards": str(tmp_path / location), "train": str(root)}}, train=True)["x"]
         assert data.classes == CLASSES and read_all(data) == [0, 3] and data.train.read(0).captions == ["2"]
 
 
@@ -198,13 +198,13 @@ def test_shards_that_have_not_one_class_a_picture_say_so(tmp_path: Path, kind: s
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
 def test_class_names_in_another_encoding_are_one_line(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "names.txt").write_text("café\nbar\n", encoding=encoding)
-    given = {"folder": str(class_folders(tmp_path / "x")), "classes": str(tmp_path / "names.txt")}
+    options = {"folder": str(class_folders(tmp_path / "x")), "classes": str(tmp_path / "names.txt")}
     with pytest.raises(
         UserError,
         match=r"^sets.x.classes=.*names.txt is not UTF-8 text, perhaps "
         rf"{'CP1252' if encoding == 'cp1252' else 'UTF-16'}; convert it: iconv",
     ):
-        open_sets({"x": given})
+        open_sets({"x": options})
 
 
 def test_a_data_set_of_torchvisions_keeps_its_pixels_and_names(tmp_path: Path) -> None:
@@ -223,21 +223,21 @@ def test_open_clips_class_names_are_1000() -> None:
     assert len(names) == 1000 and names[1] == "goldfish"
 
 
-@pytest.mark.parametrize("which", ["folder", "shards"])
+@pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_a_broken_image_is_counted_and_reported(
-    which: str, model: CLIP, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, model: CLIP, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if which == "folder":
+    if kind == "folder":
         root = class_folders(tmp_path / "x")
         (root / "bee" / "1.png").write_bytes(picture(1)[:50])
-        place = "bee/1.png: does not decode"
+        message = "bee/1.png: does not decode"
     else:
         root = class_shards(tmp_path / "x", [b"0", b"one", b"2"])
-        place = "part-0.tar/001: its class (.cls) is not a number"
+        message = "part-0.tar/001: its class (.cls) is not a number"
     with caplog.at_level(logging.WARNING, "clipx"):
-        found = scores(model, ZeroShot({"x": {which: str(root)}}, "simple"))
-    assert (found["x/skipped"], found["x/pictures"]) == ((1, 11) if which == "folder" else (1, 2))
-    assert f"x: skipped 1 pictures, for example {place}" in caplog.text
+        metrics = scores(model, ZeroShot({"x": {kind: str(root)}}, "simple"))
+    assert (metrics["x/skipped"], metrics["x/pictures"]) == ((1, 11) if kind == "folder" else (1, 2))
+    assert f"x: skipped 1 pictures, for example {message}" in caplog.text
 
 
 def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("which", "line"),
+    ("options", "line"),
     [
         ({}, "sets.x={}: give one of dataset=CIFAR10 (with root=DIR), folder=DIR and shards=DIR"),
         ({"dataset": "CIFAR11", "root": "."}, "sets.x.dataset=CIFAR11: torchvision has no such data set; did you "),
@@ -277,14 +277,14 @@ def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None
     ],
 )
 def test_a_wrong_set_is_one_line(
-    which: dict[str, str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     class_folders(tmp_path / "x")
     (tmp_path / "few").write_text("a\nb\n")
-    with pytest.raises(ValueError) as told:
-        open_sets({"x": which})
-    assert str(told.value).startswith(line) and "\n" not in str(told.value)
+    with pytest.raises(ValueError) as raised:
+        open_sets({"x": options})
+    assert str(raised.value).startswith(line) and "\n" not in str(raised.value)
 
 
 def test_the_mistakes_that_are_most_confident_come_first(model: CLIP, tmp_path: Path) -> None:
@@ -292,8 +292,10 @@ def test_the_mistakes_that_are_most_confident_come_first(model: CLIP, tmp_path: 
     data = open_sets({"x": {"folder": str(root)}})["x"]
     texts, labels = torch.eye(4), torch.arange(12) // 3
     images = F.normalize(texts[labels] + torch.linspace(0.9, 1.1, 12)[:, None] * texts[(labels + 1) % 4], dim=-1)
-    found = ZeroShot({"x": {"folder": str(root)}}, ["{}"], mistakes=3)(data, given(images, labels), lambda _: texts)
-    titles = [axes.get_title() for axes in found["mistakes"].axes]
+    metrics = ZeroShot({"x": {"folder": str(root)}}, ["{}"], mistakes=3)(
+        data, feature_source(images, labels), lambda _: texts
+    )
+    titles = [axes.get_title() for axes in metrics["mistakes"].axes]
     assert len(titles) == 3 and titles[0] == "100% ant\nis red panda"
 
 
@@ -302,21 +304,21 @@ def test_the_mistakes_that_are_most_confident_come_first(model: CLIP, tmp_path: 
 
 def test_the_features_of_the_probe_are_those_before_the_projection(model: CLIP, tmp_path: Path) -> None:
     data = open_sets({"x": {"folder": str(class_folders(tmp_path / "x"))}})["x"]
-    found = EvalEncoder(model, SimpleTokenizer(), 0, None).encode_labelled(data.test)
-    assert found.hidden.shape == (12, 64)
-    assert torch.allclose(F.normalize(found.hidden @ model.visual.proj.detach(), dim=-1), found.images, atol=1e-6)
+    features = EvalEncoder(model, SimpleTokenizer(), 0, None).encode_labelled(data.test)
+    assert features.hidden.shape == (12, 64)
+    assert torch.allclose(F.normalize(features.hidden @ model.visual.proj.detach(), dim=-1), features.images, atol=1e-6)
 
 
 def test_the_search_finds_the_peak_of_96_steps_in_few_tries() -> None:
     for peak in (0, 1, 37, 50, 96):
         tried = []
 
-        def worth(strength: float, peak: int = peak, tried: list[float] = tried) -> float:
+        def accuracy(strength: float, peak: int = peak, tried: list[float] = tried) -> float:
             tried.append(strength)
             return -abs(np.log10(strength) - np.log10(linear_probe.STRENGTHS[peak]))
 
-        assert linear_probe.search(worth)[0] == linear_probe.STRENGTHS[peak] and len(tried) == len(set(tried)) <= 15
-    assert linear_probe.search(lambda strength: 1.0)[0] == 1e6  # of equals the strongest
+        assert linear_probe.search(accuracy)[0] == linear_probe.STRENGTHS[peak] and len(tried) == len(set(tried)) <= 15
+    assert linear_probe.search(lambda strength: 1.0)[0] == 1e6  # the strongest among equals
     assert np.allclose(np.diff(np.log10(linear_probe.STRENGTHS)), 1 / 8)
 
 
@@ -325,14 +327,16 @@ def test_the_probe_is_scikit_learns_at_the_strength_that_was_found(tmp_path: Pat
     centres = torch.randn(4, 16)
     y, y_test = torch.randint(4, (200,)), torch.randint(4, (80,))
     x, x_test = centres[y] + 1.5 * torch.randn(200, 16), centres[y_test] + 1.5 * torch.randn(80, 16)
-    which = {"folder": str(class_folders(tmp_path / "a")), "train": str(class_folders(tmp_path / "b", 4, 3))}
-    probe = LinearProbe({"x": which})
+    options = {"folder": str(class_folders(tmp_path / "a")), "train": str(class_folders(tmp_path / "b", 4, 3))}
+    probe = LinearProbe({"x": options})
     data = probe.sets["x"]
-    found = probe(data, lambda source: given(*((x, y) if source is data.train else (x_test, y_test)))(source), None)
-    peer = LogisticRegression(C=1 / found["strength"], max_iter=1000).fit(x.numpy(), y.numpy())
+    metrics = probe(
+        data, lambda source: feature_source(*((x, y) if source is data.train else (x_test, y_test)))(source), None
+    )
+    peer = LogisticRegression(C=1 / metrics["strength"], max_iter=1000).fit(x.numpy(), y.numpy())
     predicted = peer.predict(x_test.numpy())
-    assert found["top1"] == pytest.approx(peer.score(x_test.numpy(), y_test.numpy())) and found["top1"] > 0.5
-    assert found["mean_per_class"] == pytest.approx(balanced_accuracy_score(y_test, predicted))
+    assert metrics["top1"] == pytest.approx(peer.score(x_test.numpy(), y_test.numpy())) and metrics["top1"] > 0.5
+    assert metrics["mean_per_class"] == pytest.approx(balanced_accuracy_score(y_test, predicted))
 
 
 def test_a_probe_asks_for_pictures_to_learn_from(tmp_path: Path) -> None:

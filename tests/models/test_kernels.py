@@ -1,4 +1,4 @@
-"""Each way to compute attention and patches gives what the plain formula gives."""
+"""Every implementation of attention and patch embedding equals the plain formula."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PRECISIONS = pytest.mark.parametrize(
 
 @pytest.fixture(params=[False, True], ids=["torch", "products"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the CPU counts as one for which plain products are the faster way, in any precision."""
+    """Whether to use plain matrix products, as on a CPU where these are faster, in every precision."""
     monkeypatch.setattr(kernels, "in_tiles", lambda x: request.param)
     return request.param
 
@@ -27,8 +27,8 @@ def results(f: object, *inputs: Tensor) -> list[Tensor]:
     return [y.detach(), *(x.grad for x in inputs)]
 
 
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for a, b in zip(found, expected, strict=True):
+def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype and (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
@@ -38,19 +38,19 @@ def test_attention_is_softmax_of_the_products(products: bool, kind: str, dtype: 
     torch.manual_seed(0)
     k, v = torch.randn(2, 3, 2, 7, 16, dtype=torch.float64).unbind()
     q = torch.randn(3, 2, 1 if kind == "one query" else 7, 16, dtype=torch.float64)
-    seen = torch.arange(7) < torch.tensor([1, 4, 7]).view(3, 1, 1, 1) if kind == "one query" else None
+    visible = torch.arange(7) < torch.tensor([1, 4, 7]).view(3, 1, 1, 1) if kind == "one query" else None
     hidden = ~torch.ones(7, 7, dtype=torch.bool).tril() if kind == "causal" else torch.tensor(False)
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         logits = torch.einsum("bhmd,bhld->bhml", q, k) / 4
-        weights = logits.masked_fill(hidden if seen is None else ~seen, -1e9).softmax(-1)
+        weights = logits.masked_fill(hidden if visible is None else ~visible, -1e9).softmax(-1)
         return torch.einsum("bhml,bhld->bhmd", weights, v)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return kernels.attention(q, k, v, causal=kind == "causal", seen=seen)
+        return kernels.attention(q, k, v, causal=kind == "causal", seen=visible)
 
-    found = results(ours, *(x.to(dtype) for x in (q, k, v)))
-    assert_close(found, [x.to(dtype) for x in results(formula, q, k, v)], tolerance)
+    actual = results(ours, *(x.to(dtype) for x in (q, k, v)))
+    assert_close(actual, [x.to(dtype) for x in results(formula, q, k, v)], tolerance)
 
 
 @PRECISIONS
@@ -58,8 +58,8 @@ def test_patches_are_those_of_the_convolution(products: bool, dtype: torch.dtype
     torch.manual_seed(0)
     image, weight = torch.randn(2, 3, 24, 24, dtype=torch.float64), torch.randn(5, 3, 8, 8, dtype=torch.float64)
     expected = results(lambda x, w: F.conv2d(x, w, stride=8).flatten(2).transpose(1, 2), image, weight)
-    found = results(kernels.embed_patches, image.to(dtype), weight.to(dtype))
-    assert_close(found, [x.to(dtype) for x in expected], tolerance)
+    actual = results(kernels.embed_patches, image.to(dtype), weight.to(dtype))
+    assert_close(actual, [x.to(dtype) for x in expected], tolerance)
 
 
 def test_products_are_for_bf16_on_a_cpu_with_amx_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,8 +113,8 @@ def test_loss_and_gradients_equal_those_of_open_clip(
     expected.backward()
     theirs = dict(b.named_parameters())
     for name, parameter in a.named_parameters():
-        want = theirs[name.removeprefix("text.")].grad
-        error = (parameter.grad - want).norm() / want.norm().clamp_min(1e-12)
+        expected = theirs[name.removeprefix("text.")].grad
+        error = (parameter.grad - expected).norm() / expected.norm().clamp_min(1e-12)
         assert error < tolerance, (name, error)
 
 
@@ -129,31 +129,31 @@ def test_text_features_do_not_depend_on_the_padding() -> None:
     model = tiny()
     tokens = SimpleTokenizer()(["a guide dog", "a much longer caption about a guide dog and its work"])
     with torch.no_grad():
-        whole, trimmed = model.encode_text(tokens), model.encode_text(tokens[:, :14])
-    torch.testing.assert_close(whole, trimmed, atol=1e-6, rtol=1e-5)
+        untrimmed, trimmed = model.encode_text(tokens), model.encode_text(tokens[:, :14])
+    torch.testing.assert_close(untrimmed, trimmed, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("edges", [EDGES, (), (8, 9, 12)])
 def test_packed_captions_give_the_features_and_gradients_of_open_clips_padded_ones(
     ours: CLIP, peer: torch.nn.Module, edges: tuple[int, ...]
 ) -> None:
-    words = "a long caption about a guide dog and all of its work in the streets of a town on a day in may"
-    captions = [words[:length] for length in (1, 101, 6, 40, 1, 20, 99, 8)]
-    tokens = SimpleTokenizer()([*captions, words * 5])
+    caption = "a long caption about a guide dog and all of its work in the streets of a town on a day in may"
+    captions = [caption[:length] for length in (1, 101, 6, 40, 1, 20, 99, 8)]
+    tokens = SimpleTokenizer()([*captions, caption * 5])
     lengths = tokens.argmax(dim=-1) + 1
     packed = pack(unpad(tokens), edges)
     assert len(packed.ids) == lengths.sum() and lengths.max() == 77
     gradients = []
-    for model, given in ((ours, packed), (peer, tokens)):
-        features = torch.nn.functional.normalize(model.encode_text(given), dim=-1)
+    for model, inputs in ((ours, packed), (peer, tokens)):
+        features = torch.nn.functional.normalize(model.encode_text(inputs), dim=-1)
         model.zero_grad()
         (features * torch.arange(512)).sum().backward()
         gradients.append((features.detach(), model))
     torch.testing.assert_close(gradients[0][0], gradients[1][0], atol=1e-5, rtol=0)
     theirs = dict(peer.named_parameters())
     for name, parameter in ours.text.named_parameters():
-        want = theirs[name].grad
-        assert (parameter.grad - want).norm() <= 1e-4 * want.norm(), name
+        expected = theirs[name].grad
+        assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm(), name
     ours.zero_grad()
     peer.zero_grad()
 
@@ -167,7 +167,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("ddp", [False, True])
 def test_a_model_is_compiled_once_for_thirty_numbers_of_tokens(ddp: bool, one_rank: None) -> None:
-    """The compiler's own work is left out: what it sees, and how often, is what counts."""
+    """Uses a backend that does not compile, as only the number of graphs matters."""
     torch._dynamo.reset()
     model = tiny()
     compiled = CompiledModel(model, 1.0)
@@ -243,10 +243,10 @@ def test_initial_weights_have_the_statistics_of_openai() -> None:
 
 def test_the_scale_stays_between_1_and_100() -> None:
     model = tiny()
-    for value, kept in ((9.0, 100.0), (-2.0, 1.0)):
+    for value, expected in ((9.0, 100.0), (-2.0, 1.0)):
         model.logit_scale.data.fill_(value)
         model.clamp_scale()
-        assert model.logit_scale.exp().item() == pytest.approx(kept)
+        assert model.logit_scale.exp().item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -18,32 +18,32 @@ CONTENT = {"model_state_dict": {"a": torch.arange(6.0).view(2, 3), "b": torch.te
 
 def test_what_is_saved_is_read_without_running_code(tmp_path: Path) -> None:
     save(tmp_path / "clip_last.pt", CONTENT)
-    found = torch.load(tmp_path / "clip_last.pt", weights_only=True)
-    assert found["step"] == 3 and found["format"] == 2
-    assert torch.equal(found["model_state_dict"]["a"], torch.arange(6.0).view(2, 3))
+    content = torch.load(tmp_path / "clip_last.pt", weights_only=True)
+    assert content["step"] == 3 and content["format"] == 2
+    assert torch.equal(content["model_state_dict"]["a"], torch.arange(6.0).view(2, 3))
     assert read(tmp_path / "clip_last.pt")["checksum"] == checksum(CONTENT)
     assert os.listdir(tmp_path) == ["clip_last.pt"]
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_says_how_much_room_it_needs(tmp_path: Path) -> None:
     save(tmp_path / "clip_last.pt", CONTENT)
-    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, most))  # no file may grow larger, as on a full disk
+    before, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit))  # limit the file size, to simulate a full disk
     try:
         with pytest.raises(CheckpointError, match=r"_last\.pt cannot be written: File too large\. It needs 0\.004 GB"):
             save(tmp_path / "clip_last.pt", {**CONTENT, "more": torch.zeros(1_000_000)})
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, limit))
     assert read(tmp_path / "clip_last.pt")["step"] == 3 and os.listdir(tmp_path) == ["clip_last.pt"]
 
 
 def test_a_directory_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
 
-    def refuse(path: Path, mode: str = "r", **how: Any) -> IO[Any]:
+    def refuse(path: Path, mode: str = "r", **kwargs: Any) -> IO[Any]:
         if "w" in mode:
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, mode, **how)
+        return opened(path, mode, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
@@ -55,10 +55,10 @@ def test_a_background_save_is_of_the_state_when_it_was_requested(tmp_path: Path)
     with AsyncSaver(tmp_path, {"plan": "x"}, previous=False) as saver:
         for step in range(3):
             saver({"model_state_dict": {"a": weights}, "step": step}, ["last", f"step_{step}"])
-            weights += 1  # training goes on
+            weights += 1  # training continues
     for name, step in (("last", 2), ("previous", 1), ("step_0", 0), ("step_1", 1), ("step_2", 2)):
-        found = read(tmp_path / f"clip_{name}.pt")
-        assert found["step"] == step and found["plan"] == "x" and (found["model_state_dict"]["a"] == step).all()
+        content = read(tmp_path / f"clip_{name}.pt")
+        assert content["step"] == step and content["plan"] == "x" and (content["model_state_dict"]["a"] == step).all()
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -73,8 +73,8 @@ def test_the_checkpoints_of_one_step_are_one_file_where_the_file_system_has_link
     with AsyncSaver(tmp_path, {}, previous=False) as saver:
         for step in (1, 2):
             saver({**CONTENT, "optimizer": {}, "step": step}, ["best", "last", f"step_{step}"])
-    for last, kept in (("last", "step_2"), ("previous", "step_1")):
-        one, other = (tmp_path / f"clip_{kind}.pt" for kind in (last, kept))
+    for last, other_name in (("last", "step_2"), ("previous", "step_1")):
+        one, other = (tmp_path / f"clip_{kind}.pt" for kind in (last, other_name))
         assert one.samefile(other) == links and one.read_bytes() == other.read_bytes()
     assert read(tmp_path / "clip_best.pt").keys().isdisjoint({"optimizer"}) and not [*tmp_path.glob("*.writing")]
     distinct = ("best", "last", "previous") if links else ("best", "last", "previous", "step_1", "step_2")
@@ -95,10 +95,10 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "clip_last.pt"
     save(path, CONTENT)
     data = bytearray(path.read_bytes())
-    place = data.index(torch.arange(6.0).numpy().tobytes())
-    data[place + 5] ^= 4
+    offset = data.index(torch.arange(6.0).numpy().tobytes())
+    data[offset + 5] ^= 4
     path.write_bytes(data)
-    torch.load(path, weights_only=True)  # does not notice
+    torch.load(path, weights_only=True)  # torch does not notice
     with pytest.raises(CheckpointError, match=r"clip_last\.pt is corrupt: its checksum"):
         read(path)
 
@@ -125,12 +125,12 @@ def test_a_run_loads_as_model_transform_and_tokenizer(train: Callable[..., None]
     model, transform, tokenizer = load(tmp_path / "outputs" / "x")
     image = transform(decode(open_emoji().train.read(0).picture))[None]
     with torch.no_grad():
-        features, words, scale = model(image, tokenizer(["a guide dog"]))
-    assert features.shape == words.shape == (1, 192) and not model.training and scale > 1
-    again, _, _ = load(tmp_path / "outputs" / "x" / "checkpoints" / "clip_best.pt")
-    assert torch.equal(again.encode_image(image, True), features)
+        features, text_features, scale = model(image, tokenizer(["a guide dog"]))
+    assert features.shape == text_features.shape == (1, 192) and not model.training and scale > 1
+    reloaded, _, _ = load(tmp_path / "outputs" / "x" / "checkpoints" / "clip_best.pt")
+    assert torch.equal(reloaded.encode_image(image, True), features)
     weights = torch.load(tmp_path / "outputs/x/checkpoints/clip_best.pt", weights_only=True)["model_state_dict"]
-    again.load_state_dict(weights)
+    reloaded.load_state_dict(weights)
     assert "text_projection" in weights and "visual.conv1.weight" in weights
 
 

@@ -1,4 +1,4 @@
-"""``python -m clipx.export``: to another project and back, checked by that project; whole, or not at all."""
+"""``python -m clipx.export``: round trips through other projects, compared with their own implementations."""
 
 import importlib.util
 import json
@@ -29,12 +29,12 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
 
 
 @pytest.fixture
-def refuses(export: Export, tmp_path: Path) -> Callable[..., str]:
-    """The one line that an export ends with; it leaves nothing behind."""
+def export_error(export: Export, tmp_path: Path) -> Callable[..., str]:
+    """Runs an export that must fail without leaving files, and returns its one-line error message."""
 
-    def run(*words: str) -> str:
+    def run(*args: str) -> str:
         before = sorted(tmp_path.rglob("*"))
-        message = last_line(export, *words)
+        message = last_line(export, *args)
         assert sorted(tmp_path.rglob("*")) == before
         return message
 
@@ -86,17 +86,17 @@ def test_weights_go_to_hugging_face_and_back_to_the_bit(
     processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "hf")
     captions = ["A guide dog, isn't it?", "two  raccoons\n& 3 palm trees", "naïve café 导盲犬 🐕", "x" * 400, ""]
     pictures = [decode(open_emoji().train.read(number).picture) for number in range(len(captions))]
-    given = processor(text=captions, images=pictures, return_tensors="pt", padding="max_length", truncation=True)
+    inputs = processor(text=captions, images=pictures, return_tensors="pt", padding="max_length", truncation=True)
     ends = tokenizer(captions).argmax(-1)
-    for ids, expected, end in zip(given["input_ids"], tokenizer(captions), ends, strict=True):
+    for ids, expected, end in zip(inputs["input_ids"], tokenizer(captions), ends, strict=True):
         assert torch.equal(ids[: end + 1], expected[: end + 1])
     pixels = torch.stack([transform(picture) for picture in pictures])
-    assert (given["pixel_values"] - pixels).abs().max() < 3 / 255 / min(PIXELS["std"])
+    assert (inputs["pixel_values"] - pixels).abs().max() < 3 / 255 / min(PIXELS["std"])
     with torch.no_grad():
-        found = model(**{**given, "pixel_values": pixels})
-        torch.testing.assert_close(found.image_embeds, ours.encode_image(pixels, True), atol=1e-5, rtol=0)
-        torch.testing.assert_close(found.text_embeds, ours.encode_text(tokenizer(captions), True), atol=1e-5, rtol=0)
-    assert (tmp_path / "hf/model.safetensors").stat().st_mode & 0o044  # others may read it as they may the rest
+        output = model(**{**inputs, "pixel_values": pixels})
+        torch.testing.assert_close(output.image_embeds, ours.encode_image(pixels, True), atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.text_embeds, ours.encode_text(tokenizer(captions), True), atol=1e-5, rtol=0)
+    assert (tmp_path / "hf/model.safetensors").stat().st_mode & 0o044  # readable by other users, like the other files
 
 
 def test_hugging_faces_own_directory_comes_back_with_the_tensors_that_it_had(export: Export, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_hugging_faces_own_directory_comes_back_with_the_tensors_that_it_had(exp
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["to=onnx", "run=w.pt", "out=new"], "to='onnx': should be 'open_clip' or 'hf'"),
         (["to=hf", "out=new"], "run has no value; add run=..."),
@@ -136,46 +136,46 @@ def test_hugging_faces_own_directory_comes_back_with_the_tensors_that_it_had(exp
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    refuses: Callable[..., str], weights: Path, words: list[str], message: str
+    export_error: Callable[..., str], weights: Path, args: list[str], message: str
 ) -> None:
-    assert refuses(*words) == message
+    assert export_error(*args) == message
 
 
 def test_what_a_format_cannot_say_is_refused(
-    refuses: Callable[..., str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export_error: Callable[..., str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, *rest = load(weights, act="gelu")
     model.text.act = "quick_gelu"
     monkeypatch.setattr("clipx.weights.load.load", lambda *_, **__: (model, *rest))
-    message = refuses("run=w.pt", "to=open_clip", "out=new")
+    message = export_error("run=w.pt", "to=open_clip", "out=new")
     assert message == (
         "open_clip has one activation for both towers; this model has model.image.act=gelu and "
         "model.text.act=quick_gelu"
     )
     model.text.token_embedding.weight = torch.nn.Parameter(torch.zeros(100, 128))
-    message = refuses("run=w.pt", "to=hf", "out=new")
+    message = export_error("run=w.pt", "to=hf", "out=new")
     assert message.startswith("model.text.vocab=100 is not that of the tokenizer, 49,408; to=open_clip")
 
 
 @pytest.mark.parametrize("to", ["open_clip", "hf"])
 def test_an_export_that_computes_something_else_is_not_made(
-    refuses: Callable[..., str], weights: Path, monkeypatch: pytest.MonkeyPatch, to: str
+    export_error: Callable[..., str], weights: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
-    def lie(path: Path, content: dict) -> None:
+    def wrong_activation(path: Path, content: dict) -> None:
         text = json.dumps(content).replace('"quick_gelu": false', '"quick_gelu": true')
         path.write_text(text.replace('"hidden_act": "gelu"', '"hidden_act": "quick_gelu"'))
 
-    monkeypatch.setattr("clipx.weights.export.write_json", lie)
-    message = refuses("run=w.pt", f"to={to}", "out=new", "act=gelu")
+    monkeypatch.setattr("clipx.weights.export.write_json", wrong_activation)
+    message = export_error("run=w.pt", f"to={to}", "out=new", "act=gelu")
     assert message.startswith("the features of pictures differ by ") and message.endswith("; nothing is exported")
 
 
 def test_a_missing_package_is_named(
-    refuses: Callable[..., str], weights: Path, monkeypatch: pytest.MonkeyPatch
+    export_error: Callable[..., str], weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
-    message = refuses("run=w.pt", "to=hf", "out=new", "act=gelu")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find_spec(name))
+    message = export_error("run=w.pt", "to=hf", "out=new", "act=gelu")
     assert message == 'to=hf needs transformers; install it with: pip install "clipx[hf]"'
 
 

@@ -1,4 +1,4 @@
-"""Weights of other projects: read, used, trained on, frozen.  The answers are open_clip's and transformers' own."""
+"""Loading, fine-tuning and freezing the weights of other projects, compared with open_clip and transformers."""
 
 import argparse
 import json
@@ -47,7 +47,7 @@ def assert_same_features(path: object, other: nn.Module, act: str | None = None,
 
 
 class Holder(nn.Module):
-    """A module for a script; its children make the names."""
+    """A scriptable module whose children give the parameters their names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,16 +58,16 @@ class Holder(nn.Module):
 
 
 def openai_archive(state: dict[str, Tensor], path: Path) -> Path:
-    """fp16, TorchScript, with three more keys: as OpenAI's files are."""
+    """A file like OpenAI's: fp16, TorchScript, with three additional keys."""
     root = Holder()
     for name, value in state.items():
         *parents, last = name.split(".")
-        place = root
+        module = root
         for parent in parents:
-            if parent not in place._modules:
-                place.add_module(parent, Holder())
-            place = place._modules[parent]
-        place.register_parameter(last, nn.Parameter(value.half()))
+            if parent not in module._modules:
+                module.add_module(parent, Holder())
+            module = module._modules[parent]
+        module.register_parameter(last, nn.Parameter(value.half()))
     for name, number in (("input_resolution", 32), ("context_length", 77), ("vocab_size", 49_408)):
         root.register_buffer(name, torch.tensor(number))
     torch.jit.script(root).save(path)
@@ -82,46 +82,46 @@ def open_clip_directory(path: Path, model: nn.Module, quick_gelu: bool = True, *
     return path
 
 
-# ---------------------------------------------------------------- read
+# ---------------------------------------------------------------- loading
 
 
-@pytest.mark.parametrize("way", ["bare", "wrapped", "safetensors", "custom text", "half"])
+@pytest.mark.parametrize("kind", ["bare", "wrapped", "safetensors", "custom text", "half"])
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
-def test_a_state_dict_of_open_clip_is_the_same_model(tmp_path: Path, way: str, act: str) -> None:
-    model, path = peer(act == "quick_gelu", custom=way == "custom text"), tmp_path / "weights.pt"
-    if way == "half":
+def test_a_state_dict_of_open_clip_is_the_same_model(tmp_path: Path, kind: str, act: str) -> None:
+    model, path = peer(act == "quick_gelu", custom=kind == "custom text"), tmp_path / "weights.pt"
+    if kind == "half":
         model = model.half().float()
     state = dict(model.state_dict())
-    if way == "safetensors":
+    if kind == "safetensors":
         save_file(state, path := path.with_suffix(".safetensors"))
-    elif way == "wrapped":
+    elif kind == "wrapped":
         torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
     else:
-        torch.save({name: value.half() for name, value in state.items()} if way == "half" else state, path)
-    found = assert_same_features(path, model, act).state_dict()
-    assert all(torch.equal(found[name.removeprefix("text.")], value) for name, value in state.items())
+        torch.save({name: value.half() for name, value in state.items()} if kind == "half" else state, path)
+    loaded = assert_same_features(path, model, act).state_dict()
+    assert all(torch.equal(loaded[name.removeprefix("text.")], value) for name, value in state.items())
 
 
-def wrap(state: dict[str, Tensor], prefix: str, inside: str = "") -> dict[str, Tensor]:
+def rename(state: dict[str, Tensor], prefix: str, inside: str = "") -> dict[str, Tensor]:
     return {prefix + name.replace(".attn.", f".attn.{inside}"): value for name, value in state.items()}
 
 
 WRAPPERS: dict[str, Callable[[dict[str, Tensor]], dict[str, object]]] = {
-    "Lightning": lambda state: {"state_dict": wrap(state, "model."), "epoch": 3, "loops": {}},
-    "FSDP": lambda state: wrap(state, "_fsdp_wrapped_module.", "_fsdp_wrapped_module."),
-    "checkpointed blocks": lambda state: wrap(state, "", "_checkpoint_wrapped_module."),
-    "DDP around compile": lambda state: {"model": wrap(state, "module._orig_mod.")},
-    "DeepSpeed": lambda state: {"module": wrap(state, "module.")},
+    "Lightning": lambda state: {"state_dict": rename(state, "model."), "epoch": 3, "loops": {}},
+    "FSDP": lambda state: rename(state, "_fsdp_wrapped_module.", "_fsdp_wrapped_module."),
+    "checkpointed blocks": lambda state: rename(state, "", "_checkpoint_wrapped_module."),
+    "DDP around compile": lambda state: {"model": rename(state, "module._orig_mod.")},
+    "DeepSpeed": lambda state: {"module": rename(state, "module.")},
     "a tutorial": lambda state: {"model_state_dict": state, "optimizer_state_dict": {}, "epoch": 3},
-    "AveragedModel": lambda state: {"n_averaged": torch.tensor(3), **wrap(state, "module.")},
-    "an average beside the weights": lambda state: {"ema_state_dict": wrap(state, "", "x."), "state_dict": state},
+    "AveragedModel": lambda state: {"n_averaged": torch.tensor(3), **rename(state, "module.")},
+    "an average next to the weights": lambda state: {"ema_state_dict": rename(state, "", "x."), "state_dict": state},
     "one value of one dimension": lambda state: {**state, "logit_scale": state["logit_scale"][None]},
     "custom text": lambda state: {
         "model": {
             f"model.{'' if name.startswith(('visual', 'logit')) else 'text.'}{name}": state[name] for name in state
         }
     },
-    "Hugging Face": lambda state: {"state_dict": wrap(to_hugging_face(state), "clip.")},
+    "Hugging Face": lambda state: {"state_dict": rename(to_hugging_face(state), "clip.")},
 }
 
 
@@ -129,18 +129,18 @@ WRAPPERS: dict[str, Callable[[dict[str, Tensor]], dict[str, object]]] = {
 def test_what_a_trainer_wraps_around_weights_is_dropped(tmp_path: Path, wrapper: str) -> None:
     state = peer().state_dict()
     torch.save(WRAPPERS[wrapper](dict(state)), tmp_path / "w.pt")
-    found = load(tmp_path / "w.pt", act="quick_gelu")[0].state_dict()
-    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    loaded = load(tmp_path / "w.pt", act="quick_gelu")[0].state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 
 def test_an_average_is_used_and_named_where_there_is_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = peer().state_dict()
-    torch.save({"ema_state_dict": wrap(state, "module.")}, tmp_path / "w.pt")
+    torch.save({"ema_state_dict": rename(state, "module.")}, tmp_path / "w.pt")
     with caplog.at_level("INFO", "clipx"):
-        found = load(tmp_path / "w.pt", act="quick_gelu")[0].state_dict()
-    assert torch.equal(found["visual.proj"], state["visual.proj"])
+        loaded = load(tmp_path / "w.pt", act="quick_gelu")[0].state_dict()
+    assert torch.equal(loaded["visual.proj"], state["visual.proj"])
     assert "w.pt has only a moving average of the weights, ema_state_dict, which is used" in caplog.text
 
 
@@ -165,8 +165,8 @@ def test_openais_archive_is_read_without_its_code(tmp_path: Path, monkeypatch: p
     scripted = torch.jit.load(path).state_dict()
     assert scripted["visual.proj"].dtype == torch.float16 and "input_resolution" in scripted
     monkeypatch.setattr(torch.jit, "load", lambda *_: pytest.fail("its code was loaded"))
-    found = assert_same_features(path, model).state_dict()
-    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    actual = assert_same_features(path, model).state_dict()
+    assert all(torch.equal(actual[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -198,17 +198,17 @@ def test_a_directory_of_hugging_face_is_the_same_model(tmp_path: Path, act: str)
     assert model_node(model)["image"]["heads"] == 2 and model_node(model)["text"]["heads"] == 4
     image, tokens = real_batch(64)
     with torch.no_grad():
-        found = other(input_ids=tokens, pixel_values=image)
-        torch.testing.assert_close(model.encode_image(image, True), found.image_embeds, atol=1e-5, rtol=0)
-        torch.testing.assert_close(model.encode_text(tokens, True), found.text_embeds, atol=1e-5, rtol=0)
+        output = other(input_ids=tokens, pixel_values=image)
+        torch.testing.assert_close(model.encode_image(image, True), output.image_embeds, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.encode_text(tokens, True), output.text_embeds, atol=1e-5, rtol=0)
         assert model.logit_scale == other.logit_scale
 
 
 def test_a_directory_of_open_clip_says_its_heads_and_its_activation(tmp_path: Path) -> None:
     model = peer(False, head_width=32)
     vision = {"vision_cfg": {**SIZES["vision_cfg"], "head_width": 32}}
-    found = assert_same_features(open_clip_directory(tmp_path / "oc", model, False, config=vision), model)
-    assert found.visual.heads == 6 and found.text.act == "gelu"
+    loaded = assert_same_features(open_clip_directory(tmp_path / "oc", model, False, config=vision), model)
+    assert loaded.visual.heads == 6 and loaded.text.act == "gelu"
 
 
 def test_what_open_clip_has_cached_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +261,7 @@ def test_what_cannot_be_loaded_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("config", "message"),
     [
         ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "pool_type": "avg"}}}, "vision_cfg.pool_type='avg' is an "),
         ({"config": {"text_cfg": {**SIZES["text_cfg"], "no_causal_mask": True}}}, "text_cfg.no_causal_mask=True is a"),
@@ -270,9 +270,9 @@ def test_what_cannot_be_loaded_is_one_line(
         ({"mean": [0.5, 0.5, 0.5]}, "was trained on pictures prepared with mean=[0.5, 0.5, 0.5]; clipx has (0.48"),
     ],
 )
-def test_another_architecture_of_open_clip_is_refused(tmp_path: Path, given: dict[str, object], message: str) -> None:
+def test_another_architecture_of_open_clip_is_refused(tmp_path: Path, config: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError) as error:
-        load(open_clip_directory(tmp_path / "oc", peer(), **given))
+        load(open_clip_directory(tmp_path / "oc", peer(), **config))
     assert message in str(error.value)
 
 
@@ -343,7 +343,7 @@ def test_an_activation_that_contradicts_the_weights_is_an_error(tmp_path: Path) 
         load(path, act="gelu")
 
 
-# ---------------------------------------------------------------- trained on
+# ---------------------------------------------------------------- fine-tuning
 
 
 def trained(tmp_path: Path) -> dict[str, object]:
@@ -362,8 +362,8 @@ def test_a_run_starts_from_weights_and_leaves_frozen_towers_as_they_are(
         if not torch.equal(saved["model_state_dict"][name], value):
             moved.add("image" if name.startswith("visual.") else "scale" if name == "logit_scale" else "text")
     assert moved == {"image", "text", "scale"} - set(freeze.strip("[]").split(","))
-    kept = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
-    assert len(saved["optimizer"]["state"]) == kept < len(model.state_dict())
+    num_trained = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
+    assert len(saved["optimizer"]["state"]) == num_trained < len(model.state_dict())
     assert "weights   from w.pt" in (tmp_path / "outputs/x/train.log").read_text()
 
 
@@ -371,9 +371,10 @@ def test_with_a_low_rate_a_tower_moves_less(train: Callable[..., None], tmp_path
     model = peer()
     torch.save(model.state_dict(), tmp_path / "w.pt")
     train(*ONE_STEP, "init_from=w.pt", "optim.image_lr_scale=0.01", "optim.weight_decay=0")
-    found = trained(tmp_path)["model_state_dict"]
+    weights = trained(tmp_path)["model_state_dict"]
     moved = {
-        name: (found[name] - model.state_dict()[name]).abs().max().item() for name in ("visual.proj", "text_projection")
+        name: (weights[name] - model.state_dict()[name]).abs().max().item()
+        for name in ("visual.proj", "text_projection")
     }
     assert moved["visual.proj"] == pytest.approx(0.01 * moved["text_projection"], rel=0.05)
 
@@ -382,14 +383,14 @@ def test_on_resume_the_checkpoint_wins_over_init_from(
     train: Callable[..., None], fails: Callable[..., str], tmp_path: Path
 ) -> None:
     torch.save(peer().state_dict(), tmp_path / "w.pt")
-    words = [*(word for word in ONE_STEP if not word.startswith("max_steps")), "max_steps=3", "init_from=w.pt"]
-    train(*words, "stop_at=1")
+    args = [*(arg for arg in ONE_STEP if not arg.startswith("max_steps")), "max_steps=3", "init_from=w.pt"]
+    train(*args, "stop_at=1")
     before = trained(tmp_path)
     (tmp_path / "w.pt").unlink()
-    train(*words)
+    train(*args)
     assert before["step"] == 1 and trained(tmp_path)["step"] == 3
-    assert fails(*words[:-1], "init_from=null").partition("(")[2].startswith("init_from: 'w.pt' -> None)")
-    assert fails(*words, "name=y").startswith("init_from=w.pt: there is no such run, checkpoint or weights")
+    assert fails(*args[:-1], "init_from=null").partition("(")[2].startswith("init_from: 'w.pt' -> None)")
+    assert fails(*args, "name=y").startswith("init_from=w.pt: there is no such run, checkpoint or weights")
 
 
 def test_a_run_starts_from_another_run(train: Callable[..., None], tmp_path: Path) -> None:
@@ -420,17 +421,17 @@ def test_position_embeddings_are_resized_as_open_clip_does(
     model = peer()
     torch.save(model.state_dict(), tmp_path / "w.pt")
     train(*ONE_STEP, "init_from=w.pt", "freeze=[image,text]", f"model.image.size={size}", "model.text.context=40")
-    found, expected = trained(tmp_path)["model_state_dict"], dict(model.state_dict())
+    weights, expected = trained(tmp_path)["model_state_dict"], dict(model.state_dict())
     resize_pos_embed(expected, peer(image_size=size))
-    assert torch.equal(found["visual.positional_embedding"], expected["visual.positional_embedding"])
-    assert torch.equal(found["positional_embedding"], expected["positional_embedding"][:40])
-    told = (tmp_path / "outputs/x/train.log").read_text()
-    assert f"from w.pt; position embeddings of pictures resized from 4 x 4 to {size // 8} x {size // 8} patches" in told
-    assert "those of captions truncated from 77 to 40 tokens" in told
+    assert torch.equal(weights["visual.positional_embedding"], expected["visual.positional_embedding"])
+    assert torch.equal(weights["positional_embedding"], expected["positional_embedding"][:40])
+    log = (tmp_path / "outputs/x/train.log").read_text()
+    assert f"from w.pt; position embeddings of pictures resized from 4 x 4 to {size // 8} x {size // 8} patches" in log
+    assert "those of captions truncated from 77 to 40 tokens" in log
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (
             ["init_from=w.pt", "model.image.patch=16"],
@@ -469,12 +470,12 @@ def test_position_embeddings_are_resized_as_open_clip_does(
     ],
 )
 def test_weights_that_do_not_fit_are_refused_with_a_remedy(
-    fails: Callable[..., str], tmp_path: Path, words: list[str], message: str
+    fails: Callable[..., str], tmp_path: Path, args: list[str], message: str
 ) -> None:
     torch.save(peer().state_dict(), tmp_path / "w.pt")
     torch.save({**peer().state_dict(), "logit_scale": torch.tensor(float("nan"))}, tmp_path / "nan.pt")
     open_clip_directory(tmp_path / "oc", peer())
-    assert fails(*ONE_STEP, *words) == message
+    assert fails(*ONE_STEP, *args) == message
     assert not (tmp_path / "outputs").exists()
 
 
@@ -491,7 +492,7 @@ def test_check_reports_weights_that_do_not_fit(
     assert "WRONG run       init_from=w.pt does not fit" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- frozen
+# ---------------------------------------------------------------- frozen towers
 
 
 def frozen(*towers: str) -> CLIP:
@@ -509,18 +510,18 @@ def gradients(forward: nn.Module, clip: CLIP, micro: int | None, rank: int = 0, 
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     micro_batches = split_micro_batches(chunks_of(64, micro, rank, world), micro)
     backward(Double(forward, CPU, None), clip_loss, micro_batches, scaler)
-    found = [p.grad for p in clip.parameters()]
+    grads = [p.grad for p in clip.parameters()]
     clip.zero_grad()
-    return found
+    return grads
 
 
 TOWERS = [("image",), ("text",), ("image", "text")]
 
 
-def assert_frozen(found: list[Tensor | None], expected: list[Tensor], clip: CLIP) -> None:
-    pairs = [*zip(found, expected, clip.parameters(), strict=True)]
+def assert_frozen(actual: list[Tensor | None], expected: list[Tensor], clip: CLIP) -> None:
+    pairs = [*zip(actual, expected, clip.parameters(), strict=True)]
     assert all((gradient is None) != p.requires_grad for gradient, _, p in pairs)
-    assert_close(*zip(*[(gradient, whole) for gradient, whole, _ in pairs if gradient is not None], strict=True))
+    assert_close(*zip(*[(gradient, full) for gradient, full, _ in pairs if gradient is not None], strict=True))
 
 
 @pytest.mark.parametrize("towers", TOWERS)
@@ -533,32 +534,32 @@ def test_what_is_not_frozen_has_the_gradient_that_it_would_have(towers: tuple[st
 def test_the_norm_of_a_frozen_tower_is_0() -> None:
     clip = frozen("image")
     clip_loss(*clip(torch.randn(4, 3, 64, 64).double(), torch.arange(32).view(4, 8))).backward()
-    (image, text), whole = gradient_norms(clip)
-    assert image == 0 < text < whole
+    (image, text), total = gradient_norms(clip)
+    assert image == 0 < text < total
 
 
 def ranks_gradients(rank: int, world: int, store: str, path: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    found = {}
+    results = {}
     for towers in TOWERS:
         clip = frozen(*towers)
         forward = nn.parallel.DistributedDataParallel(clip, gradient_as_bucket_view=True)
         for micro in (None, 12):
-            found[towers, micro] = [
+            results[towers, micro] = [
                 None if g is None else g.clone() for g in gradients(forward, clip, micro, rank, world)
             ]
-    torch.save(found, f"{path}/{rank}.pt")
+    torch.save(results, f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_ranks_with_a_frozen_tower_have_the_gradient_of_one(tmp_path: Path) -> None:
     run_ranks(ranks_gradients, 2, str(tmp_path / "store"), str(tmp_path))
     plain = frozen()
-    whole = gradients(plain, plain, None)
+    expected = gradients(plain, plain, None)
     for rank in range(2):
-        for (towers, _), found in torch.load(tmp_path / f"{rank}.pt").items():
-            assert_frozen(found, whole, frozen(*towers))
+        for (towers, _), actual in torch.load(tmp_path / f"{rank}.pt").items():
+            assert_frozen(actual, expected, frozen(*towers))
 
 
 def test_a_frozen_tower_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,7 +570,7 @@ def test_a_frozen_tower_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_frozen(gradients(CompiledModel(clip, 0.0), clip, None), plain, clip)
 
 
-# ---------------------------------------------------------------- at full size
+# ---------------------------------------------------------------- full size
 
 
 @pytest.mark.long
@@ -578,10 +579,10 @@ def test_vit_b32_of_open_clip_is_fine_tuned_with_a_locked_image_tower(
 ) -> None:
     model = open_clip.create_model("ViT-B-32-quickgelu").eval()
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    found = assert_same_features(tmp_path / "w.pt", model, "quick_gelu", 224)
+    loaded = assert_same_features(tmp_path / "w.pt", model, "quick_gelu", 224)
     other = clip = CLIP(ImageEncoder(), TextEncoder())
     initialise(other, str(tmp_path / "w.pt"))
-    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), clip.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), clip.parameters(), strict=True))
     train(
         "model=vit_b32",
         "experiment=smoke",

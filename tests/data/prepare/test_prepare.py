@@ -20,7 +20,7 @@ import pytest
 import webdataset
 import yaml
 from conftest import ROOT, in_process, picture, write_tar
-from packed_data import SOURCES, dropped, everything, samples, save, sizes, words_of
+from packed_data import SOURCES, dropped, metadata_of, read_tree, samples, save, sizes
 from PIL import Image
 
 from clipx.config.instantiate import build, locate
@@ -94,7 +94,7 @@ def test_prepare_yaml_states_every_key_of_the_schema_and_the_help_every_source(t
 
 def test_a_mistake_ends_in_one_line_and_leaves_nothing(refused: Callable[..., str], tmp_path: Path) -> None:
     coco = str(make_coco(tmp_path / "coco", 1, 1))
-    before = everything(tmp_path)
+    before = read_tree(tmp_path)
     args = ["source=coco", f"src={coco}"]
     assert refused() == "source has no value; add source=cc3m|coco|csv|flickr30k|folder|shards"
     assert refused("source=coko", "src=x") == "source=coko: there is no such option; did you mean coco?"
@@ -121,7 +121,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(refused: Callable[..., st
     assert refused("source=csv", "src=x", *SOURCES["csv"], "source.connections=0").endswith("should be greater than 0")
     assert refused("source=shards", f"src={coco}").startswith(f"src={coco} holds no shards (*.tar")
     assert refused("source=csv", "src=x", *SOURCES["csv"], "out=o").startswith("src=x is neither a .csv, .tsv,")
-    assert everything(tmp_path) == before
+    assert read_tree(tmp_path) == before
 
 
 # ---------------------------------------------------------------- layouts
@@ -132,7 +132,7 @@ def test_coco_is_one_sample_a_picture_with_its_five_captions(prepare: Callable[.
     prepare("source=coco", "src=co é=co", "out=o u~t", "samples_per_shard=4")
     out = tmp_path / "o u~t"
     assert sizes(out) == [4, 3, 3] and sizes(out, "val") == [4]
-    by_name = {row["name"]: row for row in words_of(out)}
+    by_name = {row["name"]: row for row in metadata_of(out)}
     assert len(by_name) == 10
     assert by_name["train2017/000000000025.jpg"] == {
         "caption": [f"Thing 1 seen for the {turn}th time." for turn in (4, 3, 2, 1, 0)],
@@ -170,7 +170,7 @@ def test_captions_of_pictures_that_cocos_file_does_not_list_are_counted(
     save(file, content)
     prepare("source=coco", "src=c", "out=o")
     assert "1 captions belong to pictures that are not listed, such as image_id 777777" in caplog.text
-    assert len(words_of(tmp_path / "o")) == 2
+    assert len(metadata_of(tmp_path / "o")) == 2
 
 
 def test_karpathys_split_counts_where_it_is_given(prepare: Callable[..., None], tmp_path: Path) -> None:
@@ -196,8 +196,8 @@ def test_karpathys_split_counts_where_it_is_given(prepare: Callable[..., None], 
     for root in ("coco", "coco17"):
         prepare("source=coco", f"src={root}", "source.karpathy=dataset_coco.json", f"out={root}-out", "shuffle=false")
         out = tmp_path / f"{root}-out"
-        assert [row["caption"] for row in words_of(out)] == [["A 0."], ["A 1."]]
-        assert [row["caption"] for split in ("val", "test") for row in words_of(out, split)] == [["A 2."], ["A 3."]]
+        assert [row["caption"] for row in metadata_of(out)] == [["A 0."], ["A 1."]]
+        assert [row["caption"] for split in ("val", "test") for row in metadata_of(out, split)] == [["A 2."], ["A 3."]]
 
 
 FLICKR_CSV = (
@@ -222,7 +222,7 @@ def test_flickr30k_is_read_from_its_csv_and_from_its_token_file(
     for name in ("1000.jpg", "2199200615.jpg"):
         save(tmp_path / "f" / folder / name, picture(len(name), "jpeg"))
     prepare("source=flickr30k", "src=f", "out=o", "shuffle=false")
-    assert [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")] == [
+    assert [(row["name"], row["caption"]) for row in metadata_of(tmp_path / "o")] == [
         (f"{folder}/1000.jpg", ["Two men , one | with a hat .", "Two men ."]),
         (f"{folder}/2199200615.jpg", ["A dog runs across the grass ."]),
     ]
@@ -289,10 +289,10 @@ def test_cc3m_is_downloaded_and_shrunk_and_unreachable_urls_are_reported(
     save(tmp_path / "cc/Train_GCC-training.tsv", "".join(f"{caption}\t{url}\n" for caption, url in rows))
     save(tmp_path / "cc/Validation_GCC-1.1.0-Validation.tsv", f"held\t{web.url}/9\n")
     prepare("source=cc3m", "src=cc", "out=o", "shuffle=false", "source.timeout=0.4", "source.connections=8")
-    assert [row["name"].rpartition("/")[2] for row in words_of(tmp_path / "o")] == [*map(str, range(6)), "busy"]
-    assert words_of(tmp_path / "o")[0]["caption"] == ["picture 0 , said <PERSON>", "picture 0 again"]
-    assert {(row["width"], row["height"]) for row in words_of(tmp_path / "o")} == {(341, 256), (40, 32)}
-    assert [row["name"] for row in words_of(tmp_path / "o", "val")] == [f"{web.url}/9"]
+    assert [row["name"].rpartition("/")[2] for row in metadata_of(tmp_path / "o")] == [*map(str, range(6)), "busy"]
+    assert metadata_of(tmp_path / "o")[0]["caption"] == ["picture 0 , said <PERSON>", "picture 0 again"]
+    assert {(row["width"], row["height"]) for row in metadata_of(tmp_path / "o")} == {(341, 256), (40, 32)}
+    assert [row["name"] for row in metadata_of(tmp_path / "o", "val")] == [f"{web.url}/9"]
     dropped = [json.loads(line) for line in (tmp_path / "o/dropped.jsonl").read_text().splitlines()]
     assert {row["picture"].rpartition("/")[2]: row["reason"] for row in dropped} == {
         "gone": "unreachable: HTTP 404",
@@ -314,7 +314,7 @@ def test_labels_after_the_url_of_cc3m_are_left_alone(
 ) -> None:
     save(tmp_path / "labels.tsv", f"one\t{web.url}/1\tlabel,other\t/m/01,/m/0\t0.9,0.8\ntwo\t{web.url}/2\n")
     prepare("source=cc3m", "src=labels.tsv", "out=o", "shuffle=false")
-    assert [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")] == [
+    assert [(row["name"], row["caption"]) for row in metadata_of(tmp_path / "o")] == [
         (f"{web.url}/1", ["one"]),
         (f"{web.url}/2", ["two"]),
     ]
@@ -345,7 +345,7 @@ def test_the_order_is_seeded_and_the_shards_are_of_even_size(prepare: Callable[.
         orders[name] = [int(sample.key) for sample in samples(tmp_path / name)]
     assert orders["plain"] == list(range(23)) == sorted(orders["a"])
     assert orders["a"] == orders["b"] != orders["c"] and orders["a"] != orders["plain"]
-    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+    assert read_tree(tmp_path / "a") == read_tree(tmp_path / "b")
 
 
 def make_mixed(root: Path) -> Path:
@@ -427,7 +427,7 @@ def test_of_pictures_with_the_same_bytes_the_first_stays_with_its_own_captions(
 ) -> None:
     make_mixed(tmp_path / "m")
     prepare("source=folder", "src=m", "out=o", "drop_duplicates=true")
-    captions = {Path(row["name"]).name: row["caption"] for row in words_of(tmp_path / "o")}
+    captions = {Path(row["name"]).name: row["caption"] for row in metadata_of(tmp_path / "o")}
     assert captions["big.jpg"] == ["this is big.jpg"] and "again.jpg" not in captions
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"]["is a duplicate"] == 1
 
@@ -461,7 +461,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(prepare: Callable[...
         assert (tmp_path / "killed/.prepare").is_dir() and not (tmp_path / "killed/report.json").exists()
     prepare(*args, "out=killed", "workers=0")
     prepare(*args, "out=whole", "workers=0")
-    assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
+    assert read_tree(tmp_path / "killed") == read_tree(tmp_path / "whole")
 
 
 def test_a_failure_between_any_two_files_costs_one_shard(
@@ -492,7 +492,7 @@ def test_a_failure_between_any_two_files_costs_one_shard(
                 f"o{number}: No space left on device; fix that and rerun the same command to resume"
             )
         prepare(*args, f"out=o{number}")
-        assert everything(tmp_path / f"o{number}") == everything(tmp_path / "whole")
+        assert read_tree(tmp_path / f"o{number}") == read_tree(tmp_path / "whole")
 
 
 def test_a_finished_directory_is_left_as_it_is_and_any_other_is_refused(
@@ -514,7 +514,7 @@ def test_a_finished_directory_is_left_as_it_is_and_any_other_is_refused(
     assert refused(*args, "out=p").startswith("out=p holds something else (thesis.txt); shards need a new or empty")
     assert refused(*args, "out=p/thesis.txt").startswith("out=p/thesis.txt is a file")
     assert refused(*args, "out=moved").startswith("out=moved holds something else (annotations, train2017, val2017)")
-    assert everything(tmp_path / "p") == {"thesis.txt": b"dear"}
+    assert read_tree(tmp_path / "p") == {"thesis.txt": b"dear"}
 
 
 # ---------------------------------------------------------------- existing shards

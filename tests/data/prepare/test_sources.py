@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import picture, write_tar
-from packed_data import SOURCES, dropped, everything, samples, save, sizes, words_of
+from packed_data import SOURCES, dropped, metadata_of, read_tree, samples, save, sizes
 from PIL import Image
 
 from clipx.data import images, sample
@@ -45,11 +45,11 @@ def test_a_folder_is_read_by_its_listing_or_by_texts_beside_the_pictures(
     for root in "abc":
         prepare("source=folder", f"src={root}", f"out=o{root}", "shuffle=false")
     both = {("images/x.PNG", "one uno"), ("images/deep/文.jpg", "two")}
-    assert {(row["name"], " ".join(row["caption"])) for row in words_of(tmp_path / "oa")} == both
+    assert {(row["name"], " ".join(row["caption"])) for row in metadata_of(tmp_path / "oa")} == both
     both = {("x.y.png", "one uno"), ("sub/文.jpeg", "two")}
-    assert {(row["name"], " ".join(row["caption"])) for row in words_of(tmp_path / "ob")} == both
+    assert {(row["name"], " ".join(row["caption"])) for row in metadata_of(tmp_path / "ob")} == both
     assert "has no caption" in (tmp_path / "ob/dropped.jsonl").read_text()
-    assert [row["name"] for row in words_of(tmp_path / "oc", "val")] == ["val/p.png"]
+    assert [row["name"] for row in metadata_of(tmp_path / "oc", "val")] == ["val/p.png"]
 
 
 def test_pictures_that_captions_txt_does_not_name_are_counted(prepare: Callable[..., None], tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_pictures_of_every_ending_are_packed(prepare: Callable[..., None], tmp_p
         save(tmp_path / f"a/{ending}.{ending}", data)
         save(tmp_path / f"a/{ending}.txt", ending)
     prepare("source=folder", "src=a", "out=o", "shuffle=false")
-    names = {row["name"] for row in words_of(tmp_path / "o")}
+    names = {row["name"] for row in metadata_of(tmp_path / "o")}
     assert names == {f"{ending}.{ending}" for ending in files}
     for number in range(len(names)):
         decoded = decode(samples(tmp_path / "o")[number].picture)
@@ -121,14 +121,14 @@ def test_an_imagefolder_is_read_by_its_metadata(
         save(tmp_path / "f/metadata.csv", "\n".join(lines))
     prepare("source=folder", "src=f", "out=o", "shuffle=false")
 
-    packed = [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")]
+    packed = [(row["name"], row["caption"]) for row in metadata_of(tmp_path / "o")]
     assert packed == [(normalize("NFD", names[0]), [f"thing, {names[0]}"]), ("sub/2.png", ["thing, sub/2.png"])]
     assert json.loads((tmp_path / "o/report.json").read_text())["dropped"] == {
         f"is not in metadata.{kind}": 1,
         "there is no such file": 1,
     }
     prepare("source=folder", "src=f", "out=p", "source.caption=title")
-    assert {row["caption"][0] for row in words_of(tmp_path / "p")} == {f"a {name}" for name in names[:2]}
+    assert {row["caption"][0] for row in metadata_of(tmp_path / "p")} == {f"a {name}" for name in names[:2]}
     assert refused("source=folder", "src=f", "out=q", "source.caption=words") == (
         f"source.caption=words: f/metadata.{kind} has no such column; there are file_name, text, title"
     )
@@ -141,7 +141,7 @@ def test_an_imagefolder_may_have_splits(prepare: Callable[..., None], tmp_path: 
     with (tmp_path / "f/test/metadata.csv").open("a") as file:
         file.write("1.png,a,b\n")
     prepare("source=folder", "src=f", "out=o")
-    captions = {split: words_of(tmp_path / "o", split)[0]["caption"] for split in ("train", "val", "test")}
+    captions = {split: metadata_of(tmp_path / "o", split)[0]["caption"] for split in ("train", "val", "test")}
     assert captions == {"train": ["train"], "val": ["validation"], "test": ["test"]}
     assert '"split": "test"' in (tmp_path / "o/dropped.jsonl").read_text()
 
@@ -154,7 +154,7 @@ def test_a_folder_that_training_cannot_read_is_refused_with_the_prepare_command(
     message = fails("model=tiny", "data=folder", "data.root=f")
     args = message.partition("python -m clipx.prepare ")[2].partition(", then data=shards data.root=f-shards")[0]
     prepare(*args.split())
-    assert words_of(tmp_path / "f-shards")[0]["caption"] == ["a"]
+    assert metadata_of(tmp_path / "f-shards")[0]["caption"] == ["a"]
 
 
 def test_a_folder_may_have_another_encoding(
@@ -171,7 +171,7 @@ def test_a_folder_may_have_another_encoding(
         assert message.endswith("set its encoding, such as source.encoding=cp1252")
         assert refused(*args, "source.encoding=x").startswith(f"{root}/{listing} cannot be read as source.encoding=x")
         prepare(*args, f"source.encoding={encoding}")
-        assert words_of(tmp_path / f"o{root}")[0]["caption"] == ["b\u00e9b\u00e9"]
+        assert metadata_of(tmp_path / f"o{root}")[0]["caption"] == ["b\u00e9b\u00e9"]
 
 
 def test_files_that_a_system_leaves_in_a_folder_are_no_pictures(prepare: Callable[..., None], tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_table_of_any_kind_and_columns(kind: str, prepare: Callable[..., None]
         save(tmp_path / src, "\ufeff" + "\r\n".join(lines))
         more = {"semicolon": ["source.sep=;"], "tsv": ['source.quote="', r"source.sep=\t"]}.get(kind, [])
     prepare("source=csv", f"src={src}", "source.image=file", "source.caption=the text", "out=o", "shuffle=false", *more)
-    assert [(row["name"], row["caption"]) for row in words_of(tmp_path / "o")] == [
+    assert [(row["name"], row["caption"]) for row in metadata_of(tmp_path / "o")] == [
         ("p/a.png", ["one, with a comma", 'un "uno"']),
         ("p/b.png", ["two"]),
     ]
@@ -311,7 +311,7 @@ def packed_table(prepare: Callable[..., None], tmp_path: Path, name: str, text: 
     save(tmp_path / name, text)
     args = ("source=csv", "source.image=image", "source.caption=caption", "shuffle=false")
     prepare(*args, f"src={name}", "out=o", *more)
-    return [caption for row in words_of(tmp_path / "o") for caption in row["caption"]]
+    return [caption for row in metadata_of(tmp_path / "o") for caption in row["caption"]]
 
 
 def test_rows_with_more_fields_than_the_header_are_listed_and_too_many_end_it(
@@ -396,7 +396,7 @@ def test_pictures_inside_a_parquet_table_are_packed(inside: str, prepare: Callab
         assert all(one.picture == picture(int(one.key), "jpeg") for one in packed)
         assert all(one.captions == [f"thing {int(one.key)}", "a thing"] for one in packed)
         orders[out] = [int(one.key) for one in packed]
-    assert [row["name"] for row in words_of(tmp_path / "plain")][6:9] == [
+    assert [row["name"] for row in metadata_of(tmp_path / "plain")][6:9] == [
         "a.parquet, row 6",
         "a.parquet, row 7",
         "b.parquet, row 0",
@@ -423,7 +423,7 @@ def test_cells_without_a_picture_are_counted_and_a_path_in_place_of_bytes_is_rea
     pyarrow.parquet.write_table(pyarrow.table({"image": cells, "caption": captions}), tmp_path / "t.parquet")
     save(tmp_path / "2.png", picture(2))
     prepare(*PARQUET, "src=t.parquet", "out=o", "shuffle=false")
-    assert [row["caption"] for row in words_of(tmp_path / "o")] == [["one"], ["two"]]
+    assert [row["caption"] for row in metadata_of(tmp_path / "o")] == [["one"], ["two"]]
     assert dropped(tmp_path / "o") == {
         "t.parquet, row 2": "its cell is empty",
         "t.parquet, row 3": "its cell is empty",
@@ -535,7 +535,7 @@ def test_empty_shards_are_retried_by_the_same_command(
     make_missing(tmp_path / "a", set(range(12)))
     prepare(*args, "out=o")
     prepare(*args, "out=whole")
-    assert everything(tmp_path / "o") == everything(tmp_path / "whole")
+    assert read_tree(tmp_path / "o") == read_tree(tmp_path / "whole")
 
 
 def test_only_where_nothing_at_all_can_be_used_no_max_empty_helps(refused: Callable[..., str], tmp_path: Path) -> None:
