@@ -42,8 +42,8 @@ FEW = (
 )
 
 
-def once(*args: str) -> list[str]:
-    """Drop all but the last argument for each key, so that tests can override shared arguments."""
+def merge_args(*args: str) -> list[str]:
+    """Keep only the last argument for each key, so that tests can override shared arguments."""
     return list({arg.partition("=")[0] if "=" in arg else number: arg for number, arg in enumerate(args)}.values())
 
 
@@ -119,7 +119,7 @@ def command(name: str, cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     monkeypatch.chdir(cwd)
 
     def run(*args: str) -> None:
-        monkeypatch.setattr(sys, "argv", [f"clipx.{name}", *once(*args)])
+        monkeypatch.setattr(sys, "argv", [f"clipx.{name}", *merge_args(*args)])
         main()
 
     return run
@@ -131,7 +131,7 @@ def train_in(cwd: Path, *args: str) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["clipx.train", *once(*FEW, *args, "name=x")])
+        patch.setattr(sys, "argv", ["clipx.train", *merge_args(*FEW, *args, "name=x")])
         main()
     return cwd / "outputs/x"
 
@@ -151,10 +151,12 @@ def last_line(command: Callable[..., None], *args: str) -> str:
     return message
 
 
-def in_process(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_python(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run Python in a subprocess, in another directory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *once(*args)], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *merge_args(*args)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 def run_ranks(function: Callable[..., None], world: int, *args: str) -> None:

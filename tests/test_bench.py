@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, command, in_process, once
+from conftest import ROOT, command, merge_args, run_python
 from hydra import compose, initialize_config_module
 
 from clipx.config.resolve import resolve
@@ -54,14 +54,14 @@ def test_a_step_is_measured(bench: Callable[..., None], tmp_path: Path, capsys: 
 @pytest.mark.long
 def test_a_step_is_measured_beside_open_clips(tmp_path: Path) -> None:
     script = ROOT / "experiments/speed/against_open_clip.py"
-    args = once(*FEW, "parts=[step]", "json=found.json", "micro_batch_size=8")
-    result = in_process(str(script), *args, cwd=tmp_path)
+    args = merge_args(*FEW, "parts=[step]", "json=found.json", "micro_batch_size=8")
+    result = run_python(str(script), *args, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "found.json").read_text())["step"]
     ours, theirs = (report["rounds"][side][0]["samples_per_s"] for side in ("clipx", "open_clip"))
     assert report["ratio_samples_per_s"] == pytest.approx(ours / theirs) and report["memory"] > 0
 
-    result = in_process(str(script), *once(*FEW, "parts=[loader]", "seconds=0.1"), cwd=tmp_path)
+    result = run_python(str(script), *merge_args(*FEW, "parts=[loader]", "seconds=0.1"), cwd=tmp_path)
     assert result.returncode == 1 and "open_clip reads shards; give data=shards data.root=DIR" in result.stderr
 
 

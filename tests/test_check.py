@@ -11,7 +11,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from conftest import in_process, picture, write_tar
+from conftest import picture, run_python, write_tar
 from PIL import Image
 
 from clipx.config.instantiate import build
@@ -336,11 +336,11 @@ def test_the_optimisers_moments_are_counted_and_nothing_changes() -> None:
 def test_help_needs_no_torch_and_every_job_of_a_sweep_is_checked(tmp_path: Path) -> None:
     (tmp_path / "no" / "torch").mkdir(parents=True)
     (tmp_path / "no" / "torch" / "__init__.py").write_text("raise ImportError('torch was imported')")
-    help_result = in_process("-m", "clipx.check", "--help", cwd=tmp_path / "no")
+    help_result = run_python("-m", "clipx.check", "--help", cwd=tmp_path / "no")
     assert help_result.returncode == 0 and "Takes the arguments of clipx.train" in help_result.stdout, (
         help_result.stderr
     )
-    result = in_process("-m", "clipx.check", "-m", *MADE_UP, "batch_size=8,64", cwd=tmp_path)
+    result = run_python("-m", "clipx.check", "-m", *MADE_UP, "batch_size=8,64", cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr and "batch_size=64 is more than" in result.stderr
     assert "20 pictures to validate" in result.stderr and "ok    length    100 steps of 8" in result.stderr
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".sweep"]  # Hydra's own

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import in_process
+from conftest import run_python
 from PIL import Image
 
 from clipx.compare import main
@@ -156,7 +156,7 @@ def test_a_thousand_runs_are_compared_without_torch_or_hydra(tmp_path: Path) -> 
         "assert not {'torch', 'hydra', 'omegaconf', 'matplotlib'} & set(sys.modules)\n"
         "print(time.perf_counter() - began)"
     )
-    result = in_process("-c", code, cwd=tmp_path)
+    result = run_python("-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     *lines, seconds = result.stdout.splitlines()
     assert len(lines) == 1001 and lines[1].startswith("run0999") and float(seconds) < 5

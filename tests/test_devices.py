@@ -1,4 +1,4 @@
-"""How many cores a process may use, with made-up control groups."""
+"""How many cores a process may use, with simulated control groups."""
 
 from pathlib import Path
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import FEW, ROOT, blocks, follow, in_process, lines, summary
+from conftest import FEW, ROOT, blocks, follow, lines, run_python, summary
 
 from clipx import load
 
@@ -33,17 +33,17 @@ def test_parts_from_outside_are_used_as_the_page_says(reader: Path, monkeypatch:
     scored = [row["val/gap/distance"] for row in lines(runs["gap"]) if "val/gap/distance" in row]
     assert scored and 0 < scored[-1] < 2 and '"gap"' in (runs["gap"] / "metrics.json").read_text()
 
-    result = in_process("-m", "clipx.train", "--config-dir", "mine/conf", "--help", cwd=reader)
+    result = run_python("-m", "clipx.train", "--config-dir", "mine/conf", "--help", cwd=reader)
     assert "conv              Convolutional image tower" in result.stdout
-    result = in_process("-m", "clipx.train", *MINE[:2], "model=conv", cwd=reader)
+    result = run_python("-m", "clipx.train", *MINE[:2], "model=conv", cwd=reader)
     assert result.stderr.startswith("model.image._target_=mine.conv.ConvTower is not clipx's own code; trust=[mine]")
     for args, line in (
         (("model=conv", "model.image.widht=1"), "did you mean model.image.width?"),
         (("model=conv", "grad_checkpoint=true"), "ConvTower has no blocks to recompute"),
     ):
-        result = in_process("-m", "clipx.train", *MINE, *args, cwd=reader)
+        result = run_python("-m", "clipx.train", *MINE, *args, cwd=reader)
         assert result.returncode == 1 and result.stderr.strip().endswith(line), result.stderr
-    check_result = in_process("-m", "clipx.check", *MINE, "experiment=smoke", "model=conv", cwd=reader)
+    check_result = run_python("-m", "clipx.check", *MINE, "experiment=smoke", "model=conv", cwd=reader)
     assert check_result.returncode == 0, check_result.stderr
 
 
@@ -56,7 +56,7 @@ def test_a_loss_from_outside_is_exact_across_processes_and_micro_batches(tmp_pat
     args = ("-m", "clipx.train", *MINE, *FEW, "loss=smooth", "evals=[]", "max_steps=4")
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     for command in ((*args, "name=one"), (*args, "name=parts", "micro_batch_size=4"), (*two, *args, "name=two")):
-        result = in_process(*command, cwd=tmp_path)
+        result = run_python(*command, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     one, parts, ranks = (
         [row["train/loss"] for row in lines(tmp_path / "outputs" / name)] for name in ("one", "parts", "two")

@@ -10,7 +10,7 @@ import hydra
 import pytest
 import torch
 import yaml
-from conftest import FEW, ROOT, in_process
+from conftest import FEW, ROOT, run_python
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from clipx.config import arguments
@@ -146,7 +146,7 @@ def test_a_wrong_duration_is_refused_with_the_right_form(fails: Callable[..., st
 
 
 def test_a_mistake_costs_no_traceback_and_exit_code_1(tmp_path: Path) -> None:
-    result = in_process("-m", "clipx.train", "optim.lr=fast", cwd=tmp_path)
+    result = run_python("-m", "clipx.train", "optim.lr=fast", cwd=tmp_path)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == "optim.lr='fast': should be a valid number, unable to parse string as a number\n"
 
@@ -240,7 +240,7 @@ def test_the_meaning_of_a_run_leaves_out_where_and_how_closely_it_is_watched() -
 
 def test_the_composed_config_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    result = in_process("-m", "clipx.train", "--cfg", "job", cwd=tmp_path)
+    result = run_python("-m", "clipx.train", "--cfg", "job", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "batch_size: 256" in result.stdout
 
@@ -270,7 +270,7 @@ def test_importing_clipx_costs_nothing() -> None:
 
 @pytest.mark.parametrize("args", [["--cfg", "job", "model=small"], ["model=small", "--cfg", "job", "seed=1"]])
 def test_options_may_come_anywhere_among_the_arguments(args: list[str], tmp_path: Path) -> None:
-    result = in_process("-m", "clipx.train", *args, cwd=tmp_path)
+    result = run_python("-m", "clipx.train", *args, cwd=tmp_path)
     assert result.returncode == 0 and yaml.safe_load(result.stdout)["model"]["image"]["width"] == 384
 
 

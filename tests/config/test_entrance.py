@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import EARLY, FEW, in_process
+from conftest import EARLY, FEW, run_python
 
 from clipx import train
 from clipx.config import cli, meaning
@@ -58,7 +58,7 @@ def without_torch(tmp_path: Path) -> Path:
 def test_a_mistake_is_refused_before_torch_is_imported(
     command: str, args: list[str], line: str, early: Path, without_torch: Path
 ) -> None:
-    result = in_process("-m", f"clipx.{command}", *args, cwd=without_torch)
+    result = run_python("-m", f"clipx.{command}", *args, cwd=without_torch)
     assert result.stderr.startswith(line.replace("--batch_size:", "--batch_size=8:")), result.stderr
     assert result.returncode == 1 and result.stderr.count("\n") == 1
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, in_process
+from conftest import ROOT, run_python
 
 from clipx.config.arguments import GROUPS, completion_line
 from clipx.config.help import help_page
@@ -87,7 +87,7 @@ def test_the_options_that_are_given_are_shown_in_place_of_the_defaults(tmp_path:
 @pytest.mark.parametrize("args", [["--help"], ["model=small", "-h"]])
 def test_help_is_answered_before_anything_else_and_without_torch(args: list[str], tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    page = in_process("-m", "clipx.train", *args, cwd=tmp_path)
+    page = run_python("-m", "clipx.train", *args, cwd=tmp_path)
     assert page.returncode == 0 and page.stderr == "" and page.stdout == help_page("train", args) + "\n"
     assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
 

@@ -1,4 +1,4 @@
-"""Jobs at once, by joblib: each ends as it does alone, with its share of the machine."""
+"""Parallel jobs with joblib: same results as sequential ones, with the cores divided among them."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FEW, assert_same_state, in_process, summary
+from conftest import FEW, assert_same_state, run_python, summary
 
 SHARE = """
 import json, os, torch
@@ -48,7 +48,7 @@ def test_an_error_from_another_process_keeps_its_message(error: str) -> None:
 @pytest.mark.long
 def test_jobs_at_once_end_as_they_do_alone(train: Callable[..., None], tmp_path: Path) -> None:
     short = (*FEW, "max_steps=8")
-    ended = in_process(
+    result = run_python(
         "-m",
         "clipx.train",
         "-m",
@@ -62,10 +62,10 @@ def test_jobs_at_once_end_as_they_do_alone(train: Callable[..., None], tmp_path:
         cwd=tmp_path,
     )
     jobs = tmp_path / "outputs/sweeps/s"
-    assert ended.returncode == 1 and ended.stderr.count("finished at step 8") == 3, ended.stderr
-    failed = sorted(line for line in ended.stderr.splitlines() if line.startswith("optim.lr=fast"))
+    assert result.returncode == 1 and result.stderr.count("finished at step 8") == 3, result.stderr
+    failed = sorted(line for line in result.stderr.splitlines() if line.startswith("optim.lr=fast"))
     assert [line.split(":")[0] for line in failed] == [f"optim.lr=fast,seed={seed}" for seed in range(3)]
-    assert "Traceback" not in ended.stderr and "step/s" not in ended.stderr
+    assert "Traceback" not in result.stderr and "step/s" not in result.stderr
     assert "workers=1" in (jobs / "optim.lr=0.001,seed=0/train.log").read_text()
     for seed in (0, 1):
         train(*short, f"name=alone{seed}", f"seed={seed}", "optim.lr=1e-3")
@@ -75,7 +75,7 @@ def test_jobs_at_once_end_as_they_do_alone(train: Callable[..., None], tmp_path:
 
 @pytest.mark.long
 def test_a_search_runs_its_trials_at_once(tmp_path: Path) -> None:
-    ended = in_process(
+    result = run_python(
         "-m",
         "clipx.train",
         "-m",
@@ -92,6 +92,6 @@ def test_a_search_runs_its_trials_at_once(tmp_path: Path) -> None:
         "hydra.launcher.n_jobs=2",
         cwd=tmp_path,
     )
-    assert ended.returncode == 0, ended.stderr
+    assert result.returncode == 0, result.stderr
     states = [summary(run)["state"] for run in (tmp_path / "outputs/sweeps/s").iterdir() if run.is_dir()]
-    assert len(states) == 4 and "finished" in states and "trials    4: " in ended.stderr
+    assert len(states) == 4 and "finished" in states and "trials    4: " in result.stderr

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import FEW, assert_same_state, in_process, lines, once, summary, until
+from conftest import FEW, assert_same_state, lines, merge_args, run_python, summary, until
 
 from clipx.config.sweep import is_sweep
 from clipx.tools.runs_table import Spread, find_runs, table
@@ -140,10 +140,10 @@ def test_jobs_leave_no_threads_handlers_or_files_open(
 
 @pytest.mark.long
 def test_a_killed_sweep_resumes_with_the_same_command(tmp_path: Path) -> None:
-    args = once("-m", "clipx.train", "-m", *FEW, "save_every=5", "name=s", "optim.lr=1e-4,1e-3", "seed=0,1,2")
+    args = merge_args("-m", "clipx.train", "-m", *FEW, "save_every=5", "name=s", "optim.lr=1e-4,1e-3", "seed=0,1,2")
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    assert in_process(*args, cwd=tmp_path / "whole").returncode == 0
+    assert run_python(*args, cwd=tmp_path / "whole").returncode == 0
     started = subprocess.Popen(
         [sys.executable, *args],
         cwd=tmp_path / "cut",
@@ -161,7 +161,7 @@ def test_a_killed_sweep_resumes_with_the_same_command(tmp_path: Path) -> None:
     assert states == {f"optim.lr=0.0001,seed={seed}": state for seed, state in enumerate(["finished"] * 2 + ["killed"])}
     before = {seed: (jobs / f"optim.lr=0.0001,seed={seed}/summary.json").read_bytes() for seed in (0, 1)}
 
-    rerun = in_process(*args, cwd=tmp_path / "cut")
+    rerun = run_python(*args, cwd=tmp_path / "cut")
     assert rerun.returncode == 0 and rerun.stderr.count(": finished at step 20") == 6, rerun.stderr
     assert all((jobs / f"optim.lr=0.0001,seed={seed}/summary.json").read_bytes() == old for seed, old in before.items())
     for job in jobs.iterdir():

@@ -17,7 +17,7 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import FEW, assert_same_state, in_process, once, summary
+from conftest import FEW, assert_same_state, merge_args, run_python, summary
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -330,7 +330,7 @@ def test_the_config_of_a_run_can_be_searched_around(train: Callable[..., None], 
 
 def test_a_start_without_a_search_imports_no_optuna(tmp_path: Path) -> None:
     code = "import sys, hydra_plugins.clipx_optuna; assert not {'optuna', 'torch', 'numpy'} & set(sys.modules)"
-    assert in_process("-c", code, cwd=tmp_path).returncode == 0
+    assert run_python("-c", code, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.long
@@ -339,7 +339,7 @@ def test_a_killed_search_resumes_its_unfinished_trial(
 ) -> None:
     args = (SPACE, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[20%,50%]", "max_steps=60", "eval_every=null")
     process = subprocess.Popen(
-        [sys.executable, "-m", "clipx.train", *once(*SEARCH, *args)],
+        [sys.executable, "-m", "clipx.train", *merge_args(*SEARCH, *args)],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,

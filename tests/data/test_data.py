@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FEW, in_process, picture, summary, write_tar
+from conftest import FEW, picture, run_python, summary, write_tar
 
 from clipx.data import handles
 from clipx.data.captions import read_captions
@@ -128,7 +128,7 @@ def test_many_shards_are_read_where_few_files_may_be_open(make_shards: Callable[
         "    for sample in range(int(sum(source.sizes))):\n"
         "        source.read(sample)\n"
     )
-    assert in_process("-c", code, cwd=tmp_path).stderr == ""
+    assert run_python("-c", code, cwd=tmp_path).stderr == ""
 
 
 def test_a_low_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import hydra
 import psutil
 import pytest
 import torch
-from conftest import FEW, assert_same_state, in_process, lines, once, run_ranks, summary, until
+from conftest import FEW, assert_same_state, lines, merge_args, run_python, run_ranks, summary, until
 
 from clipx import distributed
 from clipx.config.resolve import resolve
@@ -105,7 +105,7 @@ def start(cwd: Path, ranks: int, *args: str, agent: tuple[str, ...] = ("--standa
         str(ranks),
         "-m",
         "clipx.train",
-        *once(*(args or RUN)),
+        *merge_args(*(args or RUN)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
@@ -298,7 +298,7 @@ def test_a_sweep_on_submitit_sets_each_task_up_as_a_rank(tmp_path: Path) -> None
         "hydra.launcher.tasks_per_node=2",
         "batch_size=16,15",
     ]
-    result = in_process("-m", "clipx.train", *args, cwd=tmp_path)
+    result = run_python("-m", "clipx.train", *args, cwd=tmp_path)
     assert result.returncode == 1 and "batch_size=15 does not divide among 2 ranks; 14 and 16 do" in result.stderr
     jobs = sorted((tmp_path / "outputs/sweeps/sweep").iterdir())
     assert [summary(job)["state"] for job in jobs] == ["failed", "failed", "finished", "finished"]

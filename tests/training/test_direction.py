@@ -1,4 +1,4 @@
-"""Which way a metric is better, for the best checkpoint, comparisons and searches."""
+"""Whether higher or lower is better, for the best checkpoint, comparisons and searches."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_a_nan_is_never_the_best() -> None:
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An evaluation that says what the loss is, step by step."""
+    """An evaluation with a fixed loss at each step."""
     known = {1: 3.0, 2: 1.0, 3: 2.0}
     monkeypatch.setattr(Validation, "__call__", lambda self, model, step, log: {"val/loss": known[step]})
 
@@ -63,15 +63,15 @@ def test_a_run_returns_its_objective_also_when_it_has_finished_before(
 ) -> None:
     returned = []
     run = training.run
-    monkeypatch.setattr(training, "run", lambda *given: returned.append(run(*given)))
-    words = [*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1"]
+    monkeypatch.setattr(training, "run", lambda *args: returned.append(run(*args)))
+    args = [*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "read_summary", None)  # a run does not read what it has written
-        train(*words, "stop_at=2")
-        train(*words)
-    train(*words)
+        patch.setattr(training, "read_summary", None)  # fails if a run reads its own summary
+        train(*args, "stop_at=2")
+        train(*args)
+    train(*args)
     (tmp_path / "outputs/x/summary.json").unlink()
-    train(*words)
+    train(*args)
     assert returned == [1.0, 2.0, 2.0, 2.0] and summary(tmp_path / "outputs/x")["state"] == "finished"
 
 
@@ -80,7 +80,7 @@ def test_a_best_chosen_in_the_wrong_direction_is_dropped(
 ) -> None:
     class Older(Callbacks):
         def save(self, state: object, kinds: list[str]) -> None:
-            state.best = {"metric": "val/loss", "value": 0.5, "step": 1}  # without its mode
+            state.best = {"metric": "val/loss", "value": 0.5, "step": 1}  # without a mode
             super().save(state, kinds)
 
     with monkeypatch.context() as patch:
@@ -94,10 +94,10 @@ def test_compare_lists_the_lowest_loss_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, loss in (("a", 2.0), ("b", 1.0), ("c", math.nan), ("d", 3.0)):
-        about = {"state": "finished", "objective": "val/loss", "mode": "min", "best": {}, "step": 1, "seconds": 1}
+        common = {"state": "finished", "objective": "val/loss", "mode": "min", "best": {}, "step": 1, "seconds": 1}
         (tmp_path / name).mkdir()
-        whole = {**about, "final": {"val/loss": loss}, "config": {"x": name}}
-        (tmp_path / name / "summary.json").write_text(json.dumps(whole))
+        content = {**common, "final": {"val/loss": loss}, "config": {"x": name}}
+        (tmp_path / name / "summary.json").write_text(json.dumps(content))
     monkeypatch.setattr(sys, "argv", ["clipx.compare", str(tmp_path)])
     compare.main()
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "b", "a", "d", "c"]
@@ -114,11 +114,11 @@ def test_a_direction_that_contradicts_the_objective_is_refused(fails: Callable[.
 def test_a_run_ends_in_a_table_of_each_score_its_last_and_best_value(
     losses: None, train: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1"]
-    train(*words, "stop_at=2")
+    args = [*FEW, "name=x", "max_steps=3", "objective=val/loss", "eval_every=1"]
+    train(*args, "stop_at=2")
     capsys.readouterr()
-    train(*words)  # the best value is of the part before
-    told = capsys.readouterr().err.splitlines()
-    first = told.index("metric      value  best  at step")
-    assert told[first + 1 : first + 3] == ["val/loss *      2     1        2", "* selects clip_best.pt"]
-    assert max(map(len, told[first:])) < 100 and any(line.startswith("weights   outputs/x/checkpo") for line in told)
+    train(*args)  # the best value is from before the resume
+    lines = capsys.readouterr().err.splitlines()
+    first = lines.index("metric      value  best  at step")
+    assert lines[first + 1 : first + 3] == ["val/loss *      2     1        2", "* selects clip_best.pt"]
+    assert max(map(len, lines[first:])) < 100 and any(line.startswith("weights   outputs/x/checkpo") for line in lines)

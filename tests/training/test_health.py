@@ -1,4 +1,4 @@
-"""Whether a run is healthy: numbers held against plain computation, and words that come when they should."""
+"""Health metrics, compared with plain computation, and the warnings based on them."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import FEW, lines
 
 from clipx.data.dummy import Dummy
-from clipx.training import health as room
+from clipx.training import health
 from clipx.training.health import HealthMonitor, effective_rank, health_metrics
 from clipx.training.loop import StepOutput
 
@@ -36,17 +36,17 @@ def numbers(image: torch.Tensor, text: torch.Tensor, scale: float = 14.0) -> Ste
 def test_the_numbers_are_what_plain_computation_gives() -> None:
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(48, 16, dtype=torch.float64), dim=-1) for _ in range(2))
-    found = health_metrics(numbers(image, text))
+    metrics = health_metrics(numbers(image, text))
     cosine = (image @ text.T).numpy()
     others = cosine[~np.eye(48, dtype=bool)]
-    assert found["health/positive_cosine"] == pytest.approx(np.diag(cosine).mean())
-    assert found["health/negative_cosine"] == pytest.approx(others.mean())
+    assert metrics["health/positive_cosine"] == pytest.approx(np.diag(cosine).mean())
+    assert metrics["health/negative_cosine"] == pytest.approx(others.mean())
     loss = numbers(image, text).loss.item()
-    assert found["health/loss_over_chance"] == pytest.approx(loss / math.log(48))
+    assert metrics["health/loss_over_chance"] == pytest.approx(loss / math.log(48))
     shares = np.linalg.svd(image.numpy(), compute_uv=False)
     shares /= shares.sum()
-    assert found["health/image_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
-    assert (found["health/grad_norm_image"], found["health/grad_norm_text"]) == (3.0, 4.0)
+    assert metrics["health/image_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert (metrics["health/grad_norm_image"], metrics["health/grad_norm_text"]) == (3.0, 4.0)
 
 
 def test_the_effective_rank_counts_directions() -> None:
@@ -62,19 +62,19 @@ def test_a_temperature_at_its_bound_is_reported(scale: float, clamped: float) ->
 
 
 def test_warnings_come_once_and_only_for_lasting_problems() -> None:
-    monitor, told = HealthMonitor(256), []
-    bad = {"health/loss_over_chance": 0.999, "health/image_rank": 1.2, "health/text_rank": 90.0}
-    good = {"health/loss_over_chance": 0.7, "health/image_rank": 80.0, "health/text_rank": 90.0}
+    monitor, warnings = HealthMonitor(256), []
+    unhealthy = {"health/loss_over_chance": 0.999, "health/image_rank": 1.2, "health/text_rank": 90.0}
+    healthy = {"health/loss_over_chance": 0.7, "health/image_rank": 80.0, "health/text_rank": 90.0}
     for step in (10, 200, 400, 600, 800):
-        told += [(step, words[:20]) for words in monitor.check(step, good if step == 200 else bad)]
-    assert told == [(800, "the loss has stayed "), (800, "the embeddings have ")]
-    assert list(monitor.check(2000, bad)) == []
+        warnings += [(step, message[:20]) for message in monitor.check(step, healthy if step == 200 else unhealthy)]
+    assert warnings == [(800, "the loss has stayed "), (800, "the embeddings have ")]
+    assert list(monitor.check(2000, unhealthy)) == []
 
 
 def test_a_run_that_learns_nothing_is_reported(
     train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "PATIENCE", 5)
+    monkeypatch.setattr(health, "PATIENCE", 5)
     train(*FEW, "name=x", "max_steps=12", "optim.lr=1e-12", "evals=[]")
     log = (tmp_path / "outputs/x/train.log").read_text()
     assert log.count("the loss has stayed at ln(batch_size) = 2.77, which is chance, for 5 steps or more") == 1
@@ -84,7 +84,7 @@ def test_a_run_that_learns_nothing_is_reported(
 def test_collapsed_embeddings_are_reported(
     train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "PATIENCE", 5)
+    monkeypatch.setattr(health, "PATIENCE", 5)
     read = Dummy.read
     monkeypatch.setattr(Dummy, "read", lambda data, number: read(data, 0))  # one picture, one caption
     train(*FEW, "name=x", "max_steps=8", "evals=[]")

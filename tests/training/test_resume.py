@@ -1,4 +1,4 @@
-"""A run goes on as if nothing had happened: after signals, damage, divergence, and on purpose with changes."""
+"""Resuming gives the same run: after signals, damaged checkpoints and divergence, or with permitted changes."""
 
 import errno
 import fcntl
@@ -35,19 +35,19 @@ def losses(directory: Path) -> list[float]:
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Lets something happen in a run when a step is logged."""
+    """Calls a function when a run logs a given step."""
 
-    def plan(step: int, happen: Callable[[], None]) -> None:
+    def run_at_step(step: int, action: Callable[[], None]) -> None:
         scalars = logs.RunLog.scalars
 
-        def happening(self: logs.RunLog, numbers: dict, at: int, samples: int) -> None:
-            scalars(self, numbers, at, samples)
-            if at == step and "train/loss" in numbers:
-                happen()
+        def scalars_with_action(self: logs.RunLog, numbers: dict, logged_step: int, samples: int) -> None:
+            scalars(self, numbers, logged_step, samples)
+            if logged_step == step and "train/loss" in numbers:
+                action()
 
-        monkeypatch.setattr(logs.RunLog, "scalars", happening)
+        monkeypatch.setattr(logs.RunLog, "scalars", scalars_with_action)
 
-    return plan
+    return run_at_step
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
@@ -62,14 +62,14 @@ def test_a_signal_saves_and_the_same_command_resumes(
     train(*FEW, "name=straight", "max_steps=9")
     before = signal.getsignal(number)
     at_step(4, lambda: signal.raise_signal(number))
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         train(*FEW, "name=x", "max_steps=9", "signal_exit_code=75")
-    assert ended.value.code == 75 and signal.getsignal(number) is before
-    told = capsys.readouterr().err
-    assert f"{number.name}: checkpoint saved, stopping" in told
-    assert f"resume with  python -m clipx.train {' '.join(FEW)} name=x max_steps=9 signal_exit_code=75" in told
+    assert raised.value.code == 75 and signal.getsignal(number) is before
+    message = capsys.readouterr().err
+    assert f"{number.name}: checkpoint saved, stopping" in message
+    assert f"resume with  python -m clipx.train {' '.join(FEW)} name=x max_steps=9 signal_exit_code=75" in message
     assert summary(tmp_path / "outputs/x")["state"] == "stopped"
-    assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 5  # the step it came in is the last
+    assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] == 5  # the step of the signal is completed
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     train(*FEW, "name=x", "max_steps=9")
@@ -87,16 +87,16 @@ def test_a_signal_that_kills_the_workers_too_saves_all_the_same(
             os.kill(child.pid, signal.SIGKILL)
 
     at_step(4, whole_group)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         train(*FEW, "name=x", "max_steps=300", "workers=1", "eval_every=null")
-    assert ended.value.code == 0 and read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] in range(4, 300)
+    assert raised.value.code == 0 and read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["step"] in range(4, 300)
 
 
 def test_a_sweep_ends_with_its_job_at_a_signal(train: Train, tmp_path: Path, at_step: Callable[..., None]) -> None:
     at_step(2, lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         train("-m", *FEW, "max_steps=4", "seed=0,1")
-    assert ended.value.code == 0 and len(list((tmp_path / "outputs/sweeps/sweep").iterdir())) == 1
+    assert raised.value.code == 0 and len(list((tmp_path / "outputs/sweeps/sweep").iterdir())) == 1
 
 
 def test_a_job_ended_by_a_signal_says_at_which_step(
@@ -149,10 +149,10 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     before = (checkpoints / "clip_previous.pt").read_bytes()
     capsys.readouterr()
     train(*FEW, "name=x", "max_steps=12", "stop_at=8")
-    told = capsys.readouterr().err
-    warned = "clip_last.pt is" in told and "resuming from outputs/x/checkpoints/clip_previous.pt, after step 6"
-    assert spoil is Path.unlink or warned in told
-    assert (checkpoints / "clip_previous.pt").read_bytes() == before  # a damaged one does not take its place
+    message = capsys.readouterr().err
+    warned = "clip_last.pt is" in message and "resuming from outputs/x/checkpoints/clip_previous.pt, after step 6"
+    assert spoil is Path.unlink or warned in message
+    assert (checkpoints / "clip_previous.pt").read_bytes() == before  # not replaced by the damaged one
     train(*FEW, "name=x", "max_steps=12")
     assert_same_state(tmp_path / "outputs/straight", tmp_path / "outputs/x")
     assert losses(tmp_path / "outputs/x") == losses(tmp_path / "outputs/straight")
@@ -160,11 +160,11 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
 
 def test_where_both_are_damaged_the_others_are_named(train: Train, fails: Fails, tmp_path: Path) -> None:
     train(*FEW, "name=x", "max_steps=9", "stop_at=8", "save_every=2", "keep_every=4")
-    for which in ("last", "previous"):
-        cut(tmp_path / f"outputs/x/checkpoints/clip_{which}.pt")
-    told = fails(*FEW, "name=x", "max_steps=9")
-    assert "clip_last.pt is not a checkpoint: it is cut short" in told and "clip_previous.pt is not" in told
-    assert "resume=PATH resumes from another checkpoint (outputs/x/checkpoints/clip_step_4.pt, outputs/x/check" in told
+    for name in ("last", "previous"):
+        cut(tmp_path / f"outputs/x/checkpoints/clip_{name}.pt")
+    message = fails(*FEW, "name=x", "max_steps=9")
+    assert "clip_last.pt is not a checkpoint: it is cut short" in message and "clip_previous.pt is not" in message
+    assert "resume=PATH resumes from another checkpoint (outputs/x/checkpoints/clip_step_4.pt, outputs/x/ch" in message
     train(*FEW, "name=x", "max_steps=9", "resume=outputs/x/checkpoints/clip_step_4.pt")
     assert summary(tmp_path / "outputs/x")["state"] == "finished"
 
@@ -173,7 +173,7 @@ def test_the_best_checkpoint_is_a_third_as_large_and_nothing_is_resumed_from_it(
     train: Train, fails: Fails, tmp_path: Path
 ) -> None:
     train(*FEW, "name=x", "max_steps=2")
-    best, last = (tmp_path / f"outputs/x/checkpoints/clip_{which}.pt" for which in ("best", "last"))
+    best, last = (tmp_path / f"outputs/x/checkpoints/clip_{name}.pt" for name in ("best", "last"))
     assert best.stat().st_size < 0.4 * last.stat().st_size
     assert fails(*FEW, "name=y", "max_steps=2", f"resume={best}") == (
         f"{best} has weights, but not all that resuming needs; init_from={best} starts from these weights, "
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_another_model_is_refused_even_where_it_is_allowed(
     train: Train, fails: Fails, tmp_path: Path
 ) -> None:
     train(*FEW, "name=x", "max_steps=2", "evals=[]")
-    words = (
+    args = (
         *FEW,
         "name=y",
         "max_steps=2",
@@ -196,24 +196,24 @@ def test_a_checkpoint_of_another_model_is_refused_even_where_it_is_allowed(
         "model.image.heads=1",
         "evals=[]",
     )
-    assert "belongs to another run (model.image.width: 192 -> 96; model.image.heads: 3 -> 1)" in fails(*words)
-    told = fails(*words, "resume_allow=[model]")
-    assert "clip_last.pt holds weights of another shape (size mismatch for visual" in told
+    assert "belongs to another run (model.image.width: 192 -> 96; model.image.heads: 3 -> 1)" in fails(*args)
+    message = fails(*args, "resume_allow=[model]")
+    assert "clip_last.pt holds weights of another shape (size mismatch for visual" in message
     torch.save({"model_state_dict": {}}, tmp_path / "weights.pt")
-    told = fails(*FEW, "name=z", "max_steps=2", "resume=weights.pt")
-    assert told.startswith("weights.pt has weights, but not all that resuming needs")
+    message = fails(*FEW, "name=z", "max_steps=2", "resume=weights.pt")
+    assert message.startswith("weights.pt has weights, but not all that resuming needs")
 
 
 def test_what_is_allowed_may_change_and_what_is_not_may_not(
     train: Train, fails: Fails, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     train(*FEW, "name=x", "max_steps=6", "stop_at=3")
-    words = (*FEW, "name=x", "max_steps=6", "optim.lr=0.01", "batch_size=8", "data.samples=48")
-    told = fails(*words, "resume_allow=[optim]")
-    assert "batch_size: 16 -> 8" in told and "data.samples: 40 -> 48" in told and "optim.lr" not in told
-    assert fails(*words, "resume_allow=[optimm]").startswith("resume_allow=[optimm]: there is no such key; did you")
+    args = (*FEW, "name=x", "max_steps=6", "optim.lr=0.01", "batch_size=8", "data.samples=48")
+    message = fails(*args, "resume_allow=[optim]")
+    assert "batch_size: 16 -> 8" in message and "data.samples: 40 -> 48" in message and "optim.lr" not in message
+    assert fails(*args, "resume_allow=[optimm]").startswith("resume_allow=[optimm]: there is no such key; did you")
     capsys.readouterr()
-    train(*words, "resume_allow=[optim.lr,batch_size,data]")
+    train(*args, "resume_allow=[optim.lr,batch_size,data]")
     assert "resuming with changes that resume_allow permits: data.samples: 40 -> 48; optim." in capsys.readouterr().err
     assert lines(tmp_path / "outputs/x")[-1]["samples"] == 3 * 16 + 3 * 8
     groups = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["optimizer"]["param_groups"]
@@ -237,22 +237,22 @@ def test_a_run_may_become_longer_and_says_what_that_does_to_its_schedule(
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
-    """Puts NaN into the pictures of the batches that begin at some positions, whenever they come."""
+    """Replaces the pictures of all batches that start at the given positions with NaN."""
 
-    def spread(positions: set[int]) -> None:
+    def poison_positions(positions: set[int]) -> None:
         batches, normalise, bad = run.train_batches, step.Normalise.__call__, [False]
 
-        def noted(parts: RunParts, state: State) -> Iterator:
+        def record_batches(parts: RunParts, state: State) -> Iterator:
             for chunks in batches(parts, state):
                 bad[0] = chunks[0].position in positions
                 yield chunks
 
-        monkeypatch.setattr(run, "train_batches", noted)
+        monkeypatch.setattr(run, "train_batches", record_batches)
         monkeypatch.setattr(
             step.Normalise, "__call__", lambda self, images: normalise(self, images) * (math.nan if bad[0] else 1)
         )
 
-    return spread
+    return poison_positions
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing_but_the_count(
@@ -263,8 +263,8 @@ def test_a_step_without_a_finite_gradient_changes_nothing_but_the_count(
     rows = [line for line in lines(tmp_path / "outputs/x") if "train/lr" in line]
     assert ["train/loss" in row for row in rows] == [True, True, True, False, True]
     assert [row["train/bad_steps"] for row in rows] == [0, 0, 0, 1, 1]
-    kept = sorted(path.name for path in (tmp_path / "outputs/x/checkpoints").glob("clip_step_*"))
-    assert kept == [f"clip_step_{step}.pt" for step in (1, 2, 3, 5)]  # none of the bad step
+    names = sorted(path.name for path in (tmp_path / "outputs/x/checkpoints").glob("clip_step_*"))
+    assert names == [f"clip_step_{step}.pt" for step in (1, 2, 3, 5)]  # none for the bad step
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
     assert all(tensor.isfinite().all() for tensor in saved["model_state_dict"].values())
 
@@ -289,12 +289,12 @@ def test_an_evaluation_that_is_due_on_a_bad_step_waits_for_a_good_one(
 
 
 def test_a_run_most_of_whose_steps_had_no_effect_fails(train: Train, fails: Fails, tmp_path: Path) -> None:
-    words = (*FEW, "name=x", "max_steps=20", "optim.lr=1e6", "sched.warmup=1")
-    message = fails(*words)
+    args = (*FEW, "name=x", "max_steps=20", "optim.lr=1e6", "sched.warmup=1")
+    message = fails(*args)
     run = tmp_path / "outputs/x"
     bad = max(row.get("train/bad_steps", 0) for row in lines(run))
     assert message.startswith(f"outputs/x: {bad} of 20 steps had no effect because their gradient was not finite")
-    assert summary(run)["state"] == "failed" and fails(*words) == message
+    assert summary(run)["state"] == "failed" and fails(*args) == message
     for file in ("metrics.jsonl", "summary.json"):
         assert "NaN" not in (run / file).read_text() and "Infinity" not in (run / file).read_text()
     assert (run / "train.log").read_text().count("had no effect: its gradient is not finite") == 1
@@ -305,11 +305,11 @@ def test_a_run_that_diverges_goes_back_and_leaves_those_batches_out(
 ) -> None:
     poison({16 * step for step in (6, 7, 8)})
     train(*FEW, "name=x", "max_steps=12", "save_every=4", "max_bad_steps=2")
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
         "the loss or its gradient has not been finite for 3 steps, from step 7 on; going back to the last "
         "checkpoint and skipping the samples of these steps"
-    ) in told and "resuming after step 4" in told
+    ) in message and "resuming after step 4" in message
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
     assert saved["left_out"] == [[96, 144]] and saved["samples"] == 16 * 15 and saved["step"] == 12
     rows = [line for line in lines(tmp_path / "outputs/x") if "train/loss" in line]
@@ -320,16 +320,16 @@ def test_a_run_that_diverges_goes_back_and_leaves_those_batches_out(
 def test_a_rollback_to_right_before_the_bad_steps_leaves_one_row_a_step(
     train: Train, tmp_path: Path, poison: Callable[[set[int]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ranks meet before they look for a checkpoint: what rank 0 was saving is whole by then."""
-    met = []
+    """The ranks synchronise before they look for a checkpoint, so rank 0 has finished saving it."""
+    checkpoints_at_barrier = []
     monkeypatch.setattr(
         distributed,
         "barrier",
-        lambda: met.append([path.name for path in (tmp_path / "outputs/x/checkpoints").iterdir()]),
+        lambda: checkpoints_at_barrier.append([path.name for path in (tmp_path / "outputs/x/checkpoints").iterdir()]),
     )
     poison({16 * step for step in (4, 5, 6)})
     train(*FEW, "name=x", "max_steps=12", "save_every=4", "max_bad_steps=2", "evals=[]", "eval_every=null")
-    assert met == [["clip_last.pt"]]
+    assert checkpoints_at_barrier == [["clip_last.pt"]]
     rows = [line for line in lines(tmp_path / "outputs/x") if "train/lr" in line]
     assert [row["step"] for row in rows] == list(range(1, 13)) and all("train/loss" in row for row in rows)
 
@@ -343,10 +343,11 @@ def test_a_run_that_diverges_too_often_names_step_samples_and_norms(
     train: Train, fails: Fails, tmp_path: Path, poison: Callable[[set[int]], None]
 ) -> None:
     poison(set(range(16 * 5, 16 * 40, 16)))
-    told = fails(*FEW, "name=x", "max_steps=30", "save_every=4", "max_bad_steps=1", "max_rollbacks=2")
-    assert told.startswith("the loss or its gradient has not been finite for 2 steps, from step 6 on, and max_rollb")
-    assert "samples dummy/0-" in told and "and 13 more, learning rate 0.0004" in told and "logit scale 14." in told
-    assert "of the image tower" in told and "of the text tower" in told and "The last good checkpoint is kept" in told
+    message = fails(*FEW, "name=x", "max_steps=30", "save_every=4", "max_bad_steps=1", "max_rollbacks=2")
+    assert message.startswith("the loss or its gradient has not been finite for 2 steps, from step 6 on, and max_rollb")
+    for part in ("samples dummy/0-", "and 13 more, learning rate 0.0004", "logit scale 14.", "of the image tower",
+                 "of the text tower", "The last good checkpoint is kept"):  # fmt: skip
+        assert part in message
     saved = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")
     assert saved["step"] == 4
     assert all(tensor.isfinite().all() for tensor in saved["model_state_dict"].values())
@@ -365,8 +366,8 @@ def test_a_full_disk_ends_the_run_with_the_space_needed_and_keeps_the_old_checkp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    told = fails(*FEW, "name=x", "max_steps=9", "save_every=2")
-    assert "clip_last.pt cannot be written: No space left on device. It needs 0.0" in told
+    message = fails(*FEW, "name=x", "max_steps=9", "save_every=2")
+    assert "clip_last.pt cannot be written: No space left on device. It needs 0.0" in message
     assert [path.name for path in (tmp_path / "outputs/x/checkpoints").iterdir() if "writing" in path.name] == []
     monkeypatch.setattr(torch, "save", save)
     train(*FEW, "name=x", "max_steps=9")
@@ -396,17 +397,17 @@ def test_a_file_that_may_not_be_read_is_named_itself(
 
 
 def test_one_process_at_a_time_trains_in_a_directory(train: Train, fails: Fails, tmp_path: Path) -> None:
-    hold = (
+    code = (
         "import sys; from pathlib import Path; from clipx.training.lock import directory_lock\n"
         "with directory_lock(Path('outputs/x')): print('held', flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        told = fails(*FEW, "name=x", "max_steps=2")
-        assert told.startswith(f"outputs/x is in use: process {other.pid} on {socket.gethostname()}, since 20")
-        assert told.endswith("trains there; wait for it, stop it, or train elsewhere with name=...")
+        message = fails(*FEW, "name=x", "max_steps=2")
+        assert message.startswith(f"outputs/x is in use: process {other.pid} on {socket.gethostname()}, since 20")
+        assert message.endswith("trains there; wait for it, stop it, or train elsewhere with name=...")
         other.kill()
-    assert (tmp_path / "outputs/x/lock").exists()  # of the dead process, which blocks nobody
+    assert (tmp_path / "outputs/x/lock").exists()  # left by the dead process, and ignored
     train(*FEW, "name=x", "max_steps=2")
     assert summary(tmp_path / "outputs/x")["state"] == "finished" and not (tmp_path / "outputs/x/lock").exists()
 
@@ -414,21 +415,21 @@ def test_one_process_at_a_time_trains_in_a_directory(train: Train, fails: Fails,
 def test_a_run_is_locked_before_its_state_is_read(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    monkeypatch.setattr(run, "restore", lambda *_: seen.append((tmp_path / "outputs/x/lock").exists()))
+    locked = []
+    monkeypatch.setattr(run, "restore", lambda *_: locked.append((tmp_path / "outputs/x/lock").exists()))
     train(*FEW, "name=x", "max_steps=1", "evals=[]")
-    assert seen == [True]
+    assert locked == [True]
 
 
 def test_a_lock_file_that_its_owner_has_just_removed_is_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once, removed = fcntl.lockf, []
+    real_lockf, removed = fcntl.lockf, []
 
-    def lockf(file: object, how: int) -> None:
+    def lockf(file: object, operation: int) -> None:
         if not removed:
-            removed.append((tmp_path / "lock").unlink())  # between opening and locking
-        at_once(file, how)
+            removed.append((tmp_path / "lock").unlink())  # removed between opening and locking
+        real_lockf(file, operation)
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with lock.directory_lock(tmp_path):
@@ -452,21 +453,23 @@ def test_a_finished_run_that_cannot_be_written_says_so_all_the_same(
 def test_a_file_where_the_runs_directory_should_be_is_named(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/x").write_text("mine")
-    remedy = "is a file where the run's directory outputs/x should be; move it away, or set name=... to train elsewhere"
-    assert fails(*FEW, "name=x", "max_steps=2") == f"outputs/x {remedy}"
+    problem = (
+        "is a file where the run's directory outputs/x should be; move it away, or set name=... to train elsewhere"
+    )
+    assert fails(*FEW, "name=x", "max_steps=2") == f"outputs/x {problem}"
     assert (tmp_path / "outputs/x").read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", ["", "not json", "[]", "{}"])
 def test_a_summary_that_cannot_be_read_is_written_again(train: Train, tmp_path: Path, text: str) -> None:
-    words = (*FEW, "name=x", "max_steps=3")
-    train(*words, "stop_at=2")
-    whole = tmp_path / "outputs/x/summary.json"
-    whole.write_text(text)
-    train(*words)
+    args = (*FEW, "name=x", "max_steps=3")
+    train(*args, "stop_at=2")
+    path = tmp_path / "outputs/x/summary.json"
+    path.write_text(text)
+    train(*args)
     before = summary(tmp_path / "outputs/x")
-    whole.write_text(text)
-    train(*words)
+    path.write_text(text)
+    train(*args)
     after = summary(tmp_path / "outputs/x")
     assert {key: after[key] for key in ("state", "step", "final", "best")} == {
         key: before[key] for key in ("state", "step", "final", "best")
@@ -492,18 +495,18 @@ def test_a_named_checkpoint_is_where_a_run_starts_once(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(*FEW, "name=base", "max_steps=12", "stop_at=4")
-    words = [*FEW, "name=x", "max_steps=12", "resume=outputs/base/checkpoints/clip_last.pt"]
-    train(*words, "stop_at=6")
+    args = [*FEW, "name=x", "max_steps=12", "resume=outputs/base/checkpoints/clip_last.pt"]
+    train(*args, "stop_at=6")
     capsys.readouterr()
-    train(*words, "stop_at=8")  # as a scheduler does that starts it again
+    train(*args, "stop_at=8")  # as when a scheduler restarts the job
     assert "this run has already resumed from it; resuming from outputs/x/che" in capsys.readouterr().err
-    train(*words)
+    train(*args)
     assert [line["step"] for line in lines(tmp_path / "outputs/x") if "train/lr" in line] == list(range(5, 13))
     train(*FEW, "name=base", "max_steps=12")
     assert_same_state(tmp_path / "outputs/base", tmp_path / "outputs/x")
     flipped(tmp_path / "outputs/x/checkpoints/clip_last.pt")
-    train(*words, "stop_at=10")
-    assert "its checksum" in capsys.readouterr().err  # and the one before is taken
+    train(*args, "stop_at=10")
+    assert "its checksum" in capsys.readouterr().err  # so the previous one is used
 
 
 def test_half_precision_begins_with_its_own_loss_scale(train: Train, tmp_path: Path) -> None:
@@ -513,7 +516,7 @@ def test_half_precision_begins_with_its_own_loss_scale(train: Train, tmp_path: P
 
 
 def without(early: Path, *keys: str) -> None:
-    """Makes it a run of a version that did not have some keys yet."""
+    """Removes keys from a run, as if a version without them had written it."""
     path = early / "checkpoints/clip_last.pt"
     content = torch.load(path, weights_only=True)
     plain = yaml.safe_load((early / "config.yaml").read_text())

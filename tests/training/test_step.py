@@ -1,4 +1,4 @@
-"""The gradient of a whole batch, however it is computed."""
+"""Every way to compute the gradient of a batch gives the same result."""
 
 import inspect
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import in_process, run_ranks
+from conftest import run_python, run_ranks
 from gradients import CPU, Double, assert_close, chunks_of
 from torch import Tensor, nn
 
@@ -45,11 +45,12 @@ def gradient(
 @pytest.mark.parametrize("micro", [32, 100, 300])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(micro: int) -> None:
     clip = model()
-    loss, whole = gradient(clip, 512, None)
-    again, parts = gradient(clip, 512, micro)
-    assert again.item() == pytest.approx(loss.item(), rel=1e-12)
-    assert_close(parts, whole)
-    assert len(whole) == len([*clip.parameters()]) and all(part.any() for part in whole)  # temperature included
+    loss, full_grads = gradient(clip, 512, None)
+    same_loss, parts = gradient(clip, 512, micro)
+    assert same_loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert_close(parts, full_grads)
+    assert len(full_grads) == len([*clip.parameters()])  # including the temperature
+    assert all(grad.any() for grad in full_grads)
 
 
 def test_captions_in_one_grid_give_the_same_gradient() -> None:
@@ -67,7 +68,7 @@ def row_by_row(
     max_k: int,
     window_size: tuple[int, int],
 ) -> Tensor:
-    """What torch's kernel on CUDA computes, as its documentation says it."""
+    """What torch's CUDA kernel computes, according to its documentation."""
     assert q_offsets.dtype == k_offsets.dtype == torch.int32 and q_offsets[-1] == len(q) and k_offsets[-1] == len(k)
     assert max_q >= q_offsets.diff().max() and max_k >= k_offsets.diff().max()
     rows = zip(
@@ -82,10 +83,10 @@ def row_by_row(
 def test_captions_without_grids_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     clip = model()
     expected = gradient(clip, 64, None)
-    monkeypatch.setattr(kernels, "varlen_attn", row_by_row, raising=False)  # torch 2.9 and 2.10 have none
-    loss, found = gradient(clip, 64, 24, edges=None)
+    monkeypatch.setattr(kernels, "varlen_attn", row_by_row, raising=False)  # absent from torch 2.9 and 2.10
+    loss, grads = gradient(clip, 64, 24, edges=None)
     assert loss.item() == pytest.approx(expected[0].item(), rel=1e-12)
-    assert_close(found, expected[1])
+    assert_close(grads, expected[1])
 
 
 def test_captions_need_no_grids_on_cuda_in_half_precision() -> None:
@@ -99,12 +100,12 @@ def test_captions_need_no_grids_on_cuda_in_half_precision() -> None:
 
 def test_images_are_not_copied_before_the_device() -> None:
     chunks = chunks_of(300, None)
-    (whole,), (one, rest) = split_micro_batches(chunks, None), split_micro_batches(chunks, 256)
-    assert [x.data_ptr() for x in whole.images] == [chunk.images.data_ptr() for chunk in chunks]
+    (single,), (one, rest) = split_micro_batches(chunks, None), split_micro_batches(chunks, 256)
+    assert [x.data_ptr() for x in single.images] == [chunk.images.data_ptr() for chunk in chunks]
     encoder = MicroBatchEncoder(model(), CPU, None)
     assert encoder.to_device(one)[0].data_ptr() == chunks[0].images.data_ptr()
-    assert torch.equal(encoder.to_device(whole)[0], torch.cat([chunk.images for chunk in chunks]))
-    assert (len(whole), len(one), len(rest)) == (300, 256, 44)
+    assert torch.equal(encoder.to_device(single)[0], torch.cat([chunk.images for chunk in chunks]))
+    assert (len(single), len(one), len(rest)) == (300, 256, 44)
 
 
 def test_what_dropout_draws_in_the_first_pass_it_draws_in_the_second() -> None:
@@ -117,12 +118,12 @@ def test_what_dropout_draws_in_the_first_pass_it_draws_in_the_second() -> None:
     torch.manual_seed(3)
     backward(encoder, clip_loss, parts, scaler)
     after = torch.get_rng_state()
-    found = [p.grad for p in clip.parameters()]
+    grads = [p.grad for p in clip.parameters()]
     clip.zero_grad()
-    torch.manual_seed(3)  # the same draws, with nothing forgotten in between
+    torch.manual_seed(3)  # the same random draws, in a single pass
     images, texts, scales = zip(*[encoder(part) for part in parts], strict=True)
     clip_loss(torch.cat(images), torch.cat(texts), scales[0]).backward()
-    assert_close(found, [p.grad for p in clip.parameters()])
+    assert_close(grads, [p.grad for p in clip.parameters()])
     assert torch.equal(after, torch.get_rng_state())
 
 
@@ -134,19 +135,19 @@ def test_the_same_under_autocast_and_a_scaler() -> None:
         backward(MicroBatchEncoder(clip, CPU, torch.bfloat16), clip_loss, micro_batches, scaler)
         gradients.append([p.grad for p in clip.parameters()])
         clip.zero_grad()
-    assert_close(gradients[1], gradients[0], 0.03)  # bfloat16 has eight bits
+    assert_close(gradients[1], gradients[0], 0.03)  # bfloat16 has eight bits of precision
 
 
 def test_ids_of_all_parts_reach_the_loss() -> None:
-    clip, seen = model(), []
+    clip, received_ids = model(), []
 
     def loss_fn(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-        seen.append(ids)
+        received_ids.append(ids)
         return clip_loss(image, text, scale, ids, "mask")
 
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     backward(Double(clip, CPU, None), loss_fn, split_micro_batches(chunks_of(40, 16), 16), scaler)
-    assert torch.equal(seen[0], torch.cat([chunk.ids for chunk in chunks_of(40, None)]))
+    assert torch.equal(received_ids[0], torch.cat([chunk.ids for chunk in chunks_of(40, None)]))
 
 
 def test_a_loss_without_temperature_leaves_it_alone() -> None:
@@ -167,7 +168,7 @@ def test_each_tower_can_be_checkpointed_alone(tower: str | bool) -> None:
 
 
 def ranks_gradient(rank: int, world: int, store: str, path: str) -> None:
-    """What one of several processes does, with two micro-batches each."""
+    """Loss and gradient on one rank, also with two micro-batches."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     clip = model()
@@ -195,13 +196,13 @@ def test_ranks_give_the_loss_and_the_gradient_of_one(world: int, tmp_path: Path)
     for same in ("keep", "mask"):
         parts, scaler = split_micro_batches(chunks_of(64, None), None), torch.amp.GradScaler("cpu", enabled=False)
         loss = backward(Double(clip, CPU, None), lambda *f, same=same: clip_loss(*f, same), parts, scaler).loss
-        whole = [p.grad for p in clip.parameters()]
+        full_grads = [p.grad for p in clip.parameters()]
         clip.zero_grad()
         for rank in range(world):
-            found = torch.load(tmp_path / f"{rank}.pt")
+            actual = torch.load(tmp_path / f"{rank}.pt")
             for micro in (None, 8):
-                assert found[same, micro][0].item() == pytest.approx(loss.item(), rel=1e-12)
-                assert_close(found[same, micro][1], whole)
+                assert actual[same, micro][0].item() == pytest.approx(loss.item(), rel=1e-12)
+                assert_close(actual[same, micro][1], full_grads)
 
 
 @pytest.mark.long
@@ -212,24 +213,24 @@ def test_a_batch_that_does_not_fit_names_a_micro_batch_that_may(tmp_path: Path) 
         "resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 1_400_000_000,) * 2)\n"
         "sys.argv = ['clipx.train', *sys.argv[1:]]; main()"
     )
-    words = [
+    args = [
         "experiment=smoke", "model.image.size=96", "batch_size=512", "workers=0", "evals=[]", "max_steps=1", "name=x",
     ]  # fmt: skip
-    ended = in_process("-c", code, *words, cwd=tmp_path)
-    assert ended.returncode == 1, ended.stderr
-    assert ended.stderr.splitlines()[-1] == (
+    result = run_python("-c", code, *args, cwd=tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == (
         "512 samples at once do not fit into the memory of cpu; the gradient is the same with micro_batch_size=256, "
         "and with grad_checkpoint=true"
     )
-    ended = in_process("-c", code, *words, "micro_batch_size=16", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
+    result = run_python("-c", code, *args, "micro_batch_size=16", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_run_in_micro_batches_is_the_same_run(train: Callable[..., None], tmp_path: Path) -> None:
-    few = ["experiment=smoke", "batch_size=48", "workers=0", "evals=[]", "log_every=1", "data.samples=200", "name=x"]
-    train(*few, "max_steps=6", "stop_at=3", "micro_batch_size=20")
-    train(*few, "max_steps=6", "micro_batch_size=48", "grad_checkpoint=text")  # goes on: how is not what
-    train(*few[:-1], "max_steps=6", "name=whole")
+    args = ["experiment=smoke", "batch_size=48", "workers=0", "evals=[]", "log_every=1", "data.samples=200", "name=x"]
+    train(*args, "max_steps=6", "stop_at=3", "micro_batch_size=20")
+    train(*args, "max_steps=6", "micro_batch_size=48", "grad_checkpoint=text")  # resumes, as neither changes the run
+    train(*args[:-1], "max_steps=6", "name=whole")
     logs = [(tmp_path / f"outputs/{name}/metrics.jsonl").read_text().splitlines() for name in ("x", "whole")]
     losses = [[json.loads(line)["train/loss"] for line in log] for log in logs]
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -1,4 +1,4 @@
-"""TensorBoard as a person sees it: a real browser opens a sweep."""
+"""TensorBoard in a real browser, showing a sweep."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ NO_BROWSER = shutil.which("chromedriver") is None and "CI" not in os.environ
 
 GROUPS = "model=tiny data=dummy optim=adamw_paper sched=warmup_cosine loss=info_nce experiment=smoke"
 
-# the words of a page, through all of its shadow roots
+# the text of a page, including all shadow roots
 WORDS = """
 const words = (node) => [node.shadowRoot, ...node.childNodes].filter(Boolean).map((child) =>
     child.nodeType == Node.TEXT_NODE ? child.data.trim()
@@ -34,15 +34,15 @@ return words(document.body).split(/\\s+/).join(' ');
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("sweep")
+    directory = tmp_path_factory.mktemp("sweep")
     command = [sys.executable, "-m", "clipx.train", "-m", *FEW, "name=s", "optim.lr=1e-4,1e-3", "seed=0,1"]
-    subprocess.run(command, cwd=place, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    return place / "outputs/sweeps/s"
+    subprocess.run(command, cwd=directory, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    return directory / "outputs/sweeps/s"
 
 
 @pytest.fixture
 def page(sweep: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """The words of a tab of TensorBoard, once it shows some texts."""
+    """Returns the text of a TensorBoard tab once it contains the given texts."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
     from selenium.webdriver.support.ui import WebDriverWait
@@ -54,22 +54,25 @@ def page(sweep: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1200"):
         options.add_argument(argument)
     command = [sys.executable, "-m", "tensorboard.main", f"--logdir={sweep}", f"--port={port}", "--host=127.0.0.1"]
-    with (tmp_path / "told.txt").open("w") as told, subprocess.Popen(command, stdout=told, stderr=told) as board:
+    with (
+        (tmp_path / "tensorboard.log").open("w") as log_file,
+        subprocess.Popen(command, stdout=log_file, stderr=log_file) as board,
+    ):
         browser = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
         try:
 
-            def words(tab: str, *texts: str) -> str:
+            def page_text(tab: str, *texts: str) -> str:
                 def loaded(_: object) -> Any:
-                    browser.get("about:blank")  # TensorBoard reads the events as they come
+                    browser.get("about:blank")  # force a reload, as TensorBoard reads events continuously
                     browser.get(f"http://127.0.0.1:{port}/#{tab}")
                     time.sleep(4)
-                    found = browser.execute_script(WORDS)
-                    return found if all(text in found for text in texts) else None
+                    text = browser.execute_script(WORDS)
+                    return text if all(text in text for text in texts) else None
 
                 return WebDriverWait(browser, 90).until(loaded, f"{tab} shows all of {texts}")
 
-            WebDriverWait(browser, 60).until(lambda _: "Press CTRL" in (tmp_path / "told.txt").read_text())
-            yield words
+            WebDriverWait(browser, 60).until(lambda _: "Press CTRL" in (tmp_path / "tensorboard.log").read_text())
+            yield page_text
         finally:
             browser.quit()
             board.terminate()
@@ -80,9 +83,13 @@ def page(sweep: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:
 def test_a_browser_shows_the_sweep(page: Callable[..., str], sweep: Path) -> None:
     rows = []
     for run in sweep.iterdir():
-        found = summary(run)
-        config, last, best = found["config"], found["final"]["val/retrieval/mean_recall"], found["best"]["value"]
-        numbers = [config["optim.lr"], float(config["seed"]), last, best, found["final"]["train/loss"]]
+        run_summary = summary(run)
+        config, last, best = (
+            run_summary["config"],
+            run_summary["final"]["val/retrieval/mean_recall"],
+            run_summary["best"]["value"],
+        )
+        numbers = [config["optim.lr"], float(config["seed"]), last, best, run_summary["final"]["train/loss"]]
         rows.append(f"{run.name} {GROUPS} {' '.join(f'{number:#.5g}' for number in numbers)}")
     assert len(rows) == 4
     page("hparams", *rows, "groups optim.lr seed val/retrieval/mean_recall best/retrieval/mean_recall train/loss")
@@ -114,7 +121,7 @@ def test_the_loss_of_the_validation_set_is_open_clips() -> None:
     torch.manual_seed(0)
     images, texts = (torch.nn.functional.normalize(torch.randn(1500, 16), dim=1) for _ in range(2))
     owners = torch.arange(1500).repeat_interleave(2)
-    captions = torch.stack([texts, texts.flip(0)], dim=1).flatten(0, 1)  # the second ones do not count
+    captions = torch.stack([texts, texts.flip(0)], dim=1).flatten(0, 1)  # only the first caption of each picture counts
     val = Features(images, captions, owners, [""] * 3000, torch.empty(0, 3, 8, 8, dtype=torch.uint8), 0)
     theirs = ClipLoss()(images, texts, torch.tensor(20.0)).item()
     assert pair_loss(val, 20.0) == pytest.approx(theirs, rel=1e-5)

@@ -19,7 +19,7 @@ import hydra
 import pytest
 import webdataset
 import yaml
-from conftest import ROOT, in_process, picture, write_tar
+from conftest import ROOT, picture, run_python, write_tar
 from packed_data import SOURCES, dropped, metadata_of, read_tree, samples, save, sizes
 from PIL import Image
 
@@ -87,7 +87,7 @@ def test_prepare_yaml_states_every_key_of_the_schema_and_the_help_every_source(t
     keys = {field.name for field in fields(PrepareConfig)} - {"choices", "varied"}
     assert set(documented) - {"defaults", "hydra"} == keys
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    output = in_process("-m", "clipx.prepare", "--help", cwd=tmp_path).stdout
+    output = run_python("-m", "clipx.prepare", "--help", cwd=tmp_path).stdout
     assert all(path.stem in output for path in (ROOT / "conf/source").glob("*.yaml"))
     assert "samples_per_shard: 2000" in output
 
@@ -636,7 +636,7 @@ def test_coco_from_its_published_files_to_retrieval_over_five_captions(tmp_path:
         "train": ["model=small", "data=coco", "batch_size=16", "max_steps=3", "name=x"],
     }
     for command, args in commands.items():
-        result = in_process("-m", f"clipx.{command}", *args, cwd=tmp_path)
+        result = run_python("-m", f"clipx.{command}", *args, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     assert "90 pictures to train, 12 to validate" in (tmp_path / "outputs/x/train.log").read_text()
     final = json.loads((tmp_path / "outputs/x/summary.json").read_text())["final"]
