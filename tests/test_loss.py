@@ -95,4 +95,8 @@ def test_on_a_gpu_the_logits_of_most_batches_are_one_tile(
 
 def test_on_a_cpu_and_on_a_tiny_gpu_a_tile_holds_as_many_logits_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=10**6))
-    assert loss_module.logits_at_once(torch.device("cpu"), 4) == loss_module.logits_at_once(torch.device("cuda"), 4) == loss_module.TILE
+    assert (
+        loss_module.logits_at_once(torch.device("cpu"), 4)
+        == loss_module.logits_at_once(torch.device("cuda"), 4)
+        == loss_module.TILE
+    )
