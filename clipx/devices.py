@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from functools import cache
 from multiprocessing import get_start_method
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from clipx.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-MAX_WORKERS = 8  # for ``workers=auto``
+Amp = Literal["none", "bf16", "fp16"]
+
+MAX_WORKERS = 8  # for ``workers=auto`` on a CPU
 OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 PROCESSOR = Path("/proc/cpuinfo")
 
@@ -79,13 +81,18 @@ def limit_threads() -> None:
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
 
 
-def select_workers(workers: str | int) -> int:
-    """Number of data workers for this rank; ``auto`` is half of its share of the cores, at most ``MAX_WORKERS``."""
+def select_workers(workers: str | int, device: "torch.device") -> int:
+    """Number of data workers for this rank.
+
+    ``auto`` leaves two of its cores free if a GPU trains.  If they train themselves, it is half of them, at most
+    ``MAX_WORKERS``.
+    """
     from clipx.distributed import local_world_size
 
     if workers != "auto":
         return int(workers)
-    return min(MAX_WORKERS, max(1, available_cores() // local_world_size() // 2))
+    cores = available_cores() // local_world_size()
+    return max(1, min(MAX_WORKERS, cores // 2) if device.type == "cpu" else cores - 2)
 
 
 def select_device(name: str) -> "torch.device":
@@ -111,8 +118,29 @@ def select_device(name: str) -> "torch.device":
         raise UserError(f"device={name} cannot be used ({reason}); device=auto uses what is available") from error
 
 
+def select_amp(amp: Amp | Literal["auto"], device: "torch.device") -> Amp:
+    """The precision called ``amp``; ``auto`` is bf16 if the devices of all ranks have units for it, else none."""
+    import torch
+
+    from clipx.distributed import gather
+
+    if amp != "auto":
+        return amp
+    return "bf16" if all(gather(torch.tensor([int(has_bf16(device))])).tolist()) else "none"
+
+
+def has_bf16(device: "torch.device") -> bool:
+    """Whether a device has units for bf16: a GPU that does not emulate it, or a CPU with AMX."""
+    import torch
+
+    if device.type != "cuda":
+        return device.type == "cpu" and has_amx()
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def autocast_dtype(amp: str) -> "torch.dtype | None":
-    """autocast's dtype for ``amp``; None computes in float32."""
+    """autocast's dtype for a precision of ``select_amp``; None computes in float32."""
     import torch
 
     return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

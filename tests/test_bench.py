@@ -39,7 +39,7 @@ def compose_config(*overrides: str) -> TrainConfig:
 
 
 def test_a_step_is_measured(bench: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench(*FEW, "parts=[step]", "json=found.json", "trace=true", "micro_batch_size=8", "name=x")
+    bench(*FEW, "parts=[step]", "json=found.json", "trace=true", "micro_batch_size=8", "name=x", "amp=auto")
     report = json.loads((tmp_path / "found.json").read_text())["step"]
     assert sum(report["shares"].values()) == pytest.approx(1)
     assert all(report["shares"][part] > 0 for part in ("wait", "image tower", "text tower", "loss", "backward"))

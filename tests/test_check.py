@@ -84,7 +84,7 @@ def test_without_data_the_rest_is_still_checked(check: Check) -> None:
 @pytest.mark.parametrize(
     ("args", "finding"),
     [
-        (["device=cuda:99"], "device    device=cuda:99 cannot be used ("),
+        (["device=cuda:99", "amp=auto"], "device    device=cuda:99 cannot be used ("),
         (["batch_size=64"], "length    batch_size=64 is more than the 40 training samples"),
         (["model.image.heads=5"], "model     model.image.heads=5 does not divide width=192"),
         (["batch_size=4000000", "data.samples=5000000"], "memory    about "),

@@ -1,13 +1,15 @@
-"""How many cores a process may use, with simulated control groups."""
+"""Cores that a process may use, with simulated control groups; precision and workers of a device."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from clipx import devices
-from clipx.devices import select_workers
+from clipx.devices import select_amp, select_workers
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:1")
 V1 = "12:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n1:name=systemd:/docker/a"
 
 
@@ -44,7 +46,28 @@ def test_a_cpu_quota_bounds_the_cores(tmp_path: Path, own: str, files: dict[str,
     for name, text in files.items():
         save(tmp_path / "groups" / name, text)
     assert devices.available_cores() == expected
-    assert select_workers("auto") == min(8, max(1, expected // 2))
+    assert select_workers("auto", CPU) == min(8, max(1, expected // 2))
+    assert select_workers("auto", CUDA) == max(1, expected - 2)
+    assert select_workers("3", CUDA) == 3
+
+
+def test_the_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (select_workers("auto", CPU), select_workers("auto", CUDA)) == (2, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (select_workers("auto", CPU), select_workers("auto", CUDA)) == (1, 1)
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_automatic_precision_is_bf16_where_the_device_has_units_for_it(
+    has_units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
+    monkeypatch.setattr(devices, "has_amx", lambda: has_units)
+    assert {select_amp("auto", device) for device in (CPU, CUDA)} == {"bf16" if has_units else "none"}
+    assert select_amp("auto", torch.device("mps")) == "none"
+    assert [select_amp(amp, CUDA) for amp in ("none", "bf16", "fp16")] == ["none", "bf16", "fp16"]
 
 
 def test_without_control_groups_the_cores_are_those_of_the_affinity() -> None:

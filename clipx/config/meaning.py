@@ -92,9 +92,12 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
 
 
 def certain_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
-    """The differences that can be found without importing targets: values that no conversion makes equal."""
+    """The differences that can be found without importing targets: values that no conversion makes equal.
+
+    What ``auto`` selects is not known yet.
+    """
     old, new = flatten_saved(before), flatten(after)
-    keys = filter(is_meaningful, (key for key in new if key in old))
+    keys = filter(is_meaningful, (key for key in new if key in old and new[key] != "auto"))
     return {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in keys if certainly_differ(old[key], new[key])}
 
 

@@ -37,7 +37,7 @@ class TrainConfig(ComposedConfig):
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None
     clip_norm: PositiveFloat | None
-    amp: Literal["none", "bf16", "fp16"]
+    amp: Literal["none", "bf16", "fp16", "auto"]
     grad_checkpoint: bool | Literal["image", "text"]
     compile: bool
     device: str
@@ -70,7 +70,7 @@ class EvaluateConfig(ComposedConfig):
     bootstrap: PositiveInt | None
     per_class: bool
     cache: str | None
-    amp: Literal["none", "bf16", "fp16"]
+    amp: Literal["none", "bf16", "fp16", "auto"]
     device: str
     workers: Literal["auto"] | NonNegativeInt
     act: Literal["quick_gelu", "gelu"] | None

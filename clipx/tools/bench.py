@@ -72,7 +72,7 @@ def bench_step(config: TrainConfig, rounds: int, steps: int, trace: Path | None)
 
 def report_bound(config: TrainConfig, found: Mapping[str, Any]) -> None:
     """Log what bounds the run, and what to change."""
-    step, workers = found["step"], select_workers(config.workers)
+    step, workers = found["step"], select_workers(config.workers, select_device(config.device))
     shares = step["shares"]
     if shares["wait"] > MAX_WAIT:
         needed = median(step["rounds"], "samples_per_s")

@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from clipx.data.mix import Chain
 from clipx.data.readers import Chunk, EvalReader, TrainReader
 from clipx.data.sample import BadSample, Data, Source, Subset, suggest_share
 from clipx.data.shards import Shards
-from clipx.devices import select_device
+from clipx.devices import select_amp, select_device
 from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.evals.figures import picture_grid, save_figure, shorten
@@ -33,6 +34,7 @@ from clipx.weights.load import initialise
 
 logger = logging.getLogger("clipx")
 
+CPU = torch.device("cpu")
 PICTURE = Path("clipx-check.png")
 DRAWN = 16  # samples in it
 TRAIN_SAMPLES = 64  # checked: half the first ones, half spread over an epoch
@@ -75,9 +77,10 @@ def examine(config: TrainConfig, directory: Path) -> int:
     device = state = data = length = None
     with report.part("device") as log:
         device = select_device(config.device)
-        log(check_device(device, config.amp))
+        log(check_device(device, select_amp(config.amp, device)))
+    config = replace(config, amp=select_amp(config.amp, device or CPU))
     with report.part("model") as log:
-        state = initial_state(config, torch.device("cpu"))
+        state = initial_state(config, CPU)
         tokens = state.model.text.context
         log([Finding("ok", f"{sum(p.numel() for p in state.model.parameters()):,} parameters")])
     with report.part("data") as log:
@@ -108,8 +111,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
         with report.part("evals") as log:
             log(check_evals(config, data, partial(EvalReader, size=reader.crop.size, tokenizer=reader.tokenizer)))
     if state:
-        with report.part("workers") as log:
-            log(check_workers(config.workers, config.batch_size, state.model.visual.size))
+        report.log("workers", check_workers(config.workers, device or CPU, config.batch_size, state.model.visual.size))
         with report.part("memory") as log:
             log(check_memory(config, state, tokens, device))
         with report.part("disk") as log:

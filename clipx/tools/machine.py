@@ -16,7 +16,7 @@ from tqdm import tqdm
 from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
 from clipx.data.loader import MAX_CHUNK
-from clipx.devices import autocast_dtype, available_cores, select_workers
+from clipx.devices import autocast_dtype, available_cores, has_bf16, select_workers
 from clipx.models.clip import CLIP
 from clipx.training.loop import State
 from clipx.weights.checkpoint import size_on_disk
@@ -41,17 +41,16 @@ def check_device(device: torch.device, amp: str) -> Iterator[Finding]:
         yield Finding(
             "odd", "amp=fp16 is many times slower than amp=none on a CPU; amp=bf16 is faster on a CPU with bf16 units"
         )
-    if device.type == "cuda" and amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda" and amp == "bf16" and not has_bf16(device):
         yield Finding("odd", f"amp=bf16 is slow on {torch.cuda.get_device_name(device)}; use amp=fp16")
 
 
-def check_workers(requested: str | int, batch_size: int, size: int) -> Iterator[Finding]:
-    workers, cores = select_workers(requested), available_cores()
+def check_workers(requested: str | int, device: torch.device, batch_size: int, size: int) -> Iterator[Finding]:
+    workers, cores = select_workers(requested, device), available_cores()
     yield Finding("ok", f"{workers} on {cores} cores")
     if workers > cores:
-        yield Finding(
-            "odd", f"workers={workers} is more than the {cores} cores; workers=auto uses {select_workers('auto')}"
-        )
+        auto = select_workers("auto", device)
+        yield Finding("odd", f"workers={workers} is more than the {cores} cores; workers=auto uses {auto}")
     need = workers * CHUNKS_PER_WORKER * min(batch_size, MAX_CHUNK) * 3 * size**2
     if SHARED_MEMORY.is_dir() and need > (free := shutil.disk_usage(SHARED_MEMORY).free):
         yield Finding(

@@ -5,6 +5,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from clipx.data.images import resize
 from clipx.data.loader import group_steps, load_chunks, train_ranges
 from clipx.data.readers import Chunk, TrainReader, shared_pixels
 from clipx.data.sample import Data
-from clipx.devices import autocast_dtype, limit_threads, select_device, select_workers
+from clipx.devices import autocast_dtype, limit_threads, select_amp, select_device, select_workers
 from clipx.training.batch import split_micro_batches
 from clipx.training.loop import State, StepOutput, fit
 from clipx.training.memory import keep_freed_memory, peak_memory
@@ -48,8 +49,9 @@ def make_reader(config: TrainConfig) -> TrainReader:
 def load_batches(config: TrainConfig) -> Iterator[list[Chunk]]:
     """Yield the batches of a run from its loader."""
     ranges = train_ranges(0, config.batch_size, config.micro_batch_size)
-    pin = select_device(config.device).type == "cuda"
-    return group_steps(load_chunks(make_reader(config), ranges, select_workers(config.workers), pin), config.batch_size)
+    device = select_device(config.device)
+    workers, pin = select_workers(config.workers, device), device.type == "cuda"
+    return group_steps(load_chunks(make_reader(config), ranges, workers, pin), config.batch_size)
 
 
 def time_stages(config: TrainConfig) -> dict[str, float]:
@@ -132,7 +134,8 @@ class StepBenchmark:
     def __init__(self, config: TrainConfig):
         keep_freed_memory()
         limit_threads()
-        self.config, self.device = config, select_device(config.device)
+        self.device = select_device(config.device)
+        self.config = config = replace(config, amp=select_amp(config.amp, self.device))
         self.state = initial_state(config, self.device)
         self.loss_fn = build(config.loss, "loss", config.trust)
         self.forward = build_forward(config, self.state.model)

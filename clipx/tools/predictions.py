@@ -52,8 +52,9 @@ def encode_pictures(
     """
     limit_threads()
     paths = find_pictures(images)
-    model, _, tokenizer = load(run, select_device(device), trust, act)
-    encoder = EvalEncoder(model, tokenizer, select_workers(workers) if len(paths) > CPU_BATCH else 0)
+    place = select_device(device)
+    model, _, tokenizer = load(run, place, trust, act)
+    encoder = EvalEncoder(model, tokenizer, select_workers(workers, place) if len(paths) > CPU_BATCH else 0)
     kept, features = [], []
     skipped: list[Skip] = []
     for chunk, image in encoder.encode_images(Files(paths), skipped):

@@ -22,7 +22,7 @@ from clipx.config.runs import expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.data.files import write_atomic
 from clipx.data.sample import Data, Source
-from clipx.devices import autocast_dtype, limit_threads, select_device, select_workers
+from clipx.devices import autocast_dtype, limit_threads, select_amp, select_device, select_workers
 from clipx.errors import UserError
 from clipx.evals.features import Features
 from clipx.evals.figures import figure_name, save_figure
@@ -101,7 +101,7 @@ def score(config: EvaluateConfig, directory: Path) -> None:
         UserError: a run, the data or an evaluation is wrong.
     """
     limit_threads()
-    device, workers = select_device(config.device), select_workers(config.workers)
+    device = select_device(config.device)
     runs = expand_runs(config.run)
     with distributed.process_group() as watchdog:
         with distributed.rank0_first(watchdog):
@@ -112,12 +112,13 @@ def score(config: EvaluateConfig, directory: Path) -> None:
         for writer in writers.values() if distributed.rank() == 0 else ():
             check_writable(writer.directory / RESULTS)
         ids = data_ids(sources, evals)
+        workers, amp = select_workers(config.workers, device), autocast_dtype(select_amp(config.amp, device))
         table: dict[str, Metrics] = {}
         for run, label in runs.items():
             model, _, tokenizer = load(run, device, config.trust, config.act)
             writer = writers[run]
             cache = Path(config.cache).expanduser() if config.cache else None
-            validation = Validation(sources, evals, tokenizer, workers, autocast_dtype(config.amp), cache)
+            validation = Validation(sources, evals, tokenizer, workers, amp, cache)
             table[label] = validation(model, writer.step, SilentLog() if distributed.rank() else writer)
             if distributed.rank() == 0:
                 writer.write(table[label], ids, validation.skipped)

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -21,7 +21,7 @@ from clipx.config.schema import TrainConfig
 from clipx.data.readers import Chunk
 from clipx.data.sample import Data
 from clipx.data.tar.headers import DataError
-from clipx.devices import autocast_dtype, limit_threads, select_device, select_workers
+from clipx.devices import autocast_dtype, limit_threads, select_amp, select_device, select_workers
 from clipx.distributed.signals import Signals
 from clipx.distributed.watchdog import Watchdog
 from clipx.duration import Every
@@ -84,7 +84,8 @@ def run_on_rank(
     """Run on this rank; rank 0 returns the objective."""
     distributed.local_batch_size(config.batch_size)
     limit_threads()
-    device, workers = select_device(config.device), select_workers(config.workers)
+    device = select_device(config.device)
+    workers, config = select_workers(config.workers, device), replace(config, amp=select_amp(config.amp, device))
     with distributed.rank0_first(watchdog):
         data: Data = build(config.data, "data", config.trust)
         evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}

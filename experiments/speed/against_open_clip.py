@@ -136,9 +136,10 @@ def open_clip_loader(config: TrainConfig, seconds: float, peer_path: str) -> dic
     reader = make_reader(config)
     if not hasattr(reader.source, "catalogue"):
         raise UserError("open_clip reads shards; give data=shards data.root=DIR data.val=0, or parts=[step]")
+    workers = select_workers(config.workers, select_device(config.device))
     arguments = {
         "shards": "::".join(str(shard.resolve()) for shard in reader.source.catalogue.shards),
-        "batch_size": config.batch_size, "workers": select_workers(config.workers), "seconds": seconds,
+        "batch_size": config.batch_size, "workers": workers, "seconds": seconds,
         "size": reader.crop.size,
     }  # fmt: skip
     path = os.pathsep.join(filter(None, [peer_path, os.environ.get("PYTHONPATH")]))

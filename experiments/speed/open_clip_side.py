@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipx.config.schema import TrainConfig
 from clipx.data.images import Normalise
 from clipx.data.readers import Chunk
-from clipx.devices import select_device
+from clipx.devices import select_amp, select_device
 from clipx.tokenizer import SimpleTokenizer
 from clipx.tools.measure import NUM_BATCHES, load_batches, measure_loader, synchronize
 from clipx.training.batch import concat
@@ -98,8 +98,9 @@ class OpenClipSteps:
         self.batches = Batches(
             [part for images, tokens in held for part in zip(images.split(micro), tokens.split(micro), strict=True)]
         )
+        precision = PRECISION[select_amp(config.amp, self.device)]
         self.args = Namespace(
-            device=str(self.device), precision=PRECISION[config.amp], accum_freq=-(-config.batch_size // micro),
+            device=str(self.device), precision=precision, accum_freq=-(-config.batch_size // micro),
             distill=False, skip_scheduler=True, horovod=False, grad_clip_norm=config.clip_norm, rank=0, local_rank=0,
             world_size=1, log_every_n_steps=ENOUGH, batch_size=micro, wandb=False,
         )  # fmt: skip

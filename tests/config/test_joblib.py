@@ -17,7 +17,8 @@ from joblib import Parallel, cpu_count, delayed
 def share():
     from clipx.devices import one_of_several_jobs, available_cores
     from clipx.devices import select_workers
-    return torch.get_num_threads(), available_cores(), select_workers("auto"), one_of_several_jobs()
+    workers = select_workers("auto", torch.device("cpu"))
+    return torch.get_num_threads(), available_cores(), workers, one_of_several_jobs()
 
 jobs = Parallel(2)(delayed(share)() for _ in "ab")
 print(json.dumps([cpu_count(), [os.environ.get("OMP_NUM_THREADS"), *share()], *jobs]))

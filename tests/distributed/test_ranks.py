@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import FEW, assert_same_state, lines, merge_args, run_python, run_ranks, summary, until
 
-from clipx import distributed
+from clipx import devices, distributed
 from clipx.config.resolve import resolve
 from clipx.config.schema import TrainConfig
 from clipx.data.dummy import Dummy
@@ -58,6 +58,9 @@ def on_rank(rank: int, world: int, store: str, names: str) -> None:
     flags = distributed.SharedFlags()
     results = [flags(rank == world - 1 and call == 1, False) for call in range(4)]
     assert results == [[False, False], [False, False], [True, False], [False, False]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "has_amx", lambda: rank == 0)
+        assert devices.select_amp("auto", torch.device("cpu")) == "none"  # on all, as one machine has no units
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

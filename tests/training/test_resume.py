@@ -515,6 +515,21 @@ def test_half_precision_begins_with_its_own_loss_scale(train: Train, tmp_path: P
     assert read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["scaler"]["scale"] >= 2.0**15
 
 
+def test_automatic_precision_is_recorded_as_what_it_was(
+    train: Train, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*FEW, "evals=[]", "name=x", "max_steps=6"]
+    monkeypatch.setattr("clipx.devices.has_amx", lambda: True)
+    train(*args, "amp=auto", "stop_at=2")
+    train(*args, "amp=bf16", "stop_at=3")
+    assert yaml.safe_load((tmp_path / "outputs/x/config.yaml").read_text())["amp"] == "bf16"
+    assert "amp=bf16" in (tmp_path / "outputs/x/train.log").read_text()
+    monkeypatch.setattr("clipx.devices.has_amx", lambda: False)
+    assert "another run (amp: 'bf16' -> 'none'); name=... starts a new" in fails(*args, "amp=auto")
+    train(*args, "amp=auto", "resume_allow=[amp]")
+    assert summary(tmp_path / "outputs/x")["state"] == "finished"
+
+
 def without(early: Path, *keys: str) -> None:
     """Removes keys from a run, as if a version without them had written it."""
     path = early / "checkpoints/clip_last.pt"
