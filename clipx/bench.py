@@ -23,14 +23,17 @@ def bench(composed: DictConfig, directory: Path) -> None:
         UserError: the config or the data is wrong.
     """
     keys, config = split_config(composed)
-    from clipx.tools.bench import bench_loader, bench_step, report_bound  # imports torch
+    from clipx.numerics import numerics  # imports torch
+    from clipx.tools.bench import bench_loader, bench_step, report_bound
 
     results: dict[str, Any] = {}
-    if "loader" in keys.parts:
-        results["loader"] = bench_loader(config, keys.rounds, keys.seconds)
-    if "step" in keys.parts:
-        results["step"] = bench_step(config, keys.rounds, keys.steps, directory / "trace.json" if keys.trace else None)
-        report_bound(config, results)
+    trace = directory / "trace.json" if keys.trace else None
+    with numerics(config.matmul_precision, config.deterministic):
+        if "loader" in keys.parts:
+            results["loader"] = bench_loader(config, keys.rounds, keys.seconds)
+        if "step" in keys.parts:
+            results["step"] = bench_step(config, keys.rounds, keys.steps, trace)
+            report_bound(config, results)
     if keys.json:
         Path(keys.json).write_text(json.dumps(results, indent=2) + "\n")
 

@@ -25,10 +25,12 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
     for run in expand_runs(values["run"]):
         check_exists("run", run)
     config = check_nodes(values, EvaluateConfig)
-    from clipx.tools.score import score  # imports torch
+    from clipx.numerics import numerics  # imports torch
+    from clipx.tools.score import score
 
     try:
-        score(config, directory)
+        with numerics(config.matmul_precision, config.deterministic):
+            score(config, directory)
     except KeyboardInterrupt:
         raise UserError("interrupted; the numbers of the runs before are in their metrics.json") from None
 

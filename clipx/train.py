@@ -34,9 +34,11 @@ def train(composed: DictConfig, directory: Path) -> float | None:
     config = check_nodes(values, TrainConfig)
     for tag in filter(None, (config.best, config.objective)):
         mode_of(tag, config.mode)
-    from clipx.training import run as training  # imports torch: errors in the config and --help do not wait for it
+    from clipx.numerics import numerics  # imports torch: errors in the config and --help do not wait for it
+    from clipx.training import run as training
 
-    return training.run(config, directory)
+    with numerics(config.matmul_precision, config.deterministic):
+        return training.run(config, directory)
 
 
 def check_early(values: Mapping[str, Any], directory: Path) -> None:

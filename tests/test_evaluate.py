@@ -186,6 +186,8 @@ def test_features_are_kept_by_what_weights_and_data_hold(
     checkpoint.save(run / "checkpoints/clip_best.pt", content)
     evaluate(*args)
     assert len(list((tmp_path / "kept").iterdir())) == 7
+    evaluate(*args, "matmul_precision=high", "amp=auto")
+    assert len(list((tmp_path / "kept").iterdir())) == 10
     for file in (tmp_path / "kept").iterdir():
         file.write_bytes(b"x")
     assert "is damaged; delete it, and it will be encoded again" in evaluate(*args)

@@ -13,7 +13,7 @@ from conftest import ROOT
 LEVELS = {
     "errors duration": 0,
     "distributed distributed.signals distributed.watchdog": 1,
-    "devices": 1,
+    "devices numerics": 1,
     "config.console config.instantiate config.validate config.meaning config.runs config.schema": 1,
     "models.clip models.kernels models.layers models.packed models.text models.vision": 2,
     "loss optim sched tokenizer": 2,

@@ -38,6 +38,8 @@ class TrainConfig(ComposedConfig):
     micro_batch_size: PositiveInt | None
     clip_norm: PositiveFloat | None
     amp: Literal["none", "bf16", "fp16", "auto"]
+    matmul_precision: Literal["highest", "high"]
+    deterministic: bool
     grad_checkpoint: bool | Literal["image", "text"]
     compile: bool
     device: str
@@ -71,6 +73,8 @@ class EvaluateConfig(ComposedConfig):
     per_class: bool
     cache: str | None
     amp: Literal["none", "bf16", "fp16", "auto"]
+    matmul_precision: Literal["highest", "high"]
+    deterministic: bool
     device: str
     workers: Literal["auto"] | NonNegativeInt
     act: Literal["quick_gelu", "gelu"] | None

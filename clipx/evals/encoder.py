@@ -183,7 +183,8 @@ class EvalEncoder:
         """
         count = int(sum(source.sizes))
         probed = [sample_digest(source, sample) for sample in range(0, count, max(1, count // NUM_PROBED))]
-        parts = [FORMAT, self.weights_id, self.amp, source.id, probed]
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        parts = [FORMAT, self.weights_id, self.amp, tf32, source.id, probed]
         return gather_lists([blake2b(str(parts).encode(), digest_size=16).hexdigest()])[0]
 
     @cached_property

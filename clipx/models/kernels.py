@@ -25,15 +25,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, seen: Tenso
         causal: hide later tokens; needs M = L.
         seen: (B, 1, 1, L) bool, the tokens to attend to; None for all.
     """
-    if in_tiles(q):
+    if in_tiles(q) or (q.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return plain_attention(q, k, v, causal, seen)
     with sdpa_kernel(CUDA_KERNELS) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype | None) -> bool:
-    """Whether ``varlen_attention`` exists for a device and a precision."""
-    return HAS_VARLEN and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    """Whether ``varlen_attention`` is right for a device and a precision."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return HAS_VARLEN and device.type == "cuda" and half and not torch.are_deterministic_algorithms_enabled()
 
 
 def varlen_attention(
@@ -55,7 +56,10 @@ def varlen_attention(
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None) -> Tensor:
-    """``attention`` written out; with AMX six times as fast in bf16 as torch's kernel, backward pass included."""
+    """``attention`` written out; with AMX six times as fast in bf16 as torch's kernel, backward pass included.
+
+    On CUDA it repeats to the bit: the backward passes of torch's kernels do only where nondeterminism is an error.
+    """
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, M, L)
     if causal:
         seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()

@@ -18,6 +18,7 @@ def header_lines(parts: RunParts, state: State, origin: str) -> list[str]:
     return [
         f"run       {parts.directory}" + (f", resuming after step {state.step:,}" if state.step else ""),
         f"model     {parameters:,} parameters on {parts.device}, amp={config.amp}"
+        + (f", matmul_precision={config.matmul_precision}" if config.matmul_precision != "highest" else "")
         + (f", {ranks} ranks of {config.batch_size // ranks:,} samples" if ranks > 1 else ""),
         *([f"weights   {origin}"] if origin else []),
         *([f"frozen    {', '.join(config.freeze)}"] if config.freeze else []),

@@ -117,6 +117,8 @@ def test_train_yaml_states_every_key_of_the_schema() -> None:
         (["batch_size=2.5"], "batch_size=2.5: should be a valid integer, got a number with a fractional part"),
         (["data.crop=[0.5]"], "data.crop=[0.5]: should have 2 values"),
         (["amp=bf17"], "amp='bf17': should be 'none', 'bf16', 'fp16' or 'auto'"),
+        (["matmul_precision=medium"], "matmul_precision='medium': should be 'highest' or 'high'"),
+        (["deterministic=perhaps"], "deterministic='perhaps': should be a valid boolean, unable to interpret input"),
         (["data=folder"], "data.root has no value; add data.root=..."),
         (["sched=null"], "sched=null: there is no such option; there are warmup_cosine"),
         (["~sched"], "sched has no value; add sched=..."),

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipx.models import kernels
+from clipx.numerics import numerics
 
 PRECISIONS = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
@@ -69,6 +71,20 @@ def test_products_are_for_bf16_on_a_cpu_with_amx_alone(monkeypatch: pytest.Monke
     assert not kernels.in_tiles(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
     monkeypatch.setattr(kernels, "has_amx", lambda: False)
     assert not kernels.in_tiles(torch.zeros(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_attention_on_cuda_is_made_of_products(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: calls.append(q) or q)
+    monkeypatch.setattr(kernels, "HAS_VARLEN", True)
+    with numerics("highest", deterministic), FakeTensorMode():  # CUDA tensors without storage
+        qkv = torch.empty(3, 2, 2, 5, 16, device="cuda", dtype=torch.bfloat16)
+        assert kernels.attention(*qkv).shape == (2, 2, 5, 16)
+        assert kernels.has_varlen(qkv.device, qkv.dtype) != deterministic
+    assert bool(calls) != deterministic
 
 
 def test_under_autocast_both_ways_use_its_precision(products: bool) -> None:

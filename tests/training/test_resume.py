@@ -530,6 +530,25 @@ def test_automatic_precision_is_recorded_as_what_it_was(
     assert summary(tmp_path / "outputs/x")["state"] == "finished"
 
 
+def test_deterministic_runs_resume_to_the_bit_and_are_those_of_a_cpu_anyway(train: Train, tmp_path: Path) -> None:
+    train(*FEW, "name=straight", "max_steps=6")
+    train(*FEW, "name=x", "max_steps=6", "stop_at=2", "deterministic=true")
+    train(*FEW, "name=x", "max_steps=6", "stop_at=4", "deterministic=true")
+    train(*FEW, "name=x", "max_steps=6")  # the key may change
+    assert_same_state(tmp_path / "outputs/straight", tmp_path / "outputs/x")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_deterministic_runs_on_a_gpu_resume_to_the_bit(amp: str, train: Train, tmp_path: Path) -> None:
+    args = [*FEW, "device=cuda", "deterministic=true", f"amp={amp}", "max_steps=20"]
+    train(*args, "name=straight")
+    train(*args, "name=x", "stop_at=7")
+    train(*args, "name=x")
+    assert_same_state(tmp_path / "outputs/straight", tmp_path / "outputs/x")
+
+
 def without(early: Path, *keys: str) -> None:
     """Removes keys from a run, as if a version without them had written it."""
     path = early / "checkpoints/clip_last.pt"
@@ -557,6 +576,7 @@ def test_keys_that_a_later_version_adds_have_their_defaults_in_earlier_runs(
 ) -> None:
     without(early, "clip_norm", "max_rollbacks", "best", "optim.betas", "model.image.act")
     assert "belongs to another run (clip_norm: None -> 1.0)" in fails(*EARLY, "clip_norm=1")
+    assert "belongs to another run (matmul_precision: 'highest' -> 'high')" in fails(*EARLY, "matmul_precision=high")
     assert "belongs to another run (optim.betas: [0.9, 0.98] -> [0.9, 0.95])" in fails(*EARLY, "optim.betas=[0.9,0.95]")
     train(*EARLY)
     assert summary(early)["state"] == "finished"
