@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from clipx.data.dummy import open_dummy
-from clipx.data.images import TrainCrop
+from clipx.data.images import Normalise, TrainCrop
 from clipx.data.loader import train_ranges
 from clipx.data.readers import Chunk, TrainReader
 from clipx.tokenizer import SimpleTokenizer
@@ -28,7 +28,7 @@ class Double(MicroBatchEncoder):
     """Encodes in float64, including the pictures."""
 
     def __call__(self, part: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        return self.forward(self.normalise(concat(part.images)).double(), part.captions)
+        return self.forward(Normalise()(concat(part.images)).double(), part.captions)
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:

@@ -27,7 +27,7 @@ from clipx.training.batch import split_micro_batches
 from clipx.training.loop import State, StepOutput, fit
 from clipx.training.memory import keep_freed_memory, peak_memory
 from clipx.training.parts import build_forward, initial_state, train_reader
-from clipx.training.step import Forward, MicroBatchEncoder, backward
+from clipx.training.step import Forward, MicroBatchEncoder, PixelModel, backward
 
 TOP = 10  # operations in a profile's summary
 NUM_STAGED = 256  # pictures for timing the loader's stages
@@ -175,6 +175,7 @@ class StepBenchmark:
     def shares(self, count: int) -> dict[str, float]:
         """Share of time in each part of a step, without compile, with data from the loader."""
         timer, model, scaler = PhaseTimer(self.device), self.state.model, self.state.scaler
+        forward = PixelModel(model)
         hooks = [
             module.register_forward_pre_hook(lambda *_, name=name: timer.enter(name))
             for name, module in {"image tower": model.visual, "text tower": model.text}.items()
@@ -194,10 +195,10 @@ class StepBenchmark:
             return loss
 
         self.state.scaler = TimedScaler(timer, scaler)
-        self.fit(batches := timed_batches(), 1, model, loss_fn)
+        self.fit(batches := timed_batches(), 1, forward, loss_fn)
         timer.enter("start")
         timer.seconds.clear()  # drop the first step
-        self.fit(batches, count, model, loss_fn)
+        self.fit(batches, count, forward, loss_fn)
         timer.enter("end")
         self.state.scaler = scaler
         for hook in hooks:
@@ -209,7 +210,7 @@ class StepBenchmark:
     def figures(self) -> dict[str, float]:
         """FLOPs per sample, forward and backward, counted by operation; and the device's peak, if known."""
         micro_batch = split_micro_batches(self.batches[0], self.config.micro_batch_size)[0]
-        encoder = MicroBatchEncoder(self.state.model, self.device, autocast_dtype(self.config.amp))
+        encoder = MicroBatchEncoder(PixelModel(self.state.model), self.device, autocast_dtype(self.config.amp))
         with FlopCounterMode(display=False) as counter:
             backward(encoder, self.loss_fn, [micro_batch], self.state.scaler)
         self.state.optimizer.zero_grad()

@@ -6,18 +6,17 @@ import time
 import torch
 from torch import Tensor, nn
 
-from clipx.models.clip import CLIP
 from clipx.models.packed import Packed
 from clipx.training.step import Features, Forward
 
 logger = logging.getLogger("clipx")
 
 
-def compile_model(model: CLIP) -> Forward:
+def compile_model(model: nn.Module) -> nn.Module:
     """Compile the model at its first call; return it unchanged, with a warning, if no compiler works."""
     start = time.perf_counter()
     try:
-        torch.compile(torch.sin)(torch.ones(2, device=model.logit_scale.device))
+        torch.compile(torch.sin)(torch.ones(2, device=next(model.parameters()).device))
     except torch._dynamo.exc.BackendCompilerFailed as error:
         cause = error.inner_exception
         reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
@@ -32,7 +31,7 @@ def compile_model(model: CLIP) -> Forward:
 class CompiledModel(nn.Module):
     """A model compiled once for any number of tokens; logs the compile time."""
 
-    def __init__(self, model: CLIP, start: float):
+    def __init__(self, model: nn.Module, start: float):
         super().__init__()
         self.model, self.start = torch.compile(model), start
 

@@ -111,7 +111,7 @@ def fit(
 
     Args:
         state: is advanced in place.
-        forward: the bare model, or a wrapper around it, as ``MicroBatchEncoder`` takes it.
+        forward: as ``MicroBatchEncoder`` takes it.
         loss_fn: as ``backward`` takes it.
         batches: this rank's share of each batch, as lists of chunks.
         micro_batch_size: samples per forward pass; None for the whole batch.

@@ -7,6 +7,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +26,7 @@ from clipx.tokenizer import SimpleTokenizer
 from clipx.training.compile import compile_model
 from clipx.training.loop import State
 from clipx.training.resume import Identity
-from clipx.training.step import Forward
+from clipx.training.step import Forward, PixelModel
 
 LOSS_SCALE = {"none": 1.0, "bf16": 1.0, "fp16": 2.0**16}  # initial; only fp16 adapts it
 
@@ -57,8 +58,10 @@ def initial_state(config: TrainConfig, device: torch.device) -> State:
 
 
 def build_forward(config: TrainConfig, model: CLIP) -> Forward:
-    """The model, compiled and wrapped in DistributedDataParallel as needed."""
-    forward = compile_model(model) if config.compile else model
+    """The model of uint8 images, compiled and wrapped in DistributedDataParallel as needed."""
+    forward: nn.Module = PixelModel(model)
+    if config.compile:
+        forward = compile_model(forward)
     if distributed.world_size() == 1:
         return forward
     return DistributedDataParallel(forward, gradient_as_bucket_view=True)

@@ -5,16 +5,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from clipx.data.images import Normalise
+from clipx.models.clip import CLIP
 from clipx.models.packed import Packed, to_device
 from clipx.training.batch import MicroBatch, concat
 
 Features = tuple[Tensor, Tensor, Tensor]  # unit features (b, E), (b, E), scale ()
-Forward = Callable[[Tensor, Packed], Features]
+Forward = Callable[[Tensor, Packed], Features]  # of images (b, 3, S, S) uint8 and captions
 
 
 class BatchOutput(NamedTuple):
@@ -26,25 +27,35 @@ class BatchOutput(NamedTuple):
     scale: Tensor  # () inverse temperature
 
 
+class PixelModel(nn.Module):
+    """A model of uint8 images: a compiler joins normalising them with what reads them."""
+
+    def __init__(self, model: CLIP):
+        super().__init__()
+        self.model, self.normalise = model, Normalise(model.logit_scale.device)
+
+    def forward(self, images: Tensor, captions: Packed) -> Features:
+        return self.model(self.normalise(images), captions)
+
+
 class MicroBatchEncoder:
     """Moves a micro-batch to the device and encodes it.
 
     Args:
-        forward: normalised images (b, 3, S, S), packed captions -> unit features (b, E), (b, E), scale (); the bare
-            model, or a wrapper around it.
+        forward: images (b, 3, S, S) uint8, packed captions -> unit features (b, E), (b, E), scale (): a ``PixelModel``,
+            or a wrapper around it.
         device: of the model.
         amp: autocast dtype, or None for float32.
     """
 
     def __init__(self, forward: Forward, device: torch.device, amp: torch.dtype | None):
         self.forward, self.device, self.amp = forward, device, amp
-        self.normalise = Normalise(device)
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, micro_batch: MicroBatch) -> Features:
         images, captions = self.to_device(micro_batch)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            return self.forward(self.normalise(images), captions)
+            return self.forward(images, captions)
 
     def to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Packed]:
         """Images (b, 3, S, S) uint8 and captions on the device.

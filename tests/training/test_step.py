@@ -20,7 +20,7 @@ from clipx.models.packed import EDGES
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.training.batch import grid_edges, split_micro_batches
-from clipx.training.step import MicroBatchEncoder, backward
+from clipx.training.step import MicroBatchEncoder, PixelModel, backward
 
 
 def model(dtype: torch.dtype = torch.float64) -> CLIP:
@@ -102,7 +102,7 @@ def test_images_are_not_copied_before_the_device() -> None:
     chunks = chunks_of(300, None)
     (single,), (one, rest) = split_micro_batches(chunks, None), split_micro_batches(chunks, 256)
     assert [x.data_ptr() for x in single.images] == [chunk.images.data_ptr() for chunk in chunks]
-    encoder = MicroBatchEncoder(model(), CPU, None)
+    encoder = MicroBatchEncoder(PixelModel(model()), CPU, None)
     assert encoder.to_device(one)[0].data_ptr() == chunks[0].images.data_ptr()
     assert torch.equal(encoder.to_device(single)[0], torch.cat([chunk.images for chunk in chunks]))
     assert (len(single), len(one), len(rest)) == (300, 256, 44)
@@ -132,7 +132,7 @@ def test_the_same_under_autocast_and_a_scaler() -> None:
     for micro in (None, 16):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
         micro_batches = split_micro_batches(chunks_of(64, micro), micro)
-        backward(MicroBatchEncoder(clip, CPU, torch.bfloat16), clip_loss, micro_batches, scaler)
+        backward(MicroBatchEncoder(PixelModel(clip), CPU, torch.bfloat16), clip_loss, micro_batches, scaler)
         gradients.append([p.grad for p in clip.parameters()])
         clip.zero_grad()
     assert_close(gradients[1], gradients[0], 0.03)  # bfloat16 has eight bits of precision
