@@ -22,7 +22,7 @@ from clipx.distributed import gather, gather_lists, gather_rows, local_slice, ra
 from clipx.errors import UserError
 from clipx.evals.features import Features, LabelledFeatures, Skip
 from clipx.models.clip import CLIP
-from clipx.models.packed import pack
+from clipx.models.packed import grid_edges, pack, to_device
 from clipx.tokenizer import SimpleTokenizer
 from clipx.weights.checkpoint import checksum
 
@@ -71,8 +71,9 @@ class EvalEncoder:
         features = []
         with evaluating(self.model):
             for start in local_slice(range(0, len(texts), TEXT_BATCH)):
-                tokens = pack(self.tokenizer.flat(texts[start : start + TEXT_BATCH])).to(self.device)
-                features.append(self.model.encode_text(tokens, True).cpu())
+                tokens = self.tokenizer.flat(texts[start : start + TEXT_BATCH])
+                packed = pack(tokens, grid_edges(self.device, None)).to(self.device)
+                features.append(self.model.encode_text(packed, True).cpu())
         return join(features, self.model.visual.embed)
 
     def encode_pairs(self, source: Source) -> Features:
@@ -96,7 +97,8 @@ class EvalEncoder:
         skipped: list[Skip] = []
         for chunk, image in self.encode_images(source, skipped):
             images.append(image)
-            texts.append(self.autocast(self.model.encode_text, pack(chunk.tokens).to(self.device)))
+            packed = pack(chunk.tokens, grid_edges(self.device, self.amp)).to(self.device)
+            texts.append(self.autocast(self.model.encode_text, packed))
             owners.append(chunk.owners + count)
             captions += chunk.captions
             shown.append(chunk.images[: max(0, NUM_SHOWN - count)])
@@ -140,7 +142,7 @@ class EvalEncoder:
         for chunk in load_chunks(reader, share, self.workers, pin=self.device.type == "cuda"):
             skipped += [(record.place, record.reason) for record in chunk.skipped]
             if len(chunk):
-                yield chunk, self.autocast(self.model.encode_image, normalise(chunk.images.to(self.device)))
+                yield chunk, self.autocast(self.model.encode_image, normalise(to_device(chunk.images, self.device)))
 
     def autocast(self, encode: Callable[..., Tensor], x: Any) -> Tensor:
         """Unit vectors on the CPU, (B, E)."""

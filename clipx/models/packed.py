@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
+from clipx.models.kernels import has_varlen
 from clipx.tokenizer import Tokens
 
 EDGES = (16, 32, 48, 64)  # tokens; captions with lengths between two edges share a grid
@@ -124,6 +125,11 @@ def pack(tokens: Tokens, edges: Sequence[int] | None = EDGES) -> Packed:
         longest=round_up(int(lengths.max()), LONGEST_MULTIPLE),
         grids=grids,
     )
+
+
+def grid_edges(device: torch.device, amp: torch.dtype | None, compiled: bool = False) -> Sequence[int] | None:
+    """Edges of the grids of captions: none where attention needs no grids, one grid for a compiled model."""
+    return None if has_varlen(device, amp) else () if compiled else EDGES
 
 
 def make_grid(lengths: Tensor, multiple: int) -> Grid:

@@ -23,6 +23,7 @@ from clipx.data.loader import group_steps, load_chunks, train_ranges
 from clipx.data.readers import Chunk, TrainReader, shared_pixels
 from clipx.data.sample import Data
 from clipx.devices import autocast_dtype, limit_threads, select_amp, select_device, select_workers
+from clipx.models.packed import grid_edges
 from clipx.training.batch import split_micro_batches
 from clipx.training.loop import State, StepOutput, fit
 from clipx.training.memory import keep_freed_memory, peak_memory
@@ -209,8 +210,10 @@ class StepBenchmark:
 
     def figures(self) -> dict[str, float]:
         """FLOPs per sample, forward and backward, counted by operation; and the device's peak, if known."""
-        micro_batch = split_micro_batches(self.batches[0], self.config.micro_batch_size)[0]
-        encoder = MicroBatchEncoder(PixelModel(self.state.model), self.device, autocast_dtype(self.config.amp))
+        amp = autocast_dtype(self.config.amp)
+        edges = grid_edges(self.device, amp)
+        micro_batch = split_micro_batches(self.batches[0], self.config.micro_batch_size, edges)[0]
+        encoder = MicroBatchEncoder(PixelModel(self.state.model), self.device, amp)
         with FlopCounterMode(display=False) as counter:
             backward(encoder, self.loss_fn, [micro_batch], self.state.scaler)
         self.state.optimizer.zero_grad()

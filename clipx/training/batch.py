@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from clipx.data.readers import Chunk
-from clipx.models.kernels import has_varlen
 from clipx.models.packed import EDGES, Packed, pack
 from clipx.tokenizer import Tokens
 
@@ -53,11 +52,6 @@ def to_micro_batch(chunks: Sequence[Chunk], edges: Sequence[int] | None) -> Micr
     tokens = Tokens(*map(concat, zip(*(chunk.tokens for chunk in chunks), strict=True)))
     ids = [chunk.ids for chunk in chunks if chunk.ids is not None]
     return MicroBatch([chunk.images for chunk in chunks], pack(tokens, edges), concat(ids) if ids else None)
-
-
-def grid_edges(device: torch.device, amp: torch.dtype | None, compiled: bool) -> Sequence[int] | None:
-    """Edges of the grids of captions: none where attention needs no grids, one grid for a compiled model."""
-    return None if has_varlen(device, amp) else () if compiled else EDGES
 
 
 def concat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

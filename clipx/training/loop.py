@@ -13,7 +13,8 @@ from clipx import distributed
 from clipx.data.loader import skip_left_out
 from clipx.data.readers import Chunk, Skipped
 from clipx.models.clip import CLIP
-from clipx.training.batch import grid_edges, split_micro_batches
+from clipx.models.packed import grid_edges
+from clipx.training.batch import split_micro_batches
 from clipx.training.compile import is_compiled
 from clipx.training.memory import explain_oom
 from clipx.training.step import Forward, MicroBatchEncoder, backward

@@ -13,13 +13,16 @@ from conftest import run_python, run_ranks
 from gradients import CPU, Double, assert_close, chunks_of
 from torch import Tensor, nn
 
+from clipx.data.dummy import open_dummy
+from clipx.evals.encoder import EvalEncoder
 from clipx.loss import clip_loss
-from clipx.models import kernels
+from clipx.models import kernels, packed
 from clipx.models.clip import CLIP
-from clipx.models.packed import EDGES
+from clipx.models.packed import EDGES, grid_edges
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-from clipx.training.batch import grid_edges, split_micro_batches
+from clipx.tokenizer import SimpleTokenizer
+from clipx.training.batch import split_micro_batches
 from clipx.training.step import MicroBatchEncoder, PixelModel, backward
 
 
@@ -87,6 +90,18 @@ def test_captions_without_grids_give_the_same_gradient(monkeypatch: pytest.Monke
     loss, grads = gradient(clip, 64, 24, edges=None)
     assert loss.item() == pytest.approx(expected[0].item(), rel=1e-12)
     assert_close(grads, expected[1])
+
+
+def test_evaluation_needs_no_grids_where_training_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    val = open_dummy(samples=8, val_samples=20, size=64).vals[""]
+    encoder = EvalEncoder(model(torch.float32), SimpleTokenizer())
+    expected = encoder.encode_pairs(val), encoder.encode_texts(["a cat", "a cat on a mat"])
+    calls = []
+    monkeypatch.setattr(packed, "has_varlen", lambda *_: True)
+    monkeypatch.setattr(kernels, "varlen_attn", lambda *x, **y: calls.append(x) or row_by_row(*x, **y), raising=False)
+    found = encoder.encode_pairs(val), encoder.encode_texts(["a cat", "a cat on a mat"])
+    torch.testing.assert_close((found[0].texts, found[1]), (expected[0].texts, expected[1]))
+    assert len(calls) == 4  # two blocks, twice
 
 
 def test_captions_need_no_grids_on_cuda_in_half_precision() -> None:
