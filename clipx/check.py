@@ -24,7 +24,7 @@ def check(composed: DictConfig, directory: Path) -> None:
     from clipx.tools.findings import examine  # imports torch
 
     if wrong := examine(config, directory):
-        raise UserError(f"this run would fail: {wrong} of the findings, marked WRONG, would stop it")
+        raise UserError(f"this run would fail: fix the findings marked WRONG ({wrong})")
 
 
 if __name__ == "__main__":

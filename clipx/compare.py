@@ -15,17 +15,17 @@ from clipx.tools.runs_table import Row, Run, export_rows, find_runs, show, table
 def main() -> None:
     parser = argparse.ArgumentParser(
         "clipx.compare",
-        description="Compare runs: one table, the best first; only what differs between them.",
+        description="Compare runs in one table, best first, with only the settings that differ.",
         epilog="python -m clipx.compare outputs/sweeps/NAME --out NAME.md --out NAME.png",
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, or folders of them")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories, or folders that contain some")
     parser.add_argument(
         "--out",
         action="append",
         type=Path,
         default=[],
         metavar="FILE",
-        help=".md the table; .csv, .json every number; .png, .svg curves and the effect of each key",
+        help=".md: the table; .csv, .json: all values; .png, .svg: curves and the effect of each key",
     )
     options = parser.parse_args()
     try:

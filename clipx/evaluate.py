@@ -32,7 +32,7 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
         with numerics(config.matmul_precision, config.deterministic):
             score(config, directory)
     except KeyboardInterrupt:
-        raise UserError("interrupted; the numbers of the runs before are in their metrics.json") from None
+        raise UserError("interrupted; the results of the runs scored so far are in their metrics.json") from None
 
 
 if __name__ == "__main__":

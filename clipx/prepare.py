@@ -89,7 +89,7 @@ def check_shards(config: PrepareConfig, tars: Tars, workers: int) -> tuple[Path,
     index(whole, bad)
     if broken := [shard.name for shard in tars.shards if shard not in whole.shards]:
         raise UserError(
-            f"training would fail on {', '.join(broken[:3])}, {len(broken)} of {len(tars.shards)} files; "
+            f"training would fail on {len(broken)} of {len(tars.shards)} files ({', '.join(broken[:3])}); "
             f"pack the incomplete tars again, or move them out of {tars.root}"
         )
     return tars.root, "shards"

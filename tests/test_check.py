@@ -94,7 +94,7 @@ def test_without_data_the_rest_is_still_checked(check: Check) -> None:
 def test_what_would_stop_the_run_is_reported(args: list[str], finding: str, check: Check) -> None:
     output, code = check(*MADE_UP, *args)
     assert f"WRONG {finding}" in output and code == 1
-    assert output.endswith("this run would fail: 1 of the findings, marked WRONG, would stop it\n")
+    assert output.endswith("this run would fail: fix the findings marked WRONG (1)\n")
 
 
 def test_what_is_odd_is_reported_with_a_remedy_and_stops_nothing(check: Check) -> None:
@@ -115,7 +115,7 @@ def test_what_is_odd_is_reported_with_a_remedy_and_stops_nothing(check: Check) -
         "odd   length    eval_every=30ep is 150 steps, more than the run has; try eval_every=25%",
         "odd   length    save_every=101 is 101 steps, more than the run has; try save_every=25%",
         "odd   samples   captions have a median of 9 tokens and at most 9; 100% are truncated at model.text.context=6",
-        "odd   evals     no evaluation computes val/retrieval/mean_recall, by which the run is judged; there are evals",
+        "odd   evals     no evaluation computes val/retrieval/mean_recall (objective or best); this run has evals",
         "odd   workers   workers=999 is more than the ",
     ):
         assert finding in output, finding
@@ -144,7 +144,9 @@ def test_broken_shards_are_reported(check: Check, make_shards: Callable[..., Pat
     first.write_bytes(first.read_bytes()[:-24_000])
     output, code = check("data=shards", f"data.root={root}", "data.val=0", *FEW)
     assert (
-        code == 0 and "odd   data      " in output and "samples are lost with the ends of part-000.tar; fetch" in output
+        code == 0
+        and "odd   data      " in output
+        and "samples are lost to truncated shards (part-000.tar); fetch" in output
     )
     assert "odd   evals     there are no validation pictures, so nothing is scored; data.val=0.5 holds out 7" in output
 
@@ -191,7 +193,7 @@ def test_where_nothing_is_held_out_a_share_is_named_that_holds_something_out(
     check: Check, make_shards: Callable[..., Path]
 ) -> None:
     output, code = check("data=shards", f"data.root={make_shards(20)}", *FEW)
-    assert code == 0 and "val=0.02 of 20 pictures is none, so there is no validation set; data.val=0.5 " in output
+    assert code == 0 and "val=0.02 of 20 pictures rounds to 0, so there is no validation set; data.val=0.5 " in output
     assert "there are no validation pictures, so nothing is scored; data.val=0.5 holds out 10" in output
     output, _ = check("data=dummy", "data.samples=20", "data.val_samples=0", *FEW)
     assert "nothing is scored; data.val_samples=256 makes some" in output
@@ -216,7 +218,10 @@ def test_identical_captions_are_reported(check: Check, tmp_path: Path) -> None:
     write_tar(tmp_path / "same" / "val" / "a.tar", [])
     output, code = check(*args)
     assert code == 1 and "WRONG data " in output
-    assert "the 0 validation shards after it hold no samples; set others (data.val_shards=...)" in output
+    assert (
+        "there are no samples in the validation shards, such as " in output
+        and "; set others (data.val_shards=...)" in output
+    )
 
 
 def test_equal_captions_are_counted_in_a_batch_not_among_all(check: Check, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_broken_or_foreign_summary_is_named_and_the_others_are_compared(
     )
 
     monkeypatch.setattr(sys, "argv", ["clipx.compare", "outputs/foreign"])
-    with pytest.raises(SystemExit, match="^outputs/foreign: no run is there"):
+    with pytest.raises(SystemExit, match="^outputs/foreign: no runs found"):
         main()
     with (tmp_path / "outputs/run0000/metrics.jsonl").open("w") as file:
         file.write("no json\n")

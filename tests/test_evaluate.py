@@ -190,7 +190,7 @@ def test_features_are_kept_by_what_weights_and_data_hold(
     assert len(list((tmp_path / "kept").iterdir())) == 10
     for file in (tmp_path / "kept").iterdir():
         file.write_bytes(b"x")
-    assert "is damaged; delete it, and it will be encoded again" in evaluate(*args)
+    assert "is corrupt; delete it, and the features will be encoded again" in evaluate(*args)
 
 
 def test_all_pictures_can_be_scored_and_each_set_of_a_mix_goes_by_its_name(

@@ -93,9 +93,7 @@ def test_what_is_wrong_ends_in_one_line(predict: Predict, directory: Path) -> No
     assert last_line(predict, *args, "texts=a", "search=b").startswith("give either")
     assert last_line(predict, *args, "texts=' , '") == 'texts= ,  is empty; expected, for example, "a cat,a dog"'
     for name in ("nosuch.txt", "lists/nosuch", "pictures", "my texts.TXT"):
-        assert last_line(predict, *args, f"texts={name}").startswith(
-            f"texts={name}: there is no such file; expected one"
-        )
+        assert last_line(predict, *args, f"texts={name}").startswith(f"texts={name}: there is no such file; expected a")
     for encoding in ("utf-16", "latin-1"):
         (directory / "coded.txt").write_text("a café\na bar", encoding=encoding)
         assert "texts=coded.txt is not UTF-8 text, perhaps" in last_line(predict, *args, "texts=coded.txt")

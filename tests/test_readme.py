@@ -26,7 +26,7 @@ def test_no_command_hides_outside_the_blocks() -> None:
 
 
 def test_the_architecture_names_every_module() -> None:
-    table = (ROOT / "docs/architecture.md").read_text().partition("## Where is what")[2].partition("\n## ")[0]
+    table = (ROOT / "docs/architecture.md").read_text().partition("## Modules by folder")[2].partition("\n## ")[0]
     for path in (ROOT / "clipx").rglob("*.py"):
         module = path.parent.name if path.stem == "__init__" else path.stem
         assert re.search(rf"\b{module}\b", table) or module == "clipx", path.relative_to(ROOT)

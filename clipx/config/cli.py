@@ -98,7 +98,7 @@ def call(name: str, job: JobFunction, arguments: Sequence[str]) -> Path:
     """
     options, _ = split_options(arguments)
     if options or is_sweep(arguments):
-        raise ConfigError(f"{' '.join(options) or 'a sweep'} is for the command line; one call is one run")
+        raise ConfigError(f"{' '.join(options) or 'a sweep'} works only on the command line; one call is one run")
     directories: list[Path] = []
 
     def recorded(composed: DictConfig, directory: Path) -> float | None:

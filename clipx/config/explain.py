@@ -46,7 +46,7 @@ def explain(error: Exception, name: str, arguments: Sequence[str]) -> str:
     if "validated against ConfigStore schema" in text:
         return "hydra-optuna-sweeper also defines hydra/sweeper=optuna; pip uninstall hydra-optuna-sweeper"
     if "does not support sweep type" in text:
-        return "an interval is not a list of values to run; add hydra/sweeper=optuna to search it"
+        return "a sweep needs a list of values, not an interval; add hydra/sweeper=optuna to search the interval"
     with isolated_hydra(), hydra.initialize_config_module(CONF, version_base="1.3"):
         if option:
             options = GlobalHydra.instance().config_loader().get_group_options(option[1])

@@ -16,7 +16,7 @@ Switches of Hydra, for every command:
 
   --cfg job             show the composed config and exit
   -m, --multirun        run once for each of several values: optim.lr=1e-4,5e-4
-  --config-dir DIR      options of your own: DIR/model/mine.yaml is model=mine
+  --config-dir DIR      your own options: DIR/model/mine.yaml is model=mine
   +KEY=VALUE, ~KEY      add a key that an option does not list; remove one
   -sc install=bash      complete keys and options: eval "$(clipx-NAME -sc install=bash)"
   --hydra-help          all other switches

@@ -87,7 +87,7 @@ def direction_of(given: Direction | None, objective: str, mode: Mode | None) -> 
     direction: Direction = "maximize" if mode_of(objective, mode) == "max" else "minimize"
     if given and given != direction:
         raise ConfigError(
-            f"hydra.sweeper.direction={given}: {objective} counts as better when it is "
+            f"hydra.sweeper.direction={given}: {objective} is better when it is "
             f"{'high' if direction == 'maximize' else 'low'}; leave direction out, or set "
             f"mode={given[:3]} if that is wrong"
         )
@@ -196,7 +196,7 @@ class Search:
         if value is not None and math.isfinite(value):
             return value
         if value is not None or read_summary(self.directory_of(job)).get("state") != "failed":
-            self.errors.append(f"{self.directory_of(job).name}: the run gives no finite objective={self.objective}")
+            self.errors.append(f"{self.directory_of(job).name}: the run has no finite objective={self.objective}")
         return None
 
     def directory_of(self, job: Sequence[str]) -> Path:

@@ -26,7 +26,7 @@ def read_classnames_file(directory: Path, key: str) -> list[str]:
     listing = find_sidecar(directory, "classnames.txt")
     if listing is None:
         raise ValueError(
-            f"{key} has no value, and there is no {directory / 'classnames.txt'} nor one in its parent; "
+            f"{key} has no value, and there is no classnames.txt in {directory} or its parent; "
             "set classes=FILE, one name per line"
         )
     return read_lines(listing, key)

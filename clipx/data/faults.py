@@ -46,7 +46,8 @@ def faults(catalogue: Catalogue) -> Iterator[tuple[int, str]]:
                 int(row["parts"]),
                 (
                     f"{shard}: the members of a sample are not adjacent, so {row['parts']:,} of its {row['samples']:,} "
-                    f"samples lack some; pack it again sorted by name (mkdir x && tar -xf {shlex.quote(str(shard))} "
+                    "samples are incomplete; pack it again sorted by name "
+                    f"(mkdir x && tar -xf {shlex.quote(str(shard))} "
                     "-C x && tar --sort=name -cf NEW.tar -C x .)"
                 ),
             )
@@ -60,7 +61,7 @@ def check_faults(catalogue: Catalogue, data: Data) -> None:
         DataError: there are no samples.
     """
     if not catalogue.rows["readable"].any():
-        raise DataError(f"{catalogue.shards[0]} and the {len(catalogue.shards) - 1} shards after it hold no samples")
+        raise DataError(f"there are no samples in the shards, such as {catalogue.shards[0]}")
     found, total = list(faults(catalogue)), int(totals(catalogue).sum())
     bad = sum(count for count, _ in found)
     if bad > data.bad_limit:

@@ -101,7 +101,7 @@ def open_set(key: str, which: LabelledConfig, train: bool) -> LabelledSet:
     source, others = openers[kind](key, which, True, names)
     if source.id == test.id or others != classes:
         raise ValueError(
-            f"{key}.train={which.get('train', 'train')}: expected the classes of the test set, with other pictures"
+            f"{key}.train={which.get('train', 'train')}: expected other pictures of the same classes as the test set"
         )
     return LabelledSet(test, source, classes)
 

@@ -190,7 +190,7 @@ def hold_out(source: KeyedSource, share: float, cache_dir: Path | None = None) -
     if count == 0:
         if share:
             logger.warning(
-                "val=%s of %d pictures is none, so there is no validation set; %s",
+                "val=%s of %d pictures rounds to 0, so there is no validation set; %s",
                 share,
                 samples,
                 suggest_share(samples),

@@ -156,8 +156,8 @@ def open_validation(paths: Sequence[Path | str], copies: Cache, caption_key: str
     held = Shards(open_all(paths, copies), caption_key)
     if not sum(held.sizes):
         raise DataError(
-            f"{paths[0]} and the {len(paths) - 1} validation shards after it hold no samples; "
-            "set others (data.val_shards=...), or leave them out"
+            f"there are no samples in the validation shards, such as {paths[0]}; set others (data.val_shards=...), "
+            "or leave them out"
         )
     copies.keep(list(held.catalogue.remotes.values()))
     return held

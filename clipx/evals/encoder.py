@@ -163,7 +163,7 @@ class EvalEncoder:
             try:
                 return kind(**torch.load(file, weights_only=True))
             except (UnpicklingError, RuntimeError, EOFError, TypeError) as error:
-                raise UserError(f"{file} is damaged; delete it, and it will be encoded again") from error
+                raise UserError(f"{file} is corrupt; delete it, and the features will be encoded again") from error
         with evaluating(self.model):
             features = encode(source)
         if rank() == 0:

@@ -44,7 +44,7 @@ class LinearProbe:
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SEED)).numpy()
         held_out, rest = np.split(order, [max(1, round(HELD_OUT * len(y)))])
         if len(np.unique(y[rest])) < 2:
-            raise DataError(f"{data.train.locate(0)} and all other training pictures have one class; expected several")
+            raise DataError(f"all training pictures have the class of {data.train.locate(0)}; expected several classes")
 
         def accuracy(strength: float) -> float:
             return float((self.fit(x[rest], y[rest], strength).predict(x[held_out]) == y[held_out]).mean())

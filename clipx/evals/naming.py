@@ -22,7 +22,7 @@ def naming(
     Args:
         val: the encoded validation set; the first caption of a picture is its name.
         encode_texts: texts -> (M, E) unit vectors.
-        names: file of all candidate names, one a line, including the validation set's; None: the embedded names.
+        names: file of all candidate names, one per line, including the validation set's; None: the embedded names.
         ks: cut-offs of the recall.
 
     Returns:
@@ -31,7 +31,9 @@ def naming(
     """
     file = Path(names).expanduser() if names else THINGS
     if not file.is_file():
-        raise UserError(f"evals.naming.names={names}: there is no such file; expected one with all names, one a line")
+        raise UserError(
+            f"evals.naming.names={names}: there is no such file; expected a list of all names, one per line"
+        )
     candidates = read_lines(file, "evals.naming.names")
     index = {name: i for i, name in enumerate(candidates)}
     own = [val.captions[i] for i in val.first.tolist()]

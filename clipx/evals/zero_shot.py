@@ -73,7 +73,7 @@ def read_templates(given: str | list[str]) -> list[str]:
 
     Args:
         given: ``openai``, the 80 of the paper's ensemble; ``simple``, the 7 that OpenAI found sufficient; a file with
-            one a line; or the templates themselves, with ``{}`` or ``{c}``.
+            one per line; or the templates themselves, with ``{}`` or ``{c}``.
 
     Raises:
         ValueError: there are no templates, or one has no ``{}``.

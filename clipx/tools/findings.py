@@ -140,7 +140,8 @@ def check_data(data: Data) -> Iterator[Finding]:
     if data.lost:
         names = ", ".join(list(data.lost)[:3])
         yield Finding(
-            "odd", f"{sum(data.lost.values()):,} samples are lost with the ends of {names}; fetch or pack these again"
+            "odd",
+            f"{sum(data.lost.values()):,} samples are lost to truncated shards ({names}); fetch or pack these again",
         )
 
 
@@ -291,5 +292,5 @@ def check_evals(config: TrainConfig, data: Data, reader: Callable[[Source], Eval
         known = labelled.get(name, data.vals) if name in evals else ()
         if (data.vals or labelled) and tag.startswith("val/") and at not in known:
             yield Finding(
-                "odd", f"no evaluation computes {tag}, by which the run is judged; there are evals={list(config.evals)}"
+                "odd", f"no evaluation computes {tag} (objective or best); this run has evals={list(config.evals)}"
             )

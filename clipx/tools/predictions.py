@@ -67,7 +67,7 @@ def encode_pictures(
 
 
 def read_texts(given: str) -> list[str]:
-    """Read texts from a file, one a line, or split them at commas.
+    """Read texts from a file, one per line, or split them at commas.
 
     Raises:
         UserError: there are no texts, the file is not UTF-8, or what looks like a file does not exist.
@@ -77,7 +77,7 @@ def read_texts(given: str) -> list[str]:
         texts = read_lines(Path(file), "texts")
     elif LIKE_A_FILE.search(given) or os.path.isdir(file):
         raise UserError(
-            f"texts={given}: there is no such file; expected one with a text a line, or texts separated by "
+            f"texts={given}: there is no such file; expected a file with one text per line, or texts separated by "
             'commas: "a cat,a dog"'
         )
     else:

@@ -80,7 +80,7 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
             print(f"{file} is left out: {error}", file=sys.stderr)
     if not runs:
         raise UserError(
-            f"{' '.join(map(str, paths))}: no run is there; expected their folder, such as outputs/sweeps/NAME"
+            f"{' '.join(map(str, paths))}: no runs found; expected a folder of runs, such as outputs/sweeps/NAME"
         )
     return runs
 

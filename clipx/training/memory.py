@@ -32,8 +32,8 @@ def explain_oom(samples: int, device: torch.device) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise OutOfMemory(
-            f"{samples:,} samples at once do not fit into the memory of {device}; the gradient is the same with "
-            f"micro_batch_size={max(1, samples // 2)}, and with grad_checkpoint=true"
+            f"{samples:,} samples at once do not fit in the memory of {device}; set "
+            f"micro_batch_size={max(1, samples // 2)} or grad_checkpoint=true, which give the same gradient"
         ) from error
 
 

@@ -103,9 +103,13 @@ def run_length(config: TrainConfig, plan: Plan | MixPlan) -> int:
     """
     if config.batch_size > plan.largest_batch:
         mixed = plan.largest_batch < plan.samples
-        what = "its smallest source gives, by data.weights" if mixed else f"the {plan.samples:,} training samples"
+        what = (
+            "the smallest source provides with these data.weights"
+            if mixed
+            else f"the {plan.samples:,} training samples"
+        )
         raise UserError(
-            f"batch_size={config.batch_size} is more than {what}, so a batch would hold a picture twice; at most "
+            f"batch_size={config.batch_size} is more than {what}, so a batch would hold a picture twice; set at most "
             f"batch_size={plan.largest_batch}" + (", or a smaller weight for that source" if mixed else "")
         )
     length = -int(-config.epochs * plan.samples // config.batch_size)

@@ -63,7 +63,7 @@ def restore(state: State, config: TrainConfig, directory: Path, identity: Identi
     path, saved = found
     if saved.get("format") != checkpoint.FORMAT or "optimizer" not in saved:
         raise CheckpointError(
-            f"{path} has weights, but not all that resuming needs; init_from={path} starts from "
+            f"{path} has weights but no training state to resume; init_from={path} starts from "
             "these weights, name=... starts another run"
         )
     changes = changes_since(saved, identity)

@@ -57,9 +57,8 @@ def parse_file(path: Path) -> Any:
     except UnpicklingError as error:
         if is_zipfile(path) and (objects := get_unsafe_globals_in_checkpoint(path)):
             raise CheckpointError(
-                f"{path} is not a checkpoint of tensors alone: it holds objects ({objects[0]}), and "
-                "code in a file is never run; save the state dict alone, where the file was made: "
-                "torch.save(model.state_dict(), FILE)"
+                f"{path} is not a checkpoint of tensors alone: it holds objects ({objects[0]}), which could run "
+                "code and are never loaded; save only the state dict: torch.save(model.state_dict(), FILE)"
             ) from error
         raise
 

@@ -1,4 +1,4 @@
-"""Convert state dicts and configs from and to other projects.  clipx has OpenAI's keys, as open_clip has."""
+"""Convert state dicts and configs from and to other projects.  clipx and open_clip use OpenAI's keys."""
 
 import re
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ def infer_node(state: Mapping[str, Tensor], source: object) -> Node:
         names = ", ".join(list(state)[:3])
         raise CheckpointError(
             f"{source} holds another kind of model than CLIP with a Vision Transformer: {error} is "
-            f"missing or odd; it has {names} ..."
+            f"missing or unexpected; it has {names} ..."
         ) from error
     return {
         "_target_": "clipx.models.clip.CLIP",

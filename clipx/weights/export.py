@@ -61,7 +61,7 @@ def write_hugging_face(model: CLIP, out: Path) -> None:
     if node["text"]["vocab"] != END + 1:
         raise UserError(
             f"model.text.vocab={node['text']['vocab']} is not that of the tokenizer, {END + 1:,}; "
-            "to=open_clip writes it all the same"
+            "to=open_clip exports it anyway"
         )
     write_json(out / HUGGING_FACE, hugging_face_config(node))
     write_tensors(to_hugging_face(model.state_dict()), out / "model.safetensors")

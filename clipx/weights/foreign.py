@@ -101,7 +101,7 @@ def weights_from_open_clip(content: Mapping[str, Any], config: Mapping[str, Any]
     for part in ("vision_cfg", "text_cfg"):
         for key, value in model[part].items():
             if key not in READ and value not in (None, False, *SUPPORTED.get(key, ())):
-                raise CheckpointError(f"{source}: {part}.{key}={value!r} is an architecture that clipx does not have")
+                raise CheckpointError(f"{source}: {part}.{key}={value!r} is not supported by clipx")
     state = openai_state(content, source)
     node, act = infer_node(state, source), "quick_gelu" if model.get("quick_gelu") else "gelu"
     node["image"] |= {"heads": node["image"]["width"] // model["vision_cfg"].get("head_width", 64), "act": act}
@@ -118,7 +118,7 @@ def weights_from_hugging_face(content: Mapping[str, Any], config: Mapping[str, A
         act, eps, end = keys.get("hidden_act", "quick_gelu"), keys.get("layer_norm_eps", 1e-5), keys.get("eos_token_id")
         if act not in ("quick_gelu", "gelu") or eps != 1e-5:
             raise CheckpointError(
-                f"{source}: {part} has hidden_act={act!r} and layer_norm_eps={eps}; clipx has "
+                f"{source}: {part} has hidden_act={act!r} and layer_norm_eps={eps}; clipx supports "
                 "quick_gelu or gelu, and 1e-05"
             )
         if end not in (None, 2, node["text"]["vocab"] - 1):  # 2 once stood for the highest token
@@ -173,7 +173,7 @@ def read_open_clip_cache(name: str) -> Weights:
     if bool(pretrained.get("quick_gelu")) != bool(config.get("quick_gelu")):
         right = model.removesuffix("-quickgelu") + "-quickgelu" * bool(pretrained.get("quick_gelu"))
         raise CheckpointError(
-            f"open_clip:{name}: these weights have another activation than {model}; open_clip:{right}/{tag} is right"
+            f"open_clip:{name}: these weights need another activation than {model}; use open_clip:{right}/{tag}"
         )
     config = {"model_cfg": config, "preprocess_cfg": pretrained}
     return weights_from_open_clip(read_file(file), config, f"open_clip:{name}")

@@ -86,9 +86,7 @@ def initialise(model: CLIP, init_from: str) -> str:
     state, resized = fit_positions(found.state, own)
     check_shapes(state, model, f"init_from={init_from}", remedy)
     if mismatched:
-        raise CheckpointError(
-            f"init_from={init_from} was trained as another model than this one, with the same shapes{remedy}"
-        )
+        raise CheckpointError(f"init_from={init_from} was trained with other settings of the same shapes{remedy}")
     model.load_state_dict(state)
     return f"from {init_from}{resized}"
 
@@ -114,7 +112,7 @@ def find(where: str | Path) -> Weights:
         theirs = found.preprocessing.get(key)
         close = key in ("mean", "std") and theirs is not None and np.allclose(theirs, value, atol=1e-3)
         if not close and theirs not in (None, value):
-            raise CheckpointError(f"{where} was trained on pictures prepared with {key}={theirs}; clipx has {value}")
+            raise CheckpointError(f"{where} was trained on pictures prepared with {key}={theirs}; clipx uses {value}")
     return found
 
 
@@ -231,7 +229,9 @@ def check_shapes(state: Mapping[str, Tensor], model: CLIP, where: str, remedy: s
     for key in dict.fromkeys([*own, *state]):
         theirs, ours = (describe_shape(one.get(key)) for one in (state, own))
         if theirs != ours:
-            raise CheckpointError(f"{where} does not fit: {key} is {theirs} there and {ours} in the model{remedy}")
+            raise CheckpointError(
+                f"{where} does not fit: {key} is {theirs} in the weights and {ours} in the model{remedy}"
+            )
 
 
 def describe_shape(tensor: Tensor | None) -> str:

@@ -176,7 +176,7 @@ def test_a_failed_trial_ends_no_other_and_is_reported_at_the_end(
 
     fake_runs.before = fails
     output, code = search("optim.lr=1,2,3,4", "hydra.sweeper.n_trials=12", "hydra.sweeper.sampler=random")
-    no_value = [f"optim.lr={lr}: the run gives no finite objective={TAG}" for lr in (2, 4)]
+    no_value = [f"optim.lr={lr}: the run has no finite objective={TAG}" for lr in (2, 4)]
     assert set(code.split("\n")) == {"optim.lr=3: it is too fast", *no_value}
     states = {trial.params["optim.lr"]: trial.state.name for trial in trials()}
     assert states == {"1": "COMPLETE", "2": "FAIL", "3": "FAIL", "4": "FAIL"} and len(trials()) == 12
@@ -284,7 +284,7 @@ def test_a_mistake_ends_in_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     assert fails("-m", *FEW, SPACE) == (
-        "an interval is not a list of values to run; add hydra/sweeper=optuna to search it"
+        "a sweep needs a list of values, not an interval; add hydra/sweeper=optuna to search the interval"
     )
     assert search(SPACE, "hydra.sweeper.sampler=best")[1] == "hydra.sweeper.sampler='best': should be 'tpe' or 'random'"
     assert search(SPACE, "hydra.sweeper.rungs=[30%,2ep]")[1].startswith("hydra.sweeper.rungs=[30%,2ep]: should be dura")

@@ -336,8 +336,8 @@ def test_a_batch_of_a_mix_holds_no_picture_twice(fails: Callable[..., str], make
         "evals=[]",
     )
     assert fails(*args, "batch_size=8") == (
-        "batch_size=8 is more than its smallest source gives, by data.weights, so a batch would hold a picture twice; "
-        "at most batch_size=6, or a smaller weight for that source"
+        "batch_size=8 is more than the smallest source provides with these data.weights, so a batch would hold a "
+        "picture twice; set at most batch_size=6, or a smaller weight for that source"
     )
 
 

@@ -343,5 +343,5 @@ def test_a_probe_asks_for_pictures_to_learn_from(tmp_path: Path) -> None:
     root = str(class_folders(tmp_path / "x"))
     with pytest.raises(ValueError, match=r"^sets.x.train has no value; a probe needs training pictures"):
         LinearProbe({"x": {"folder": root}})
-    with pytest.raises(ValueError, match=r"expected the classes of the test set, with other pictures$"):
+    with pytest.raises(ValueError, match=r"expected other pictures of the same classes as the test set$"):
         LinearProbe({"x": {"folder": root, "train": root}})

@@ -176,7 +176,7 @@ def test_the_best_checkpoint_is_a_third_as_large_and_nothing_is_resumed_from_it(
     best, last = (tmp_path / f"outputs/x/checkpoints/clip_{name}.pt" for name in ("best", "last"))
     assert best.stat().st_size < 0.4 * last.stat().st_size
     assert fails(*FEW, "name=y", "max_steps=2", f"resume={best}") == (
-        f"{best} has weights, but not all that resuming needs; init_from={best} starts from these weights, "
+        f"{best} has weights but no training state to resume; init_from={best} starts from these weights, "
         "name=... starts another run"
     )
     train(*FEW, "name=y", "max_steps=2", f"init_from={best}")
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_model_is_refused_even_where_it_is_allowed(
     assert "clip_last.pt holds weights of another shape (size mismatch for visual" in message
     torch.save({"model_state_dict": {}}, tmp_path / "weights.pt")
     message = fails(*FEW, "name=z", "max_steps=2", "resume=weights.pt")
-    assert message.startswith("weights.pt has weights, but not all that resuming needs")
+    assert message.startswith("weights.pt has weights but no training state to resume")
 
 
 def test_what_is_allowed_may_change_and_what_is_not_may_not(

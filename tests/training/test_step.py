@@ -234,8 +234,8 @@ def test_a_batch_that_does_not_fit_names_a_micro_batch_that_may(tmp_path: Path) 
     result = run_python("-c", code, *args, cwd=tmp_path)
     assert result.returncode == 1, result.stderr
     assert result.stderr.splitlines()[-1] == (
-        "512 samples at once do not fit into the memory of cpu; the gradient is the same with micro_batch_size=256, "
-        "and with grad_checkpoint=true"
+        "512 samples at once do not fit in the memory of cpu; set micro_batch_size=256 or grad_checkpoint=true, which "
+        "give the same gradient"
     )
     result = run_python("-c", code, *args, "micro_batch_size=16", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -226,7 +226,7 @@ def test_what_open_clip_has_cached_is_found_by_its_name(tmp_path: Path, monkeypa
     home.mkdir(parents=True)
     torch.save(model.state_dict(), home / "tiny.pt")
     assert_same_features("open_clip:tiny-quickgelu/openai", model)
-    with pytest.raises(CheckpointError, match="another activation than tiny; open_clip:tiny-quickgelu/openai is right"):
+    with pytest.raises(CheckpointError, match="another activation than tiny; use open_clip:tiny-quickgelu/openai"):
         load("open_clip:tiny/openai")
     with pytest.raises(CheckpointError, match="open_clip:tiny/none: open_clip has no such weights; tiny: openai"):
         load("open_clip:tiny/none")
@@ -237,8 +237,8 @@ def test_what_open_clip_has_cached_is_found_by_its_name(tmp_path: Path, monkeypa
     [
         ({"act": None}, "w.pt does not say its activation; add act=quick_gelu for OpenAI's weights"),
         ({"drop": "visual.proj"}, "w.pt holds another kind of model than CLIP with a Vision Transformer: 'visual.p"),
-        ({"drop": "ln_final.bias"}, "w.pt does not fit: ln_final.bias is missing there and 128 in the model"),
-        ({"add": {"logit_bias": torch.ones(())}}, "logit_bias is one number there and missing in the model"),
+        ({"drop": "ln_final.bias"}, "w.pt does not fit: ln_final.bias is missing in the weights and 128 in the model"),
+        ({"add": {"logit_bias": torch.ones(())}}, "logit_bias is one number in the weights and missing in the model"),
         ({"add": {"epoch": 3}}, "w.pt holds no state dict: expected names and tensors, or these under state_dict"),
         ({"add": {"x": argparse.Namespace()}}, "w.pt is not a checkpoint of tensors alone: it holds objects (arg"),
         ({"file": b"PK\3\4"}, "w.pt is not a checkpoint: it is cut short, or another kind of file"),
@@ -263,11 +263,11 @@ def test_what_cannot_be_loaded_is_one_line(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "pool_type": "avg"}}}, "vision_cfg.pool_type='avg' is an "),
-        ({"config": {"text_cfg": {**SIZES["text_cfg"], "no_causal_mask": True}}}, "text_cfg.no_causal_mask=True is a"),
+        ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "pool_type": "avg"}}}, "vision_cfg.pool_type='avg' is not "),
+        ({"config": {"text_cfg": {**SIZES["text_cfg"], "no_causal_mask": True}}}, "text_cfg.no_causal_mask=True is n"),
         ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "head_width": 400}}}, "model.image.heads=0 does not"),
         ({"config": {"text_cfg": {**SIZES["text_cfg"], "heads": 3}}}, "model.text.heads=3 does not divide width=12"),
-        ({"mean": [0.5, 0.5, 0.5]}, "was trained on pictures prepared with mean=[0.5, 0.5, 0.5]; clipx has (0.48"),
+        ({"mean": [0.5, 0.5, 0.5]}, "was trained on pictures prepared with mean=[0.5, 0.5, 0.5]; clipx uses (0.48"),
     ],
 )
 def test_another_architecture_of_open_clip_is_refused(tmp_path: Path, config: dict[str, object], message: str) -> None:
@@ -435,27 +435,27 @@ def test_position_embeddings_are_resized_as_open_clip_does(
     [
         (
             ["init_from=w.pt", "model.image.patch=16"],
-            "init_from=w.pt does not fit: visual.conv1.weight is 192 x 3 x 8 x 8 there and 192 x 3 x 16 x 16 in the "
-            "model; model.image.patch=8 fits",
+            "init_from=w.pt does not fit: visual.conv1.weight is 192 x 3 x 8 x 8 in the weights and 192 x 3 x 16 x 16 "
+            "in the model; model.image.patch=8 fits",
         ),
         (
             ["init_from=w.pt", "model.text.context=100"],
-            "init_from=w.pt does not fit: positional_embedding is 77 x 128 there and 100 x 128 in the model; "
+            "init_from=w.pt does not fit: positional_embedding is 77 x 128 in the weights and 100 x 128 in the model; "
             "model.text.context=77 fits",
         ),
         (
             ["init_from=w.pt", "model.text.depth=2"],
-            "init_from=w.pt does not fit: transformer.resblocks.1.ln_1.weight is missing there and 128 in the model; "
-            "model.text.depth=1 fits",
+            "init_from=w.pt does not fit: transformer.resblocks.1.ln_1.weight is missing in the weights and 128 in "
+            "the model; model.text.depth=1 fits",
         ),
         (
             ["init_from=oc", "model.image.act=gelu"],
-            "init_from=oc was trained as another model than this one, with the same shapes; model.image.act=quick_gelu "
+            "init_from=oc was trained with other settings of the same shapes; model.image.act=quick_gelu "
             "model.text.act=quick_gelu fits",
         ),
         (
             ["init_from=oc", "model.image.heads=6"],
-            "init_from=oc was trained as another model than this one, with the same shapes; model.image.heads=3 fits",
+            "init_from=oc was trained with other settings of the same shapes; model.image.heads=3 fits",
         ),
         (
             ["init_from=nan.pt"],

@@ -8,7 +8,7 @@ from clipx.data.sample import Data, DataOptions
 from clipx.data.shards import open_shards
 
 HERE = Path(__file__).parent
-THINGS = HERE / "things.txt"  # all names, one a line
+THINGS = HERE / "things.txt"  # all names, one per line
 
 
 def open_emoji(**options: Unpack[DataOptions]) -> Data:

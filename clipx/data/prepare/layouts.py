@@ -106,7 +106,7 @@ def flickr30k(src: str, karpathy: str | None = None) -> Layout:
     listings = [root / name for name in FLICKR_FILES if (root / name).is_file()]
     if not folders or not (listings or karpathy):
         raise DataError(
-            f"src={src} is not Flickr30k's layout: pictures in one of {', '.join(FLICKR_FOLDERS)}, "
+            f"src={src} does not have Flickr30k's layout: pictures in one of {', '.join(FLICKR_FOLDERS)}, "
             f"captions in one of {', '.join(FLICKR_FILES)}"
         )
     if karpathy:
@@ -208,7 +208,7 @@ def match_lines(path: Path, pattern: re.Pattern[str], meant: str, header: str = 
             elif not line.startswith(header):
                 unmatched.append(line)
     if not found:
-        raise DataError(f"{path} has no line {meant}; its first line is {(unmatched or [''])[0][:60]!r}")
+        raise DataError(f"{path} has no line of the form {meant}; its first line is {(unmatched or [''])[0][:60]!r}")
     if unmatched:
         logger.warning("%s: %d lines are not %s and are left out: %r", path, len(unmatched), meant, unmatched[0])
     return found

@@ -114,7 +114,9 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(refused: Callable[..., st
     assert refused(*args, "out=o", f"source.karpathy={coco}/annotations/captions_val2017.json").endswith(
         "captions_val2017.json is not the published json: KeyError 'filename'"
     )
-    assert refused("source=flickr30k", f"src={coco}", "out=o").startswith(f"src={coco} is not Flickr30k's layout: ")
+    assert refused("source=flickr30k", f"src={coco}", "out=o").startswith(
+        f"src={coco} does not have Flickr30k's layout: "
+    )
     assert refused("source=folder", f"src={coco}", "out=o").startswith(f"{coco} has neither images/ and captions.txt ")
     assert refused("source=cc3m", f"src={coco}", "out=o").startswith(f"src={coco} has neither Train_GCC-training.tsv ")
     assert refused("source=cc3m", "src=x", "source.timeout=0") == "source.timeout=0: should be greater than 0"
@@ -546,7 +548,7 @@ def test_every_bad_sample_is_listed_with_its_place_and_reason(
         caplog.clear()
         caplog.set_level(logging.INFO, logger="clipx")
         assert refused("source=shards", "src=s", "verify=true", *args) == (
-            "training would fail on d.tar, e.tar, 2 of 5 files; pack the incomplete tars again, or move them out of s"
+            "training would fail on 2 of 5 files (d.tar, e.tar); pack the incomplete tars again, or move them out of s"
         )
         listing = tmp_path / ("out" if args else "s") / "bad.jsonl"
         bad = [json.loads(line) for line in listing.read_text().splitlines()]
