@@ -1,7 +1,12 @@
 """Optimisers, and which parameters decay."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import nn
+
+from clipx.errors import UserError
 
 
 def adamw(
@@ -12,23 +17,48 @@ def adamw(
     weight_decay: float = 0.2,
     image_lr_scale: float = 1.0,
     text_lr_scale: float = 1.0,
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0,
 ) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters; gains, biases and scalars (one dimension or none) do not decay.
 
-    Each group stores ``peak_lr``, which the schedule multiplies: ``lr`` times the scale of its tower; the first group's
-    is ``lr``.  The defaults are the paper's.
+    Each group stores ``peak_lr``, which the schedule multiplies: ``lr`` times the scale of its tower, and times
+    ``layer_decay`` for each stage between its parameters and the tower's output; the first group's is ``lr``.  The
+    defaults are the paper's.
 
-    Source: Radford et al. 2021, table 18 and section 2.5 (arXiv 2103.00020).
+    Raises:
+        UserError: ``layer_decay`` is set for a tower without ``stages``.
+
+    Source: Radford et al. 2021, table 18 and section 2.5 (arXiv 2103.00020); layer-wise decay: Clark et al. 2020,
+    section 3.2 (arXiv 2003.10555).
     """
-    scales = {"visual": image_lr_scale, "text": text_lr_scale}
-    trained = [(scales.get(name.partition(".")[0], 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
+    scales = {
+        **tower_scales(model, "visual", image_lr_scale, layer_decay),
+        **tower_scales(model, "text", text_lr_scale, layer_decay),
+    }
+    trained = [(scales.get(p, 1.0), p) for p in model.parameters() if p.requires_grad]
     groups = [
         {
             "params": [p for own, p in trained if own == scale and (p.ndim >= 2) == decays],
             "weight_decay": weight_decay if decays else 0.0,
             "peak_lr": lr * scale,
         }
-        for scale in dict.fromkeys([1.0, *scales.values()])
+        for scale in dict.fromkeys([1.0, image_lr_scale, text_lr_scale, *(own for own, _ in trained)])
         for decays in (True, False)
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def tower_scales(model: nn.Module, name: str, scale: float, layer_decay: float) -> dict[nn.Parameter, float]:
+    """What multiplies the learning rate of each parameter of a tower, if the model has it."""
+    tower = getattr(model, name, None)
+    if tower is None:
+        return {}
+    if layer_decay == 1:
+        return dict.fromkeys(tower.parameters(), scale)
+    if not hasattr(tower, "stages"):
+        raise UserError(f"optim.layer_decay={layer_decay}: {type(tower).__name__} has no stages; leave it out")
+    return {
+        parameter: scale * layer_decay**above
+        for above, stage in enumerate(reversed(tower.stages()))
+        for parameter in stage
+    }

@@ -31,6 +31,7 @@ class TrainConfig(ComposedConfig):
     name: str | None
     init_from: str | None
     freeze: list[Literal["image", "text"]]
+    unlock: dict[Literal["image", "text"], NonNegativeInt]
     epochs: PositiveFloat
     max_steps: PositiveInt | None
     stop_at: Duration | None

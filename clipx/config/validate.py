@@ -98,6 +98,10 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         converted = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:
         found = error.errors()
+        names = {detail["loc"][0] for detail in found if detail["loc"]}
+        if isinstance(value, dict) and len(names) == 1 and names <= value.keys():  # one entry is wrong: name it
+            (name,) = names
+            key, value = f"{key}.{name}", value[name]
         if found[-1]["type"] == "missing" and isinstance(found[-1]["loc"][-1], int):  # of a tuple
             raise ConfigError(f"{key}={value!r}: should have {found[-1]['loc'][-1] + 1} values") from error
         reasons = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in found)

@@ -4,6 +4,7 @@ Shape letters, used throughout: B batch, L tokens, T tokens of a whole batch, D 
 N images, M texts, S pixels.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -162,3 +163,18 @@ class Transformer(nn.Module):
             else:
                 x = block(x, packed, last)
         return x
+
+
+def split_stages(tower: nn.Module, head: Sequence[str]) -> list[list[nn.Parameter]]:
+    """Split the parameters of a tower with a ``transformer``: what comes before it, each block, and the head.
+
+    Args:
+        head: names of the modules and parameters after the blocks.
+    """
+    by_part: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in tower.named_parameters():
+        first, *rest = name.split(".")
+        part = "head" if first in head else f"block {rest[1]}" if first == "transformer" else "embeddings"
+        by_part.setdefault(part, []).append(parameter)
+    blocks = [by_part[part] for part in by_part if part.startswith("block")]
+    return [by_part["embeddings"], *blocks, by_part["head"]]

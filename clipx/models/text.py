@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from clipx.models.layers import Act, Block, Transformer
+from clipx.models.layers import Act, Block, Transformer, split_stages
 from clipx.models.packed import Packed, pack, unpad
 
 VOCABULARY = 49_408  # token ids of the tokenizer, 0 to END
@@ -60,6 +60,10 @@ class TextEncoder(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
         nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def stages(self) -> list[list[nn.Parameter]]:
+        """The parameters from input to output: embeddings, each block, projection."""
+        return split_stages(self, head=("ln_final", "text_projection"))
 
     def forward(self, tokens: Tensor | Packed) -> Tensor:
         packed = tokens if isinstance(tokens, Packed) else pack(unpad(tokens))

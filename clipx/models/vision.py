@@ -5,7 +5,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from clipx.models.kernels import embed_patches
-from clipx.models.layers import Act, Transformer
+from clipx.models.layers import Act, Transformer, split_stages
 
 
 class ImageEncoder(nn.Module):
@@ -45,6 +45,10 @@ class ImageEncoder(nn.Module):
         self.transformer = Transformer(width, depth, heads, causal=False, act=act)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed))
+
+    def stages(self) -> list[list[nn.Parameter]]:
+        """The parameters from input to output: embeddings, each block, projection."""
+        return split_stages(self, head=("ln_post", "proj"))
 
     def forward(self, image: Tensor) -> Tensor:
         x = embed_patches(image, self.conv1.weight)  # (B, L-1, D), row by row

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from itertools import chain
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,6 +24,8 @@ from clipx.data.sample import Data
 from clipx.errors import UserError
 from clipx.evals.validation import Evaluation, LabelledEvaluation
 from clipx.models.clip import CLIP
+from clipx.models.text import TextEncoder
+from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.compile import compile_model
 from clipx.training.loop import State
@@ -51,10 +55,31 @@ def initial_state(config: TrainConfig, device: torch.device) -> State:
     torch.manual_seed(config.seed)
     model = build(config.model, "model", config.trust).to(device)
     model.set_grad_checkpoint(config.grad_checkpoint)
-    for tower in config.freeze:
-        {"image": model.visual, "text": model.text}[tower].requires_grad_(False)
+    freeze(model, config)
     optimizer = build(config.optim, "optim", config.trust)(model)
     return State(model, optimizer, GradScaler(device.type, LOSS_SCALE[config.amp]))
+
+
+def freeze(model: CLIP, config: TrainConfig) -> None:
+    """Freeze towers, but for their last blocks and projection if ``unlock`` has them trained.
+
+    Raises:
+        UserError: ``unlock`` has no effect, or a tower has fewer blocks.
+    """
+    towers: dict[Literal["image", "text"], ImageEncoder | TextEncoder] = {"image": model.visual, "text": model.text}
+    for name, tower in towers.items():
+        frozen, last = name in config.freeze, config.unlock[name]
+        if last and not frozen:
+            raise UserError(f"unlock.{name}={last} has no effect on a tower that is trained; add freeze=[{name}]")
+        if frozen:
+            tower.requires_grad_(False)
+        if last:
+            stages = tower.stages() if hasattr(tower, "stages") else []
+            if last > len(stages) - 2:
+                blocks = max(0, len(stages) - 2)
+                raise UserError(f"unlock.{name}={last}: the tower has {blocks} blocks; give at most {blocks}")
+            for parameter in chain(*stages[-1 - last :]):
+                parameter.requires_grad_(True)
 
 
 def build_forward(config: TrainConfig, model: CLIP) -> Forward:

@@ -122,7 +122,7 @@ def complete(tmp_path: Path) -> Callable[[str], list[str]]:
     [
         ("clipx-train model=vit_l", ["model=vit_l14", "model=vit_l14_336", "model=vit_l16"]),
         ("clipx-train data=folder data.roo", ["data.root="]),
-        ("clipx-train config=x.yaml data.root='/a b'=c optim.l", ["optim.lr="]),
+        ("clipx-train config=x.yaml data.root='/a b'=c optim.lr", ["optim.lr="]),
         ("clipx-prepare source=c", ["source=cc3m", "source=coco", "source=csv"]),
     ],
 )
