@@ -163,7 +163,7 @@ def test_a_page_may_be_read_in_part(command: str, tmp_path: Path) -> None:
     assert result.stderr == "" and result.returncode == 0
 
 
-@pytest.mark.parametrize("closed", ["2>&1 | true", ">&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&1 | true", pytest.param(">&- 2>&-", marks=pytest.mark.long)])
 def test_a_closed_console_does_not_end_a_run(closed: str, tmp_path: Path) -> None:
     result = shell(f"$PY -m clipx.train {' '.join(SHORT)} name=x {closed}", tmp_path)
     assert result.returncode == 0, result.stderr

@@ -167,7 +167,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("ddp", [False, True])
+@pytest.mark.parametrize("ddp", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_model_is_compiled_once_for_thirty_numbers_of_tokens(ddp: bool, one_rank: None) -> None:
     """Uses a backend that does not compile, as only the number of graphs matters."""
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 import transformers
-from conftest import FEW, run_ranks
+from conftest import FEW, merge_args, run_ranks
 from gradients import CPU, Double, assert_close, chunks_of
 from open_clip.model import resize_pos_embed
 from peers import PIXELS, SIZES, padded, peer, perturb, real_batch
@@ -30,7 +30,16 @@ from clipx.weights.archive import CheckpointError
 from clipx.weights.convert import to_hugging_face
 from clipx.weights.load import initialise, model_node
 
-ONE_STEP = (*FEW, "evals=[]", "max_steps=1", "optim.lr=0.01", "sched.warmup=0", "name=x")
+ONE_STEP = (
+    *FEW,
+    "model.text.width=128",
+    "model.text.heads=2",
+    "evals=[]",
+    "max_steps=1",
+    "optim.lr=0.01",
+    "sched.warmup=0",
+    "name=x",
+)
 
 
 def assert_same_features(path: object, other: nn.Module, act: str | None = None, size: int = 32) -> CLIP:
@@ -486,7 +495,7 @@ def test_check_reports_weights_that_do_not_fit(
 
     monkeypatch.chdir(tmp_path)
     torch.save(peer().state_dict(), "w.pt")
-    monkeypatch.setattr("sys.argv", ["clipx.check", *ONE_STEP, "init_from=w.pt", "model.image.patch=16"])
+    monkeypatch.setattr("sys.argv", ["clipx.check", *merge_args(*ONE_STEP), "init_from=w.pt", "model.image.patch=16"])
     with pytest.raises(SystemExit):
         main()
     assert "WRONG run       init_from=w.pt does not fit" in capsys.readouterr().err
