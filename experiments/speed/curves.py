@@ -20,6 +20,7 @@ from clipx.sched import warmup_cosine
 from clipx.tools.measure import load_batches
 from clipx.training.loop import State, StepOutput, fit
 from clipx.training.parts import initial_state
+from clipx.training.step import PixelModel
 
 
 def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
@@ -35,7 +36,8 @@ def losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
     def record(_state: State, output: StepOutput) -> None:
         ours.append(output.loss.item())
 
-    fit(state, state.model, clip_loss, iter(batches), None, lambda step: step >= steps, multiplier, None, None, record)
+    forward = PixelModel(state.model)
+    fit(state, forward, clip_loss, iter(batches), None, lambda step: step >= steps, multiplier, None, None, record)
     theirs = []
     for step, chunks in enumerate(batches):
         for group in optimizer.param_groups:

@@ -34,7 +34,7 @@ from clipx.tools.measure import StepBenchmark, make_reader
 from clipx.training.batch import split_micro_batches
 from clipx.training.memory import keep_freed_memory
 from clipx.training.parts import initial_state
-from clipx.training.step import MicroBatchEncoder, backward
+from clipx.training.step import MicroBatchEncoder, PixelModel, backward
 
 SMALL = ["model=small", "model.image.size=64", "data=dummy", "data.size=64", "data.samples=8192", "workers=0"]
 CPU = torch.device("cpu")
@@ -102,7 +102,8 @@ def rank_step(rank: int, world: int, batch: int, store: str) -> None:
     config = config_of()
     state, share, seconds = initial_state(config, CPU), batch // world, []
     chunk = make_reader(config).chunk(range(rank * share, (rank + 1) * share))
-    encoder = MicroBatchEncoder(DistributedDataParallel(state.model) if world > 1 else state.model, CPU, None)
+    forward = PixelModel(state.model)
+    encoder = MicroBatchEncoder(DistributedDataParallel(forward) if world > 1 else forward, CPU, None)
     for _ in range(5):
         dist.barrier()
         start = time.perf_counter()
