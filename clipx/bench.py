@@ -23,7 +23,7 @@ def bench(composed: DictConfig, directory: Path) -> None:
         UserError: the config or the data is wrong.
     """
     keys, config = split_config(composed)
-    from clipx.numerics import numerics  # imports torch
+    from clipx.models.numerics import numerics  # imports torch
     from clipx.tools.bench import bench_loader, bench_step, report_bound
 
     results: dict[str, Any] = {}

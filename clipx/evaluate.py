@@ -25,7 +25,7 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
     for run in expand_runs(values["run"]):
         check_exists("run", run)
     config = check_nodes(values, EvaluateConfig)
-    from clipx.numerics import numerics  # imports torch
+    from clipx.models.numerics import numerics  # imports torch
     from clipx.tools.score import score
 
     try:

@@ -34,7 +34,7 @@ def train(composed: DictConfig, directory: Path) -> float | None:
     config = check_nodes(values, TrainConfig)
     for tag in filter(None, (config.best, config.objective)):
         mode_of(tag, config.mode)
-    from clipx.numerics import numerics  # imports torch: errors in the config and --help do not wait for it
+    from clipx.models.numerics import numerics  # imports torch: errors in the config and --help do not wait for it
     from clipx.training import run as training
 
     with numerics(config.matmul_precision, config.deterministic):

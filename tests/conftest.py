@@ -44,6 +44,13 @@ FEW = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked ``cuda`` where there is no CUDA device."""
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def merge_args(*args: str) -> list[str]:
     """Keep only the last argument for each key, so that tests can override shared arguments."""
     return list({arg.partition("=")[0] if "=" in arg else number: arg for number, arg in enumerate(args)}.values())

@@ -75,8 +75,8 @@ def freeze(model: CLIP, config: TrainConfig) -> None:
             tower.requires_grad_(False)
         if last:
             stages = tower.stages() if hasattr(tower, "stages") else []
-            if last > len(stages) - 2:
-                blocks = max(0, len(stages) - 2)
+            blocks = max(0, len(stages) - 2)
+            if last > blocks:
                 raise UserError(f"unlock.{name}={last}: the tower has {blocks} blocks; give at most {blocks}")
             for parameter in chain(*stages[-1 - last :]):
                 parameter.requires_grad_(True)

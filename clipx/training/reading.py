@@ -67,5 +67,5 @@ def to_host(x: Tensor) -> Tensor:
 
 
 def record_event(x: Tensor) -> torch.cuda.Event | None:
-    """An event behind all work queued on the device of ``x``, if it is a GPU."""
+    """An event that follows all work queued on the device of ``x``, if it is a GPU."""
     return torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None

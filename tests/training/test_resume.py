@@ -548,7 +548,6 @@ def test_deterministic_runs_resume_to_the_bit_and_are_those_of_a_cpu_anyway(trai
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_deterministic_runs_on_a_gpu_resume_to_the_bit(amp: str, train: Train, tmp_path: Path) -> None:
     args = [*FEW, "device=cuda", "deterministic=true", f"amp={amp}", "max_steps=20"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from clipx.numerics import numerics
+from clipx.models.numerics import numerics
 
 
 def settings() -> dict[str, Any]:
