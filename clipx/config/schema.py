@@ -30,6 +30,7 @@ class TrainConfig(ComposedConfig):
     evals: dict[str, dict[str, Any]]
     name: str | None
     init_from: str | None
+    init_positions: Literal["stretch", "new"]
     freeze: list[Literal["image", "text"]]
     unlock: dict[Literal["image", "text"], NonNegativeInt]
     epochs: PositiveFloat

@@ -96,7 +96,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
             with report.part("run") as log:
                 restored = restore(state, config, directory, identify(config, data, plan))
                 if config.init_from and not restored:
-                    log([Finding("ok", f"starts {initialise(state.model, config.init_from)}")])
+                    log([Finding("ok", f"starts {initialise(state.model, config.init_from, config.init_positions)}")])
                 log(check_progress(directory, state, length))
         with report.part("samples") as log:
             reader = train_reader(config, data, plan, state.model)

@@ -114,7 +114,7 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> float
     config, directory = parts.config, parts.directory
     state, length = initial_state(config, parts.device), parts.identity.steps
     found = restore(state, config, directory, parts.identity)
-    origin = initialise(state.model, config.init_from) if config.init_from and not found else ""
+    origin = initialise(state.model, config.init_from, config.init_positions) if config.init_from and not found else ""
     logged = state.samples if found else -1  # a new run drops all earlier logs
     if state.step >= length:
         check_effect(state, directory)

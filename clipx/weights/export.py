@@ -105,6 +105,7 @@ def check(model: CLIP, encode: Callable[..., PeerOutput], out: Path) -> None:
         raise UserError(f"{different[0]} differs when it is read back; nothing is exported")
     samples = [open_emoji().train.read(number) for number in range(NUM_PROBES)]
     pictures, captions = [decode(sample.picture) for sample in samples], [sample.captions[-1] for sample in samples]
+    captions[-1] = " ".join([captions[-1]] * model.text.context)  # both cut it to the context
     transform, tokenizer = get_image_transform(model.visual.size), SimpleTokenizer(model.text.context)
     pixels = torch.stack([transform(picture) for picture in pictures])
     with torch.no_grad():

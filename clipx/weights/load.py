@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -23,9 +22,9 @@ from clipx.weights.archive import CheckpointError, read_file
 from clipx.weights.checkpoint import best_or_last, verify
 from clipx.weights.convert import TOWERS, Node, infer_node
 from clipx.weights.foreign import HUGGING_FACE, OPEN_CLIP, Weights
+from clipx.weights.positions import Beyond, fit_positions
 
 HEADS = {1280: 16}  # by width, for weights that do not say; other heads are 64 wide
-IMAGE_POSITIONS, TEXT_POSITIONS = "visual.positional_embedding", "positional_embedding"
 PREPROCESSING: dict[str, Any] = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
@@ -67,12 +66,13 @@ def load(
     return model.to(device).eval(), get_image_transform(model.visual.size), SimpleTokenizer(model.text.context)
 
 
-def initialise(model: CLIP, init_from: str) -> str:
+def initialise(model: CLIP, init_from: str, beyond: Beyond = "stretch") -> str:
     """Initialise a model from weights.
 
     Args:
-        model: may have another picture size than the weights, or a shorter context.
+        model: may have another picture size or another context than the weights.
         init_from: as in ``load``.
+        beyond: positions of captions beyond the context of the weights, as in ``fit_positions``.
 
     Returns:
         A description for the log: where the weights come from, and what was resized.
@@ -83,7 +83,7 @@ def initialise(model: CLIP, init_from: str) -> str:
     found, own = find(init_from), model.state_dict()
     mismatched = mismatched_keys(found.node, model)
     remedy = f"; {' '.join(mismatched)} fits" if mismatched else ""
-    state, resized = fit_positions(found.state, own)
+    state, resized = fit_positions(found.state, own, beyond)
     check_shapes(state, model, f"init_from={init_from}", remedy)
     if mismatched:
         raise CheckpointError(f"init_from={init_from} was trained with other settings of the same shapes{remedy}")
@@ -188,35 +188,9 @@ def mismatched_keys(theirs: Any, model: CLIP) -> list[str]:
     ours, found = model_node(model), []
     for name, tower in own_towers(theirs).items():
         for key, value in ours[name].items():
-            resizes = key == "size" or (key == "context" and tower.get(key, value) > value)
-            if tower.get(key, value) != value and not resizes:
+            if tower.get(key, value) != value and key not in ("size", "context"):
                 found.append(f"model.{name}.{key}={tower[key]}")
     return found
-
-
-def fit_positions(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Fit the position embeddings to ``own``: interpolate those of pictures, truncate those of captions.
-
-    Returns:
-        The state dict, and a description of what was resized.
-    """
-    state, description = dict(state), ""
-    if not state.keys() >= {IMAGE_POSITIONS, TEXT_POSITIONS} <= own.keys():
-        return state, description
-    image, text = state[IMAGE_POSITIONS], state[TEXT_POSITIONS]
-    if len(image) != len(own[IMAGE_POSITIONS]):
-        first, grid = image.split([1, len(image) - 1])  # (1, D), (L-1, D)
-        before, after = (round((len(one[IMAGE_POSITIONS]) - 1) ** 0.5) for one in (state, own))
-        grid = grid.T.reshape(1, -1, before, before)  # (1, D, S, S)
-        grid = F.interpolate(grid, (after, after), mode="bicubic", antialias=True, align_corners=False)
-        state[IMAGE_POSITIONS] = torch.cat([first, grid.flatten(2)[0].T])
-        description += (
-            f"; position embeddings of pictures resized from {before} x {before} to {after} x {after} patches"
-        )
-    if len(text) > (context := len(own[TEXT_POSITIONS])):
-        state[TEXT_POSITIONS] = text[:context]
-        description += f"; those of captions truncated from {len(text)} to {context} tokens"
-    return state, description
 
 
 def check_shapes(state: Mapping[str, Tensor], model: CLIP, where: str, remedy: str = "") -> None:
