@@ -190,8 +190,10 @@ def assert_same_state(a: Path, b: Path) -> None:
     parts = ["model_state_dict", "optimizer", "scaler", "step", "samples", "rng", "skipped", "plan"]
     for part in [*parts, "best"] if evaluated_steps(a) == evaluated_steps(b) else parts:
         assert str(one[part]) == str(two[part]), part
-    for name, tensor in one["model_state_dict"].items():
-        assert torch.equal(tensor, two["model_state_dict"][name]), name
+    assert one.keys() == two.keys()
+    for part in one.keys() & {"model_state_dict", "ema_state_dict"}:
+        for name, tensor in one[part].items():
+            assert torch.equal(tensor, two[part][name]), (part, name)
     for number, moments in one["optimizer"]["state"].items():
         assert all(torch.equal(tensor, two["optimizer"]["state"][number][name]) for name, tensor in moments.items())
 

@@ -20,6 +20,7 @@ from clipx.config.schema import TrainConfig
 from clipx.data.shards import open_shards
 from clipx.devices import autocast_dtype
 from clipx.tools import machine
+from clipx.training.memory import num_moments
 from clipx.training.parts import initial_state
 
 Check = Callable[..., tuple[str, int]]
@@ -333,9 +334,9 @@ def test_a_step_takes_the_predicted_memory() -> None:
 def test_the_optimisers_moments_are_counted_and_nothing_changes() -> None:
     state = initial_state(compose_config(*MADE_UP), torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    assert machine.num_moments(state.optimizer) == 2 and not state.optimizer.state
+    assert num_moments(state.optimizer) == 2 and not state.optimizer.state
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
-    assert machine.num_moments(torch.optim.SGD(state.model.parameters(), lr=1.0)) == 0
+    assert num_moments(torch.optim.SGD(state.model.parameters(), lr=1.0)) == 0
 
 
 def test_help_needs_no_torch_and_every_job_of_a_sweep_is_checked(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class TrainConfig(ComposedConfig):
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None
     clip_norm: PositiveFloat | None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None
     amp: Literal["none", "bf16", "fp16", "auto"]
     matmul_precision: Literal["highest", "high"]
     deterministic: bool

@@ -19,6 +19,7 @@ from clipx.data.loader import MAX_CHUNK
 from clipx.devices import autocast_dtype, available_cores, has_bf16, select_workers
 from clipx.models.clip import CLIP
 from clipx.training.loop import State
+from clipx.training.memory import num_moments, trained_bytes
 from clipx.weights.checkpoint import size_on_disk
 
 SHARED_MEMORY = Path("/dev/shm")  # workers pass their chunks through it
@@ -65,7 +66,7 @@ def check_memory(config: TrainConfig, state: State, tokens: int, device: torch.d
     """Compare the memory of a training step's tensors with the free memory."""
     loss_fn = build(config.loss, "loss", config.trust)
     kept = activations(state.model, loss_fn, autocast_dtype(config.amp), tokens, config.grad_checkpoint)
-    gradients, size = trained_bytes(state), min(config.batch_size, config.micro_batch_size or config.batch_size)
+    gradients, size = trained_bytes(state.model), min(config.batch_size, config.micro_batch_size or config.batch_size)
     fixed = parameter_bytes(state) + gradients * (1 + num_moments(state.optimizer))
     message = (
         f"about {format_bytes(fixed + kept(size))}: {format_bytes(fixed)} for parameters, gradients and "
@@ -94,9 +95,9 @@ def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
             f"{home.absolute()} is not writable, so {directory} cannot be made; start the run from a directory that is",
         )
         return
-    size = parameter_bytes(state) + num_moments(state.optimizer) * trained_bytes(state)
+    size = parameter_bytes(state) + num_moments(state.optimizer) * trained_bytes(state.model)
     existing = size_on_disk(directory / "checkpoints")
-    best = parameter_bytes(state)
+    best = sum(p.nbytes for p in state.model.parameters())
     need, free = (FULL_CHECKPOINTS + kept) * size + best - existing, shutil.disk_usage(home).free
     message = (
         f"{FULL_CHECKPOINTS + kept} checkpoints of {format_bytes(size)} and the best of {format_bytes(best)}; "
@@ -113,23 +114,9 @@ def format_bytes(count: float) -> str:
 
 
 def parameter_bytes(state: State) -> int:
-    return sum(p.nbytes for p in state.model.parameters())
-
-
-def trained_bytes(state: State) -> int:
-    """Bytes of the parameters that are not frozen."""
-    return sum(p.nbytes for p in state.model.parameters() if p.requires_grad)
-
-
-def num_moments(optimizer: torch.optim.Optimizer) -> int:
-    """Number of state tensors per parameter, found by stepping the smallest matrix alone."""
-    p = min((p for group in optimizer.param_groups for p in group["params"]), key=lambda p: (p.ndim < 2, p.numel()))
-    before, p.grad = p.detach().clone(), torch.zeros_like(p)
-    optimizer.step()
-    kept = [value for value in optimizer.state.pop(p, {}).values() if getattr(value, "shape", None) == p.shape]
-    p.detach().copy_(before)
-    p.grad = None
-    return len(kept)
+    """Bytes of the model, and of the average of its weights if the run keeps one."""
+    copies = (state.model,) if state.average.averaged is None else (state.model, state.average.averaged)
+    return sum(p.nbytes for model in copies for p in model.parameters())
 
 
 def activations(

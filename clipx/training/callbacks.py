@@ -228,7 +228,7 @@ class Callbacks:
 
     def evaluate(self, state: State) -> list[str]:
         """Evaluate the model; return ["best"] if it is the best so far."""
-        metrics = self.validation(state.model, state.step, self.run_log)
+        metrics = self.validation(state.average.model, state.step, self.run_log)
         self.run_log.skipped([{"samples": state.samples, **record} for record in self.validation.skipped])
         self.last_evaluated, self.eval_due = state.step, False
         if metrics:

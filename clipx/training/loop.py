@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from clipx.data.loader import skip_left_out
 from clipx.data.readers import Chunk, Skipped
 from clipx.models.clip import CLIP
 from clipx.models.packed import grid_edges
+from clipx.training.average import WeightAverage
 from clipx.training.batch import split_micro_batches
 from clipx.training.compile import is_compiled
 from clipx.training.memory import explain_oom
@@ -27,6 +28,8 @@ class State:
     model: CLIP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    ema: InitVar[float | None] = None  # decay of the average
+    average: WeightAverage = field(init=False)  # what is evaluated: the averaged weights, or the model's own
     step: int = 0  # optimiser steps attempted
     samples: int = 0  # position in the plan where the next batch starts
     best: dict[str, Any] = field(default_factory=dict)  # of the objective: value, step
@@ -35,6 +38,9 @@ class State:
     left_out: list[range] = field(default_factory=list)  # positions to skip, in ascending order
     seconds: float = 0.0  # duration of the run up to the last checkpoint
     resumed_from: str = ""  # checksum of the checkpoint that resume=PATH named
+
+    def __post_init__(self, ema: float | None) -> None:
+        self.average = WeightAverage(self.model, ema)
 
     def advance(self, samples: int) -> None:
         self.step += 1
@@ -60,10 +66,12 @@ class State:
             "left_out": [[span.start, span.stop] for span in self.left_out],
             "seconds": self.seconds,
             "resumed_from": self.resumed_from,
+            **self.average.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model_state_dict"])
+        self.average.load_state_dict(saved)
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, rates in zip(self.optimizer.param_groups, own, strict=True):
@@ -154,7 +162,7 @@ class GradientNorms(NamedTuple):
 
 
 def step_optimizer(state: State, clip_norm: float | None, amp: torch.dtype | None) -> GradientNorms:
-    """Clip the gradient, step the optimiser, clamp the temperature.  Arguments as in ``fit``."""
+    """Clip the gradient, step the optimiser, clamp the temperature, average the weights.  Arguments as in ``fit``."""
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     scaler.unscale_(optimizer)
     norms = gradient_norms(model)
@@ -164,6 +172,7 @@ def step_optimizer(state: State, clip_norm: float | None, amp: torch.dtype | Non
     scaler.update(None if amp is torch.float16 else 1.0)  # only fp16 adapts its loss scale
     optimizer.zero_grad(set_to_none=True)
     model.clamp_scale()
+    state.average.update()
     return norms
 
 

@@ -1,13 +1,16 @@
-"""Memory: peak usage, out-of-memory errors, malloc settings."""
+"""Memory: peak usage, the optimiser's share, out-of-memory errors, malloc settings."""
 
+import copy
 import ctypes
 import platform
 import resource
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from clipx.errors import UserError
 
@@ -50,6 +53,26 @@ def peak_memory(device: torch.device) -> float:
     """Peak memory so far, in 1e9 bytes: of tensors on a GPU, else of this process."""
     found = peak_memory_by_tag(device)
     return found.get("train/device_memory_gb", found["train/host_memory_gb"])
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that are not frozen."""
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def num_moments(optimizer: torch.optim.Optimizer) -> int:
+    """Number of tensors that an optimiser keeps for each parameter, found by a step of a copy on a single matrix."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    smallest = min(parameters, key=lambda p: (p.ndim < 2, p.numel()))
+    probed = nn.Parameter(torch.zeros_like(smallest))
+    probed.grad = torch.zeros_like(probed)
+    kept = {id(p): p for p in parameters}  # not copied
+    replaced = {id(smallest): probed, id(optimizer.state): defaultdict(dict)}
+    probe = copy.deepcopy(optimizer, {**kept, **replaced})
+    for group in probe.param_groups:
+        group["params"] = [p for p in group["params"] if p is probed]
+    probe.step()
+    return sum(getattr(value, "shape", None) == probed.shape for value in probe.state[probed].values())
 
 
 def keep_freed_memory() -> None:

@@ -57,7 +57,7 @@ def initial_state(config: TrainConfig, device: torch.device) -> State:
     model.set_grad_checkpoint(config.grad_checkpoint)
     freeze(model, config)
     optimizer = build(config.optim, "optim", config.trust)(model)
-    return State(model, optimizer, GradScaler(device.type, LOSS_SCALE[config.amp]))
+    return State(model, optimizer, GradScaler(device.type, LOSS_SCALE[config.amp]), config.ema)
 
 
 def freeze(model: CLIP, config: TrainConfig) -> None:

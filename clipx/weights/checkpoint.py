@@ -21,6 +21,7 @@ from clipx.distributed import rank
 from clipx.weights.archive import CheckpointError, read_file
 
 FORMAT = 2  # of what a run needs to resume
+ONLY_TO_RESUME = {"optimizer", "ema_state_dict", "ema_updates"}  # not part of clip_best.pt
 
 
 def save(path: Path, content: Mapping[str, Any], backup: Path | None = None, links: Sequence[Path] = ()) -> None:
@@ -133,7 +134,8 @@ class AsyncSaver:
     def write(self, content: Mapping[str, Any], kinds: Sequence[str]) -> None:
         paths = {kind: self.directory / f"clip_{kind}.pt" for kind in kinds}
         if best := paths.pop("best", None):
-            save(best, {key: value for key, value in content.items() if key != "optimizer"})  # a third of the bytes
+            kept = {key: value for key, value in content.items() if key not in ONLY_TO_RESUME}  # a third of the bytes
+            save(best, {**kept, "model_state_dict": final_weights(content)})
         if paths:
             backup = self.directory / "clip_previous.pt" if "last" in paths and self.previous else None
             path, *links = paths.values()
@@ -154,6 +156,12 @@ class AsyncSaver:
         """Raise the error of a failed save, without waiting."""
         if self.job and self.job.done():
             self.wait()
+
+
+def final_weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights that a checkpoint of a run is evaluated with: their moving average (``ema``), if it has one."""
+    weights: dict[str, Tensor] = content.get("ema_state_dict") or content["model_state_dict"]
+    return weights
 
 
 def size_on_disk(checkpoints: Path) -> int:

@@ -19,7 +19,7 @@ from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
 from clipx.weights import foreign
 from clipx.weights.archive import CheckpointError, read_file
-from clipx.weights.checkpoint import best_or_last, verify
+from clipx.weights.checkpoint import best_or_last, final_weights, verify
 from clipx.weights.convert import TOWERS, Node, infer_node
 from clipx.weights.foreign import HUGGING_FACE, OPEN_CLIP, Weights
 from clipx.weights.positions import Beyond, fit_positions
@@ -129,7 +129,7 @@ def weights_from_clipx(content: dict[str, Any], path: Path) -> Weights:
     for name, tower in own_towers(node).items():
         tower.setdefault("act", "quick_gelu")  # old checkpoints do not say it
         tower.setdefault("heads", {"image": 12, "text": 8}[name])  # defaults of the towers
-    return Weights(content["model_state_dict"], node, {})
+    return Weights(final_weights(content), node, {})
 
 
 def check_finite(state: Mapping[str, Tensor], source: object) -> None:
