@@ -6,8 +6,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from clipx.errors import UserError
-
 
 def adamw(
     model: nn.Module,
@@ -55,8 +53,6 @@ def tower_scales(model: nn.Module, name: str, scale: float, layer_decay: float) 
         return {}
     if layer_decay == 1:
         return dict.fromkeys(tower.parameters(), scale)
-    if not hasattr(tower, "stages"):
-        raise UserError(f"optim.layer_decay={layer_decay}: {type(tower).__name__} has no stages; leave it out")
     return {
         parameter: scale * layer_decay**above
         for above, stage in enumerate(reversed(tower.stages()))

@@ -6,7 +6,7 @@ from functools import cache, cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,23 @@ class Tokens(NamedTuple):
 
     ids: Tensor  # (T,) int64, caption after caption
     lengths: Tensor  # (B,) int64, tokens of each caption, including start and end
+
+
+class Tokenizer(Protocol):
+    """Captions to token ids; picklable, for the workers of the loader."""
+
+    @property
+    def context(self) -> int:
+        """Maximum number of tokens, including start and end."""
+
+    def __call__(self, captions: str | Sequence[str]) -> Tensor:
+        """B captions -> (B, L) int64, padded after the last token; longer captions are cut."""
+
+    def flat(self, captions: Sequence[str]) -> Tokens:
+        """Like ``__call__``, without padding."""
+
+    def count(self, caption: str) -> int:
+        """Tokens of a caption before it is cut, including start and end."""
 
 
 class SimpleTokenizer:
@@ -53,6 +70,10 @@ class SimpleTokenizer:
         rows = [self.encode(caption) for caption in captions]
         ids, lengths = list(chain.from_iterable(rows)), [len(row) for row in rows]
         return Tokens(torch.tensor(ids, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64))
+
+    def count(self, caption: str) -> int:
+        """Tokens of a caption before it is cut, including start and end."""
+        return len(self.ids(caption)) + 2
 
     def encode(self, caption: str) -> list[int]:
         return [START, *self.ids(caption)[: self.context - 2], END]

@@ -7,6 +7,7 @@ from clipx.data.dummy import open_dummy
 from clipx.data.images import Normalise, TrainCrop
 from clipx.data.loader import train_ranges
 from clipx.data.readers import Chunk, TrainReader
+from clipx.preprocessing import Preprocessing
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.batch import MicroBatch, concat
 from clipx.training.step import MicroBatchEncoder
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 def chunks_of(batch: int, micro: int | None, rank: int = 0, world: int = 1) -> list[Chunk]:
     data = open_dummy(samples=512, val_samples=8)
-    crop = TrainCrop(64, (0.9, 1.0), "exact")
+    crop = TrainCrop(Preprocessing(64), (0.9, 1.0), "exact")
     reader = TrainReader(data.train, data.plan(0), crop, SimpleTokenizer(), "random", identify=True)
     ranges, chunks = train_ranges(0, batch, micro, rank, world), []
     while sum(map(len, chunks)) < batch // world:
@@ -28,7 +29,7 @@ class Double(MicroBatchEncoder):
     """Encodes in float64, including the pictures."""
 
     def __call__(self, part: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        return self.forward(Normalise()(concat(part.images)).double(), part.captions)
+        return self.forward(Normalise(Preprocessing(64))(concat(part.images)).double(), part.captions)
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:

@@ -37,6 +37,7 @@ from clipx.data.shards import open_shards
 from clipx.data.tar.headers import MAX_HEADER, DataError
 from clipx.data.tar.index import make_index, read_head, read_table, scan, successes
 from clipx.errors import UserError
+from clipx.preprocessing import Preprocessing
 from clipx.tokenizer import SimpleTokenizer
 from clipx.weights import checkpoint
 from clipx.weights.checkpoint import CheckpointError
@@ -416,7 +417,7 @@ def test_in_evaluation_a_picture_that_would_fill_the_memory_is_skipped(tmp_path:
         tmp_path / "x.tar",
         [(f"{name}.{kind}", data) for name, bomb in bombs.items() for kind, data in {"png": bomb, **caption}.items()],
     )
-    reader = EvalReader(open_shards(str(tmp_path), val=0).train, 224, SimpleTokenizer())
+    reader = EvalReader(open_shards(str(tmp_path), val=0).train, Preprocessing(224), SimpleTokenizer())
     chunk = reader.chunk(range(3))
     large, narrow = (record.reason for record in chunk.skipped)
     assert "decompression bomb" in large or "has 30000 x 3000 pixels, more than" in large

@@ -14,9 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from clipx.data.sample import DECODED, BadSample, describe_unreadable
+from clipx.preprocessing import Interpolation, Preprocessing
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of OpenAI's training pictures
-STD = (0.26862954, 0.26130258, 0.27577711)
 RATIO = (3 / 4, 4 / 3)  # width to height of a training crop
 MAX_PIXELS = 89_478_485  # Pillow's limit, above which it warns about decompression bombs
 JPEG = b"\xff\xd8"
@@ -73,19 +72,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class TrainCrop:
-    """Random crop of a picture (RandomResizedCrop, bicubic), from file bytes to resized pixels.
+    """Random crop of a picture (RandomResizedCrop), from file bytes to resized pixels.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop still has enough pixels, unless ``decode`` is
-    ``exact``.  The filter differs from Pillow's bicubic by at most one grey level.
+    ``exact``.  The filter differs from Pillow's by at most one grey level.
 
     Args:
-        size: side of the output, pixels.
+        preprocessing: of the image tower.
         scale: smallest and largest share of the area to keep.
         decode: ``fast`` or ``exact``.
     """
 
-    def __init__(self, size: int, scale: tuple[float, float], decode: str):
-        self.size, self.scale, self.exact = size, scale, decode == "exact"
+    def __init__(self, preprocessing: Preprocessing, scale: tuple[float, float], decode: str):
+        self.size, self.interpolation = preprocessing.size, preprocessing.interpolation
+        self.scale, self.exact = scale, decode == "exact"
         self.buffers: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class TrainCrop:
         part = self.cut(file, rng)
         contiguous = self.buffer("crop", part.size).reshape(part.shape)  # as the filter needs
         np.copyto(contiguous, part)
-        resize(contiguous, out)
+        resize(contiguous, out, self.interpolation)
 
     def buffer(self, name: str, size: int) -> np.ndarray:
         """Return a reused buffer of (size,) bytes; allocating one per picture takes a third of the time."""
@@ -186,10 +186,12 @@ def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
 
 
-def resize(pixels: np.ndarray, out: Tensor) -> None:
-    """Resize (H, W, 3) into ``out``, (S, S, 3) uint8; bicubic with antialias, without a copy."""
+def resize(pixels: np.ndarray, out: Tensor, interpolation: Interpolation) -> None:
+    """Resize (H, W, 3) into ``out``, (S, S, 3) uint8; with antialias, without a copy."""
     planes, filled = torch.from_numpy(pixels).permute(2, 0, 1)[None], out.permute(2, 0, 1)[None]  # channels last
-    torch.ops.aten._upsample_bicubic2d_aa.out(planes, out.shape[:2], False, None, None, out=filled)
+    aten = torch.ops.aten
+    upsample = {"bicubic": aten._upsample_bicubic2d_aa.out, "bilinear": aten._upsample_bilinear2d_aa.out}
+    upsample[interpolation](planes, out.shape[:2], False, None, None, out=filled)
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
@@ -207,8 +209,8 @@ def crop_box(width: int, height: int, scale: tuple[float, float], rng: random.Ra
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def eval_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to ``size`` pixels (bicubic) and crop the center, as torchvision does.
+def eval_crop(image: Image.Image, size: int, interpolation: Interpolation = "bicubic") -> Image.Image:
+    """Resize the shorter side to ``size`` pixels and crop the center, as torchvision does.
 
     Raises:
         BadSample: it is too narrow to be resized.
@@ -217,7 +219,8 @@ def eval_crop(image: Image.Image, size: int) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise BadSample(f"is too narrow: {image.width} x {image.height} pixels")
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    resized = image.resize((width, height), Image.Resampling[interpolation.upper()])
+    return resized.crop((left, top, left + size, top + size))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -228,9 +231,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 class Normalise:
     """(..., 3, S, S) uint8 -> float32 of about zero mean and unit variance."""
 
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
-        self.std = torch.tensor(STD, device=device).view(3, 1, 1)
+    def __init__(self, preprocessing: Preprocessing, device: torch.device | str = "cpu"):
+        self.mean = torch.tensor(preprocessing.mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(preprocessing.std, device=device).view(3, 1, 1)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return (pixels.float() / 255 - self.mean) / self.std
@@ -240,29 +243,31 @@ class ImageTransform:
     """PIL image -> (3, size, size) normalised float32; picklable, for spawned workers.
 
     Args:
-        size: side, pixels.
+        preprocessing: of the image tower.
         is_train: random crop instead of center crop.
     """
 
-    def __init__(self, size: int, is_train: bool):
-        self.size, self.is_train, self.normalise = size, is_train, Normalise()
+    def __init__(self, preprocessing: Preprocessing, is_train: bool):
+        self.preprocessing, self.is_train, self.normalise = preprocessing, is_train, Normalise(preprocessing)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        rgb = to_rgb(ImageOps.exif_transpose(image))
+        rgb, (size, *_, interpolation) = to_rgb(ImageOps.exif_transpose(image)), self.preprocessing
         if self.is_train:
             left, top, width, height = crop_box(*rgb.size, (0.9, 1.0), random.Random(random.random()))
-            pixels = torch.empty(self.size, self.size, 3, dtype=torch.uint8)
-            resize(np.array(rgb.crop((left, top, left + width, top + height))), pixels)
+            pixels = torch.empty(size, size, 3, dtype=torch.uint8)
+            resize(np.array(rgb.crop((left, top, left + width, top + height))), pixels, interpolation)
         else:
-            pixels = to_tensor(eval_crop(rgb, self.size))
+            pixels = to_tensor(eval_crop(rgb, size, interpolation))
         return self.normalise(pixels.permute(2, 0, 1))
 
 
-def get_image_transform(size: int = 224, is_train: bool = False) -> ImageTransform:
+def get_image_transform(preprocessing: Preprocessing | int = 224, is_train: bool = False) -> ImageTransform:
     """Return the transform of a PIL image to (3, size, size) normalised float32, for use outside the loader.
 
     Args:
-        size: side, pixels; the model's ``visual.size``.
+        preprocessing: of the model, ``visual.preprocessing``; or the size in pixels, with OpenAI's values.
         is_train: random crop of 90 to 100% of the area, from Python's ``random``, instead of center crop.
     """
-    return ImageTransform(size, is_train)
+    if isinstance(preprocessing, int):
+        preprocessing = Preprocessing(preprocessing)
+    return ImageTransform(preprocessing, is_train)

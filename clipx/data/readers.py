@@ -13,7 +13,8 @@ from clipx.data.plan import MixPlan, Place, Plan, digest
 from clipx.data.sample import BadSample, Sample, Source
 from clipx.data.tar.headers import DataError
 from clipx.errors import UserError
-from clipx.tokenizer import SimpleTokenizer, Tokens
+from clipx.preprocessing import Preprocessing
+from clipx.tokenizer import Tokenizer, Tokens
 
 CHUNKS = 3  # in memory per worker: two prefetched by DataLoader, one in use
 TRIES = 64  # bad samples in a row for one position before the run ends
@@ -52,7 +53,7 @@ class Chunk:
 class Reader(Dataset):
     """Dataset of chunks, indexed by ranges of positions."""
 
-    def __init__(self, source: Source, tokenizer: SimpleTokenizer):
+    def __init__(self, source: Source, tokenizer: Tokenizer):
         self.source, self.tokenizer = source, tokenizer
 
     def __getitem__(self, positions: range) -> Chunk | UserError:
@@ -105,7 +106,7 @@ class TrainReader(Reader):
         source: Source,
         plan: Plan | MixPlan,
         crop: TrainCrop,
-        tokenizer: SimpleTokenizer,
+        tokenizer: Tokenizer,
         caption: str,
         identify: bool = False,
     ):
@@ -156,23 +157,24 @@ class EvalReader(Reader):
 
     Args:
         source: the samples.
-        size: side of the crop, pixels.
+        preprocessing: of the image tower.
         tokenizer: for the captions.
     """
 
-    def __init__(self, source: Source, size: int, tokenizer: SimpleTokenizer):
+    def __init__(self, source: Source, preprocessing: Preprocessing, tokenizer: Tokenizer):
         super().__init__(source, tokenizer)
-        self.size = size
+        self.preprocessing = preprocessing
 
     def chunk(self, positions: range) -> Chunk:
         captions: list[list[str]] = []
         samples: list[int] = []
         skipped: list[Skipped] = []
-        images = shared_pixels(len(positions), self.size)
+        size, *_, interpolation = self.preprocessing
+        images = shared_pixels(len(positions), size)
         for position in positions:
             try:
                 sample = self.source.read(position)
-                images[len(samples)] = to_tensor(eval_crop(decode(sample.picture), self.size))
+                images[len(samples)] = to_tensor(eval_crop(decode(sample.picture), size, interpolation))
             except BadSample as error:
                 skipped.append(Skipped(position, position, self.source.locate(position), str(error)))
                 continue

@@ -21,9 +21,9 @@ from clipx.data.tar.headers import DataError
 from clipx.distributed import gather, gather_lists, gather_rows, local_slice, rank
 from clipx.errors import UserError
 from clipx.evals.features import Features, LabelledFeatures, Skip
-from clipx.models.clip import CLIP
-from clipx.models.packed import grid_edges, pack, to_device
-from clipx.tokenizer import SimpleTokenizer
+from clipx.models.clip import CLIP, finish
+from clipx.models.packed import pack, to_device
+from clipx.tokenizer import Tokenizer
 from clipx.weights.checkpoint import checksum
 
 FORMAT = 2  # of the feature files
@@ -59,7 +59,7 @@ class EvalEncoder:
     """
 
     def __init__(
-        self, model: CLIP, tokenizer: SimpleTokenizer, workers: int = 0, amp: torch.dtype | None = None,
+        self, model: CLIP, tokenizer: Tokenizer, workers: int = 0, amp: torch.dtype | None = None,
         cache: Path | None = None,
     ):  # fmt: skip
         self.model, self.tokenizer, self.workers, self.amp, self.cache = model, tokenizer, workers, amp, cache
@@ -72,7 +72,7 @@ class EvalEncoder:
         with evaluating(self.model):
             for start in local_slice(range(0, len(texts), TEXT_BATCH)):
                 tokens = self.tokenizer.flat(texts[start : start + TEXT_BATCH])
-                packed = pack(tokens, grid_edges(self.device, None)).to(self.device)
+                packed = pack(tokens, self.model.text.grid_edges(self.device, None)).to(self.device)
                 features.append(self.model.encode_text(packed, True).cpu())
         return join(features, self.model.visual.embed)
 
@@ -97,8 +97,9 @@ class EvalEncoder:
         skipped: list[Skip] = []
         for chunk, image in self.encode_images(source, skipped):
             images.append(image)
-            packed = pack(chunk.tokens, grid_edges(self.device, self.amp)).to(self.device)
-            texts.append(self.autocast(self.model.encode_text, packed))
+            packed = pack(chunk.tokens, self.model.text.grid_edges(self.device, self.amp)).to(self.device)
+            with self.autocast():
+                texts.append(self.model.encode_text(packed, True).cpu())
             owners.append(chunk.owners + count)
             captions += chunk.captions
             shown.append(chunk.images[: max(0, NUM_SHOWN - count)])
@@ -115,39 +116,45 @@ class EvalEncoder:
         )
 
     def encode_labelled_uncached(self, source: Source) -> LabelledFeatures:
-        """One pass yields both the feature and the input of its projection, the class token after ``ln_post``."""
+        """One pass yields both the unit features and what they are projected from."""
         visual = self.model.visual
-        images, labels, samples = [], [], []
-        hidden: list[Tensor] = []
+        images, hidden, labels, samples = [], [], [], []
         skipped: list[Skip] = []
-        with visual.ln_post.register_forward_hook(lambda _layer, _inputs, x: hidden.append(x.float().cpu())):
-            for chunk, image in self.encode_images(source, skipped):
-                images.append(image)
-                labels.append(torch.tensor([int(label) for label in chunk.captions]))
-                samples.append(chunk.samples)
+        for chunk, pixels in self.read_pixels(source, skipped):
+            with self.autocast():
+                features = visual.features(pixels)
+                images.append(finish(visual.project(features), normalize=True).cpu())
+            hidden.append(features.float().cpu())
+            labels.append(torch.tensor([int(label) for label in chunk.captions]))
+            samples.append(chunk.samples)
         everywhere = join(images, visual.embed)
         return LabelledFeatures(
             skipped=gather_skipped(skipped, len(everywhere)),
             images=everywhere,
-            hidden=join(hidden, *visual.ln_post.normalized_shape),
+            hidden=join(hidden, visual.width),
             labels=join(labels, dtype=torch.int64),
             samples=join(samples, dtype=torch.int64),
         )
 
     def encode_images(self, source: Source, skipped: list[Skip]) -> Iterator[tuple[Chunk, Tensor]]:
         """Yield the chunks of this rank's share with their pictures' unit vectors, (N, E); ``skipped`` grows."""
-        reader, normalise = EvalReader(source, self.model.visual.size, self.tokenizer), Normalise(self.device)
+        for chunk, pixels in self.read_pixels(source, skipped):
+            with self.autocast():
+                yield chunk, self.model.encode_image(pixels, True).cpu()
+
+    def read_pixels(self, source: Source, skipped: list[Skip]) -> Iterator[tuple[Chunk, Tensor]]:
+        """Yield the chunks of this rank's share with their normalised pictures; ``skipped`` grows."""
+        preprocessing = self.model.visual.preprocessing
+        reader, normalise = EvalReader(source, preprocessing, self.tokenizer), Normalise(preprocessing, self.device)
         size = CPU_BATCH if self.device.type == "cpu" else MAX_CHUNK
         share = local_slice([*split_range(range(int(sum(source.sizes))), size)])
         for chunk in load_chunks(reader, share, self.workers, pin=self.device.type == "cuda"):
             skipped += [(record.place, record.reason) for record in chunk.skipped]
             if len(chunk):
-                yield chunk, self.autocast(self.model.encode_image, normalise(to_device(chunk.images, self.device)))
+                yield chunk, normalise(to_device(chunk.images, self.device))
 
-    def autocast(self, encode: Callable[..., Tensor], x: Any) -> Tensor:
-        """Unit vectors on the CPU, (B, E)."""
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            return encode(x, True).cpu()
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def load_or_encode(self, kind: type[FeaturesT], source: Source, encode: Callable[[Source], FeaturesT]) -> FeaturesT:
         """Read features from the cache, or encode them and fill it.
@@ -192,13 +199,19 @@ class EvalEncoder:
     @cached_property
     def weights_id(self) -> list[Any]:
         """Identifies the model; the features of one fixed picture and text stand for the architecture."""
-        size, tokens = self.model.visual.size, self.tokenizer(["a photo of a cat"])
+        preprocessing, tokens = self.model.visual.preprocessing, self.tokenizer(["a photo of a cat"])
+        size = preprocessing.size
         ramp = torch.linspace(-1, 1, 3 * size * size, device=self.device).view(1, 3, size, size)
         with evaluating(self.model):
             probe = torch.cat(
                 [self.model.encode_image(ramp, True), self.model.encode_text(tokens.to(self.device), True)]
             )
-        return [checksum(self.model.state_dict()), tokens.tolist(), probe.cpu().numpy().round(3).tolist(), size]
+        return [
+            checksum(self.model.state_dict()),
+            tokens.tolist(),
+            probe.cpu().numpy().round(3).tolist(),
+            *preprocessing,
+        ]
 
 
 def sample_digest(source: Source, sample: int) -> str:

@@ -12,7 +12,7 @@ from clipx.data.sample import Source
 from clipx.evals.encoder import EvalEncoder
 from clipx.evals.features import EncodeImages, EncodeTexts, Features, Scores, Skip, pair_loss
 from clipx.models.clip import CLIP
-from clipx.tokenizer import SimpleTokenizer
+from clipx.tokenizer import Tokenizer
 
 logger = logging.getLogger("clipx")
 
@@ -56,7 +56,7 @@ class Validation:
         self,
         sources: Mapping[str, Source],
         evals: Mapping[str, Evaluation | LabelledEvaluation],
-        tokenizer: SimpleTokenizer,
+        tokenizer: Tokenizer,
         workers: int,
         amp: torch.dtype | None,
         cache: Path | None = None,

@@ -14,7 +14,7 @@ from clipx.evals.encoder import EvalEncoder, evaluating
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores
 from clipx.evals.figures import picture_grid
 from clipx.models.clip import CLIP
-from clipx.tokenizer import SimpleTokenizer, open_clip_module
+from clipx.tokenizer import Tokenizer, open_clip_module
 
 NAMED = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}  # in open_clip
 MAX_PROMPTS = 8192  # encoded at once
@@ -134,7 +134,7 @@ def per_class(correct: Tensor, labels: Tensor, classes: list[str], each: bool) -
 
 def zero_shot_eval(
     model: CLIP,
-    tokenizer: SimpleTokenizer,
+    tokenizer: Tokenizer,
     loader: Iterable[tuple[Tensor, Tensor]],
     class_names: list[str],
     device: str | torch.device = "cpu",

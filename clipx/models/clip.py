@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from clipx.errors import UserError
 from clipx.models.packed import Packed
 from clipx.models.text import TextEncoder
+from clipx.models.tower import ImageTower, TextTower, Tower
 from clipx.models.vision import ImageEncoder
 
 MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
@@ -19,25 +19,27 @@ MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 class CLIP(nn.Module):
     """Contrastive image-text model.
 
-    The state dict has OpenAI's keys: the image tower under ``visual.``, the text tower at the root.
+    The state dict has OpenAI's keys: the image tower under ``visual.``, clipx's own text tower at the root.  Other text
+    towers are under ``text.``, as in open_clip.
 
     Args:
-        image: the image tower, or any module with ``size`` and ``embed``, (B, 3, S, S) -> (B, E).
+        image: the image tower.
         text: the text tower, with the same ``embed``.
         temperature: initial value; learnt, clamped to [0.01, 1].
 
     Source: Radford et al. 2021 (arXiv 2103.00020).
     """
 
-    def __init__(self, image: ImageEncoder, text: TextEncoder, temperature: PositiveFloat = 0.07):
+    def __init__(self, image: ImageTower, text: TextTower, temperature: PositiveFloat = 0.07):
         super().__init__()
         if image.embed != text.embed:
             raise ValueError(f"text.embed={text.embed} is not image.embed={image.embed}; the towers share one space")
         self.visual = image
         self.text = text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
-        self.register_state_dict_post_hook(text_to_root)
-        self.register_load_state_dict_pre_hook(root_to_text)
+        if isinstance(text, TextEncoder):
+            self.register_state_dict_post_hook(text_to_root)
+            self.register_load_state_dict_pre_hook(root_to_text)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """(B, 3, S, S) normalised floats -> (B, E) in float32 or wider; unit vectors with ``normalize``."""
@@ -56,13 +58,15 @@ class CLIP(nn.Module):
         """Clamp the inverse temperature to [1, 100]; called after each optimiser step."""
         self.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
+    @property
+    def towers(self) -> dict[Literal["image", "text"], Tower]:
+        """Both towers, by their names in configs."""
+        return {"image": self.visual, "text": self.text}
+
     def set_grad_checkpoint(self, on: bool | Literal["image", "text"]) -> None:
         """Recompute activations in the backward pass to save memory, in both towers or in one."""
-        for name, tower in (("image", self.visual), ("text", self.text)):
-            if hasattr(tower, "transformer"):
-                tower.transformer.grad_checkpoint = on in (True, name)
-            elif on in (True, name):
-                raise UserError(f"grad_checkpoint={on}: {type(tower).__name__} has no blocks to recompute")
+        for name, tower in self.towers.items():
+            tower.set_grad_checkpoint(on in (True, name))
 
 
 def finish(features: Tensor, normalize: bool) -> Tensor:

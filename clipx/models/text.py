@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from clipx.models.layers import Act, Block, Transformer, split_stages
 from clipx.models.packed import Packed, pack, unpad
+from clipx.models.tower import TextTower
+from clipx.tokenizer import SimpleTokenizer
 
 VOCABULARY = 49_408  # token ids of the tokenizer, 0 to END
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(TextTower):
     """Captions to features. (B, L) token ids, or packed -> (B, E), for any L up to ``context``.
 
     Attention is causal and the feature is read at the end token, so the padding after it is dropped.
@@ -41,7 +43,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         if vocab < VOCABULARY:
             raise ValueError(f"vocab={vocab} is too small: the tokenizer has {VOCABULARY:,} token ids")
-        self.context, self.embed, self.heads, self.act = context, embed, heads, act
+        self.tokenizer = SimpleTokenizer(context)
+        self.width, self.embed, self.heads, self.act = width, embed, heads, act
         self.token_embedding = nn.Embedding(vocab, width)
         self.positional_embedding = nn.Parameter(torch.empty(context, width))
         self.transformer = Transformer(width, depth, heads, causal=True, act=act)
@@ -65,8 +68,14 @@ class TextEncoder(nn.Module):
         """The parameters from input to output: embeddings, each block, projection."""
         return split_stages(self, head=("ln_final", "text_projection"))
 
-    def forward(self, tokens: Tensor | Packed) -> Tensor:
+    def set_grad_checkpoint(self, on: bool) -> None:
+        self.transformer.grad_checkpoint = on
+
+    def features(self, tokens: Tensor | Packed) -> Tensor:
         packed = tokens if isinstance(tokens, Packed) else pack(unpad(tokens))
         x = self.token_embedding(packed.ids) + F.embedding(packed.positions, self.positional_embedding)  # (T, D)
         x = self.ln_final(self.transformer(x, packed))  # (B, D), at the end tokens
-        return (x @ self.text_projection).index_select(0, packed.order)  # (B, E)
+        return x.index_select(0, packed.order)
+
+    def project(self, features: Tensor) -> Tensor:
+        return features @ self.text_projection

@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 from clipx.models.kernels import embed_patches
 from clipx.models.layers import Act, Transformer, split_stages
+from clipx.models.tower import ImageTower
+from clipx.preprocessing import MEAN, STD, Channels, Interpolation, Preprocessing
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(ImageTower):
     """Pictures to features. (B, 3, S, S) normalised floats -> (B, E).
 
     Args:
@@ -19,6 +21,9 @@ class ImageEncoder(nn.Module):
         heads: attention heads; divides ``width``.
         embed: E, size of the feature.
         act: activation of the MLPs: ``quick_gelu``, which CLIP was trained with, or the exact ``gelu``.
+        mean: of the pixels in [0, 1] of the pictures, by channel; they are normalised with it.
+        std: standard deviation of the pixels.
+        interpolation: filter that resizes the pictures.
 
     The defaults are ViT-B/32.  Source: Radford et al. 2021, section 2.4 and table 20 (arXiv 2103.00020).
     """
@@ -32,11 +37,15 @@ class ImageEncoder(nn.Module):
         heads: PositiveInt = 12,
         embed: PositiveInt = 512,
         act: Act = "quick_gelu",
+        mean: Channels = MEAN,
+        std: Channels = STD,
+        interpolation: Interpolation = "bicubic",
     ):
         super().__init__()
         if size % patch:
             raise ValueError(f"patch={patch} does not divide size={size}")
-        self.size, self.embed, self.heads, self.act = size, embed, heads, act
+        self.preprocessing = Preprocessing.of(size, mean, std, interpolation)
+        self.width, self.embed, self.heads, self.act = width, embed, heads, act
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -50,9 +59,14 @@ class ImageEncoder(nn.Module):
         """The parameters from input to output: embeddings, each block, projection."""
         return split_stages(self, head=("ln_post", "proj"))
 
-    def forward(self, image: Tensor) -> Tensor:
+    def set_grad_checkpoint(self, on: bool) -> None:
+        self.transformer.grad_checkpoint = on
+
+    def features(self, image: Tensor) -> Tensor:
         x = embed_patches(image, self.conv1.weight)  # (B, L-1, D), row by row
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (B, 1, D)
         x = torch.cat([first, x], dim=1) + self.positional_embedding  # (B, L, D)
-        x = self.transformer(self.ln_pre(x))  # (B, D), at the class token
-        return self.ln_post(x) @ self.proj  # (B, E)
+        return self.ln_post(self.transformer(self.ln_pre(x)))  # (B, D), at the class token
+
+    def project(self, features: Tensor) -> Tensor:
+        return features @ self.proj

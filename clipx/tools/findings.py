@@ -25,6 +25,7 @@ from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.evals.figures import picture_grid, save_figure, shorten
 from clipx.evals.validation import LabelledEvaluation
+from clipx.models.clip import CLIP
 from clipx.tools.machine import Finding, check_device, check_disk, check_memory, check_workers, format_bytes
 from clipx.training.header import describe_length, warmup_of
 from clipx.training.loop import State
@@ -109,7 +110,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
             log(show(chunks[0]))
             tokens = max(int(chunk.tokens.lengths.max()) for chunk in chunks)
         with report.part("evals") as log:
-            log(check_evals(config, data, partial(EvalReader, size=reader.crop.size, tokenizer=reader.tokenizer)))
+            log(check_evals(config, data, state.model))
     if state:
         report.log("workers", check_workers(config.workers, device or CPU, config.batch_size, state.model.visual.size))
         with report.part("memory") as log:
@@ -209,7 +210,7 @@ def check_samples(data: Data, chunks: list[Chunk]) -> Iterator[Finding]:
 
 def check_captions(reader: TrainReader, chunks: list[Chunk]) -> Iterator[Finding]:
     captions = chunks[0].captions + [chunk.captions[0] for chunk in chunks[1:]]
-    lengths, context = [len(reader.tokenizer.ids(caption)) + 2 for caption in captions], reader.tokenizer.context
+    lengths, context = [reader.tokenizer.count(caption) for caption in captions], reader.tokenizer.context
     truncated = sum(length > context for length in lengths) / len(lengths)
     message = (
         f"captions have a median of {statistics.median(lengths):.0f} tokens and at most {max(lengths)}; "
@@ -257,7 +258,7 @@ def show(chunk: Chunk) -> Iterator[Finding]:
         yield Finding("odd", f"{PICTURE} cannot be written ({error.strerror}); run check in a writable directory")
 
 
-def check_evals(config: TrainConfig, data: Data, reader: Callable[[Source], EvalReader]) -> Iterator[Finding]:
+def check_evals(config: TrainConfig, data: Data, model: CLIP) -> Iterator[Finding]:
     evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
     labelled = {key: one.sets for key, one in evals.items() if isinstance(one, LabelledEvaluation)}
     if len(labelled) < len(evals) and not data.vals:
@@ -279,7 +280,8 @@ def check_evals(config: TrainConfig, data: Data, reader: Callable[[Source], Eval
             yield Finding("odd", f"{message}: recall at 10 is {chance:.0%} by chance; {remedy}")
         else:
             yield Finding("ok", message)
-        chunk = reader(source).chunk(range(min(VAL_SAMPLES, samples)))
+        reader = EvalReader(source, model.visual.preprocessing, model.text.tokenizer)
+        chunk = reader.chunk(range(min(VAL_SAMPLES, samples)))
         if chunk.skipped:
             first = chunk.skipped[0]
             yield Finding(

@@ -142,8 +142,7 @@ def activations(
     if not grad_checkpoint:
         return lambda size: a + b * size
     whole = activations(model, loss_fn, amp, tokens, grad_checkpoint=False)
-    towers = [tower for tower in (model.visual, model.text) if hasattr(tower, "transformer")]
-    blocks = min(len(tower.transformer.resblocks) for tower in towers)
+    blocks = min(len(tower.stages()) - 2 for name, tower in model.towers.items() if grad_checkpoint in (True, name))
     return lambda size: a + b * size + whole(size) // blocks
 
 

@@ -72,7 +72,7 @@ def time_stages(config: TrainConfig) -> dict[str, float]:
     samples = timed("read", lambda place: reader.source.read(place.sample), places)
     cuts = timed("decode", lambda sample: reader.crop.cut(sample.picture, random.Random(0)).copy(), samples)
     pixels = shared_pixels(1, reader.crop.size)[0]
-    timed("augment", lambda cut: resize(cut, pixels), cuts)
+    timed("augment", lambda cut: resize(cut, pixels, reader.crop.interpolation), cuts)
     timed("tokenise", reader.tokenizer.flat, [sample.captions[:1] for sample in samples])
     chunk = shared_pixels(NUM_STAGED, reader.crop.size)
     timed("collate", lambda row: chunk[row].copy_(pixels), list(range(NUM_STAGED)))

@@ -19,7 +19,7 @@ from clipx.evals.features import Skip
 from clipx.evals.figures import picture_grid, save_figure, shorten
 from clipx.models.clip import CLIP
 from clipx.models.layers import Act
-from clipx.tokenizer import SimpleTokenizer
+from clipx.tokenizer import Tokenizer
 from clipx.weights.load import load
 
 THUMBNAIL = 224  # pixels
@@ -31,7 +31,7 @@ class EncodedPictures:
     """N pictures encoded by a model."""
 
     model: CLIP
-    tokenizer: SimpleTokenizer
+    tokenizer: Tokenizer
     paths: list[Path]  # N
     features: Tensor  # (N, E) unit vectors
     bad: dict[str, str]  # reason by path, of pictures that are left out

@@ -13,7 +13,6 @@ from clipx import distributed
 from clipx.data.loader import skip_left_out
 from clipx.data.readers import Chunk, Skipped
 from clipx.models.clip import CLIP
-from clipx.models.packed import grid_edges
 from clipx.training.average import WeightAverage
 from clipx.training.batch import split_micro_batches
 from clipx.training.compile import is_compiled
@@ -134,7 +133,7 @@ def fit(
         OutOfMemory: the micro-batch does not fit.
     """
     encoder = MicroBatchEncoder(forward, state.model.logit_scale.device, amp)
-    edges = grid_edges(encoder.device, amp, is_compiled(forward))
+    edges = state.model.text.grid_edges(encoder.device, amp, is_compiled(forward))
     state.model.train()
     while not should_stop(state.step):
         for group in state.optimizer.param_groups:

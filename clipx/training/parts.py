@@ -6,7 +6,6 @@ from hashlib import blake2b
 from itertools import chain
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -24,9 +23,6 @@ from clipx.data.sample import Data
 from clipx.errors import UserError
 from clipx.evals.validation import Evaluation, LabelledEvaluation
 from clipx.models.clip import CLIP
-from clipx.models.text import TextEncoder
-from clipx.models.vision import ImageEncoder
-from clipx.tokenizer import SimpleTokenizer
 from clipx.training.compile import compile_model
 from clipx.training.loop import State
 from clipx.training.resume import Identity
@@ -66,16 +62,15 @@ def freeze(model: CLIP, config: TrainConfig) -> None:
     Raises:
         UserError: ``unlock`` has no effect, or a tower has fewer blocks.
     """
-    towers: dict[Literal["image", "text"], ImageEncoder | TextEncoder] = {"image": model.visual, "text": model.text}
-    for name, tower in towers.items():
+    for name, tower in model.towers.items():
         frozen, last = name in config.freeze, config.unlock[name]
         if last and not frozen:
             raise UserError(f"unlock.{name}={last} has no effect on a tower that is trained; add freeze=[{name}]")
         if frozen:
             tower.requires_grad_(False)
         if last:
-            stages = tower.stages() if hasattr(tower, "stages") else []
-            blocks = max(0, len(stages) - 2)
+            stages = tower.stages()
+            blocks = len(stages) - 2
             if last > blocks:
                 raise UserError(f"unlock.{name}={last}: the tower has {blocks} blocks; give at most {blocks}")
             for parameter in chain(*stages[-1 - last :]):
@@ -94,8 +89,8 @@ def build_forward(config: TrainConfig, model: CLIP) -> Forward:
 
 def train_reader(config: TrainConfig, data: Data, plan: Plan | MixPlan, model: CLIP) -> TrainReader:
     """Reader of training samples."""
-    crop, tokenizer = TrainCrop(model.visual.size, data.crop, data.decode), SimpleTokenizer(model.text.context)
-    return TrainReader(data.train, plan, crop, tokenizer, data.caption, config.loss.get("same") == "mask")
+    crop = TrainCrop(model.visual.preprocessing, data.crop, data.decode)
+    return TrainReader(data.train, plan, crop, model.text.tokenizer, data.caption, config.loss.get("same") == "mask")
 
 
 def train_batches(parts: RunParts, state: State) -> Iterator[list[Chunk]]:

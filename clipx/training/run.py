@@ -27,7 +27,6 @@ from clipx.distributed.watchdog import Watchdog
 from clipx.duration import Every
 from clipx.errors import Interrupted, UserError
 from clipx.evals.validation import Validation
-from clipx.tokenizer import SimpleTokenizer
 from clipx.training.callbacks import Callbacks, Diverged, Intervals
 from clipx.training.direction import mode_of
 from clipx.training.header import header_lines, lost_samples
@@ -226,7 +225,7 @@ def build_callbacks(
     every = partial(Every, steps=parts.identity.steps, epoch=parts.plan.samples / config.batch_size)
     keys = ("log_every", "eval_every", "save_every", "keep_every", "stop_at")
     intervals = Intervals(*(every(getattr(config, key)) for key in keys))
-    tokenizer = SimpleTokenizer(state.model.text.context)
+    tokenizer = state.model.text.tokenizer
     return Callbacks(
         run_log=log,
         intervals=intervals,

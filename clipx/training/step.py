@@ -32,7 +32,7 @@ class PixelModel(nn.Module):
 
     def __init__(self, model: CLIP):
         super().__init__()
-        self.model, self.normalise = model, Normalise(model.logit_scale.device)
+        self.model, self.normalise = model, Normalise(model.visual.preprocessing, model.logit_scale.device)
 
     def forward(self, images: Tensor, captions: Packed) -> Features:
         return self.model(self.normalise(images), captions)

@@ -13,13 +13,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from clipx.data.emoji import open_emoji
-from clipx.data.images import MEAN, STD, decode, get_image_transform
+from clipx.data.images import decode, get_image_transform
 from clipx.errors import UserError
 from clipx.models.clip import CLIP
-from clipx.tokenizer import END, SimpleTokenizer, byte_pairs
+from clipx.tokenizer import END, byte_pairs
 from clipx.weights.convert import hugging_face_config, open_clip_config, to_hugging_face
 from clipx.weights.foreign import HUGGING_FACE, OPEN_CLIP
-from clipx.weights.load import PREPROCESSING, find, model_node
+from clipx.weights.load import find, model_node
 
 logger = logging.getLogger("clipx")
 
@@ -51,7 +51,8 @@ def export_model(model: CLIP, to: str, out: Path) -> None:
 
 
 def write_open_clip(model: CLIP, out: Path) -> None:
-    write_json(out / OPEN_CLIP, {"model_cfg": open_clip_config(model_node(model)), "preprocess_cfg": PREPROCESSING})
+    preprocessing = {**model.visual.preprocessing._asdict(), "resize_mode": "shortest"}
+    write_json(out / OPEN_CLIP, {"model_cfg": open_clip_config(model_node(model)), "preprocess_cfg": preprocessing})
     write_tensors(model.state_dict(), out / "open_clip_model.safetensors")
 
 
@@ -65,12 +66,12 @@ def write_hugging_face(model: CLIP, out: Path) -> None:
         )
     write_json(out / HUGGING_FACE, hugging_face_config(node))
     write_tensors(to_hugging_face(model.state_dict()), out / "model.safetensors")
-    size, context = node["image"]["size"], node["text"]["context"]
+    (size, mean, std, interpolation), context = model.visual.preprocessing, node["text"]["context"]
     write_json(out / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
-        "size": {"shortest_edge": size}, "resample": 3, "do_center_crop": True,
+        "size": {"shortest_edge": size}, "resample": Image.Resampling[interpolation.upper()], "do_center_crop": True,
         "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": MEAN, "image_std": STD,
+        "do_normalize": True, "image_mean": mean, "image_std": std,
     })  # fmt: skip
     bpe = byte_pairs()
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
@@ -106,7 +107,7 @@ def check(model: CLIP, encode: Callable[..., PeerOutput], out: Path) -> None:
     samples = [open_emoji().train.read(number) for number in range(NUM_PROBES)]
     pictures, captions = [decode(sample.picture) for sample in samples], [sample.captions[-1] for sample in samples]
     captions[-1] = " ".join([captions[-1]] * model.text.context)  # both cut it to the context
-    transform, tokenizer = get_image_transform(model.visual.size), SimpleTokenizer(model.text.context)
+    transform, tokenizer = get_image_transform(model.visual.preprocessing), model.text.tokenizer
     pixels = torch.stack([transform(picture) for picture in pictures])
     with torch.no_grad():
         image, text, peer_pixels = encode(out, pictures, captions, pixels)
@@ -115,7 +116,7 @@ def check(model: CLIP, encode: Callable[..., PeerOutput], out: Path) -> None:
             "captions": (model.encode_text(tokenizer(captions), True), text),
         }
     errors = {name: (ours - theirs).abs().max().item() for name, (ours, theirs) in pairs.items()}
-    pixel_error = (pixels - peer_pixels).abs().max().item() * max(STD) * 255
+    pixel_error = (pixels - peer_pixels).abs().max().item() * max(transform.preprocessing.std) * 255
     logger.info(
         "checked   features of %d pictures and captions differ by %.1g at most, pixels by %.1f levels of 255",
         NUM_PROBES,

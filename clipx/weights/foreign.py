@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
+from PIL import Image
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
@@ -56,6 +57,7 @@ class Preprocessing(TypedDict, total=False):
     image_mean: Channels
     image_std: Channels
     interpolation: str | None
+    resample: Annotated[int, Field(ge=0, le=5)] | None  # Pillow's number of the filter
     resize_mode: str | None
 
 
@@ -144,7 +146,10 @@ def read_directory(path: Path) -> Weights:
     found = weights_from_hugging_face(read_file(file), config, path)
     file = path / "preprocessor_config.json"
     keys = read_json(file, Preprocessing) if file.is_file() else {}
-    return found._replace(preprocessing={key.removeprefix("image_"): value for key, value in keys.items()})
+    pictures = {key.removeprefix("image_"): value for key, value in keys.items()}
+    if keys.get("resample") is not None:
+        pictures["interpolation"] = Image.Resampling(keys["resample"]).name.lower()
+    return found._replace(preprocessing=pictures)
 
 
 def read_open_clip_cache(name: str) -> Weights:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -10,13 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 from clipx.config.instantiate import build
-from clipx.data.images import MEAN, STD, get_image_transform
+from clipx.data.images import get_image_transform
 from clipx.errors import UserError
 from clipx.models.clip import CLIP
 from clipx.models.layers import Act
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
-from clipx.tokenizer import SimpleTokenizer
+from clipx.preprocessing import MEAN, STD, Interpolation
+from clipx.tokenizer import Tokenizer
 from clipx.weights import foreign
 from clipx.weights.archive import CheckpointError, read_file
 from clipx.weights.checkpoint import best_or_last, final_weights, verify
@@ -25,7 +26,7 @@ from clipx.weights.foreign import HUGGING_FACE, OPEN_CLIP, Weights
 from clipx.weights.positions import Beyond, fit_positions
 
 HEADS = {1280: 16}  # by width, for weights that do not say; other heads are 64 wide
-PREPROCESSING: dict[str, Any] = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+INPUTS = ("mean", "std", "interpolation")  # arguments of an image tower that say how its pictures are prepared
 
 
 def load(
@@ -33,7 +34,7 @@ def load(
     device: str | torch.device = "cpu",
     trust: Sequence[str] = (),
     act: Act | None = None,
-) -> tuple[CLIP, Callable[[Image.Image], Tensor], SimpleTokenizer]:
+) -> tuple[CLIP, Callable[[Image.Image], Tensor], Tokenizer]:
     """Load a trained model with its transform and tokenizer.
 
     Args:
@@ -63,7 +64,7 @@ def load(
         raise CheckpointError(f"{run_or_weights}: its config's model is a {type(model).__name__}, not a CLIP")
     check_shapes(found.state, model, str(run_or_weights))
     model.load_state_dict(found.state)
-    return model.to(device).eval(), get_image_transform(model.visual.size), SimpleTokenizer(model.text.context)
+    return model.to(device).eval(), get_image_transform(model.visual.preprocessing), model.text.tokenizer
 
 
 def initialise(model: CLIP, init_from: str, beyond: Beyond = "stretch") -> str:
@@ -108,12 +109,28 @@ def find(where: str | Path) -> Weights:
         read = weights_from_clipx if is_clipx_checkpoint(content) else foreign.weights_from_state_dict
         found = read(content, path)
     check_finite(found.state, where)
-    for key, value in PREPROCESSING.items():
-        theirs = found.preprocessing.get(key)
-        close = key in ("mean", "std") and theirs is not None and np.allclose(theirs, value, atol=1e-3)
-        if not close and theirs not in (None, value):
-            raise CheckpointError(f"{where} was trained on pictures prepared with {key}={theirs}; clipx uses {value}")
+    if found.preprocessing:
+        found.node["image"] |= read_preprocessing(found.preprocessing, where)
     return found
+
+
+def read_preprocessing(found: Mapping[str, Any], where: object) -> Node:
+    """Return what weights say of their pictures, as arguments of an image tower.
+
+    Raises:
+        CheckpointError: clipx does not prepare pictures so.
+    """
+    for key, supported in (("resize_mode", ["shortest"]), ("interpolation", [*get_args(Interpolation)])):
+        if (value := found.get(key)) not in (None, *supported):
+            raise CheckpointError(
+                f"{where} was trained on pictures prepared with {key}={value}; clipx supports {' and '.join(supported)}"
+            )
+    node = {key: found[key] for key in INPUTS if found.get(key) is not None}
+    for key, default in (("mean", MEAN), ("std", STD)):
+        if key in node:
+            theirs = np.broadcast_to(node[key], 3)
+            node[key] = [*default] if np.allclose(theirs, default, atol=1e-3) else theirs.tolist()  # others round them
+    return node
 
 
 def is_clipx_checkpoint(content: Mapping[str, Any]) -> bool:
@@ -129,6 +146,8 @@ def weights_from_clipx(content: dict[str, Any], path: Path) -> Weights:
     for name, tower in own_towers(node).items():
         tower.setdefault("act", "quick_gelu")  # old checkpoints do not say it
         tower.setdefault("heads", {"image": 12, "text": 8}[name])  # defaults of the towers
+        if name == "image":
+            node[name] = {"mean": [*MEAN], "std": [*STD], "interpolation": "bicubic"} | tower
     return Weights(final_weights(content), node, {})
 
 
@@ -178,6 +197,8 @@ def model_node(model: CLIP) -> Node:
     node = infer_node(model.state_dict(), "the model")
     for tower, part in zip(TOWERS, (model.visual, model.text), strict=True):
         node[tower] |= {"heads": part.heads, "act": part.act}
+    _, mean, std, interpolation = model.visual.preprocessing
+    node["image"] |= {"mean": [*mean], "std": [*std], "interpolation": interpolation}
     return node
 
 
@@ -189,7 +210,7 @@ def mismatched_keys(theirs: Any, model: CLIP) -> list[str]:
     for name, tower in own_towers(theirs).items():
         for key, value in ours[name].items():
             if tower.get(key, value) != value and key not in ("size", "context"):
-                found.append(f"model.{name}.{key}={tower[key]}")
+                found.append(f"model.{name}.{key}={tower[key]}".replace(" ", ""))
     return found
 
 

@@ -20,6 +20,7 @@ from clipx.data.plan import Plan
 from clipx.data.readers import TrainReader
 from clipx.data.sample import Sample
 from clipx.optim import adamw
+from clipx.preprocessing import Preprocessing
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.loop import State
 from clipx.training.memory import keep_freed_memory
@@ -72,7 +73,9 @@ def time_resumes() -> None:
     for position in (0, 1_000_000, 400_000_000):
         start = time.perf_counter()
         plan = Plan(source.sizes, 0, WINDOW)
-        reader = TrainReader(source, plan, TrainCrop(32, (0.9, 1.0), "fast"), SimpleTokenizer(), "random")
+        reader = TrainReader(
+            source, plan, TrainCrop(Preprocessing(32), (0.9, 1.0), "fast"), SimpleTokenizer(), "random"
+        )
         batches = load_chunks(reader, train_ranges(position, BATCH), WORKERS, pin=False)
         (chunk,) = itertools.islice(batches, 1)
         print(f"position {position:>11,}: first batch after {time.perf_counter() - start:.2f} s")

@@ -20,6 +20,7 @@ from photos import photo
 from PIL import Image
 
 from clipx.data.images import TrainCrop
+from clipx.preprocessing import Preprocessing
 
 SIZE, BOX = 224, (10, 12, 600, 460)  # left, top, width, height of the crop
 ROUNDS, FILES = 9, 48
@@ -64,7 +65,7 @@ def opencv_decode(file: bytes, flags: int) -> np.ndarray:
 
 
 def clipx_crop(decode: str) -> Callable[[bytes], None]:
-    crop, out = TrainCrop(SIZE, (0.9, 1.0), decode), torch.empty(SIZE, SIZE, 3, dtype=torch.uint8)
+    crop, out = TrainCrop(Preprocessing(SIZE), (0.9, 1.0), decode), torch.empty(SIZE, SIZE, 3, dtype=torch.uint8)
     return lambda file: crop(file, random.Random(0), out)
 
 

@@ -18,6 +18,7 @@ from clipx.config.schema import TrainConfig
 from clipx.data.images import Normalise
 from clipx.data.readers import Chunk
 from clipx.devices import select_amp, select_device
+from clipx.preprocessing import Preprocessing
 from clipx.tokenizer import SimpleTokenizer
 from clipx.tools.measure import NUM_BATCHES, load_batches, measure_loader, synchronize
 from clipx.training.batch import concat
@@ -60,7 +61,9 @@ def open_clip_optimizer(model: nn.Module, optim: Mapping[str, Any]) -> torch.opt
 def padded(chunks: list[Chunk], context: int) -> tuple[Tensor, Tensor]:
     """A batch as from its loader: normalised (B, 3, S, S) float32, and (B, context) tokens."""
     captions = [caption for chunk in chunks for caption in chunk.captions]
-    return Normalise()(concat([chunk.images for chunk in chunks])).contiguous(), SimpleTokenizer(context)(captions)
+    return Normalise(Preprocessing(224))(concat([chunk.images for chunk in chunks])).contiguous(), SimpleTokenizer(
+        context
+    )(captions)
 
 
 class Batches:

@@ -60,7 +60,8 @@ def test_the_defaults_of_the_encoders_are_those_of_vit_b32() -> None:
     node = compose_config("model=vit_b32").model
     for part, target in (("image", ImageEncoder), ("text", TextEncoder)):
         defaults = {key: parameter.default for key, parameter in signature(target).parameters.items()}
-        assert {key: value for key, value in node[part].items() if key != "_target_"} == defaults
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in node[part].items()}
+        assert given == {"_target_": f"{target.__module__}.{target.__name__}", **defaults}
 
 
 def base_options(*groups: str) -> list[str]:

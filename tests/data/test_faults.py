@@ -32,6 +32,7 @@ from clipx.data.readers import TRIES, Chunk, TrainReader
 from clipx.data.shards import open_shards
 from clipx.data.tar.headers import DataError
 from clipx.evals import encoder
+from clipx.preprocessing import Preprocessing
 from clipx.tokenizer import SimpleTokenizer
 
 TOKENIZER = SimpleTokenizer()
@@ -56,7 +57,9 @@ def write(path: Path, samples: Members) -> Path:
 
 def reader_of(root: Path, **options: object) -> TrainReader:
     source = open_shards(str(root), val=0, index_dir=str(root / "cache"), **options).train
-    return TrainReader(source, Plan(source.sizes, 0, 64), TrainCrop(16, (0.9, 1.0), "fast"), TOKENIZER, "random")
+    return TrainReader(
+        source, Plan(source.sizes, 0, 64), TrainCrop(Preprocessing(16), (0.9, 1.0), "fast"), TOKENIZER, "random"
+    )
 
 
 def two_epochs(reader: TrainReader, workers: int = 0, **shared: int) -> list[Chunk]:

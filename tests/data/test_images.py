@@ -10,9 +10,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from clipx.data.images import (
-    MEAN,
     ORIENTATION,
-    STD,
     Normalise,
     TrainCrop,
     crop_box,
@@ -21,6 +19,7 @@ from clipx.data.images import (
     get_image_transform,
 )
 from clipx.data.sample import BadSample
+from clipx.preprocessing import MEAN, STD, Preprocessing
 
 RED, BLUE = (200, 30, 40), (10, 60, 220)
 
@@ -120,7 +119,7 @@ def test_normalised_pixels_have_the_published_mean_and_deviation() -> None:
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = (torch.tensor(numbers, dtype=torch.float64).view(3, 1, 1) for numbers in (MEAN, STD))
     expected = (pixels.double() / 255 - mean) / std
-    torch.testing.assert_close(Normalise()(pixels).double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(Normalise(Preprocessing(32))(pixels).double(), expected, atol=1e-5, rtol=0)
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -132,7 +131,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def cropped(file: bytes, size: int, scale: tuple[float, float], seed: int = 0, decode: str = "exact") -> np.ndarray:
-    return apply(TrainCrop(size, scale, decode), file, seed).numpy().astype(int)
+    return apply(TrainCrop(Preprocessing(size), scale, decode), file, seed).numpy().astype(int)
 
 
 def apply(crop: TrainCrop, file: bytes, seed: int) -> torch.Tensor:
@@ -154,7 +153,7 @@ def test_a_training_crop_keeps_the_area_that_was_asked_for() -> None:
 
 
 def test_a_crop_depends_on_its_generator_alone() -> None:
-    crop = TrainCrop(32, (0.5, 1.0), "fast")
+    crop = TrainCrop(Preprocessing(32), (0.5, 1.0), "fast")
     big, small = encoded(photo(300, 200), "jpeg"), encoded(photo(90, 70), "jpeg")
     first = apply(crop, small, 5)
     apply(crop, big, 6)  # fills the buffer that both crops share
@@ -184,7 +183,7 @@ def test_a_jpeg_decoded_smaller_looks_the_same(size: tuple[int, int]) -> None:
 
 
 def test_a_jpeg_is_decoded_as_small_as_the_crop_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    crop = TrainCrop(100, (0.9, 1.0), "fast")
+    crop = TrainCrop(Preprocessing(100), (0.9, 1.0), "fast")
     assert [crop.shrink(side, 2000) for side in (99, 199, 200, 399, 400, 799, 800, 1600)] == [1, 1, 2, 2, 4, 4, 8, 8]
     for shrink in (1, 2, 4, 8):
         pixels, actual = crop.decode_jpeg(encoded(photo(330, 250), "jpeg"), (330, 250), 1, shrink)

@@ -23,6 +23,7 @@ from clipx.data.tar.headers import DataError
 from clipx.models.packed import unpad
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
+from clipx.preprocessing import Preprocessing
 from clipx.tokenizer import SimpleTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
@@ -32,7 +33,9 @@ TOKENIZER = SimpleTokenizer()
 
 def reader_of(root: Path, seed: int = 0, window: int = 64) -> TrainReader:
     source = open_shards(str(root), val=0).train
-    return TrainReader(source, Plan(source.sizes, seed, window), TrainCrop(16, (0.5, 1.0), "fast"), TOKENIZER, "random")
+    return TrainReader(
+        source, Plan(source.sizes, seed, window), TrainCrop(Preprocessing(16), (0.5, 1.0), "fast"), TOKENIZER, "random"
+    )
 
 
 def batches(
@@ -153,11 +156,11 @@ def test_nothing_but_bad_samples_ends_with_one_line(tmp_path: Path, workers: int
 
 def test_evaluation_reads_all_captions_of_all_pictures_once(shards: Path, spoilt: Path) -> None:
     source = open_shards(str(shards), val=0).train
-    chunks = list(load_chunks(EvalReader(source, 16, TOKENIZER), split_range(range(27)), 2, pin=False))
+    chunks = list(load_chunks(EvalReader(source, Preprocessing(16), TOKENIZER), split_range(range(27)), 2, pin=False))
     assert sum(map(len, chunks)) == 27 and chunks[0].captions[:2] == ["thing number 0", "the 0th thing of all"]
     assert chunks[0].owners[:4].tolist() == [0, 0, 1, 1]
     bad = open_shards(str(spoilt), val=0).train
-    chunk = next(load_chunks(EvalReader(bad, 16, TOKENIZER), split_range(range(40)), 0, pin=False))
+    chunk = next(load_chunks(EvalReader(bad, Preprocessing(16), TOKENIZER), split_range(range(40)), 0, pin=False))
     assert len(chunk) == 37 and len(chunk.skipped) == 3 and chunk.owners.tolist() == list(range(37))
 
 

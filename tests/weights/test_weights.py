@@ -13,10 +13,13 @@ from conftest import FEW, merge_args, run_ranks
 from gradients import CPU, Double, assert_close, chunks_of
 from open_clip.model import resize_pos_embed
 from peers import PIXELS, SIZES, padded, peer, perturb, real_batch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipx import load
+from clipx.data.emoji import open_emoji
+from clipx.data.images import decode
 from clipx.loss import clip_loss
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
@@ -276,7 +279,14 @@ def test_what_cannot_be_loaded_is_one_line(
         ({"config": {"text_cfg": {**SIZES["text_cfg"], "no_causal_mask": True}}}, "text_cfg.no_causal_mask=True is n"),
         ({"config": {"vision_cfg": {**SIZES["vision_cfg"], "head_width": 400}}}, "model.image.heads=0 does not"),
         ({"config": {"text_cfg": {**SIZES["text_cfg"], "heads": 3}}}, "model.text.heads=3 does not divide width=12"),
-        ({"mean": [0.5, 0.5, 0.5]}, "was trained on pictures prepared with mean=[0.5, 0.5, 0.5]; clipx uses (0.48"),
+        (
+            {"interpolation": "lanczos"},
+            "interpolation=lanczos; clipx supports bicubic and bilinear",
+        ),
+        (
+            {"resize_mode": "squash"},
+            "prepared with resize_mode=squash; clipx supports shortest",
+        ),
     ],
 )
 def test_another_architecture_of_open_clip_is_refused(tmp_path: Path, config: dict[str, object], message: str) -> None:
@@ -291,7 +301,7 @@ def test_another_architecture_of_open_clip_is_refused(tmp_path: Path, config: di
         ({"vision_config": {"hidden_act": "silu"}}, "vision_config has hidden_act='silu' and layer_norm_eps=1e-05"),
         ({"text_config": {"layer_norm_eps": 1e-6}}, "text_config has hidden_act='quick_gelu' and layer_norm_eps=1e-06"),
         ({"text_config": {"eos_token_id": 7}}, "text_config.eos_token_id=7; clipx reads a caption's feature"),
-        ({"pixels": {"image_mean": [0.5, 0.5, 0.5]}}, "was trained on pictures prepared with mean=[0.5, 0.5, 0.5]"),
+        ({"pixels": {"resample": 1}}, "was trained on pictures prepared with interpolation=lanczos"),
         ({"drop": "text_model.encoder.layers.0.self_attn.k_proj.bias"}, "there is no k_proj or v_proj"),
         ({"add": "vision_model.head.attention.in_proj_bias"}, "vision_model.head.attention.in_proj_bias is not"),
         ({"config": "{"}, "config.json cannot be read: Expecting property name"),
@@ -344,6 +354,33 @@ def test_a_config_of_another_project_that_is_odd_is_one_line(
     with pytest.raises(CheckpointError) as error:
         load(tmp_path)
     assert message in str(error.value) and file in str(error.value) and "\n" not in str(error.value)
+
+
+HALF = [0.5, 0.5, 0.5]
+
+
+def test_pictures_are_prepared_as_those_that_the_weights_were_trained_on(tmp_path: Path) -> None:
+    directory = open_clip_directory(tmp_path / "oc", peer(), mean=HALF, std=0.25, interpolation="bilinear")
+    save_file(to_hugging_face(peer().state_dict()), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    keys = {"image_mean": HALF, "image_std": [0.25] * 3, "resample": Image.Resampling.BILINEAR}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(keys))
+    picture = decode(open_emoji().train.read(0).picture)
+    expected = open_clip.image_transform(32, is_train=False, mean=HALF, std=[0.25] * 3, interpolation="bilinear")
+    for path in (directory, tmp_path):
+        model, transform, _ = load(path)
+        assert model.visual.preprocessing == (32, tuple(HALF), (0.25,) * 3, "bilinear")
+        torch.testing.assert_close(transform(picture), expected(picture))
+
+
+def test_a_run_and_its_weights_have_to_prepare_pictures_alike(
+    train: Callable[..., None], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    open_clip_directory(tmp_path / "oc", peer(), mean=HALF)
+    fix = "model.image.mean=[0.5,0.5,0.5]"
+    assert f"was trained with other settings of the same shapes; {fix} fits" in fails(*ONE_STEP, "init_from=oc")
+    train(*ONE_STEP, "init_from=oc", fix)
+    assert load(tmp_path / "outputs/x")[0].visual.preprocessing.mean == tuple(HALF)
 
 
 def test_an_activation_that_contradicts_the_weights_is_an_error(tmp_path: Path) -> None:

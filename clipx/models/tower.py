@@ -1,0 +1,65 @@
+"""What CLIP asks of its towers: features, their projection, and how the input is made."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipx.errors import UserError
+from clipx.models.packed import grid_edges
+from clipx.preprocessing import Preprocessing
+from clipx.tokenizer import Tokenizer
+
+
+class Tower(nn.Module):
+    """Half of a CLIP: ``features``, and their projection into the joint space."""
+
+    width: int  # D, size of the features
+    embed: int  # E, size of the joint space
+
+    def features(self, inputs: Any, /) -> Tensor:
+        """A batch of inputs -> (B, D)."""
+        raise NotImplementedError
+
+    def project(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, E)."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.project(self.features(inputs))
+
+    def stages(self) -> list[list[nn.Parameter]]:
+        """The parameters from input to output: embeddings, each block, projection."""
+        raise UserError(f"{type(self).__name__} has no stages; leave out unlock and optim.layer_decay")
+
+    def set_grad_checkpoint(self, on: bool) -> None:
+        """Recompute activations in the backward pass to save memory."""
+        if on:
+            raise UserError(f"grad_checkpoint: {type(self).__name__} has no blocks to recompute")
+
+
+class ImageTower(Tower):
+    """Pictures, (B, 3, S, S) floats prepared as ``preprocessing`` says -> (B, E)."""
+
+    preprocessing: Preprocessing
+
+    @property
+    def size(self) -> int:
+        """Side of the pictures, pixels."""
+        return self.preprocessing.size
+
+
+class TextTower(Tower):
+    """Captions, packed or (B, L) token ids -> (B, E)."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def context(self) -> int:
+        """Maximum number of tokens of a caption."""
+        return self.tokenizer.context
+
+    def grid_edges(self, device: torch.device, amp: torch.dtype | None, compiled: bool = False) -> Sequence[int] | None:
+        """How captions are packed for this tower, as ``pack`` takes it."""
+        return grid_edges(device, amp, compiled)
