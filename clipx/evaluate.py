@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from clipx.config.cli import command
 from clipx.config.resolve import check_nodes, typed_values
-from clipx.config.runs import check_exists, expand_runs
+from clipx.config.runs import check_exists, check_mix, expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.errors import UserError
 
@@ -22,8 +22,12 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
         UserError: a key, a run or the data is wrong, or the command was interrupted.
     """
     values = typed_values(composed, EvaluateConfig)
-    for run in expand_runs(values["run"]):
+    runs = expand_runs(values["run"])
+    for run in runs:
         check_exists("run", run)
+    check_mix(values["mix"], "alphas", values["alphas"])
+    if values["mix"] and len(runs) > 1:
+        raise UserError(f"mix={values['mix']} mixes one run, but run names {len(runs)}: {', '.join(runs)}; give one")
     config = check_nodes(values, EvaluateConfig)
     from clipx.models.numerics import numerics  # imports torch
     from clipx.tools.score import score

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from clipx.config.cli import command
 from clipx.config.resolve import resolve
-from clipx.config.runs import check_exists
+from clipx.config.runs import check_exists, check_mix
 from clipx.config.schema import ExportConfig
 from clipx.errors import UserError
 
@@ -39,10 +39,15 @@ def export(composed: DictConfig, directory: Path) -> None:
     if out.exists():
         raise UserError(f"out={config.out} already exists; name a new directory")
     check_exists("run", config.run)
+    check_mix(config.mix, "alpha", config.alpha)
     from clipx.weights.export import export_model  # imports torch
     from clipx.weights.load import load
+    from clipx.weights.mix import mixtures
 
-    model, _, _ = load(config.run, trust=config.trust, act=config.act)
+    if config.mix is None or config.alpha is None:
+        model = load(config.run, trust=config.trust, act=config.act)[0]
+    else:
+        _, model = next(mixtures(config.run, config.mix, [config.alpha], trust=config.trust, act=config.act))
     try:
         export_model(model, config.to, out)
     except OSError as error:

@@ -56,6 +56,25 @@ def check_exists(key: str, where: str) -> None:
         raise UserError(f"{key}={where}: there is no such run, checkpoint or weights{suggest_runs(path)}")
 
 
+def check_mix(mix: str | None, key: str, share: object) -> None:
+    """Check that the weights to mix a run with exist, and that their share is given.
+
+    Args:
+        mix: a run or weights, or None.
+        key: ``alpha`` or ``alphas``, whose value is ``share``.
+
+    Raises:
+        UserError: one is there without the other, or ``mix`` does not exist.
+    """
+    if mix is None and share is not None:
+        raise UserError(f"{key}={share} has no effect without the weights to mix; add mix=WEIGHTS, or leave it out")
+    if mix is not None and share in (None, []):
+        example = "[0,0.25,0.5,0.75,1]" if key == "alphas" else "0.5"
+        raise UserError(f"mix={mix} needs the share of run in the mixture; add {key}={example}")
+    if mix is not None:
+        check_exists("mix", mix)
+
+
 def suggest_runs(path: Path) -> str:
     """The end of an error about a missing run or checkpoint: existing ones, similar names first."""
     run = next((parent.parent for parent in (path, *path.parents) if parent.name == "checkpoints"), path)

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, Posit
 
 from clipx import duration
 
+Share = Annotated[float, Field(ge=0, le=1)]
 Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
 
 
@@ -69,6 +70,8 @@ class EvaluateConfig(ComposedConfig):
     """Keys of clipx.evaluate."""
 
     run: str | list[str]
+    mix: str | None
+    alphas: list[Share] | None
     evals: dict[str, dict[str, Any]]
     split: Literal["val", "train"]
     labelled: dict[str, dict[str, str]] | None
@@ -100,7 +103,7 @@ class PrepareConfig(ComposedConfig):
     quality: Annotated[int, Field(ge=1, le=100)]
     min_size: NonNegativeInt
     drop_duplicates: bool
-    max_empty: Annotated[float, Field(ge=0, le=1)]
+    max_empty: Share
     verify: bool
     workers: Literal["auto"] | NonNegativeInt
 
@@ -110,6 +113,8 @@ class ExportConfig(ComposedConfig):
     """Keys of clipx.export."""
 
     run: str
+    mix: str | None
+    alpha: Share | None
     to: Literal["open_clip", "hf"]
     out: str
     act: Literal["quick_gelu", "gelu"] | None

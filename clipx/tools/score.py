@@ -8,11 +8,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from clipx import distributed
@@ -27,9 +28,11 @@ from clipx.errors import UserError
 from clipx.evals.features import Features
 from clipx.evals.figures import figure_name, save_figure
 from clipx.evals.validation import FigureLog, LabelledEvaluation, Validation
+from clipx.models.clip import CLIP
 from clipx.training.logs import SilentLog
 from clipx.weights.checkpoint import best_or_last
 from clipx.weights.load import load
+from clipx.weights.mix import mixtures
 from clipx.weights.peek import read_plain
 
 logger = logging.getLogger("clipx")
@@ -47,14 +50,14 @@ class ResultsWriter(FigureLog):
     weights: str  # name of the file in metrics.json
     is_run: bool  # whether the directory is a run's, with TensorBoard's events
     step: int  # of the checkpoint
+    prefix: str  # of the names of figures
 
     def pictures(self, val: Features, step: int) -> None:
         """Not called: every set that evaluate scores has a name."""
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """Save a figure as a PNG, and to a run's TensorBoard."""
-        prefix = "" if self.is_run else f"{Path(self.weights).stem}-"
-        save_figure(figure, self.directory / f"{prefix}{figure_name(tag)}")
+        save_figure(figure, self.directory / f"{self.prefix}{figure_name(tag)}")
         if self.is_run:
             with SummaryWriter(str(self.directory)) as tensorboard:
                 tensorboard.add_figure(tag, figure, step)
@@ -114,18 +117,31 @@ def score(config: EvaluateConfig, directory: Path) -> None:
         ids = data_ids(sources, evals)
         workers, amp = select_workers(config.workers, device), autocast_dtype(select_amp(config.amp, device))
         table: dict[str, Metrics] = {}
-        for run, label in runs.items():
-            model, _, tokenizer = load(run, device, config.trust, config.act)
-            writer = writers[run]
-            cache = Path(config.cache).expanduser() if config.cache else None
-            validation = Validation(sources, evals, tokenizer, workers, amp, cache)
+        cache = Path(config.cache).expanduser() if config.cache else None
+        for label, model, writer in candidates(config, runs, writers, device):
+            validation = Validation(sources, evals, model.text.tokenizer, workers, amp, cache)
             table[label] = validation(model, writer.step, SilentLog() if distributed.rank() else writer)
             if distributed.rank() == 0:
                 writer.write(table[label], ids, validation.skipped)
                 logger.info("%s: %s", label, writer.directory / RESULTS)
     if distributed.rank() == 0:
-        for line in table_lines(table):
+        for line in table_lines(table, with_intervals=config.mix is None):
             logger.info(line)
+
+
+def candidates(
+    config: EvaluateConfig, runs: Mapping[str, str], writers: Mapping[str, ResultsWriter], device: torch.device
+) -> Iterator[tuple[str, CLIP, ResultsWriter]]:
+    """Yield what is scored, one at a time, with its label: each run, or each mixture of a run with other weights."""
+    if config.mix is None or config.alphas is None:
+        for run, label in runs.items():
+            yield label, load(run, device, config.trust, config.act)[0], writers[run]
+        return
+    (run,) = runs
+    for alpha, model in mixtures(run, config.mix, config.alphas, device, config.trust, config.act):
+        label, writer = f"alpha={alpha:g}", writers[run]
+        weights, prefix = f"{writer.weights} mix={config.mix} {label}", f"{writer.prefix}{label}-"
+        yield label, model, replace(writer, weights=weights, is_run=False, prefix=prefix)
 
 
 def open_sources(config: EvaluateConfig) -> dict[str, Source]:
@@ -170,20 +186,23 @@ def parse_tag(tag: str) -> tuple[str, str]:
     return group, metric
 
 
-def table_lines(table: Mapping[str, Metrics]) -> list[str]:
+def table_lines(table: Mapping[str, Metrics], with_intervals: bool = True) -> list[str]:
     """Format a table: a column for each run, a line for each metric, with its interval if it has one."""
     tags = list(dict.fromkeys(tag for metrics in table.values() for tag in metrics))
     shown = [tag for tag in tags if "/per_class/" not in tag and not tag.endswith(("_low", "_high"))]
-    rows = ([*parse_tag(tag), *(format_cell(metrics, tag) for metrics in table.values())] for tag in shown)
+    rows = (
+        [*parse_tag(tag), *(format_cell(metrics, tag, with_intervals) for metrics in table.values())] for tag in shown
+    )
     cells = [["", "", *table], *rows]
     cells = [["" if row and line[0] == cells[row - 1][0] else line[0], *line[1:]] for row, line in enumerate(cells)]
     return columns(cells)
 
 
-def format_cell(metrics: Metrics, tag: str) -> str:
+def format_cell(metrics: Metrics, tag: str, with_interval: bool) -> str:
     if tag not in metrics:
         return "-"
-    ends = [f"{metrics[f'{tag}_{end}']:.4g}" for end in ("low", "high") if f"{tag}_{end}" in metrics]
+    bounds = ("low", "high") if with_interval else ()
+    ends = [f"{metrics[f'{tag}_{end}']:.4g}" for end in bounds if f"{tag}_{end}" in metrics]
     return f"{metrics[tag]:.4g}" + (f" ({' to '.join(ends)})" if ends else "")
 
 
@@ -193,14 +212,14 @@ def writer_for(run: str, directory: Path) -> ResultsWriter:
     if (path / "checkpoints").is_dir():
         path = best_or_last(path)
     if path.is_dir():
-        return ResultsWriter(path, path.name, False, 0)  # of another project
+        return ResultsWriter(path, path.name, False, 0, f"{path.stem}-")  # of another project
     if not path.is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        return ResultsWriter(directory, run, False, 0)
+        return ResultsWriter(directory, run, False, 0, f"{Path(run).stem}-")
     folder = path.parent if path.parent.name else path.absolute().parent
     if folder.name != "checkpoints" or not (folder.parent / "config.yaml").is_file():
-        return ResultsWriter(path.parent, path.name, False, 0)
-    return ResultsWriter(folder.parent, f"checkpoints/{path.name}", True, read_plain(path).get("step", 0))
+        return ResultsWriter(path.parent, path.name, False, 0, f"{path.stem}-")
+    return ResultsWriter(folder.parent, f"checkpoints/{path.name}", True, read_plain(path).get("step", 0), "")
 
 
 @contextmanager
