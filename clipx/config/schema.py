@@ -34,6 +34,7 @@ class TrainConfig(ComposedConfig):
     init_positions: Literal["stretch", "new"]
     freeze: list[Literal["image", "text"]]
     unlock: dict[Literal["image", "text"], NonNegativeInt]
+    views: PositiveInt | None
     epochs: PositiveFloat
     max_steps: PositiveInt | None
     stop_at: Duration | None

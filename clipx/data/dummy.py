@@ -36,14 +36,22 @@ class Dummy:
         return f"dummy/{self.seed}-{sample}"
 
     def read(self, sample: int) -> Sample:
-        draw = digest(self.seed, "dummy", sample)
-        colour, shape, place = COLOURS[draw % 8], SHAPES[draw // 8 % 4], list(PLACES)[draw // 32 % 4]
-        grey = 96 + draw // 128 % 64
+        colour, shape, place = self.draw(sample)
+        grey = 96 + digest(self.seed, "dummy", sample) // 128 % 64
         image = Image.new("RGB", (self.size, self.size), (grey, grey, grey))
         paint(ImageDraw.Draw(image), shape, colour, PLACES[place], self.size / 2)
         file = BytesIO()
         image.save(file, "png")
-        return Sample(f"{self.seed}-{sample}", file.getvalue(), [f"a {colour} {shape} in the {place}"])
+        return Sample(f"{self.seed}-{sample}", file.getvalue(), self.read_captions(sample))
+
+    def read_captions(self, sample: int) -> list[str]:
+        colour, shape, place = self.draw(sample)
+        return [f"a {colour} {shape} in the {place}"]
+
+    def draw(self, sample: int) -> tuple[str, str, str]:
+        """Return colour, shape and place of a picture."""
+        drawn = digest(self.seed, "dummy", sample)
+        return COLOURS[drawn % 8], SHAPES[drawn // 8 % 4], list(PLACES)[drawn // 32 % 4]
 
 
 def paint(draw: ImageDraw.ImageDraw, shape: str, colour: str, place: tuple[int, int], half: float) -> None:

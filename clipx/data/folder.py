@@ -68,7 +68,10 @@ class Folder:
             path = self.images / self.matched[0][name]
         if not path.is_file():
             raise BadSample("is listed in captions.txt, but there is no such file")
-        return Sample(name, read_picture(path), check_captions(self.captions[name]))
+        return Sample(name, read_picture(path), self.read_captions(sample))
+
+    def read_captions(self, sample: int) -> list[str]:
+        return check_captions(self.captions[self.names[sample]])
 
 
 def read_listing(path: Path, encoding: str | None = None) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from clipx.data.plan import MixPlan
 from clipx.data.remote.cache import RemoteShard
 from clipx.data.remote.prefetch import remotes_of
-from clipx.data.sample import Data, DataOptions, Sample, Source
+from clipx.data.sample import Data, DataOptions, Sample, Source, captions_of
 from clipx.data.tar.headers import DataError
 
 
@@ -44,6 +44,9 @@ class Chain:
     def read(self, sample: int) -> Sample:
         source, own = self.find(sample)
         return source.read(own)
+
+    def read_captions(self, sample: int) -> list[str]:
+        return captions_of(*self.find(sample))
 
 
 @dataclass(frozen=True)

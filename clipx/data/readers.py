@@ -1,16 +1,20 @@
 """Readers: from a range of positions to a chunk of decoded images and tokens."""
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from clipx.data.features import FeatureFile, Stored
 from clipx.data.images import TrainCrop, decode, eval_crop, to_tensor
 from clipx.data.plan import MixPlan, Place, Plan, digest
-from clipx.data.sample import BadSample, Sample, Source
+from clipx.data.sample import BadSample, Source, captions_of
 from clipx.data.tar.headers import DataError
 from clipx.errors import UserError
 from clipx.preprocessing import Preprocessing
@@ -32,7 +36,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive samples of the plan: N images, M captions (M = N in training)."""
+    """Consecutive samples of the plan: N images, M captions (M = N in training).
+
+    Where a frozen tower's features are stored, ``images`` or ``tokens`` are those of the samples whose features are not
+    known yet.
+    """
 
     images: Tensor  # (N, 3, S, S) uint8, channels last in memory
     tokens: Tokens  # of the M captions
@@ -42,9 +50,10 @@ class Chunk:
     samples: Tensor  # (N,) int64, ids
     ids: Tensor | None  # (N, 2) int64, hashes of picture and caption, if the loss needs them
     skipped: list[Skipped] = field(default_factory=list)
+    stored: Mapping[str, Stored] = field(default_factory=dict)  # what the files of features hold, by tower
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.samples)
 
     def pin_memory(self) -> "Chunk":
         return replace(self, images=self.images.pin_memory())
@@ -72,7 +81,7 @@ class Reader(Dataset):
         captions: list[list[str]],
         samples: list[int],
         skipped: list[Skipped],
-        pictures: list[int] | None = None,
+        ids: list[tuple[int, int]] | None = None,
     ) -> Chunk:
         flat = [caption for several in captions for caption in several]
         return Chunk(
@@ -82,15 +91,24 @@ class Reader(Dataset):
             owners=torch.repeat_interleave(torch.tensor([len(several) for several in captions], dtype=torch.int64)),
             position=positions.start,
             samples=torch.tensor(samples, dtype=torch.int64),
-            ids=None if pictures is None else torch.tensor([*zip(pictures, map(signed_hash, flat), strict=True)]),
+            ids=None if ids is None else torch.tensor(ids),
             skipped=skipped,
         )
+
+
+class Loaded(NamedTuple):
+    """A sample as a chunk needs it."""
+
+    place: Place
+    picture: bytes  # empty if it is not needed
+    caption: str  # empty if it is not needed
+    features: dict[str, np.ndarray]  # (D,) fp16, those that are known, by tower
 
 
 class TrainReader(Reader):
     """Reader for training: plan order, one caption and one random crop per picture.
 
-    Both depend only on seed, source, epoch and sample id.
+    Both depend only on seed, source, view and sample id; the view is the epoch, or the epoch modulo ``views``.
 
     Args:
         source: the samples.
@@ -99,6 +117,8 @@ class TrainReader(Reader):
         tokenizer: for the captions.
         caption: ``random`` draws one of a picture's captions; ``first`` takes the first.
         identify: add hashes that reveal equal pictures and captions.
+        views: number of different crops and captions of a sample; None for new ones each epoch.
+        features: features of frozen towers, by tower; what they hold is neither read nor decoded.
     """
 
     def __init__(
@@ -109,39 +129,90 @@ class TrainReader(Reader):
         tokenizer: Tokenizer,
         caption: str,
         identify: bool = False,
+        views: int | None = None,
+        features: Mapping[str, FeatureFile] | None = None,
     ):
         super().__init__(source, tokenizer)
         self.plan, self.crop, self.caption, self.identify = plan, crop, caption, identify
+        self.views, self.features = views, features or {}
 
     def chunk(self, positions: range) -> Chunk:
-        captions, samples, pictures = [], [], []
         skipped: list[Skipped] = []
-        images = shared_pixels(len(positions), self.crop.size)
-        for row, position in enumerate(positions):
-            place, sample = self.load(position, images[row], skipped)
-            captions.append([self.select_caption(place, sample)])
-            samples.append(place.sample)
-            if self.identify:
-                pictures.append(signed_hash(sample.picture))
-        return self.collate(positions, images, captions, samples, skipped, pictures if self.identify else None)
+        found = [self.find(self.place(position)) for position in positions]
+        images, decoded = shared_pixels(sum("image" not in known for known in found), self.crop.size), 0
+        rows: list[Loaded] = []
+        for position, known in zip(positions, found, strict=True):
+            rows.append(self.load(position, known, images[decoded : decoded + 1], skipped))
+            decoded += "image" not in rows[-1].features
+        captions = [[row.caption] if "text" not in row.features else [] for row in rows]
+        samples = [row.place.sample for row in rows]
+        ids = [(signed_hash(row.picture), signed_hash(row.caption)) for row in rows] if self.identify else None
+        chunk = self.collate(positions, images[:decoded], captions, samples, skipped, ids)
+        return replace(chunk, stored={tower: self.stored(tower, rows) for tower in self.features})
 
-    def select_caption(self, place: Place, sample: Sample) -> str:
+    def place(self, position: int, attempt: int = 0) -> Place:
+        """Return the place of the sample at a position, or of its substitute; its epoch is the view."""
+        place = self.plan.substitute(position, attempt) if attempt else self.plan[position]
+        return place if self.views is None else place._replace(epoch=place.epoch % self.views)
+
+    def row(self, place: Place) -> int:
+        """Return the row of a place in the files of features."""
+        return place.epoch * self.plan.samples + place.sample
+
+    def find(self, place: Place) -> dict[str, np.ndarray]:
+        """Return the features of a place that are known, by tower."""
+        found = {tower: file.read(self.row(place)) for tower, file in self.features.items()}
+        return {tower: feature for tower, feature in found.items() if feature is not None}
+
+    def select_caption(self, place: Place, captions: Sequence[str]) -> str:
         """Return the caption of a sample at a place in the plan."""
         drawn = digest(self.plan.seed, "caption", *place) if self.caption == "random" else 0
-        return sample.captions[drawn % len(sample.captions)]
+        return captions[drawn % len(captions)]
 
-    def load(self, position: int, image: Tensor, skipped: list[Skipped]) -> tuple[Place, Sample]:
-        """Fill ``image`` and return the sample at a position, or its first good substitute if it is bad."""
+    def load(self, position: int, known: dict[str, np.ndarray], image: Tensor, skipped: list[Skipped]) -> Loaded:
+        """Load the sample at a position, or its first good substitute if it is bad.
+
+        Args:
+            position: in the plan.
+            known: features of its sample.
+            image: (1, S, S, 3) uint8, is filled; not used where the features of the image tower are known.
+            skipped: bad samples are appended.
+        """
         for attempt in range(TRIES):
-            place = self.plan.substitute(position, attempt) if attempt else self.plan[position]
+            place = self.place(position, attempt)
+            known = self.find(place) if attempt else known
             try:
-                sample = self.source.read(place.sample)
-                self.crop(sample.picture, random.Random(digest(self.plan.seed, "crop", *place)), image)
-                return place, sample
+                return self.read(place, known, image)
             except BadSample as error:
                 skipped.append(Skipped(position, place.sample, self.source.locate(place.sample), str(error)))
+            if "image" in known:  # no room for the picture of a substitute
+                raise DataError(
+                    f"{skipped[-1].place} has changed since its features were stored in {self.features['image'].path}: "
+                    f"{skipped[-1].reason}; delete that file"
+                )
         worst = skipped[-1]
         raise DataError(f"{TRIES} samples in a row are bad, the last one is {worst.place}: {worst.reason}")
+
+    def read(self, place: Place, known: dict[str, np.ndarray], image: Tensor) -> Loaded:
+        """Read what is needed of a sample.  Arguments as in ``load``; raises BadSample."""
+        if self.identify or "image" not in known:
+            sample = self.source.read(place.sample)
+            picture, captions = sample.picture, sample.captions
+        else:
+            picture, captions = b"", captions_of(self.source, place.sample) if "text" not in known else []
+        if "image" not in known:
+            self.crop(picture, random.Random(digest(self.plan.seed, "crop", *place)), image[0])
+        return Loaded(place, picture, self.select_caption(place, captions) if captions else "", known)
+
+    def stored(self, tower: str, rows: Sequence[Loaded]) -> Stored:
+        """Gather the known features of a tower."""
+        known = [row.features[tower] for row in rows if tower in row.features]
+        width = self.features[tower].width
+        return Stored(
+            torch.tensor([self.row(row.place) for row in rows], dtype=torch.int64),
+            torch.tensor([tower in row.features for row in rows]),
+            torch.from_numpy(np.stack(known)) if known else torch.empty(0, width, dtype=torch.float16),
+        )
 
 
 def signed_hash(what: bytes | str) -> int:

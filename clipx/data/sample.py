@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Protocol, TypedDict
+from typing import Annotated, Literal, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,7 @@ MAX_HELD_OUT = 5000  # pictures; more would not sharpen the estimate
 SHARES = (0.02, 0.1, 0.2, 0.5)  # suggested held-out shares; small sets need larger ones
 LARGE = 1_000_000  # samples; the held-out ids of larger sources are cached
 MIN_BAD_LIMIT = 10  # bad samples that any run tolerates
+NUM_PROBED = 32  # samples whose bytes are part of the key of cached features
 MAX_IMAGE_BYTES = 256 << 20  # about the size of MAX_PIXELS uncompressed
 # without EPS, which runs Ghostscript
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -81,6 +82,35 @@ class Source(Protocol):
             BadSample: it has no picture or no caption.
             OSError: it cannot be read.
         """
+
+
+@runtime_checkable
+class CaptionSource(Source, Protocol):
+    """A source that reads captions without their picture."""
+
+    def read_captions(self, sample: int) -> list[str]:
+        """Return the captions of one sample.  Raises as ``read``."""
+
+
+def captions_of(source: Source, sample: int) -> list[str]:
+    """Return the captions of a sample, without reading its picture if the source can.  Raises as ``Source.read``."""
+    return source.read_captions(sample) if isinstance(source, CaptionSource) else source.read(sample).captions
+
+
+def probe_samples(source: Source) -> list[str]:
+    """Hash the bytes of a few samples, spread over a source: its id leaves out directories, and bytes of a folder."""
+    count = int(sum(source.sizes))
+    return [sample_digest(source, sample) for sample in range(0, count, max(1, count // NUM_PROBED))]
+
+
+def sample_digest(source: Source, sample: int) -> str:
+    """Hash the bytes of a sample."""
+    try:
+        found = source.read(sample)
+    except BadSample as error:
+        return f"{sample} {error}"
+    captions = "\n".join(found.captions).encode()
+    return blake2b(found.picture + b"\n" + captions, digest_size=16).hexdigest()
 
 
 class KeyedSource(Source, Protocol):
@@ -167,6 +197,9 @@ class Subset:
 
     def read(self, sample: int) -> Sample:
         return self.source.read(self.full_id(sample))
+
+    def read_captions(self, sample: int) -> list[str]:
+        return captions_of(self.source, self.full_id(sample))
 
 
 def hold_out(source: KeyedSource, share: float, cache_dir: Path | None = None) -> tuple[Source, Source | None]:

@@ -73,21 +73,39 @@ class Shards:
 
     def read(self, sample: int) -> Sample:
         tar, row = self.row(sample)
-        members = byte_ranges(row)
-        if min(map(min, members.values()), default=0) < 0:
-            raise BadSample("its index points outside the shard; delete the index")
-        if max(map(sum, members.values()), default=0) > tar.size:
-            raise BadSample("is lost: its shard is cut short")
+        members = checked_ranges(tar, row)
         picture = next((members[kind] for kind in IMAGE_KINDS if kind in members), None)
         if picture is None:
             kinds = ", ".join(f".{kind}" for kind in IMAGE_KINDS)
             raise BadSample(f"has no picture ({kinds}){dotted_key_hint(members)}")
+        captions = self.captions_among(tar, members)
+        check_bytes("its picture", picture[1], MAX_IMAGE_BYTES)
+        return Sample(row[KEY].decode("utf-8", "replace"), tar.read(*picture), captions)
+
+    def read_captions(self, sample: int) -> list[str]:
+        tar, row = self.row(sample)
+        return self.captions_among(tar, checked_ranges(tar, row))
+
+    def captions_among(self, tar: OpenShard | CachedShard, members: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Read the captions of a sample; ``members`` are its byte ranges."""
         kind = next((kind for kind in self.kinds if kind in members), None)
         if kind:
             check_bytes(f"its caption (.{kind})", members[kind][1], MAX_CAPTION_FILE)
-        check_bytes("its picture", picture[1], MAX_IMAGE_BYTES)
-        captions = self.captions({kind: tar.read(*members[kind])} if kind else {})
-        return Sample(row[KEY].decode("utf-8", "replace"), tar.read(*picture), captions)
+        return self.captions({kind: tar.read(*members[kind])} if kind else {})
+
+
+def checked_ranges(tar: OpenShard | CachedShard, row: np.void) -> dict[str, tuple[int, int]]:
+    """Return the byte ranges of a sample's members, which lie within the tar.
+
+    Raises:
+        BadSample: one does not.
+    """
+    members = byte_ranges(row)
+    if min(map(min, members.values()), default=0) < 0:
+        raise BadSample("its index points outside the shard; delete the index")
+    if max(map(sum, members.values()), default=0) > tar.size:
+        raise BadSample("is lost: its shard is cut short")
+    return members
 
 
 def dotted_key_hint(kinds: Iterable[str]) -> str:

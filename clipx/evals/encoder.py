@@ -16,7 +16,7 @@ from clipx.data.files import write_atomic
 from clipx.data.images import Normalise
 from clipx.data.loader import MAX_CHUNK, load_chunks, split_range
 from clipx.data.readers import Chunk, EvalReader
-from clipx.data.sample import BadSample, Source
+from clipx.data.sample import Source, probe_samples
 from clipx.data.tar.headers import DataError
 from clipx.distributed import gather, gather_lists, gather_rows, local_slice, rank
 from clipx.errors import UserError
@@ -30,7 +30,6 @@ FORMAT = 2  # of the feature files
 CPU_BATCH = 64  # pictures; larger batches take memory on a CPU and save little time
 TEXT_BATCH = 256  # texts
 NUM_SHOWN = 64  # pictures kept for figures
-NUM_PROBED = 32  # samples whose bytes are part of the cache's key
 
 FeaturesT = TypeVar("FeaturesT", Features, LabelledFeatures)
 
@@ -190,10 +189,8 @@ class EvalEncoder:
 
         Ids of data leave out directories, so the bytes of a few samples are hashed, too.
         """
-        count = int(sum(source.sizes))
-        probed = [sample_digest(source, sample) for sample in range(0, count, max(1, count // NUM_PROBED))]
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        parts = [FORMAT, self.weights_id, self.amp, tf32, source.id, probed]
+        parts = [FORMAT, self.weights_id, self.amp, tf32, source.id, probe_samples(source)]
         return gather_lists([blake2b(str(parts).encode(), digest_size=16).hexdigest()])[0]
 
     @cached_property
@@ -212,16 +209,6 @@ class EvalEncoder:
             probe.cpu().numpy().round(3).tolist(),
             *preprocessing,
         ]
-
-
-def sample_digest(source: Source, sample: int) -> str:
-    """Hash the bytes of a sample."""
-    try:
-        found = source.read(sample)
-    except BadSample as error:
-        return f"{sample} {error}"
-    captions = "\n".join(found.captions).encode()
-    return blake2b(found.picture + b"\n" + captions, digest_size=16).hexdigest()
 
 
 def join(parts: list[Tensor], *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

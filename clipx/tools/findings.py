@@ -18,7 +18,7 @@ from clipx.data.folder import Folder
 from clipx.data.loader import make_prefetcher, train_ranges
 from clipx.data.mix import Chain
 from clipx.data.readers import Chunk, EvalReader, TrainReader
-from clipx.data.sample import BadSample, Data, Source, Subset, suggest_share
+from clipx.data.sample import BadSample, Data, Source, Subset, captions_of, suggest_share
 from clipx.data.shards import Shards
 from clipx.devices import select_amp, select_device
 from clipx.duration import Every
@@ -239,11 +239,11 @@ def check_equal(reader: TrainReader, batch: range, same: str | None) -> Iterator
 
 
 def captions_at(reader: TrainReader, positions: range) -> Iterator[str]:
-    """Yield the captions drawn at these positions, without bad samples; no picture is decoded."""
+    """Yield the captions drawn at these positions, without bad samples; no picture is read."""
     for position in positions:
-        place = reader.plan[position]
+        place = reader.place(position)
         try:
-            yield reader.select_caption(place, reader.source.read(place.sample))
+            yield reader.select_caption(place, captions_of(reader.source, place.sample))
         except BadSample:
             continue
 

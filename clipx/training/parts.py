@@ -89,8 +89,8 @@ def build_forward(config: TrainConfig, model: CLIP) -> Forward:
 
 def train_reader(config: TrainConfig, data: Data, plan: Plan | MixPlan, model: CLIP) -> TrainReader:
     """Reader of training samples."""
-    crop = TrainCrop(model.visual.preprocessing, data.crop, data.decode)
-    return TrainReader(data.train, plan, crop, model.text.tokenizer, data.caption, config.loss.get("same") == "mask")
+    crop, masked = TrainCrop(model.visual.preprocessing, data.crop, data.decode), config.loss.get("same") == "mask"
+    return TrainReader(data.train, plan, crop, model.text.tokenizer, data.caption, masked, config.views)
 
 
 def train_batches(parts: RunParts, state: State) -> Iterator[list[Chunk]]:
