@@ -191,7 +191,7 @@ def assert_same_state(a: Path, b: Path) -> None:
     for part in [*parts, "best"] if evaluated_steps(a) == evaluated_steps(b) else parts:
         assert str(one[part]) == str(two[part]), part
     assert one.keys() == two.keys()
-    for part in one.keys() & {"model_state_dict", "ema_state_dict"}:
+    for part in one.keys() & {"model_state_dict", "lora_state_dict", "ema_state_dict", "ema_lora_state_dict"}:
         for name, tensor in one[part].items():
             assert torch.equal(tensor, two[part][name]), (part, name)
     for number, moments in one["optimizer"]["state"].items():

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, Posit
 from clipx import duration
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Tower = Literal["image", "text"]
 Duration = Annotated[duration.Duration, AfterValidator(duration.checked)]
 
 
@@ -17,6 +18,16 @@ class ComposedConfig:
 
     choices: dict[str, Any] = field(default_factory=dict, kw_only=True)  # option of each group
     varied: list[str] = field(default_factory=list, kw_only=True)  # keys that the sweep or the arguments set
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Keys of lora."""
+
+    rank: PositiveInt | None = None
+    alpha: PositiveFloat = 16.0
+    towers: Annotated[list[Tower], Field(min_length=1)] = field(default_factory=lambda: ["image", "text"])
+    weights: Annotated[list[str], Field(min_length=1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -32,9 +43,10 @@ class TrainConfig(ComposedConfig):
     name: str | None
     init_from: str | None
     init_positions: Literal["stretch", "new"]
-    freeze: list[Literal["image", "text"]]
-    unlock: dict[Literal["image", "text"], NonNegativeInt]
+    freeze: list[Tower]
+    unlock: dict[Tower, NonNegativeInt]
     views: PositiveInt | None
+    lora: LoraConfig
     epochs: PositiveFloat
     max_steps: PositiveInt | None
     stop_at: Duration | None

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -94,6 +95,10 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     Raises:
         ConfigError: it does not fit.
     """
+    if isinstance(hint, type) and is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value!r}: should have keys; {key}.{fields(hint)[0].name}=... sets one")
+        return hint(**check_call(hint, value, f"{key}."))
     try:
         converted = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:

@@ -81,9 +81,9 @@ class Attention(nn.Module):
 
     def read_out(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         """``forward`` at the read-out tokens only: (B, L, D) or (T, D) -> (B, D)."""
-        D = x.shape[-1]
-        q = linear(read_out(x, packed), self.in_proj_weight[:D], self.in_proj_bias[:D])  # (B, D)
-        kv = linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:])  # (B, L, 2D)
+        D, weight = x.shape[-1], self.in_proj_weight
+        q = linear(read_out(x, packed), weight[:D], self.in_proj_bias[:D])  # (B, D)
+        kv = linear(x, weight[D:], self.in_proj_bias[D:])  # (B, L, 2D)
         if packed is None:
             return self.out_proj(self.attend_once(q, kv))
         if not packed.grids:

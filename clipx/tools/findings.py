@@ -26,9 +26,10 @@ from clipx.errors import UserError
 from clipx.evals.figures import picture_grid, save_figure, shorten
 from clipx.evals.validation import LabelledEvaluation
 from clipx.models.clip import CLIP
-from clipx.tools.machine import Finding, check_device, check_disk, check_memory, check_workers, format_bytes
+from clipx.tools.machine import Finding, check_device, check_disk, check_memory, check_workers
 from clipx.training.header import describe_length, warmup_of
 from clipx.training.loop import State
+from clipx.training.memory import describe_trained, format_bytes
 from clipx.training.parts import identify, initial_state, run_length, train_reader
 from clipx.training.resume import restore
 from clipx.weights.load import initialise
@@ -83,7 +84,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
     with report.part("model") as log:
         state = initial_state(config, CPU)
         tokens = state.model.text.context
-        log([Finding("ok", f"{sum(p.numel() for p in state.model.parameters()):,} parameters")])
+        log([Finding("ok", f"trains {describe_trained(state.model, state.optimizer)}")])
     with report.part("data") as log:
         data = build(config.data, "data", config.trust)
         plan = data.plan(config.seed)

@@ -11,15 +11,15 @@ from typing import Literal
 import psutil
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
 from clipx.data.loader import MAX_CHUNK
 from clipx.devices import autocast_dtype, available_cores, has_bf16, select_workers
 from clipx.models.clip import CLIP
+from clipx.models.lora import adapter_state
 from clipx.training.loop import State
-from clipx.training.memory import num_moments, trained_bytes
+from clipx.training.memory import format_bytes, num_moments, trained_bytes
 from clipx.weights.checkpoint import size_on_disk
 
 SHARED_MEMORY = Path("/dev/shm")  # workers pass their chunks through it
@@ -95,22 +95,20 @@ def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
             f"{home.absolute()} is not writable, so {directory} cannot be made; start the run from a directory that is",
         )
         return
-    size = parameter_bytes(state) + num_moments(state.optimizer) * trained_bytes(state.model)
+    merged = sum(tensor.nbytes for tensor in state.model.state_dict().values())
+    adapters = sum(tensor.nbytes for tensor in adapter_state(state.model).values())
+    averaged = merged if state.average.averaged is not None else 0
+    size = merged + adapters + averaged + num_moments(state.optimizer) * trained_bytes(state.model)
     existing = size_on_disk(directory / "checkpoints")
-    best = sum(p.nbytes for p in state.model.parameters())
-    need, free = (FULL_CHECKPOINTS + kept) * size + best - existing, shutil.disk_usage(home).free
+    need, free = (FULL_CHECKPOINTS + kept) * size + merged - existing, shutil.disk_usage(home).free
     message = (
-        f"{FULL_CHECKPOINTS + kept} checkpoints of {format_bytes(size)} and the best of {format_bytes(best)}; "
+        f"{FULL_CHECKPOINTS + kept} checkpoints of {format_bytes(size)} and the best of {format_bytes(merged)}; "
         f"{format_bytes(free)} are free"
     )
     if need <= free:
         yield Finding("ok", message)
     else:
         yield Finding("WRONG", f"{message}; free some space, or keep fewer (keep_every=null)")
-
-
-def format_bytes(count: float) -> str:
-    return tqdm.format_sizeof(count, "B")
 
 
 def parameter_bytes(state: State) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clipx.models.clip import CLIP
+from clipx.models.lora import adapter_state, load_adapter_state
 
 
 class WeightAverage:
@@ -42,10 +43,18 @@ class WeightAverage:
         """What a checkpoint adds for the average; nothing without one."""
         if self.averaged is None or self.model is self.trained:
             return {}
-        return {"ema_state_dict": dict(self.model.state_dict()), "ema_updates": int(self.averaged.n_averaged)}
+        adapters = adapter_state(self.model)
+        thin = {name: tensor for name, tensor in adapters.items() if not name.endswith(".original")}  # others are equal
+        return {
+            "ema_state_dict": dict(self.model.state_dict()),
+            "ema_lora_state_dict": thin,
+            "ema_updates": int(self.averaged.n_averaged),
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore the average; a checkpoint without one starts it at the next step."""
         if self.averaged is not None and "ema_state_dict" in saved:
             self.averaged.module.load_state_dict(saved["ema_state_dict"])
+            adapters = {**saved.get("lora_state_dict", {}), **saved["ema_lora_state_dict"]}
+            load_adapter_state(self.averaged.module, adapters)
             self.averaged.n_averaged.fill_(saved["ema_updates"])

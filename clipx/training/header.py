@@ -5,8 +5,10 @@ from typing import Any
 from clipx import distributed
 from clipx.config.schema import TrainConfig
 from clipx.data.sample import Data
+from clipx.models.lora import adapter_state
 from clipx.sched import warmup_steps
 from clipx.training.loop import State
+from clipx.training.memory import describe_trained
 from clipx.training.parts import RunParts
 
 
@@ -14,6 +16,7 @@ def header_lines(parts: RunParts, state: State, origin: str) -> list[str]:
     """Lines logged before a run starts."""
     config, data, ranks = parts.config, parts.data, distributed.world_size()
     samples, parameters = int(sum(data.train.sizes)), sum(p.numel() for p in state.model.parameters())
+    adapted = sum(name.endswith(".original") for name in adapter_state(state.model))
     validation = sum(sum(val.sizes) for val in data.vals.values())
     return [
         f"run       {parts.directory}" + (f", resuming after step {state.step:,}" if state.step else ""),
@@ -22,6 +25,8 @@ def header_lines(parts: RunParts, state: State, origin: str) -> list[str]:
         + (f", {ranks} ranks of {config.batch_size // ranks:,} samples" if ranks > 1 else ""),
         *([f"weights   {origin}"] if origin else []),
         *([f"frozen    {', '.join(config.freeze)}"] if config.freeze else []),
+        *([f"lora      rank {config.lora.rank}, alpha {config.lora.alpha:g}, {adapted} matrices"] if adapted else []),
+        f"trained   {describe_trained(state.model, state.optimizer)}",
         f"data      {samples:,} pictures to train, {validation:,} to validate; workers={parts.workers}",
         *(f"          {note}" for note in data.notes),
         f"length    {describe_length(config, samples, parts.identity.steps)}",

@@ -13,6 +13,7 @@ from clipx import distributed
 from clipx.data.loader import skip_left_out
 from clipx.data.readers import Chunk, Skipped
 from clipx.models.clip import CLIP
+from clipx.models.lora import adapter_state, load_adapter_state
 from clipx.training.average import WeightAverage
 from clipx.training.batch import split_micro_batches
 from clipx.training.compile import is_compiled
@@ -53,7 +54,8 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, tensors and numbers for a checkpoint."""
         return {
-            "model_state_dict": dict(self.model.state_dict()),
+            "model_state_dict": dict(self.model.state_dict()),  # with LoRA, merged
+            "lora_state_dict": adapter_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -70,6 +72,7 @@ class State:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model_state_dict"])
+        load_adapter_state(self.model, saved.get("lora_state_dict", {}))
         self.average.load_state_dict(saved)
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])

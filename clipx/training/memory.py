@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from clipx.errors import UserError
 
@@ -58,6 +59,19 @@ def peak_memory(device: torch.device) -> float:
 def trained_bytes(model: nn.Module) -> int:
     """Bytes of the parameters that are not frozen."""
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def describe_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """How many parameters are trained, and the memory that the optimiser takes for them."""
+    total, trained = 0, 0
+    for p in model.parameters():
+        total, trained = total + p.numel(), trained + p.requires_grad * p.numel()
+    kept = format_bytes(num_moments(optimizer) * trained_bytes(model))
+    return f"{trained:,} of {total:,} parameters ({100 * trained / total:.3g}%); the optimiser keeps {kept}"
+
+
+def format_bytes(count: float) -> str:
+    return tqdm.format_sizeof(count, "B")
 
 
 def num_moments(optimizer: torch.optim.Optimizer) -> int:

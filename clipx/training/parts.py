@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipx import distributed
 from clipx.config.instantiate import build
-from clipx.config.schema import TrainConfig
+from clipx.config.schema import LoraConfig, TrainConfig
 from clipx.data.images import TrainCrop
 from clipx.data.loader import group_steps, load_chunks, train_ranges
 from clipx.data.plan import MixPlan, Plan
@@ -23,6 +23,7 @@ from clipx.data.sample import Data
 from clipx.errors import UserError
 from clipx.evals.validation import Evaluation, LabelledEvaluation
 from clipx.models.clip import CLIP
+from clipx.models.lora import add_adapters
 from clipx.training.compile import compile_model
 from clipx.training.loop import State
 from clipx.training.resume import Identity
@@ -52,6 +53,7 @@ def initial_state(config: TrainConfig, device: torch.device) -> State:
     model = build(config.model, "model", config.trust).to(device)
     model.set_grad_checkpoint(config.grad_checkpoint)
     freeze(model, config)
+    add_lora(model, config)
     optimizer = build(config.optim, "optim", config.trust)(model)
     return State(model, optimizer, GradScaler(device.type, LOSS_SCALE[config.amp]), config.ema)
 
@@ -75,6 +77,26 @@ def freeze(model: CLIP, config: TrainConfig) -> None:
                 raise UserError(f"unlock.{name}={last}: the tower has {blocks} blocks; give at most {blocks}")
             for parameter in chain(*stages[-1 - last :]):
                 parameter.requires_grad_(True)
+
+
+def add_lora(model: CLIP, config: TrainConfig) -> None:
+    """Train low-rank adapters in place of whole towers if ``lora.rank`` is set.
+
+    Raises:
+        UserError: the other keys of ``lora`` have no effect, contradict ``freeze`` or do not fit the model.
+    """
+    lora = config.lora
+    if lora.rank is None:
+        if lora != LoraConfig():
+            raise UserError("lora has no effect without a rank; add lora.rank=8")
+        return
+    if frozen := [name for name in lora.towers if name in config.freeze]:
+        others = [name for name in lora.towers if name not in frozen]
+        raise UserError(
+            f"freeze=[{','.join(frozen)}] contradicts lora.towers=[{','.join(lora.towers)}]: a frozen tower has no "
+            "adapters; leave out freeze" + (f", or set lora.towers=[{','.join(others)}]" if others else ", or lora")
+        )
+    add_adapters({name: model.towers[name] for name in lora.towers}, lora.rank, lora.alpha, lora.weights)
 
 
 def build_forward(config: TrainConfig, model: CLIP) -> Forward:

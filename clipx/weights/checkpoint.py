@@ -21,7 +21,8 @@ from clipx.distributed import rank
 from clipx.weights.archive import CheckpointError, read_file
 
 FORMAT = 2  # of what a run needs to resume
-ONLY_TO_RESUME = {"optimizer", "ema_state_dict", "ema_updates"}  # not part of clip_best.pt
+# not part of clip_best.pt
+ONLY_TO_RESUME = {"optimizer", "lora_state_dict", "ema_state_dict", "ema_lora_state_dict", "ema_updates"}
 
 
 def save(path: Path, content: Mapping[str, Any], backup: Path | None = None, links: Sequence[Path] = ()) -> None:

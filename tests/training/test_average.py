@@ -58,7 +58,7 @@ def test_the_average_is_that_of_torch_and_changes_nothing_else(
     assert equal(averaged["ema_state_dict"], by_hand[0].module.state_dict()) and averaged["ema_updates"] == 9
     assert equal(averaged["model_state_dict"], plain["model_state_dict"])
     assert not equal(averaged["ema_state_dict"], averaged["model_state_dict"])
-    assert averaged.keys() - plain.keys() == {"ema_state_dict", "ema_updates"}
+    assert averaged.keys() - plain.keys() == {"ema_state_dict", "ema_lora_state_dict", "ema_updates"}
 
 
 def test_a_resumed_run_ends_with_the_average_of_an_unbroken_one(train: Train, tmp_path: Path) -> None:
