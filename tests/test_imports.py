@@ -27,7 +27,7 @@ LEVELS = {
     "data.prepare.layouts data.prepare.pack data.prepare.pictures data.prepare.processes data.prepare.shard": 2.4,
     "data.prepare.report data.prepare.rows data.prepare.tables data.prepare.verify": 2.4,
     "weights.archive weights.checkpoint weights.convert weights.export weights.foreign": 3,
-    "weights.load weights.mix weights.peek weights.positions": 3,
+    "weights.load weights.mix weights.peek weights.positions weights.pretrained": 3,
     "evals.encoder evals.features evals.figures evals.linear_probe evals.naming evals.retrieval": 4,
     "evals.validation evals.zero_shot": 4,
     "training.average training.batch training.callbacks training.compile training.direction": 5,

@@ -1,6 +1,6 @@
 """What CLIP asks of its towers: features, their projection, and how the input is made."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ class Tower(nn.Module):
 
     width: int  # D, size of the features
     embed: int  # E, size of the joint space
+    pretrained: bool | str = False  # weights that another library trained: a file, or true for those it downloads
+    source: str = ""  # where the library downloads them from
 
     def features(self, inputs: Any, /) -> Tensor:
         """A batch of inputs -> (B, D)."""
@@ -28,6 +30,19 @@ class Tower(nn.Module):
 
     def forward(self, inputs: Any) -> Tensor:
         return self.project(self.features(inputs))
+
+    def load_trunk(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Load pretrained weights of what computes the features; None for those that its library downloads.
+
+        Raises:
+            ValueError: they are not those of this tower.
+            OSError: they cannot be downloaded.
+        """
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        """Stop training the tower; one with a new projection goes on training that."""
+        self.requires_grad_(False)
 
     def stages(self) -> list[list[nn.Parameter]]:
         """The parameters from input to output: embeddings, each block, projection."""

@@ -30,9 +30,8 @@ from clipx.tools.machine import Finding, check_device, check_disk, check_memory,
 from clipx.training.header import describe_length, warmup_of
 from clipx.training.loop import State
 from clipx.training.memory import describe_trained, format_bytes
-from clipx.training.parts import identify, initial_state, run_length, train_reader
+from clipx.training.parts import identify, initial_state, initial_weights, run_length, train_reader
 from clipx.training.resume import restore
-from clipx.weights.load import initialise
 
 logger = logging.getLogger("clipx")
 
@@ -97,8 +96,8 @@ def examine(config: TrainConfig, directory: Path) -> int:
         if length:
             with report.part("run") as log:
                 restored = restore(state, config, directory, identify(config, data, plan))
-                if config.init_from and not restored:
-                    log([Finding("ok", f"starts {initialise(state.model, config.init_from, config.init_positions)}")])
+                if not restored and (origin := initial_weights(state.model, config)):
+                    log([Finding("ok", f"weights {origin}")])
                 log(check_progress(directory, state, length))
         with report.part("samples") as log:
             reader = train_reader(config, data, plan, state.model)

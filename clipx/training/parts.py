@@ -28,6 +28,8 @@ from clipx.training.compile import compile_model
 from clipx.training.loop import State
 from clipx.training.resume import Identity
 from clipx.training.step import Forward, PixelModel
+from clipx.weights.load import initialise
+from clipx.weights.pretrained import load_pretrained
 
 LOSS_SCALE = {"none": 1.0, "bf16": 1.0, "fp16": 2.0**16}  # initial; only fp16 adapts it
 
@@ -69,7 +71,7 @@ def freeze(model: CLIP, config: TrainConfig) -> None:
         if last and not frozen:
             raise UserError(f"unlock.{name}={last} has no effect on a tower that is trained; add freeze=[{name}]")
         if frozen:
-            tower.requires_grad_(False)
+            tower.freeze()
         if last:
             stages = tower.stages()
             blocks = len(stages) - 2
@@ -97,6 +99,13 @@ def add_lora(model: CLIP, config: TrainConfig) -> None:
             "adapters; leave out freeze" + (f", or set lora.towers=[{','.join(others)}]" if others else ", or lora")
         )
     add_adapters({name: model.towers[name] for name in lora.towers}, lora.rank, lora.alpha, lora.weights)
+
+
+def initial_weights(model: CLIP, config: TrainConfig) -> str:
+    """Load the weights that a new run starts from; returns their description, empty for random ones."""
+    if config.init_from:
+        return initialise(model, config.init_from, config.init_positions)
+    return load_pretrained(model)
 
 
 def build_forward(config: TrainConfig, model: CLIP) -> Forward:

@@ -35,12 +35,11 @@ from clipx.training.lock import directory_lock
 from clipx.training.logs import RunLog, SilentLog, buffered_logs, missing_message
 from clipx.training.loop import State, fit
 from clipx.training.memory import keep_freed_memory
-from clipx.training.parts import RunParts, build_forward, identify, initial_state, train_batches
+from clipx.training.parts import RunParts, build_forward, identify, initial_state, initial_weights, train_batches
 from clipx.training.resume import restore
 from clipx.training.summary import read_summary
 from clipx.training.tensorboard import hparams_row
 from clipx.weights.checkpoint import AsyncSaver
-from clipx.weights.load import initialise
 
 logger = logging.getLogger("clipx")
 
@@ -113,7 +112,7 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> float
     config, directory = parts.config, parts.directory
     state, length = initial_state(config, parts.device), parts.identity.steps
     found = restore(state, config, directory, parts.identity)
-    origin = initialise(state.model, config.init_from, config.init_positions) if config.init_from and not found else ""
+    origin = "" if found else initial_weights(state.model, config)
     logged = state.samples if found else -1  # a new run drops all earlier logs
     if state.step >= length:
         check_effect(state, directory)
