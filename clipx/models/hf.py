@@ -14,6 +14,8 @@ from clipx.models.packed import EDGES, Packed, pack
 from clipx.models.tower import TextTower as Tower
 from clipx.tokenizer import CACHE_SIZE, Tokens, open_clip_module
 
+GRADIENT = "gradient_checkpointing"  # what transformers called it before version 5
+
 
 class TextTower(Tower):
     """An encoder of transformers, and a projection of its pooled features. Captions, packed or (B, L) ids -> (B, E).
@@ -79,6 +81,11 @@ class TextTower(Tower):
             model = make(given)
         return (model.encoder if config.is_encoder_decoder else model).float()
 
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "embed": self.embed, "pool": self.pool, "proj": self.proj_type, "context": self.context,
+        }  # fmt: skip
+
     def load_trunk(self, weights: Mapping[str, Tensor] | None) -> None:
         source = self.create(pretrained=True).state_dict() if weights is None else weights
         self.transformer.load_state_dict(source)
@@ -124,14 +131,15 @@ class TextTower(Tower):
         return [everything[:first], *blocks, [*after, *self.proj.parameters()]]
 
     def set_grad_checkpoint(self, on: bool) -> None:
+        modules = self.transformer.modules()
+        if not on and not any(getattr(module, "gradient_checkpointing", False) for module in modules):
+            return
+        name = "activation_checkpointing" if hasattr(self.transformer, "activation_checkpointing_enable") else GRADIENT
+        change = getattr(self.transformer, f"{name}_{'enable' if on else 'disable'}")
         try:
-            if on:
-                self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
-            else:
-                self.transformer.gradient_checkpointing_disable()
+            change(*([{"use_reentrant": False}] if on else []))
         except ValueError as error:
-            if on:
-                raise UserError(f"grad_checkpoint: {self.name} has no blocks to recompute") from error
+            raise UserError(f"grad_checkpoint: {self.name} has no blocks to recompute") from error
 
 
 class PretrainedTokenizer:

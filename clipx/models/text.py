@@ -1,5 +1,7 @@
 """The text tower: a causal transformer that reads its feature at the end-of-text token."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
@@ -63,6 +65,12 @@ class TextEncoder(TextTower):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
         nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "vocab": self.token_embedding.num_embeddings, "context": self.context, "width": self.width,
+            "depth": len(self.transformer.resblocks), "heads": self.heads, "embed": self.embed, "act": self.act,
+        }  # fmt: skip
 
     def stages(self) -> list[list[nn.Parameter]]:
         """The parameters from input to output: embeddings, each block, projection."""

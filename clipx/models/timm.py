@@ -103,6 +103,14 @@ class TimmTower(ImageTower):
             trunk.set_input_size(img_size=self.size)  # resamples the position embeddings
         return trunk
 
+    def arguments(self) -> dict[str, Any]:
+        size, mean, std, interpolation = self.preprocessing
+        return {
+            "name": self.name, "embed": self.embed, "size": size, "pool": self.pool, "proj": self.proj,
+            "drop": self.drop, "drop_path": self.drop_path, "mean": [*mean], "std": [*std],
+            "interpolation": interpolation,
+        }  # fmt: skip
+
     def load_trunk(self, weights: Mapping[str, Tensor] | None) -> None:
         """Load the trunk's weights: those given, or, without any, those that timm downloads.
 

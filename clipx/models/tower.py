@@ -31,6 +31,10 @@ class Tower(nn.Module):
     def forward(self, inputs: Any) -> Tensor:
         return self.project(self.features(inputs))
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that build such a tower."""
+        raise NotImplementedError
+
     def load_trunk(self, weights: Mapping[str, Tensor] | None) -> None:
         """Load pretrained weights of what computes the features; None for those that its library downloads.
 

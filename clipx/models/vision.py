@@ -1,5 +1,7 @@
 """The image tower: a Vision Transformer that reads its feature at the class token."""
 
+from typing import Any
+
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -54,6 +56,14 @@ class ImageEncoder(ImageTower):
         self.transformer = Transformer(width, depth, heads, causal=False, act=act)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed))
+
+    def arguments(self) -> dict[str, Any]:
+        size, mean, std, interpolation = self.preprocessing
+        return {
+            "size": size, "patch": self.conv1.kernel_size[0], "width": self.width,
+            "depth": len(self.transformer.resblocks), "heads": self.heads, "embed": self.embed, "act": self.act,
+            "mean": [*mean], "std": [*std], "interpolation": interpolation,
+        }  # fmt: skip
 
     def stages(self) -> list[list[nn.Parameter]]:
         """The parameters from input to output: embeddings, each block, projection."""

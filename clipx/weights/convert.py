@@ -1,12 +1,14 @@
 """Convert state dicts and configs from and to other projects.  clipx and open_clip use OpenAI's keys."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clipx.models.clip import CLIP
 from clipx.weights.archive import CheckpointError
 
 Node = dict[str, Any]  # config of a model
@@ -44,32 +46,56 @@ def infer_node(state: Mapping[str, Tensor], source: object) -> Node:
     Raises:
         CheckpointError: it is another architecture.
     """
-    try:
+    return {
+        "_target_": "clipx.models.clip.CLIP",
+        "image": infer_image_node(state, source),
+        "text": infer_text_node(state, source),
+    }
+
+
+def infer_image_node(state: Mapping[str, Tensor], source: object) -> Node:
+    """Infer the config of clipx's own image tower; raises as ``infer_node``."""
+    with explained(state, source):
         width, _, _, patch = state["visual.conv1.weight"].shape
         side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
-        vocab, text_width = state["token_embedding.weight"].shape
-        image = {"size": side * patch, "patch": patch, **infer_tower(state, "visual.", width, state["visual.proj"])}
-        text = {
-            "vocab": vocab,
-            "context": len(state["positional_embedding"]),
-            **infer_tower(state, "", text_width, state["text_projection"]),
-        }
+        sizes = infer_tower(state, "visual.", width, state["visual.proj"])
+    return {"_target_": TOWERS["image"], "size": side * patch, "patch": patch, **sizes}
+
+
+def infer_text_node(state: Mapping[str, Tensor], source: object) -> Node:
+    """Infer the config of clipx's own text tower; raises as ``infer_node``."""
+    with explained(state, source):
+        vocab, width = state["token_embedding.weight"].shape
+        context = len(state["positional_embedding"])
+        sizes = infer_tower(state, "", width, state["text_projection"])
+    return {"_target_": TOWERS["text"], "vocab": vocab, "context": context, **sizes}
+
+
+@contextmanager
+def explained(state: Mapping[str, Tensor], source: object) -> Iterator[None]:
+    """Explain that a name or a shape is missing."""
+    try:
+        yield
     except (KeyError, ValueError) as error:
         names = ", ".join(list(state)[:3])
         raise CheckpointError(
             f"{source} holds another kind of model than CLIP with a Vision Transformer: {error} is "
             f"missing or unexpected; it has {names} ..."
         ) from error
-    return {
-        "_target_": "clipx.models.clip.CLIP",
-        "image": {"_target_": TOWERS["image"], **image},
-        "text": {"_target_": TOWERS["text"], **text},
-    }
 
 
 def infer_tower(state: Mapping[str, Tensor], prefix: str, width: int, projection: Tensor) -> dict[str, int]:
     depth = sum(name.startswith(f"{prefix}transformer.resblocks.") and name.endswith(".ln_1.weight") for name in state)
     return {"width": width, "depth": depth, "embed": projection.shape[1]}
+
+
+def model_node(model: CLIP) -> Node:
+    """Return the config node of a model."""
+    towers: Node = {
+        name: {"_target_": f"{type(tower).__module__}.{type(tower).__qualname__}", **tower.arguments()}
+        for name, tower in model.towers.items()
+    }
+    return {"_target_": "clipx.models.clip.CLIP", **towers}
 
 
 def open_clip_config(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,19 +105,82 @@ def open_clip_config(node: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: open_clip has no such model.
     """
     image, text = node["image"], node["text"]
-    if image["act"] != text["act"]:
+    acts = {f"model.{name}.act={tower['act']}" for name, tower in (("image", image), ("text", text)) if "act" in tower}
+    if len({act.partition("=")[2] for act in acts}) > 1:
         raise CheckpointError(
-            f"open_clip has one activation for both towers; this model has "
-            f"model.image.act={image['act']} and model.text.act={text['act']}"
+            f"open_clip has one activation for both towers; this model has {' and '.join(sorted(acts))}"
         )
+    for tower in (image, text):
+        if tower["_target_"] not in OPEN_CLIP_TOWERS:
+            raise CheckpointError(f"open_clip has no tower like {tower['_target_']}")
     return {
         "embed_dim": image["embed"],
-        "quick_gelu": image["act"] == "quick_gelu",
-        "vision_cfg": {"image_size": image["size"], "layers": image["depth"], "width": image["width"],
-                       "head_width": image["width"] // image["heads"], "patch_size": image["patch"]},
-        "text_cfg": {"context_length": text["context"], "vocab_size": text["vocab"], "width": text["width"],
-                     "heads": text["heads"], "layers": text["depth"]},
+        "quick_gelu": any(act.endswith("quick_gelu") for act in acts),
+        "vision_cfg": OPEN_CLIP_TOWERS[image["_target_"]](image),
+        "text_cfg": OPEN_CLIP_TOWERS[text["_target_"]](text),
+    }
+
+
+def own_vision_config(image: Node) -> dict[str, Any]:
+    return {"image_size": image["size"], "layers": image["depth"], "width": image["width"],
+            "head_width": image["width"] // image["heads"], "patch_size": image["patch"]}  # fmt: skip
+
+
+def own_text_config(text: Node) -> dict[str, Any]:
+    return {"context_length": text["context"], "vocab_size": text["vocab"], "width": text["width"],
+            "heads": text["heads"], "layers": text["depth"]}  # fmt: skip
+
+
+def timm_config(image: Node) -> dict[str, Any]:
+    return {"timm_model_name": image["name"], "timm_model_pretrained": False, "timm_pool": image["pool"] or "",
+            "timm_proj": image["proj"], "timm_drop": image["drop"], "timm_drop_path": image["drop_path"],
+            "image_size": image["size"]}  # fmt: skip
+
+
+def transformers_config(text: Node) -> dict[str, Any]:
+    if text["pool"] not in POOLERS:
+        raise CheckpointError(f"open_clip cannot pool captions as model.text.pool={text['pool']} does")
+    return {"hf_model_name": text["name"], "hf_tokenizer_name": text["name"], "hf_model_pretrained": False,
+            "hf_pooler_type": POOLERS[text["pool"]], "hf_proj_type": PROJECTIONS[text["proj"]],
+            "context_length": text["context"]}  # fmt: skip
+
+
+def timm_node(config: Mapping[str, Any], embed: int) -> Node:
+    """Return the config of the image tower that open_clip's vision_cfg describes."""
+    return {
+        "_target_": "clipx.models.timm.TimmTower", "name": config["timm_model_name"], "embed": embed,
+        "size": config.get("image_size", 224), "pool": config.get("timm_pool", "avg") or None,
+        "proj": config.get("timm_proj", "linear"), "drop": config.get("timm_drop", 0.0),
+        "drop_path": config.get("timm_drop_path"),
     }  # fmt: skip
+
+
+def transformers_node(config: Mapping[str, Any], embed: int, source: object) -> Node:
+    """Return the config of the text tower that open_clip's text_cfg describes.
+
+    Raises:
+        CheckpointError: clipx does not pool as it does.
+    """
+    pooler = config.get("hf_pooler_type", "mean_pooler")
+    pool = next((ours for ours, theirs in POOLERS.items() if theirs == pooler), None)
+    if pool is None:
+        raise CheckpointError(
+            f"{source}: text_cfg.hf_pooler_type={pooler} is not supported; use {' or '.join(POOLERS.values())}"
+        )
+    return {
+        "_target_": "clipx.models.hf.TextTower", "name": config["hf_model_name"], "embed": embed, "pool": pool,
+        "proj": config.get("hf_proj_type", "mlp") or "none", "context": config.get("context_length", 77),
+    }  # fmt: skip
+
+
+POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
+PROJECTIONS = {"linear": "linear", "mlp": "mlp", "none": None}
+OPEN_CLIP_TOWERS: dict[str, Callable[[Node], dict[str, Any]]] = {
+    TOWERS["image"]: own_vision_config,
+    TOWERS["text"]: own_text_config,
+    "clipx.models.timm.TimmTower": timm_config,
+    "clipx.models.hf.TextTower": transformers_config,
+}
 
 
 def hugging_face_config(node: Mapping[str, Any]) -> dict[str, Any]:

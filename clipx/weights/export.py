@@ -16,10 +16,11 @@ from clipx.data.emoji import open_emoji
 from clipx.data.images import decode, get_image_transform
 from clipx.errors import UserError
 from clipx.models.clip import CLIP
+from clipx.models.hf import PretrainedTokenizer
 from clipx.tokenizer import END, byte_pairs
-from clipx.weights.convert import hugging_face_config, open_clip_config, to_hugging_face
+from clipx.weights.convert import TOWERS, hugging_face_config, model_node, open_clip_config, to_hugging_face
 from clipx.weights.foreign import HUGGING_FACE, OPEN_CLIP
-from clipx.weights.load import find, model_node
+from clipx.weights.load import find
 
 logger = logging.getLogger("clipx")
 
@@ -54,11 +55,17 @@ def write_open_clip(model: CLIP, out: Path) -> None:
     preprocessing = {**model.visual.preprocessing._asdict(), "resize_mode": "shortest"}
     write_json(out / OPEN_CLIP, {"model_cfg": open_clip_config(model_node(model)), "preprocess_cfg": preprocessing})
     write_tensors(model.state_dict(), out / "open_clip_model.safetensors")
+    if isinstance(model.text.tokenizer, PretrainedTokenizer):
+        model.text.tokenizer.tokenizer.save_pretrained(out)  # open_clip reads it from there
 
 
 def write_hugging_face(model: CLIP, out: Path) -> None:
     """Write the layout of OpenAI's own models on Hugging Face, which every version of transformers opens."""
     node = model_node(model)
+    for name, target in TOWERS.items():
+        if node[name]["_target_"] != target:
+            theirs = node[name]["_target_"]
+            raise UserError(f"to=hf: transformers' CLIPModel has no tower like model.{name}._target_={theirs}")
     if node["text"]["vocab"] != END + 1:
         raise UserError(
             f"model.text.vocab={node['text']['vocab']} is not that of the tokenizer, {END + 1:,}; "

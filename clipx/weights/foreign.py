@@ -14,7 +14,15 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from clipx.weights.archive import CheckpointError, read_file
-from clipx.weights.convert import Node, from_hugging_face, infer_node
+from clipx.weights.convert import (
+    Node,
+    from_hugging_face,
+    infer_image_node,
+    infer_node,
+    infer_text_node,
+    timm_node,
+    transformers_node,
+)
 
 logger = logging.getLogger("clipx")
 
@@ -24,8 +32,13 @@ FILES = {
     HUGGING_FACE: ("model.safetensors", "pytorch_model.bin"),
 }
 OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # only in OpenAI's files
+TRANSFORMERS = "text.transformer."  # prefix of an encoder of transformers in open_clip
 INFERRED = {"layers", "width", "patch_size", "image_size", "mlp_ratio", "context_length", "vocab_size"}
-READ = INFERRED | {"head_width", "heads", "patch_dropout", "output_tokens"}
+READ = INFERRED | {
+    "head_width", "heads", "patch_dropout", "output_tokens", "timm_model_name", "timm_model_pretrained", "timm_pool",
+    "timm_proj", "timm_drop", "timm_drop_path", "hf_model_name", "hf_model_pretrained", "hf_tokenizer_name",
+    "hf_pooler_type", "hf_proj_type",
+}  # fmt: skip
 SUPPORTED = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")  # Lightning, tutorials, timm, DeepSpeed
@@ -41,9 +54,20 @@ class OpenClipTower(TypedDict, total=False):
 
     head_width: PositiveInt
     heads: PositiveInt
+    image_size: PositiveInt | list[PositiveInt]
+    context_length: PositiveInt
+    timm_model_name: str
+    timm_pool: str
+    timm_proj: str | None
+    timm_drop: float
+    timm_drop_path: float | None
+    hf_model_name: str
+    hf_pooler_type: str | None
+    hf_proj_type: str | None
 
 
 class OpenClipModel(TypedDict):
+    embed_dim: NotRequired[PositiveInt]
     vision_cfg: OpenClipTower
     text_cfg: OpenClipTower
     quick_gelu: NotRequired[bool]
@@ -91,6 +115,8 @@ class Weights(NamedTuple):
 def weights_from_state_dict(content: Mapping[str, Any], source: object) -> Weights:
     """From a state dict, bare or as a trainer wraps it, or OpenAI's archive."""
     state = openai_state(content, source)
+    if any(name.startswith(("visual.trunk.", TRANSFORMERS)) for name in state):
+        return Weights(state, {}, {})
     node = infer_node(state, source)
     if content.keys() >= OPENAI_KEYS:
         node["image"]["act"] = node["text"]["act"] = "quick_gelu"
@@ -104,10 +130,18 @@ def weights_from_open_clip(content: Mapping[str, Any], config: Mapping[str, Any]
         for key, value in model[part].items():
             if key not in READ and value not in (None, False, *SUPPORTED.get(key, ())):
                 raise CheckpointError(f"{source}: {part}.{key}={value!r} is not supported by clipx")
-    state = openai_state(content, source)
-    node, act = infer_node(state, source), "quick_gelu" if model.get("quick_gelu") else "gelu"
-    node["image"] |= {"heads": node["image"]["width"] // model["vision_cfg"].get("head_width", 64), "act": act}
-    node["text"] |= {"heads": model["text_cfg"].get("heads", 8), "act": act}
+    state, act = openai_state(content, source), "quick_gelu" if model.get("quick_gelu") else "gelu"
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    if "timm_model_name" in vision:
+        image_node = timm_node(vision, model["embed_dim"])
+    else:
+        image_node = infer_image_node(state, source)
+        image_node |= {"heads": image_node["width"] // vision.get("head_width", 64), "act": act}
+    if "hf_model_name" in text:
+        text_node = transformers_node(text, model["embed_dim"], source)
+    else:
+        text_node = {**infer_text_node(state, source), "heads": text.get("heads", 8), "act": act}
+    node = {"_target_": "clipx.models.clip.CLIP", "image": image_node, "text": text_node}
     return Weights(state, node, config.get("preprocess_cfg", {}))
 
 
@@ -232,7 +266,8 @@ def openai_state(content: Mapping[str, Any], source: object) -> dict[str, Tensor
     while all("." in name for name in state) and len({name.partition(".")[0] for name in state}) == 1:
         # module. of DDP, model. of Lightning
         state = {name.partition(".")[2]: value for name, value in state.items()}
-    state = {name.removeprefix("text."): value for name, value in state.items()}
+    if not any(name.startswith(TRANSFORMERS) and ".resblocks." not in name for name in state):
+        state = {name.removeprefix("text."): value for name, value in state.items()}
     if state.get("logit_scale", torch.empty(0)).shape == (1,):  # FSDP has no tensor without a dimension
         state["logit_scale"] = state["logit_scale"][0]
     return from_hugging_face(state, source) if "text_model.final_layer_norm.weight" in state else state

@@ -14,14 +14,12 @@ from clipx.data.images import get_image_transform
 from clipx.errors import UserError
 from clipx.models.clip import CLIP
 from clipx.models.layers import Act
-from clipx.models.text import TextEncoder
-from clipx.models.vision import ImageEncoder
 from clipx.preprocessing import MEAN, STD, Interpolation
 from clipx.tokenizer import Tokenizer
 from clipx.weights import foreign
 from clipx.weights.archive import CheckpointError, read_file
 from clipx.weights.checkpoint import best_or_last, final_weights, verify
-from clipx.weights.convert import TOWERS, Node, infer_node
+from clipx.weights.convert import TOWERS, Node, model_node
 from clipx.weights.foreign import HUGGING_FACE, OPEN_CLIP, Weights
 from clipx.weights.positions import Beyond, fit_positions
 
@@ -52,6 +50,11 @@ def load(
         CheckpointError: there are no weights, they cannot be used, or their model is not one of ``clipx.models``.
     """
     found = find(run_or_weights)
+    if not found.node:
+        raise CheckpointError(
+            f"{run_or_weights} does not say which model of timm or transformers it holds; open_clip_config.json in a "
+            "directory says it, and a run of that model can start from it with init_from"
+        )
     for tower in own_towers(found.node).values():
         fill_in(tower, act, str(run_or_weights))
     try:
@@ -109,7 +112,7 @@ def find(where: str | Path) -> Weights:
         read = weights_from_clipx if is_clipx_checkpoint(content) else foreign.weights_from_state_dict
         found = read(content, path)
     check_finite(found.state, where)
-    if found.preprocessing:
+    if found.preprocessing and found.node:
         found.node["image"] |= read_preprocessing(found.preprocessing, where)
     return found
 
@@ -192,23 +195,14 @@ def fill_in(tower: Node, act: Act | None, where: str) -> None:
         tower["heads"] = HEADS.get(tower["width"], tower["width"] // 64)
 
 
-def model_node(model: CLIP) -> Node:
-    """Return the config node of a model with clipx's own towers."""
-    node = infer_node(model.state_dict(), "the model")
-    for tower, part in zip(TOWERS, (model.visual, model.text), strict=True):
-        node[tower] |= {"heads": part.heads, "act": part.act}
-    _, mean, std, interpolation = model.visual.preprocessing
-    node["image"] |= {"mean": [*mean], "std": [*std], "interpolation": interpolation}
-    return node
-
-
 def mismatched_keys(theirs: Any, model: CLIP) -> list[str]:
     """Return the KEY=VALUE overrides that would turn a model into that of a node, as far as the node says them."""
-    if not isinstance(model.visual, ImageEncoder) or not isinstance(model.text, TextEncoder):
-        return []
-    ours, found = model_node(model), []
-    for name, tower in own_towers(theirs).items():
-        for key, value in ours[name].items():
+    found = []
+    for name, ours in model_node(model).items():
+        tower = theirs.get(name) if isinstance(theirs, Mapping) else None
+        if not isinstance(tower, Mapping) or not isinstance(ours, Mapping) or tower["_target_"] != ours["_target_"]:
+            continue
+        for key, value in ours.items():
             if tower.get(key, value) != value and key not in ("size", "context"):
                 found.append(f"model.{name}.{key}={tower[key]}".replace(" ", ""))
     return found

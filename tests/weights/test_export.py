@@ -17,7 +17,7 @@ from clipx import load
 from clipx.data.emoji import open_emoji
 from clipx.data.images import decode
 from clipx.models.clip import CLIP
-from clipx.weights.load import model_node
+from clipx.weights.convert import model_node
 
 Export = Callable[..., None]
 

@@ -30,8 +30,8 @@ from clipx.training.loop import gradient_norms
 from clipx.training.step import backward
 from clipx.weights import checkpoint
 from clipx.weights.archive import CheckpointError
-from clipx.weights.convert import to_hugging_face
-from clipx.weights.load import initialise, model_node
+from clipx.weights.convert import model_node, to_hugging_face
+from clipx.weights.load import initialise
 
 ONE_STEP = (
     *FEW,
