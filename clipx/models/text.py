@@ -68,7 +68,7 @@ class TextEncoder(TextTower):
 
     def arguments(self) -> dict[str, Any]:
         return {
-            "vocab": self.token_embedding.num_embeddings, "context": self.context, "width": self.width,
+            "vocab": len(self.token_embedding.weight), "context": self.context, "width": self.width,
             "depth": len(self.transformer.resblocks), "heads": self.heads, "embed": self.embed, "act": self.act,
         }  # fmt: skip
 
