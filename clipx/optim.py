@@ -6,6 +6,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from clipx.errors import UserError
+
 
 def adamw(
     model: nn.Module,
@@ -15,16 +17,18 @@ def adamw(
     weight_decay: float = 0.2,
     image_lr_scale: float = 1.0,
     text_lr_scale: float = 1.0,
+    pretrained_lr_scale: float = 1.0,
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0,
 ) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters; gains, biases and scalars (one dimension or none) do not decay.
 
-    Each group stores ``peak_lr``, which the schedule multiplies: ``lr`` times the scale of its tower, and times
-    ``layer_decay`` for each stage between its parameters and the tower's output; the first group's is ``lr``.  The
-    defaults are the paper's.
+    Each group stores ``peak_lr``, which the schedule multiplies: ``lr`` times the scale of its tower, times
+    ``pretrained_lr_scale`` for what another library trained, and times ``layer_decay`` for each stage between its
+    parameters and the tower's output; the first group's is ``lr``.  The defaults are the paper's.
 
     Raises:
-        UserError: ``layer_decay`` is set for a tower without ``stages``.
+        UserError: ``layer_decay`` is set for a tower without ``stages``, or ``pretrained_lr_scale`` for a model without
+            pretrained towers.
 
     Source: Radford et al. 2021, table 18 and section 2.5 (arXiv 2103.00020); layer-wise decay: Clark et al. 2020,
     section 3.2 (arXiv 2003.10555).
@@ -33,6 +37,9 @@ def adamw(
         **tower_scales(model, "visual", image_lr_scale, layer_decay),
         **tower_scales(model, "text", text_lr_scale, layer_decay),
     }
+    if pretrained_lr_scale != 1:
+        for parameter in pretrained_parameters(model, pretrained_lr_scale):
+            scales[parameter] *= pretrained_lr_scale
     trained = [(scales.get(p, 1.0), p) for p in model.parameters() if p.requires_grad]
     groups = [
         {
@@ -44,6 +51,18 @@ def adamw(
         for decays in (True, False)
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def pretrained_parameters(model: nn.Module, scale: float) -> list[nn.Parameter]:
+    """The parameters that ``model.image.pretrained`` and ``model.text.pretrained`` start from weights of others."""
+    towers = [getattr(model, name) for name in ("visual", "text")]
+    found = [parameter for tower in towers if tower.pretrained for parameter in tower.trunk_parameters()]
+    if not found:
+        raise UserError(
+            f"optim.pretrained_lr_scale={scale} has no effect, as no tower is of timm or transformers with pretrained "
+            "weights; optim.image_lr_scale and optim.text_lr_scale change the rate of a whole tower"
+        )
+    return found
 
 
 def tower_scales(model: nn.Module, name: str, scale: float, layer_decay: float) -> dict[nn.Parameter, float]:

@@ -1,6 +1,6 @@
 """Text towers of transformers: any of its encoders, with its own tokenizer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any, Literal
@@ -117,9 +117,8 @@ class TextTower(Tower):
     def grid_edges(self, device: torch.device, amp: torch.dtype | None, compiled: bool = False) -> Sequence[int]:
         return () if compiled else EDGES  # transformers' attention takes grids
 
-    def freeze(self) -> None:
-        """Freeze the encoder; its projection is new, and trained."""
-        self.transformer.requires_grad_(False)
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        return self.transformer.parameters()
 
     def stages(self) -> list[list[nn.Parameter]]:
         layers = next(module for module in self.transformer.modules() if isinstance(module, nn.ModuleList))

@@ -1,7 +1,7 @@
 """Image towers of timm: any of its models, by name."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import timm
@@ -140,9 +140,8 @@ class TimmTower(ImageTower):
                 module.eval()
         return self
 
-    def freeze(self) -> None:
-        """Freeze the trunk; its projection is new, and trained."""
-        self.trunk.requires_grad_(False)
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        return self.trunk.parameters()
 
     def stages(self) -> list[list[nn.Parameter]]:
         groups = group_parameters(self.trunk, self.trunk.group_matcher())

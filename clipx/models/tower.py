@@ -1,6 +1,6 @@
 """What CLIP asks of its towers: features, their projection, and how the input is made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,9 +44,14 @@ class Tower(nn.Module):
         """
         raise NotImplementedError
 
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that ``freeze`` freezes; all, if the projection comes with them."""
+        return self.parameters()
+
     def freeze(self) -> None:
-        """Stop training the tower; one with a new projection goes on training that."""
-        self.requires_grad_(False)
+        """Stop training the tower; a new projection of a pretrained trunk is still trained."""
+        for parameter in self.trunk_parameters():
+            parameter.requires_grad_(False)
 
     def stages(self) -> list[list[nn.Parameter]]:
         """The parameters from input to output: embeddings, each block, projection."""

@@ -161,3 +161,14 @@ def test_unlock_trains_the_last_blocks_of_a_trunk() -> None:
     trained = {name for name, p in model.visual.named_parameters() if p.requires_grad}
     assert {name.split(".")[2] for name in trained if ".blocks." in name} == {str(len(model.visual.trunk.blocks) - 1)}
     assert "head.proj.weight" in trained and "trunk.cls_token" not in trained
+
+
+def test_what_is_pretrained_learns_more_slowly_than_what_is_new() -> None:
+    model = clip_of(TimmTower("test_vit", embed=8, pretrained="w.safetensors"))
+    groups = adamw(model, lr=1.0, pretrained_lr_scale=0.1, image_lr_scale=0.5).param_groups
+    rates = {parameter: group["peak_lr"] for group in groups for parameter in group["params"]}
+    assert {rates[parameter] for parameter in model.visual.trunk.parameters()} == {0.05}
+    assert rates[model.visual.head.proj.weight] == 0.5
+    assert {rates[parameter] for parameter in model.text.parameters()} == {1.0}
+    with pytest.raises(UserError, match=r"^optim.pretrained_lr_scale=0.1 has no effect, as no tower is of timm"):
+        adamw(clip_of(TimmTower("test_vit", embed=8)), pretrained_lr_scale=0.1)
