@@ -70,5 +70,5 @@ def test_layer_decay_lowers_the_rate_of_each_stage_below_the_output() -> None:
 def test_layer_decay_needs_a_tower_that_names_its_stages() -> None:
     model = torch.nn.Module()
     model.visual = Tower()
-    with pytest.raises(UserError, match="^Tower has no stages; leave out unlock, lora and optim.layer_decay$"):
+    with pytest.raises(UserError, match="^Tower has no stages; leave out unlock and optim.layer_decay$"):
         adamw(model, layer_decay=0.5)

@@ -121,7 +121,7 @@ class TextTower(Tower):
         return self.transformer.parameters()
 
     def stages(self) -> list[list[nn.Parameter]]:
-        layers = next(module for module in self.transformer.modules() if isinstance(module, nn.ModuleList))
+        layers = next(module for module in self.transformer.modules() if type(module) is nn.ModuleList)  # not LoRA's
         blocks = [[*layer.parameters()] for layer in layers]
         inside = {*chain(*blocks)}
         everything = [*self.transformer.parameters()]

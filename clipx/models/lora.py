@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from clipx.errors import UserError
-from clipx.models.text import TextEncoder
 from clipx.models.tower import Tower
-from clipx.models.vision import ImageEncoder
 
 
 class LowRank(nn.Module):
@@ -52,10 +50,10 @@ class Matrix(NamedTuple):
 def add_adapters(
     towers: Mapping[str, Tower], rank: int, alpha: float = 16.0, weights: Sequence[str] | None = None
 ) -> None:
-    """Freeze towers but for adapters on their matrices, and for a projection that is not part of the tower's weights.
+    """Freeze towers, and add adapters to their frozen matrices.
 
-    Everything else in these towers keeps its values to the bit: matrices, biases, norms, embeddings.  Trained are A and
-    B, and the projection of a tower of another project, because clipx adds it with fresh values.
+    All that ``Tower.freeze`` freezes keeps its values to the bit: matrices, biases, norms, embeddings.  Trained are A
+    and B, and a new projection of a pretrained trunk.
 
     Args:
         towers: by name; changed in place.
@@ -69,20 +67,18 @@ def add_adapters(
     chosen = {name: [one for one in matrices(tower) if matches(one.name, weights)] for name, tower in towers.items()}
     check_adapted(towers, chosen, rank, weights)
     for name, tower in towers.items():
-        tower.requires_grad_(False)
+        tower.freeze()
         for matrix in chosen[name]:
             adapt(matrix, rank, alpha)
-        for parameter in () if isinstance(tower, ImageEncoder | TextEncoder) else tower.stages()[-1]:
-            parameter.requires_grad_(True)
 
 
 def matrices(tower: Tower) -> Iterator[Matrix]:
-    """The matrices that can be adapted: of linear layers and attention's joint projection, before the tower's own."""
-    projection = {id(parameter) for parameter in tower.stages()[-1]}
+    """The matrices that can be adapted: the weights of linear layers, and of attention's joint projection."""
+    frozen = {id(parameter) for parameter in tower.trunk_parameters()}
     for path, module in tower.named_modules():
         for attribute, weight in module.named_parameters(recurse=False):
             linear = isinstance(module, nn.Linear) and attribute == "weight"
-            if (linear or attribute == "in_proj_weight") and id(weight) not in projection:
+            if (linear or attribute == "in_proj_weight") and id(weight) in frozen:
                 yield Matrix(f"{path}.{attribute}".removeprefix("."), module, attribute, weight)
 
 

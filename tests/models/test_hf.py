@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipx import load
 from clipx.models.hf import PretrainedTokenizer, TextTower
+from clipx.models.lora import add_adapters
 from clipx.models.packed import EDGES, pack
 from clipx.models.tower import TextTower as Tower
 from clipx.optim import tower_scales
@@ -184,3 +185,20 @@ def test_recomputed_activations_give_the_same_gradient(tmp_path: Path) -> None:
     for plain, recomputed, again in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)
         torch.testing.assert_close(again, plain)
+
+
+def test_an_encoder_takes_adapters(tmp_path: Path) -> None:
+    name = str(save_encoder("bert", tmp_path / "bert"))
+    tower, plain = (TextTower(name, embed=24, context=48).eval() for _ in range(2))
+    add_adapters({"text": tower}, 4)
+    for parameter in tower.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    plain.load_state_dict(tower.state_dict())
+    captions = pack(tower.tokenizer.flat(CAPTIONS))
+    torch.testing.assert_close(tower(captions), plain(captions), atol=1e-6, rtol=0)
+    tower(captions).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in tower.parameters())
+    model = torch.nn.Module()
+    model.text = tower
+    assert tower_scales(model, "text", 1.0, 0.5).keys() == {*tower.parameters()}

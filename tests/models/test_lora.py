@@ -1,6 +1,8 @@
 """LoRA on one model: what is trained, what state dicts hold, and every way to compute the gradient."""
 
 import copy
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,10 @@ from clipx.models.clip import CLIP
 from clipx.models.lora import adapter_state, add_adapters, load_adapter_state
 from clipx.models.packed import pack
 from clipx.models.text import TextEncoder
+from clipx.models.timm import TimmTower
 from clipx.models.tower import ImageTower
 from clipx.models.vision import ImageEncoder
-from clipx.optim import adamw
+from clipx.optim import adamw, tower_scales
 from clipx.preprocessing import Preprocessing
 from clipx.tokenizer import Tokens
 from clipx.training.batch import split_micro_batches
@@ -132,8 +135,8 @@ class OtherTower(ImageTower):
         self.block = nn.MultiheadAttention(24, 2, batch_first=True)
         self.head = nn.Linear(24, 32)
 
-    def stages(self) -> list[list[nn.Parameter]]:
-        return [[*part.parameters()] for part in (self.stem, self.block, self.head)]
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        return chain(self.stem.parameters(), self.block.parameters())
 
     def features(self, image: Tensor) -> Tensor:
         rows = image.unfold(2, 32, 32).unfold(3, 32, 32).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
@@ -144,14 +147,28 @@ class OtherTower(ImageTower):
         return self.head(features)
 
 
+def test_a_tower_of_timm_is_adapted_by_stages() -> None:
+    tower = TimmTower("test_vit", embed=24)
+    plain = tower.state_dict().keys()
+    add_adapters({"image": tower}, 4, weights=["attn.qkv", "mlp"])
+    names = {name for name in adapter_state(tower) if name.endswith(".original")}
+    assert {name.split(".parametrizations.")[0].rpartition(".")[2] for name in names} == {"qkv", "fc1", "fc2"}
+    assert tower.head.proj.weight.requires_grad and not tower.trunk.patch_embed.proj.weight.requires_grad
+    model = nn.Module()
+    model.visual = tower
+    scales = tower_scales(model, "visual", 1.0, 0.5)
+    assert scales.keys() == {*tower.parameters()} and len({*scales.values()}) == len(tower.stages())
+    assert tower.state_dict().keys() == plain
+
+
 def test_a_tower_of_another_project_is_adapted_and_its_new_projection_is_trained() -> None:
     tower = OtherTower()
     state = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
     add_adapters({"image": tower}, 4)
     image = torch.randn(2, 3, 64, 64)
-    adamw_like = torch.optim.SGD([p for p in tower.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in tower.parameters() if p.requires_grad], lr=0.1)
     tower(image).square().sum().backward()
-    adamw_like.step()
+    optimizer.step()
     after = tower.state_dict()
     assert after.keys() == state.keys()
     changed = {name for name in state if not torch.equal(state[name], after[name])}
