@@ -31,7 +31,7 @@ LEVELS = {
     "evals.encoder evals.features evals.figures evals.linear_probe evals.naming evals.retrieval": 4,
     "evals.validation evals.zero_shot": 4,
     "training.average training.batch training.callbacks training.compile training.direction": 5,
-    "training.existing_run training.final_report training.header training.health training.lock": 5,
+    "training.existing_run training.final_report training.frozen training.header training.health training.lock": 5,
     "training.logs training.loop": 5,
     "training.memory training.parts training.reading training.resume training.run": 5,
     "training.step training.summary training.tensorboard": 5,

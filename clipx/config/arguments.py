@@ -16,7 +16,10 @@ GROUPS = ("model", "data", "optim", "sched", "loss", "evals", "experiment", "sou
 MAX_NAME_LENGTH = 120  # characters of a directory's name
 
 # names and paths: their values stay text even if they look like numbers
-TEXT_KEYS = {"name", "init_from", "resume", "run", "mix", "src", "out", "cache", "images", "texts", "search", "json"}
+TEXT_KEYS = {
+    "name", "init_from", "resume", "feature_cache",
+    "run", "mix", "src", "out", "cache", "images", "texts", "search", "json",
+}  # fmt: skip
 TEXT_DATA_KEYS = r"data\.(sources\.[^.]+\.)?(root|shards|val_shards|index_dir|cache)"
 
 # clipx does not use Hydra's log files; conf/hydra/output/clipx.yaml sets its directories

@@ -19,7 +19,7 @@ NEUTRAL = {
     "name", "stop_at", "device", "workers", "resume", "trust", "log_every", "eval_every", "save_every", "keep_every",
     "data.root", "data.shards", "data.val_shards", "data.index_dir", "data.cache", "data.cache_gb",
     "data.allow_pipe", "data.made_by", "data.max_skipped", "micro_batch_size", "grad_checkpoint", "compile",
-    "deterministic", "resume_allow", "max_bad_steps", "max_rollbacks", "signal_exit_code",
+    "deterministic", "resume_allow", "feature_cache", "max_bad_steps", "max_rollbacks", "signal_exit_code",
 }  # fmt: skip
 LABELLED_PATHS = r"(labelled|evals\.[^.]+\.sets)\.[^.]+\.(root|folder|shards|train|classes)"
 

@@ -45,8 +45,9 @@ class TrainConfig(ComposedConfig):
     init_positions: Literal["stretch", "new"]
     freeze: list[Tower]
     unlock: dict[Tower, NonNegativeInt]
-    views: PositiveInt | None
     lora: LoraConfig
+    views: PositiveInt | None
+    feature_cache: str | None
     epochs: PositiveFloat
     max_steps: PositiveInt | None
     stop_at: Duration | None

@@ -32,7 +32,6 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class Stored(NamedTuple):
     """What a file holds of a chunk's N samples; K of them are known."""
 
-    rows: Tensor  # (N,) int64, row of each sample
     known: Tensor  # (N,) bool
     features: Tensor  # (K, D) fp16, in order
 

@@ -50,7 +50,9 @@ class Chunk:
     samples: Tensor  # (N,) int64, ids
     ids: Tensor | None  # (N, 2) int64, hashes of picture and caption, if the loss needs them
     skipped: list[Skipped] = field(default_factory=list)
-    stored: Mapping[str, Stored] = field(default_factory=dict)  # what the files of features hold, by tower
+    rows: Tensor | None = None  # (N,) int64, row of each sample's view in the files of features
+    stored: Mapping[str, Stored] = field(default_factory=dict)  # what these files hold, by tower
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # (N, D) fp16 of frozen towers, added by training
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -148,7 +150,10 @@ class TrainReader(Reader):
         samples = [row.place.sample for row in rows]
         ids = [(signed_hash(row.picture), signed_hash(row.caption)) for row in rows] if self.identify else None
         chunk = self.collate(positions, images[:decoded], captions, samples, skipped, ids)
-        return replace(chunk, stored={tower: self.stored(tower, rows) for tower in self.features})
+        if self.views is None:
+            return chunk
+        numbers = torch.tensor([self.row(row.place) for row in rows], dtype=torch.int64)
+        return replace(chunk, rows=numbers, stored={tower: self.stored(tower, rows) for tower in self.features})
 
     def place(self, position: int, attempt: int = 0) -> Place:
         """Return the place of the sample at a position, or of its substitute; its epoch is the view."""
@@ -209,7 +214,6 @@ class TrainReader(Reader):
         known = [row.features[tower] for row in rows if tower in row.features]
         width = self.features[tower].width
         return Stored(
-            torch.tensor([self.row(row.place) for row in rows], dtype=torch.int64),
             torch.tensor([tower in row.features for row in rows]),
             torch.from_numpy(np.stack(known)) if known else torch.empty(0, width, dtype=torch.float16),
         )

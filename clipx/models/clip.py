@@ -1,6 +1,7 @@
 """CLIP: an image and a text tower that share an embedding space, and a learnt temperature."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -58,6 +59,14 @@ class CLIP(nn.Module):
         """Clamp the inverse temperature to [1, 100]; called after each optimiser step."""
         self.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
+    def train(self, mode: bool = True) -> "CLIP":
+        """Set the mode; a module none of whose parameters is trained stays in evaluation mode."""
+        super().train(mode)
+        if mode:
+            for module in frozen_modules(self):
+                module.eval()
+        return self
+
     @property
     def towers(self) -> dict[Literal["image", "text"], Tower]:
         """Both towers, by their names in configs."""
@@ -67,6 +76,16 @@ class CLIP(nn.Module):
         """Recompute activations in the backward pass to save memory, in both towers or in one."""
         for name, tower in self.towers.items():
             tower.set_grad_checkpoint(on in (True, name))
+
+
+def frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules with parameters none of which is trained."""
+    for child in module.children():
+        trained = [parameter.requires_grad for parameter in child.parameters()]
+        if trained and not any(trained):
+            yield child
+        else:
+            yield from frozen_modules(child)
 
 
 def finish(features: Tensor, normalize: bool) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from clipx.errors import UserError
 from clipx.evals.figures import picture_grid, save_figure, shorten
 from clipx.evals.validation import LabelledEvaluation
 from clipx.models.clip import CLIP
-from clipx.tools.machine import Finding, check_device, check_disk, check_memory, check_workers
+from clipx.tools.machine import Finding, check_device, check_disk, check_features, check_memory, check_workers
 from clipx.training.header import describe_length, warmup_of
 from clipx.training.loop import State
 from clipx.training.memory import describe_trained, format_bytes
@@ -98,7 +99,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
                 restored = restore(state, config, directory, identify(config, data, plan))
                 if not restored and (origin := initial_weights(state.model, config)):
                     log([Finding("ok", f"weights {origin}")])
-                log(check_progress(directory, state, length))
+                log(chain(check_progress(directory, state, length), check_features(config, data, state.model, device)))
         with report.part("samples") as log:
             reader = train_reader(config, data, plan, state.model)
             make_prefetcher(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).check_all_fit()
@@ -116,14 +117,8 @@ def examine(config: TrainConfig, directory: Path) -> int:
         with report.part("memory") as log:
             log(check_memory(config, state, tokens, device))
         with report.part("disk") as log:
-            log(check_disk(directory, state, kept_checkpoints(config, length, plan.samples) if length else 0))
+            log(check_disk(config, directory, state, length or 0, plan.samples if length else 1))
     return report.wrong
-
-
-def kept_checkpoints(config: TrainConfig, length: int, samples: int) -> int:
-    """Number of checkpoints that ``keep_every`` keeps in a run of ``length`` steps over ``samples`` an epoch."""
-    every = Every(config.keep_every, length, samples / config.batch_size).in_steps
-    return length // every if every else 0
 
 
 def check_data(data: Data) -> Iterator[Finding]:

@@ -14,12 +14,17 @@ from torch import Tensor
 
 from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
+from clipx.data.features import FeatureFile, open_features
 from clipx.data.loader import MAX_CHUNK
+from clipx.data.sample import Data
 from clipx.devices import autocast_dtype, available_cores, has_bf16, select_workers
+from clipx.duration import Every
 from clipx.models.clip import CLIP
 from clipx.models.lora import adapter_state
+from clipx.training.frozen import file_arguments, frozen_towers, unused_because
 from clipx.training.loop import State
 from clipx.training.memory import format_bytes, num_moments, trained_bytes
+from clipx.training.parts import run_length
 from clipx.weights.checkpoint import size_on_disk
 
 SHARED_MEMORY = Path("/dev/shm")  # workers pass their chunks through it
@@ -86,8 +91,17 @@ def check_memory(config: TrainConfig, state: State, tokens: int, device: torch.d
     yield Finding("WRONG" if least > free else "odd", f"{message}; {device} has {format_bytes(free)} free; {remedy}")
 
 
-def check_disk(directory: Path, state: State, kept: int) -> Iterator[Finding]:
-    """Check that the run's directory is writable and has room for its checkpoints, ``kept`` of them permanent."""
+def check_disk(config: TrainConfig, directory: Path, state: State, length: int, samples: int) -> Iterator[Finding]:
+    """Check that the run's directory is writable and has room for its checkpoints.
+
+    Args:
+        config: of the run.
+        directory: of the run.
+        state: at its start.
+        length: steps; 0 if unknown.
+        samples: of an epoch.
+    """
+    kept = kept_checkpoints(config, length, samples)
     home = next(path for path in (directory, *directory.parents) if path.exists())
     if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
         yield Finding(
@@ -164,3 +178,39 @@ def saved_bytes(model: CLIP, loss_fn: Callable[..., Tensor], amp: torch.dtype | 
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device; devices other than CUDA use the machine's."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def kept_checkpoints(config: TrainConfig, length: int, samples: int) -> int:
+    """Number of checkpoints that ``keep_every`` keeps in a run of ``length`` steps over ``samples`` an epoch."""
+    every = Every(config.keep_every, length, samples / config.batch_size).in_steps
+    return length // every if every else 0
+
+
+def check_features(config: TrainConfig, data: Data, model: CLIP, device: torch.device | None) -> Iterator[Finding]:
+    """Check that the features of frozen towers are stored, or that there is room for them.
+
+    Args:
+        config: of the run.
+        data: of the run.
+        model: with its initial weights, on the CPU.
+        device: of the run; None if it cannot be used.
+    """
+    names, plan = frozen_towers(config, model), data.plan(config.seed)
+    if reason := unused_because(config, names, run_length(config, plan) * config.batch_size / plan.samples):
+        if config.feature_cache not in (None, "auto"):
+            yield Finding("odd", f"no features are stored in feature_cache={config.feature_cache}: {reason}")
+        return
+    for name in names:
+        path, rows, width, about = file_arguments(config, data, model, name, device or torch.device("cpu"))
+        if path.exists():
+            there = open_features(path, rows, width, about).count()
+            yield Finding("ok", f"{path} holds {there:,} of {rows:,} features of the {name} tower")
+            continue
+        size = FeatureFile(path, rows, width).size
+        free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
+        message = f"{format_bytes(size)} for the features of the {name} tower in {path.parent}"
+        if size <= free:
+            yield Finding("ok", message)
+        else:
+            remedy = "set fewer views, feature_cache=DIR on another disk, or feature_cache=null"
+            yield Finding("WRONG", f"{message}; {format_bytes(free)} are free; {remedy}")

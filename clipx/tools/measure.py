@@ -4,7 +4,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from clipx.data.sample import Data
 from clipx.devices import autocast_dtype, limit_threads, select_amp, select_device, select_workers
 from clipx.models.packed import grid_edges
 from clipx.training.batch import split_micro_batches
+from clipx.training.frozen import FeatureModel, FrozenTowers, frozen_towers
 from clipx.training.loop import State, StepOutput, fit
 from clipx.training.memory import keep_freed_memory, peak_memory
 from clipx.training.parts import build_forward, initial_state, train_reader
@@ -139,11 +140,20 @@ class StepBenchmark:
         self.config = config = replace(config, amp=select_amp(config.amp, self.device))
         self.state = initial_state(config, self.device)
         self.loss_fn = build(config.loss, "loss", config.trust)
-        self.forward = build_forward(config, self.state.model)
+        names = frozen_towers(config, self.state.model)
+        self.frozen = FrozenTowers(self.state.model, names, autocast_dtype(config.amp)) if names else None
+        self.forward = build_forward(config, self.state.model, names)
         self.multiplier = build(config.sched, "sched", config.trust)(1000)
         self.batches = [*itertools.islice(load_batches(config), NUM_BATCHES)]
 
-    def fit(self, batches: Iterator[list[Chunk]], count: int, forward: Forward, loss_fn: Callable[..., Tensor]) -> None:
+    def fit(
+        self,
+        batches: Iterator[list[Chunk]],
+        count: int,
+        forward: Forward,
+        loss_fn: Callable[..., Tensor],
+        encode_frozen: Callable[[Sequence[Chunk]], Sequence[Chunk]] | None = None,
+    ) -> None:
         end = self.state.step + count
         fit(
             self.state,
@@ -156,6 +166,7 @@ class StepBenchmark:
             autocast_dtype(self.config.amp),
             self.config.clip_norm,
             no_callbacks,
+            encode_frozen or self.frozen or list,
         )
         synchronize(self.device)
 
@@ -176,7 +187,7 @@ class StepBenchmark:
     def shares(self, count: int) -> dict[str, float]:
         """Share of time in each part of a step, without compile, with data from the loader."""
         timer, model, scaler = PhaseTimer(self.device), self.state.model, self.state.scaler
-        forward = PixelModel(model)
+        forward = FeatureModel(model, self.frozen.names) if self.frozen else PixelModel(model)
         hooks = [
             module.register_forward_pre_hook(lambda *_, name=name: timer.enter(name))
             for name, module in {"image tower": model.visual, "text tower": model.text}.items()
@@ -189,6 +200,13 @@ class StepBenchmark:
                 yield chunks
                 timer.enter("wait")
 
+        def encode_frozen(chunks: Sequence[Chunk]) -> Sequence[Chunk]:
+            if self.frozen:
+                timer.enter("frozen towers")
+                chunks = self.frozen(chunks)
+                timer.enter("copy")
+            return chunks
+
         def loss_fn(*args: Any) -> Tensor:
             timer.enter("loss")
             loss = self.loss_fn(*args)
@@ -196,17 +214,18 @@ class StepBenchmark:
             return loss
 
         self.state.scaler = TimedScaler(timer, scaler)
-        self.fit(batches := timed_batches(), 1, forward, loss_fn)
+        self.fit(batches := timed_batches(), 1, forward, loss_fn, encode_frozen)
         timer.enter("start")
         timer.seconds.clear()  # drop the first step
-        self.fit(batches, count, forward, loss_fn)
+        self.fit(batches, count, forward, loss_fn, encode_frozen)
         timer.enter("end")
         self.state.scaler = scaler
         for hook in hooks:
             hook.remove()
-        parts = ("wait", "copy", "image tower", "text tower", "loss", "backward", "optimiser")
-        total = sum(timer.seconds[part] for part in parts)
-        return {part: timer.seconds[part] / total for part in parts}
+        parts = ["wait", "copy", "image tower", "text tower", "loss", "backward", "optimiser"]
+        parts += ["frozen towers"] if self.frozen else []
+        seconds = {part: timer.seconds.get(part, 0.0) for part in parts}
+        return {part: spent / sum(seconds.values()) for part, spent in seconds.items()}
 
     def figures(self) -> dict[str, float]:
         """FLOPs per sample, forward and backward, counted by operation; and the device's peak, if known."""

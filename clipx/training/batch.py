@@ -19,8 +19,8 @@ class MicroBatch:
     that is not.
     """
 
-    images: list[Tensor]  # of each chunk, (n, 3, S, S) uint8
-    captions: Packed
+    images: list[Tensor]  # of each chunk, (n, 3, S, S) uint8, or a frozen tower's features (n, D) fp16
+    captions: Packed | Tensor  # or features (b, D)
     ids: Tensor | None  # (b, 2) picture id and caption id of each row; None if the loss does not need them
 
     def __len__(self) -> int:
@@ -49,9 +49,16 @@ def split_micro_batches(
 
 
 def to_micro_batch(chunks: Sequence[Chunk], edges: Sequence[int] | None) -> MicroBatch:
-    tokens = Tokens(*map(concat, zip(*(chunk.tokens for chunk in chunks), strict=True)))
     ids = [chunk.ids for chunk in chunks if chunk.ids is not None]
-    return MicroBatch([chunk.images for chunk in chunks], pack(tokens, edges), concat(ids) if ids else None)
+    images = [chunk.features.get("image", chunk.images) for chunk in chunks]
+    return MicroBatch(images, join_captions(chunks, edges), concat(ids) if ids else None)
+
+
+def join_captions(chunks: Sequence[Chunk], edges: Sequence[int] | None) -> Packed | Tensor:
+    """The captions of all chunks, packed; or their features, if a frozen tower has encoded them."""
+    if features := [chunk.features["text"] for chunk in chunks if "text" in chunk.features]:
+        return concat(features)
+    return pack(Tokens(*map(concat, zip(*(chunk.tokens for chunk in chunks), strict=True))), edges)
 
 
 def concat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -35,11 +35,12 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.model, self.start = torch.compile(model), start
 
-    def forward(self, image: Tensor, captions: Packed) -> Features:
-        for tokens in (captions.ids, captions.positions, *(grid.places for grid in captions.grids)):
-            torch._dynamo.maybe_mark_dynamic(tokens, 0)
-        for grid in captions.grids:
-            torch._dynamo.maybe_mark_dynamic(grid.seen, 3)
+    def forward(self, image: Tensor, captions: Packed | Tensor) -> Features:
+        if isinstance(captions, Packed):
+            for tokens in (captions.ids, captions.positions, *(grid.places for grid in captions.grids)):
+                torch._dynamo.maybe_mark_dynamic(tokens, 0)
+            for grid in captions.grids:
+                torch._dynamo.maybe_mark_dynamic(grid.seen, 3)
         features = self.model(image, captions)
         if self.start:
             logger.info("compiled  in %.0f s", time.perf_counter() - self.start)

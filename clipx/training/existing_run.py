@@ -10,6 +10,19 @@ from clipx.errors import UserError
 from clipx.weights.peek import read_config
 
 
+def check_directory(directory: Path) -> None:
+    """
+    Raises:
+        UserError: the run's directory, or one of its parents, is a file.
+    """
+    for path in (directory, *directory.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(
+                f"{path} is a file where the run's directory {directory} should be; move it away, or set "
+                "name=... to train elsewhere"
+            )
+
+
 def resumable(checkpoints: Path) -> list[Path]:
     """The checkpoints to resume from: the last, then the one before it."""
     return [path for which in ("last", "previous") if (path := checkpoints / f"clip_{which}.pt").exists()]

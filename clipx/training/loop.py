@@ -117,6 +117,7 @@ def fit(
     amp: torch.dtype | None,
     clip_norm: float | None,
     callbacks: Callable[[State, StepOutput], None],
+    encode_frozen: Callable[[Sequence[Chunk]], Sequence[Chunk]] = list,
 ) -> None:
     """Train until ``should_stop(step)``.
 
@@ -131,6 +132,7 @@ def fit(
         amp: autocast dtype, or None for float32.
         clip_norm: maximum gradient norm, or None.
         callbacks: called after each step.
+        encode_frozen: adds the features of frozen towers to the chunks of a step.
 
     Raises:
         OutOfMemory: the micro-batch does not fit.
@@ -146,7 +148,7 @@ def fit(
         data_wait = time.perf_counter() - start
         share = sum(map(len, chunks))
         with explain_oom(min(share, micro_batch_size or share), encoder.device):
-            micro_batches = split_micro_batches(chunks, micro_batch_size, edges)
+            micro_batches = split_micro_batches(encode_frozen(chunks), micro_batch_size, edges)
             batch = backward(encoder, loss_fn, micro_batches, state.scaler)
             norms = step_optimizer(state, clip_norm, amp)
         position, samples = state.samples, share * distributed.world_size()

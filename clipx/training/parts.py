@@ -1,6 +1,6 @@
 """The parts of a run: what it trains on, from which weights, and for how long."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import chain
@@ -15,16 +15,19 @@ from torch.nn.parallel import DistributedDataParallel
 from clipx import distributed
 from clipx.config.instantiate import build
 from clipx.config.schema import LoraConfig, TrainConfig
+from clipx.data.features import FeatureFile
 from clipx.data.images import TrainCrop
 from clipx.data.loader import group_steps, load_chunks, train_ranges
 from clipx.data.plan import MixPlan, Plan
 from clipx.data.readers import Chunk, TrainReader
 from clipx.data.sample import Data
+from clipx.devices import autocast_dtype
 from clipx.errors import UserError
 from clipx.evals.validation import Evaluation, LabelledEvaluation
 from clipx.models.clip import CLIP
 from clipx.models.lora import add_adapters
 from clipx.training.compile import compile_model
+from clipx.training.frozen import FeatureModel, FrozenTowers, Name, frozen_towers, open_files
 from clipx.training.loop import State
 from clipx.training.resume import Identity
 from clipx.training.step import Forward, PixelModel
@@ -47,6 +50,11 @@ class RunParts:
     evals: dict[str, Evaluation | LabelledEvaluation]
     identity: Identity
     early: MemoryHandler  # log records from before train.log is open
+
+    @property
+    def epochs(self) -> float:
+        """Length of the run."""
+        return self.identity.steps * self.config.batch_size / self.plan.samples
 
 
 def initial_state(config: TrainConfig, device: torch.device) -> State:
@@ -108,9 +116,15 @@ def initial_weights(model: CLIP, config: TrainConfig) -> str:
     return load_pretrained(model)
 
 
-def build_forward(config: TrainConfig, model: CLIP) -> Forward:
-    """The model of uint8 images, compiled and wrapped in DistributedDataParallel as needed."""
-    forward: nn.Module = PixelModel(model)
+def build_forward(config: TrainConfig, model: CLIP, frozen: Sequence[Name] = ()) -> Forward:
+    """The model of uint8 images, compiled and wrapped in DistributedDataParallel as needed.
+
+    Args:
+        config: of the run.
+        model: the bare model.
+        frozen: towers whose features are its input.
+    """
+    forward: nn.Module = FeatureModel(model, frozen) if frozen else PixelModel(model)
     if config.compile:
         forward = compile_model(forward)
     if distributed.world_size() == 1:
@@ -118,16 +132,31 @@ def build_forward(config: TrainConfig, model: CLIP) -> Forward:
     return DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
 
-def train_reader(config: TrainConfig, data: Data, plan: Plan | MixPlan, model: CLIP) -> TrainReader:
-    """Reader of training samples."""
+def train_reader(
+    config: TrainConfig,
+    data: Data,
+    plan: Plan | MixPlan,
+    model: CLIP,
+    features: Mapping[str, FeatureFile] | None = None,
+) -> TrainReader:
+    """Reader of training samples, and of stored features."""
     crop, masked = TrainCrop(model.visual.preprocessing, data.crop, data.decode), config.loss.get("same") == "mask"
-    return TrainReader(data.train, plan, crop, model.text.tokenizer, data.caption, masked, config.views)
+    return TrainReader(data.train, plan, crop, model.text.tokenizer, data.caption, masked, config.views, features)
 
 
-def train_batches(parts: RunParts, state: State) -> Iterator[list[Chunk]]:
-    """This rank's share of each batch, from ``state.samples`` on."""
+def open_frozen(parts: RunParts, model: CLIP) -> FrozenTowers | None:
+    """The frozen towers that run once a view, and the files of their features; None if there are none."""
+    config, names = parts.config, frozen_towers(parts.config, model)
+    files = open_files(config, parts.data, model, names, parts.epochs)
+    return FrozenTowers(model, names, autocast_dtype(config.amp), files) if names else None
+
+
+def train_batches(
+    parts: RunParts, state: State, features: Mapping[str, FeatureFile] | None = None
+) -> Iterator[list[Chunk]]:
+    """This rank's share of each batch, from ``state.samples`` on; ``features`` are those stored."""
     config, share = parts.config, distributed.local_batch_size(parts.config.batch_size)
-    reader = train_reader(config, parts.data, parts.plan, state.model)
+    reader = train_reader(config, parts.data, parts.plan, state.model, features)
     ranges = train_ranges(
         state.samples,
         config.batch_size,

@@ -29,13 +29,23 @@ from clipx.errors import Interrupted, UserError
 from clipx.evals.validation import Validation
 from clipx.training.callbacks import Callbacks, Diverged, Intervals
 from clipx.training.direction import mode_of
+from clipx.training.existing_run import check_directory
+from clipx.training.frozen import FrozenTowers, describe
 from clipx.training.header import header_lines, lost_samples
 from clipx.training.health import HealthMonitor
 from clipx.training.lock import directory_lock
 from clipx.training.logs import RunLog, SilentLog, buffered_logs, missing_message
 from clipx.training.loop import State, fit
 from clipx.training.memory import keep_freed_memory
-from clipx.training.parts import RunParts, build_forward, identify, initial_state, initial_weights, train_batches
+from clipx.training.parts import (
+    RunParts,
+    build_forward,
+    identify,
+    initial_state,
+    initial_weights,
+    open_frozen,
+    train_batches,
+)
 from clipx.training.resume import restore
 from clipx.training.summary import read_summary
 from clipx.training.tensorboard import hparams_row
@@ -120,7 +130,8 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> float
         return known_objective(parts, state)
     state.leave_out(left_out)
     keep_freed_memory()
-    batches = train_batches(parts, state)
+    frozen = open_frozen(parts, state.model)
+    batches = train_batches(parts, state, frozen.files if frozen else None)
     lr_multiplier = build(config.sched, "sched", config.trust)(length)
     last_is_good = found == directory / "checkpoints" / "clip_last.pt"
 
@@ -128,13 +139,13 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> float
         open_log(parts, state, logged) as log,
         AsyncSaver(directory / "checkpoints", asdict(parts.identity), last_is_good) as saver,
     ):
-        for line in header_lines(parts, state, origin):
+        for line in [*header_lines(parts, state, origin), *describe(config, frozen, parts.epochs)]:
             logger.info(line)
         if found is None:
             log.skipped(lost_samples(parts.data))
         callbacks = build_callbacks(parts, state, log, saver, signals)
         signals.deferred = True
-        if diverged := train_steps(parts, state, batches, lr_multiplier, callbacks):
+        if diverged := train_steps(parts, state, batches, lr_multiplier, callbacks, frozen):
             return diverged
         if signals.received:
             logger.warning("%s: checkpoint saved, stopping", signals.received)
@@ -148,6 +159,7 @@ def train_steps(
     batches: Iterator[list[Chunk]],
     lr_multiplier: Callable[[int], float],
     callbacks: Callbacks,
+    frozen: FrozenTowers | None,
 ) -> Diverged | None:
     """Train until the run or this process ends.
 
@@ -161,7 +173,7 @@ def train_steps(
     try:
         fit(
             state=state,
-            forward=build_forward(config, state.model),
+            forward=build_forward(config, state.model, frozen.names if frozen else ()),
             loss_fn=build(config.loss, "loss", config.trust),
             batches=batches,
             micro_batch_size=config.micro_batch_size,
@@ -170,6 +182,7 @@ def train_steps(
             amp=autocast_dtype(config.amp),
             clip_norm=config.clip_norm,
             callbacks=callbacks,
+            encode_frozen=frozen or list,
         )
         complete = state.step >= length
         callbacks.finish(state, complete)
@@ -240,19 +253,6 @@ def build_callbacks(
         monitor=HealthMonitor(config.batch_size),
         stopping=intervals.stop.over(state.step),
     )
-
-
-def check_directory(directory: Path) -> None:
-    """
-    Raises:
-        UserError: the run's directory, or one of its parents, is a file.
-    """
-    for path in (directory, *directory.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(
-                f"{path} is a file where the run's directory {directory} should be; move it away, or set "
-                "name=... to train elsewhere"
-            )
 
 
 def check_effect(state: State, directory: Path) -> None:

@@ -15,7 +15,7 @@ from clipx.models.packed import Packed, to_device
 from clipx.training.batch import MicroBatch, concat
 
 Features = tuple[Tensor, Tensor, Tensor]  # unit features (b, E), (b, E), scale ()
-Forward = Callable[[Tensor, Packed], Features]  # of images (b, 3, S, S) uint8 and captions
+Forward = Callable[[Tensor, Packed | Tensor], Features]  # of images (b, 3, S, S) uint8 and captions, or their features
 
 
 class BatchOutput(NamedTuple):
@@ -42,8 +42,8 @@ class MicroBatchEncoder:
     """Moves a micro-batch to the device and encodes it.
 
     Args:
-        forward: images (b, 3, S, S) uint8, packed captions -> unit features (b, E), (b, E), scale (): a ``PixelModel``,
-            or a wrapper around it.
+        forward: images (b, 3, S, S) uint8, packed captions -> unit features (b, E), (b, E), scale (): a ``PixelModel``
+            or ``FeatureModel``, or a wrapper around it.
         device: of the model.
         amp: autocast dtype, or None for float32.
     """
@@ -57,17 +57,17 @@ class MicroBatchEncoder:
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             return self.forward(images, captions)
 
-    def to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Packed]:
+    def to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Packed | Tensor]:
         """Images (b, 3, S, S) uint8 and captions on the device.
 
         Chunks are copied one by one and joined on the device; on a GPU the copies overlap with the computation already
         queued.
         """
         if self.copies is None:
-            return concat([x.to(self.device) for x in micro_batch.images]), micro_batch.captions.to(self.device)
+            return concat([x.to(self.device) for x in micro_batch.images]), move(micro_batch.captions, self.device)
         with torch.cuda.stream(self.copies):
             images = concat([to_device(x, self.device) for x in micro_batch.images])
-            captions = micro_batch.captions.to(self.device)
+            captions = move(micro_batch.captions, self.device)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.copies)
         tree_map_only(Tensor, lambda x: x.record_stream(current), (images, captions))  # keeps their memory until then
@@ -84,6 +84,11 @@ class MicroBatchEncoder:
         torch.set_rng_state(state[0])
         if self.copies:
             torch.cuda.set_rng_state(state[1], self.device)
+
+
+def move(captions: Packed | Tensor, device: torch.device) -> Packed | Tensor:
+    """Copy captions or their features as ``to_device`` does."""
+    return to_device(captions, device) if isinstance(captions, Tensor) else captions.to(device)
 
 
 def backward(
