@@ -443,3 +443,28 @@ def test_the_embedded_pictures_are_whole() -> None:
     assert captions == set(names) and len(names) == len(captions) and len(keys) == 3 * len(names)
     picture = decode(val.read(0).picture)
     assert picture.size == (64, 64)
+
+
+def test_a_house_that_is_left_out_of_training_is_a_validation_set_of_its_own() -> None:
+    everything, data = open_emoji(), open_emoji(without=["fluent"])
+    sources = {"train": data.train, "": data.val, **data.further}
+    keys = {
+        name: {source.read(sample).key.partition("-")[0] for sample in range(sum(source.sizes))}
+        for name, source in sources.items()
+    }
+    assert keys == {"train": {"noto", "twemoji"}, "": {"noto", "twemoji"}, "fluent": {"fluent"}}
+    assert list(data.vals) == ["", "fluent"]
+    assert sum(sum(val.sizes) for val in data.vals.values()) == sum(everything.val.sizes)
+    alone = open_emoji(without=["noto", "twemoji"])
+    assert sum(alone.train.sizes) + sum(data.train.sizes) == sum(everything.train.sizes)
+    assert alone.val.id == data.further["fluent"].id and alone.train.id != data.train.id
+    assert open_emoji(without=[]).train.id == everything.train.id
+
+
+def test_a_house_that_does_not_exist_or_leaving_out_all_is_an_error(fails: Callable[..., str]) -> None:
+    assert fails("experiment=demo", "data.without=[apple]", "max_steps=1") == (
+        "data.without=['apple']: should be 'noto', 'twemoji' or 'fluent'"
+    )
+    assert fails("experiment=demo", "data.without=[noto,twemoji,fluent]", "max_steps=1") == (
+        "data.without=['noto', 'twemoji', 'fluent'] leaves nothing to train on; leave out at most two"
+    )
