@@ -20,7 +20,7 @@ TEXT_KEYS = {
     "name", "init_from", "resume", "feature_cache",
     "run", "mix", "src", "out", "cache", "images", "texts", "search", "json",
 }  # fmt: skip
-TEXT_DATA_KEYS = r"data\.(sources\.[^.]+\.)?(root|shards|val_shards|index_dir|cache)"
+TEXT_NESTED_KEYS = r"init_from\.(image|text)|data\.(sources\.[^.]+\.)?(root|shards|val_shards|index_dir|cache)"
 
 # clipx does not use Hydra's log files; conf/hydra/output/clipx.yaml sets its directories
 HYDRA_OVERRIDES = [
@@ -54,6 +54,8 @@ def option_values(arguments: Sequence[str], *names: str) -> list[str]:
 def escape_override(override: str, sweep: bool) -> str:
     """Quote the values that Hydra's grammar rejects, and commas outside a sweep."""
     key, equals, value = override.partition("=")
+    if key in ("init_from.image", "init_from.text"):
+        key = f"++{key}"  # init_from is null or a text by default
     if key in ("hydra.run.dir", "hydra.sweep.dir"):
         value = os.path.expanduser(value)  # Hydra creates these directories itself
     if not equals or is_valid(f"{key}={value}", sweep):
@@ -62,12 +64,18 @@ def escape_override(override: str, sweep: bool) -> str:
 
 
 def escape_value(key: str, value: str, sweep: bool) -> str:
-    """Quote a value or, of a list, only the items that Hydra's grammar rejects."""
+    """Quote a value or, of a list or a mapping, only the items that Hydra's grammar rejects."""
     if is_valid(f"{key}={value}", sweep):
         return value
     if value.startswith("[") and value.endswith("]"):
         items = f"[{','.join(escape_value(key, part, sweep=False) for part in split_commas(value[1:-1]))}]"
         if is_valid(f"{key}={items}", sweep):
+            return items
+    if value.startswith("{") and value.endswith("}"):
+        entries = [part.partition(":") for part in split_commas(value[1:-1])]
+        inner = (f"{name}:{escape_value(key, part.strip(), sweep=False)}" for name, _, part in entries)
+        items = f"{{{','.join(inner)}}}"
+        if all(colon for _, colon, _ in entries) and is_valid(f"{key}={items}", sweep):
             return items
     return quote(value)
 
@@ -100,7 +108,7 @@ def is_valid(text: str, sweep: bool) -> bool:
 
 def is_text(key: str) -> bool:
     """Whether the values of a key stay text: 007 and 1e3 can be names."""
-    return key in TEXT_KEYS or re.fullmatch(f"{TEXT_DATA_KEYS}|{LABELLED_PATHS}", key) is not None
+    return key in TEXT_KEYS or re.fullmatch(f"{TEXT_NESTED_KEYS}|{LABELLED_PATHS}", key) is not None
 
 
 def completion_line(line: str) -> str:

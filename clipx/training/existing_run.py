@@ -57,5 +57,8 @@ def check_existing_run(config: Mapping[str, Any], directory: Path) -> None:
         changes = {key: text for key, text in changes.items() if key not in LENGTH_KEYS}
         if why := refusal_message(found[0], changes, config):
             raise UserError(why)
-    elif config["init_from"]:
+    elif isinstance(config["init_from"], str):
         check_exists("init_from", config["init_from"])
+    else:
+        for tower, where in (config["init_from"] or {}).items():
+            check_exists(f"init_from.{tower}", where)

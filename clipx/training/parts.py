@@ -111,9 +111,11 @@ def add_lora(model: CLIP, config: TrainConfig) -> None:
 
 def initial_weights(model: CLIP, config: TrainConfig) -> str:
     """Load the weights that a new run starts from; returns their description, empty for random ones."""
-    if config.init_from:
-        return initialise(model, config.init_from, config.init_positions)
-    return load_pretrained(model)
+    init_from = config.init_from or {}
+    if isinstance(init_from, str):
+        return initialise(model, init_from, config.init_positions)
+    origins = load_pretrained(model, without=init_from), initialise(model, init_from, config.init_positions)
+    return "; ".join(filter(None, origins))
 
 
 def build_forward(config: TrainConfig, model: CLIP, frozen: Sequence[Name] = ()) -> Forward:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from clipx.weights.foreign import HUGGING_FACE, OPEN_CLIP, Weights
 from clipx.weights.positions import Beyond, fit_positions
 
 HEADS = {1280: 16}  # by width, for weights that do not say; other heads are 64 wide
+TowerName = Literal["image", "text"]
 INPUTS = ("mean", "std", "interpolation")  # arguments of an image tower that say how its pictures are prepared
 
 
@@ -65,17 +66,17 @@ def load(
         raise CheckpointError(f"{run_or_weights}: its config's model cannot be built: {error}") from error
     if not isinstance(model, CLIP):
         raise CheckpointError(f"{run_or_weights}: its config's model is a {type(model).__name__}, not a CLIP")
-    check_shapes(found.state, model, str(run_or_weights))
+    check_shapes(found.state, model.state_dict(), str(run_or_weights))
     model.load_state_dict(found.state)
     return model.to(device).eval(), get_image_transform(model.visual.preprocessing), model.text.tokenizer
 
 
-def initialise(model: CLIP, init_from: str, beyond: Beyond = "stretch") -> str:
-    """Initialise a model from weights.
+def initialise(model: CLIP, init_from: str | Mapping[TowerName, str], beyond: Beyond = "stretch") -> str:
+    """Initialise a model from weights, or single towers of it.
 
     Args:
         model: may have another picture size or another context than the weights.
-        init_from: as in ``load``.
+        init_from: as in ``load``; or by tower, which then leaves the other tower and the temperature as they are.
         beyond: positions of captions beyond the context of the weights, as in ``fit_positions``.
 
     Returns:
@@ -84,15 +85,43 @@ def initialise(model: CLIP, init_from: str, beyond: Beyond = "stretch") -> str:
     Raises:
         CheckpointError: there are no weights, or they do not fit.
     """
-    found, own = find(init_from), model.state_dict()
-    mismatched = mismatched_keys(found.node, model)
+    if isinstance(init_from, str):
+        return initialise_from(find(init_from), model, f"init_from={init_from}", beyond)
+    found = {tower: find(where) for tower, where in init_from.items()}
+    sizes = {tower: weights.node.get(tower, {}).get("embed") for tower, weights in found.items()}
+    if len({*sizes.values()} - {None}) > 1:
+        raise CheckpointError(
+            f"init_from.image={init_from['image']} has an embedding of {sizes['image']} numbers and init_from.text="
+            f"{init_from['text']} one of {sizes['text']}, but the towers share one space; leave one out"
+        )
+    return "; ".join(
+        initialise_from(weights, model, f"init_from.{tower}={init_from[tower]}", beyond, tower)
+        for tower, weights in found.items()
+    )
+
+
+def initialise_from(found: Weights, model: CLIP, key: str, beyond: Beyond, tower: TowerName | None = None) -> str:
+    """Initialise a model, or one tower of it; arguments and result as in ``initialise``, ``key`` is for errors."""
+    own = model.state_dict()
+    state, resized = fit_positions(part_of(found.state, tower), part_of(own, tower), beyond)
+    mismatched = [f"{one}={value}" for one, value in mismatched_keys(found.node, model, tower).items()]
     remedy = f"; {' '.join(mismatched)} fits" if mismatched else ""
-    state, resized = fit_positions(found.state, own, beyond)
-    check_shapes(state, model, f"init_from={init_from}", remedy)
+    check_shapes(state, part_of(own, tower), key, remedy)
     if mismatched:
-        raise CheckpointError(f"init_from={init_from} was trained with other settings of the same shapes{remedy}")
-    model.load_state_dict(state)
-    return f"from {init_from}{resized}"
+        raise CheckpointError(f"{key} was trained with other settings of the same shapes{remedy}")
+    model.load_state_dict({**own, **state})
+    return f"from {key.partition('=')[2]}" + (f" ({tower} tower)" if tower else "") + resized
+
+
+def part_of(state: Mapping[str, Tensor], tower: TowerName | None) -> dict[str, Tensor]:
+    """The part of a state dict that belongs to a tower; all of it for None."""
+    if tower is None:
+        return dict(state)
+    return {
+        name: value
+        for name, value in state.items()
+        if name != "logit_scale" and name.startswith("visual.") == (tower == "image")
+    }
 
 
 def find(where: str | Path) -> Weights:
@@ -195,26 +224,26 @@ def fill_in(tower: Node, act: Act | None, where: str) -> None:
         tower["heads"] = HEADS.get(tower["width"], tower["width"] // 64)
 
 
-def mismatched_keys(theirs: Any, model: CLIP) -> list[str]:
-    """Return the KEY=VALUE overrides that would turn a model into that of a node, as far as the node says them."""
-    found = []
+def mismatched_keys(theirs: Any, model: CLIP, only: TowerName | None = None) -> dict[str, Any]:
+    """Return the overrides that would turn a model, or one tower, into that of a node, as far as the node says them."""
+    found = {}
     for name, ours in model_node(model).items():
-        tower = theirs.get(name) if isinstance(theirs, Mapping) else None
+        tower = theirs.get(name) if isinstance(theirs, Mapping) and only in (None, name) else None
         if not isinstance(tower, Mapping) or not isinstance(ours, Mapping) or tower["_target_"] != ours["_target_"]:
             continue
         for key, value in ours.items():
             if tower.get(key, value) != value and key not in ("size", "context"):
-                found.append(f"model.{name}.{key}={tower[key]}".replace(" ", ""))
+                place = "image" if only and key == "embed" else name  # text.embed follows image.embed
+                found[f"model.{place}.{key}"] = str(tower[key]).replace(" ", "")
     return found
 
 
-def check_shapes(state: Mapping[str, Tensor], model: CLIP, where: str, remedy: str = "") -> None:
-    """Check that a state dict has the names and shapes of a model.
+def check_shapes(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str, remedy: str = "") -> None:
+    """Check that a state dict has the names and shapes of ``own``, that of a model.
 
     Raises:
         CheckpointError: one differs; the message names the first.
     """
-    own = model.state_dict()
     for key in dict.fromkeys([*own, *state]):
         theirs, ours = (describe_shape(one.get(key)) for one in (state, own))
         if theirs != ours:

@@ -14,8 +14,6 @@ from clipx.models.layers import Act
 from clipx.weights.archive import CheckpointError
 from clipx.weights.load import check_shapes, load
 
-NOT_IN_SHAPES = ("act", "heads", "preprocessing")  # settings of a tower
-
 
 def mixtures(
     run: str,
@@ -39,9 +37,9 @@ def mixtures(
         CheckpointError: the two are not weights of one model.
     """
     model, other = (load(where, device, trust, act)[0] for where in (run, mix))
-    check_shapes(other.state_dict(), model, f"mix={mix}", f" of run={run}")
+    check_shapes(other.state_dict(), model.state_dict(), f"mix={mix}", f" of run={run}")
     for key, value in settings(model).items():
-        if (theirs := settings(other)[key]) != value:
+        if (theirs := settings(other).get(key)) != value:
             raise CheckpointError(f"mix={mix} does not fit: {key} is {theirs} in the weights and {value} in run={run}")
     tuned = {name: value.clone() for name, value in model.state_dict().items()}
     for alpha in alphas:
@@ -60,6 +58,6 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: f
 
 
 def settings(model: CLIP) -> dict[str, object]:
-    """The settings of both towers that shapes do not show."""
+    """The arguments of both towers; shapes do not show all of them."""
     towers = model.towers.items()
-    return {f"model.{name}.{key}": getattr(tower, key, None) for name, tower in towers for key in NOT_IN_SHAPES}
+    return {f"model.{name}.{key}": value for name, tower in towers for key, value in tower.arguments().items()}

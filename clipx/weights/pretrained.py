@@ -1,5 +1,6 @@
 """Initial weights of towers that other libraries trained."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from clipx.errors import first_line
@@ -8,8 +9,8 @@ from clipx.weights.archive import CheckpointError, read_file
 from clipx.weights.foreign import find_state_dict
 
 
-def load_pretrained(model: CLIP) -> str:
-    """Load the weights that ``model.image.pretrained`` and ``model.text.pretrained`` name.
+def load_pretrained(model: CLIP, without: Collection[str] = ()) -> str:
+    """Load the weights that ``model.image.pretrained`` and ``model.text.pretrained`` name, but for some towers.
 
     Returns:
         A description for the log; empty without any.
@@ -19,7 +20,7 @@ def load_pretrained(model: CLIP) -> str:
     """
     loaded = []
     for name, tower in model.towers.items():
-        if not tower.pretrained:
+        if name in without or not tower.pretrained:
             continue
         key = f"model.{name}.pretrained={tower.pretrained}"
         path = Path(tower.pretrained).expanduser() if isinstance(tower.pretrained, str) else None
