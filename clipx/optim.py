@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import nn
 
 from clipx.errors import UserError
+from clipx.models.lora import LowRank
 
 
 def adamw(
@@ -27,8 +28,8 @@ def adamw(
     parameters and the tower's output; the first group's is ``lr``.  The defaults are the paper's.
 
     Raises:
-        UserError: ``layer_decay`` is set for a tower without ``stages``, or ``pretrained_lr_scale`` for a model without
-            pretrained towers.
+        UserError: ``layer_decay`` is set for a tower without ``stages``, or ``pretrained_lr_scale`` for a model that
+            trains no pretrained weights.
 
     Source: Radford et al. 2021, table 18 and section 2.5 (arXiv 2103.00020); layer-wise decay: Clark et al. 2020,
     section 3.2 (arXiv 2003.10555).
@@ -54,13 +55,23 @@ def adamw(
 
 
 def pretrained_parameters(model: nn.Module, scale: float) -> list[nn.Parameter]:
-    """The parameters that ``model.image.pretrained`` and ``model.text.pretrained`` start from weights of others."""
-    towers = [getattr(model, name) for name in ("visual", "text")]
-    found = [parameter for tower in towers if tower.pretrained for parameter in tower.trunk_parameters()]
+    """The trained parameters that start from weights of others, as ``pretrained`` of their tower says.
+
+    Adapters of LoRA are new, like the projection.
+
+    Raises:
+        UserError: there are none.
+    """
+    towers = [tower for name in ("visual", "text") if (tower := getattr(model, name, None)) and tower.pretrained]
+    new = {parameter for module in model.modules() if isinstance(module, LowRank) for parameter in module.parameters()}
+    trunks = [parameter for tower in towers for parameter in tower.trunk_parameters()]
+    found = [parameter for parameter in trunks if parameter.requires_grad and parameter not in new]
     if not found:
+        missing = "no tower is of timm or transformers with pretrained weights"
+        reason = "all pretrained weights are frozen" if towers else missing
         raise UserError(
-            f"optim.pretrained_lr_scale={scale} has no effect, as no tower is of timm or transformers with pretrained "
-            "weights; optim.image_lr_scale and optim.text_lr_scale change the rate of a whole tower"
+            f"optim.pretrained_lr_scale={scale} has no effect, as {reason}; "
+            "optim.image_lr_scale and optim.text_lr_scale change the rate of a whole tower"
         )
     return found
 

@@ -131,7 +131,7 @@ def quote(value: str) -> str:
 
 def directory_name(overrides: Sequence[str]) -> str:
     """Join overrides into a file name; a hash is added if characters are replaced or the name is cut."""
-    by_key = {key_of(override): override for override in overrides}  # the last one of a key counts
+    by_key = {key_of(override): override.lstrip("+") for override in overrides}  # the last one of a key counts
     text = ",".join(sorted(override for key, override in by_key.items() if not is_neutral(key)))
     name = re.sub(r"[^\w.,=+~-]|^\.+$", "_", text)  # name=.. must not leave outputs/
     if name != text or len(name) > MAX_NAME_LENGTH:

@@ -34,7 +34,9 @@ class CLIP(nn.Module):
     def __init__(self, image: ImageTower, text: TextTower, temperature: PositiveFloat = 0.07):
         super().__init__()
         if image.embed != text.embed:
-            raise ValueError(f"text.embed={text.embed} is not image.embed={image.embed}; the towers share one space")
+            raise ValueError(
+                f"text.embed={text.embed}: should be {image.embed} as image.embed; the towers share one space"
+            )
         self.visual = image
         self.text = text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))

@@ -190,11 +190,10 @@ class PretrainedTokenizer:
         Raises:
             ValueError: captions have no token at which ``pool`` reads.
         """
-        first, *_, last = self.tokenizer("a")["input_ids"] or [None]
-        special = self.tokenizer
-        if pool == "eos" and last not in (special.eos_token_id, special.sep_token_id):
+        ids, special = self.tokenizer("a")["input_ids"], self.tokenizer
+        if pool == "eos" and ids[-1] not in (special.eos_token_id, special.sep_token_id):
             raise ValueError(f"pool=eos: the tokenizer of {self.name} has no end token; use mean")
-        if pool == "cls" and first not in (special.cls_token_id, special.bos_token_id):
+        if pool == "cls" and ids[0] not in (special.cls_token_id, special.bos_token_id):
             raise ValueError(f"pool=cls: the tokenizer of {self.name} has no token before a caption; use mean")
 
     def __getstate__(self) -> dict[str, Any]:

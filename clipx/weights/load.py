@@ -25,6 +25,7 @@ from clipx.weights.positions import Beyond, fit_positions
 
 HEADS = {1280: 16}  # by width, for weights that do not say; other heads are 64 wide
 TowerName = Literal["image", "text"]
+DROPOUT = ("drop", "drop_path")  # arguments of a tower that matter only while it is trained
 INPUTS = ("mean", "std", "interpolation")  # arguments of an image tower that say how its pictures are prepared
 
 
@@ -87,6 +88,10 @@ def initialise(model: CLIP, init_from: str | Mapping[TowerName, str], beyond: Be
     """
     if isinstance(init_from, str):
         return initialise_from(find(init_from), model, f"init_from={init_from}", beyond)
+    if beyond == "new" and "text" not in init_from:
+        raise CheckpointError(
+            "init_positions=new has no effect without weights of a text tower; add init_from=WEIGHTS, or leave it out"
+        )
     found = {tower: find(where) for tower, where in init_from.items()}
     sizes = {tower: weights.node.get(tower, {}).get("embed") for tower, weights in found.items()}
     if len({*sizes.values()} - {None}) > 1:
@@ -95,7 +100,9 @@ def initialise(model: CLIP, init_from: str | Mapping[TowerName, str], beyond: Be
             f"{init_from['text']} one of {sizes['text']}, but the towers share one space; leave one out"
         )
     return "; ".join(
-        initialise_from(weights, model, f"init_from.{tower}={init_from[tower]}", beyond, tower)
+        initialise_from(
+            weights, model, f"init_from.{tower}={init_from[tower]}", beyond if tower == "text" else "stretch", tower
+        )
         for tower, weights in found.items()
     )
 
@@ -231,8 +238,11 @@ def mismatched_keys(theirs: Any, model: CLIP, only: TowerName | None = None) -> 
         tower = theirs.get(name) if isinstance(theirs, Mapping) and only in (None, name) else None
         if not isinstance(tower, Mapping) or not isinstance(ours, Mapping) or tower["_target_"] != ours["_target_"]:
             continue
+        said = {
+            key: value for key, value in tower.items() if not (value is None and key in INPUTS)
+        }  # as timm's weights
         for key, value in ours.items():
-            if tower.get(key, value) != value and key not in ("size", "context"):
+            if said.get(key, value) != value and key not in ("size", "context", *DROPOUT):
                 place = "image" if only and key == "embed" else name  # text.embed follows image.embed
                 found[f"model.{place}.{key}"] = str(tower[key]).replace(" ", "")
     return found

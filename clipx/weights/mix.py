@@ -12,7 +12,7 @@ from torch import Tensor
 from clipx.models.clip import CLIP
 from clipx.models.layers import Act
 from clipx.weights.archive import CheckpointError
-from clipx.weights.load import check_shapes, load
+from clipx.weights.load import DROPOUT, check_shapes, load
 
 
 def mixtures(
@@ -58,6 +58,10 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: f
 
 
 def settings(model: CLIP) -> dict[str, object]:
-    """The arguments of both towers; shapes do not show all of them."""
-    towers = model.towers.items()
-    return {f"model.{name}.{key}": value for name, tower in towers for key, value in tower.arguments().items()}
+    """The arguments of both towers that say what they compute; shapes do not show all of them."""
+    return {
+        f"model.{name}.{key}": value
+        for name, tower in model.towers.items()
+        for key, value in tower.arguments().items()
+        if key not in DROPOUT
+    }

@@ -32,10 +32,15 @@ def fit_positions(
         The state dict, and a description of what was resized.
 
     Raises:
-        CheckpointError: the weights have too few positions to be stretched.
+        CheckpointError: the weights have too few positions to be stretched, or the context does not need new ones.
     """
     state, descriptions = dict(state), []
     image, text = (differ_in_length(state.get(key), own.get(key)) for key in (IMAGE_POSITIONS, TEXT_POSITIONS))
+    if beyond == "new" and not (text and len(own[TEXT_POSITIONS]) > len(state[TEXT_POSITIONS])):
+        raise CheckpointError(
+            "init_positions=new has no effect, as the context is not longer than that of the weights; set a longer "
+            "model.text.context, or leave it out"
+        )
     if image:
         before, after = (round((len(one[IMAGE_POSITIONS]) - 1) ** 0.5) for one in (state, own))
         state[IMAGE_POSITIONS] = resize(state[IMAGE_POSITIONS], before, after)

@@ -22,8 +22,10 @@ def load_pretrained(model: CLIP, without: Collection[str] = ()) -> str:
     for name, tower in model.towers.items():
         if name in without or not tower.pretrained:
             continue
-        key = f"model.{name}.pretrained={tower.pretrained}"
+        key = f"model.{name}.pretrained={'true' if tower.pretrained is True else tower.pretrained}"
         path = Path(tower.pretrained).expanduser() if isinstance(tower.pretrained, str) else None
+        if path and not path.exists():
+            raise CheckpointError(f"{key}: there is no such file")
         try:
             tower.load_trunk(find_state_dict(read_file(path), path) if path else None)
         except OSError as error:

@@ -114,7 +114,7 @@ def test_train_yaml_states_every_key_of_the_schema() -> None:
         (["model.image.heads=5"], "model.image.heads=5 does not divide width=192"),
         (["model.image.heads=0"], "model.image.heads=0: should be greater than 0"),
         (["model.text.context=-1"], "model.text.context=-1: should be greater than 0"),
-        (["model.text.embed=64"], "model.text.embed=64 is not image.embed=192; the towers share one space"),
+        (["model.text.embed=64"], "model.text.embed=64: should be 192 as image.embed; the towers share one space"),
         (["batch_size=0"], "batch_size=0: should be greater than 0"),
         (["workers=-1"], "workers=-1: should be 'auto' or greater than or equal to 0"),
         (

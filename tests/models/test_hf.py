@@ -137,6 +137,19 @@ def test_a_tokenizer_without_an_end_token_is_one_line(tmp_path: Path, monkeypatc
         TextTower(str(tmp_path), embed=16, context=40, pool="eos")
 
 
+def test_captions_need_no_special_tokens_if_their_mean_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_encoder("roberta", tmp_path)
+    monkeypatch.setitem(AROUND, "roberta", "$A")
+    save_tokenizer("roberta", tmp_path)
+    tower = TextTower(str(tmp_path), embed=16, context=40)
+    assert tower(tower.tokenizer(["a cat"])).shape == (1, 16)
+    for pool in ("cls", "eos"):
+        with pytest.raises(ValueError, match=f"pool={pool}: the tokenizer of .* has no "):
+            TextTower(str(tmp_path), embed=16, context=40, pool=pool)
+
+
 def test_a_model_that_cannot_be_found_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         TextTower(str(tmp_path / "none"))

@@ -15,6 +15,7 @@ from torch import nn
 from clipx import load
 from clipx.errors import UserError
 from clipx.models.clip import CLIP
+from clipx.models.lora import add_adapters
 from clipx.models.text import TextEncoder
 from clipx.models.timm import TimmTower
 from clipx.optim import adamw
@@ -95,7 +96,7 @@ def test_pretrained_weights_come_from_a_file_and_wrong_ones_are_refused(tmp_path
     with pytest.raises(UserError, match=r"^model.image.pretrained=.*w.safetensors does not fit: ") as error:
         load_pretrained(larger)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="none.pt: there is no such"):
+    with pytest.raises(UserError, match=r"^model.image.pretrained=.*none.pt: there is no such file$"):
         load_pretrained(clip_of(TimmTower("test_vit", embed=8, pretrained=str(tmp_path / "none.pt"))))
 
 
@@ -109,7 +110,7 @@ def test_weights_that_cannot_be_downloaded_are_one_line_that_says_what_to_put_wh
     with pytest.raises(UserError) as error:
         load_pretrained(clip_of(TimmTower("test_vit.r160_in1k", embed=8, pretrained=True)))
     assert str(error.value) == (
-        "model.image.pretrained=True: the weights cannot be downloaded (cannot reach the hub); on another machine, "
+        "model.image.pretrained=true: the weights cannot be downloaded (cannot reach the hub); on another machine, "
         "fetch them from timm/test_vit.r160_in1k, then set model.image.pretrained=FILE"
     )
 
@@ -172,3 +173,17 @@ def test_what_is_pretrained_learns_more_slowly_than_what_is_new() -> None:
     assert {rates[parameter] for parameter in model.text.parameters()} == {1.0}
     with pytest.raises(UserError, match=r"^optim.pretrained_lr_scale=0.1 has no effect, as no tower is of timm"):
         adamw(clip_of(TimmTower("test_vit", embed=8)), pretrained_lr_scale=0.1)
+    model.visual.freeze()
+    with pytest.raises(UserError, match=r"^optim.pretrained_lr_scale=0.1 has no effect, as all pretrained weights are"):
+        adamw(model, pretrained_lr_scale=0.1)
+
+
+def test_adapters_of_a_pretrained_trunk_are_new_and_learn_at_the_full_rate() -> None:
+    model = clip_of(TimmTower("test_vit", embed=8, pretrained="w.safetensors"))
+    add_adapters({"image": model.visual}, rank=2, weights=["attn"])
+    trained = {p: name for name, p in model.visual.named_parameters() if p.requires_grad}
+    model.visual.trunk.norm.weight.requires_grad_(True)
+    groups = adamw(model, lr=1.0, pretrained_lr_scale=0.1, image_lr_scale=0.5).param_groups
+    rates = {parameter: group["peak_lr"] for group in groups for parameter in group["params"]}
+    assert len(trained) > 1 and {rates[parameter] for parameter in trained} == {0.5}
+    assert rates[model.visual.trunk.norm.weight] == 0.05

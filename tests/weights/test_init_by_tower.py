@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import FEW, lines
 from peers import peer, perturb
+from safetensors.torch import save_file
 from torch import Tensor
 
 from clipx.weights import checkpoint
@@ -73,6 +75,34 @@ def test_a_tower_starts_from_its_weights_and_the_rest_is_new(
 ) -> None:
     assert origins(tmp_path, train, *args) == expected
     assert f"weights   {log}\n" in (tmp_path / "outputs/x/train.log").read_text()
+
+
+def test_a_run_is_named_after_the_weights_of_a_tower_as_after_any_key(
+    train: Callable[..., None], tmp_path: Path
+) -> None:
+    train(*RUN, "init_from.image=w.pt")
+    (directory,) = (tmp_path / "outputs").iterdir()
+    assert ",init_from.image=w.pt," in directory.name and "+" not in directory.name
+
+
+def test_pretrained_weights_serve_the_tower_that_is_not_named(train: Callable[..., None], tmp_path: Path) -> None:
+    trunk = timm.create_model("test_vit")
+    trunk_file = tmp_path / "trunk.safetensors"
+    save_file(trunk.state_dict(), trunk_file)
+    text = [arg for arg in RUN if not arg.startswith("model.image.")]
+    run = [
+        *text, "model=timm_b16", "model.image.name=test_vit", "model.image.embed=192",
+        "model.image.pretrained=trunk.safetensors",
+    ]  # fmt: skip
+    train(*run, "init_from={text:w.pt}", "name=x")
+    log = (tmp_path / "outputs/x/train.log").read_text()
+    assert "weights   of the image tower from trunk.safetensors; from w.pt (text tower)\n" in log
+    found, given = state(tmp_path), torch.load(tmp_path / "w.pt")
+    assert torch.equal(found["text_projection"], given["text_projection"])
+    assert torch.equal(found["visual.trunk.cls_token"], trunk.state_dict()["cls_token"])
+    trunk_file.unlink()
+    train(*run, "init_from={image:outputs/x}", "name=y")  # does not read the file
+    assert torch.equal(state(tmp_path, "y")["visual.trunk.cls_token"], trunk.state_dict()["cls_token"])
 
 
 def test_the_other_tower_may_have_another_size(train: Callable[..., None], tmp_path: Path) -> None:

@@ -12,6 +12,11 @@ from labelled_data import class_folders
 from peers import peer, perturb, real_batch
 
 from clipx import load
+from clipx.errors import UserError
+from clipx.models.clip import CLIP
+from clipx.models.text import TextEncoder
+from clipx.models.timm import TimmTower
+from clipx.weights.export import write_open_clip
 from clipx.weights.mix import mixtures
 
 DUMMY = ("data=dummy", "data.val_samples=20", "workers=0", "device=cpu", "act=quick_gelu")
@@ -141,6 +146,36 @@ def test_weights_of_other_settings_are_refused(pair: Path, evaluate: Command, ex
     export("run=tuned.pt", "to=open_clip", "out=tuned", "act=quick_gelu")
     message = last_line(export, "run=tuned", "mix=oc", "alpha=0.5", "to=open_clip", "out=new")
     assert message == "mix=oc does not fit: model.image.act is gelu in the weights and quick_gelu in run=tuned"
+
+
+def save_timm(directory: Path, name: str, drop_path: float | None = None) -> CLIP:
+    """Write a model with a tower of timm in open_clip's layout."""
+    tower = TimmTower(name, embed=16, size=32, drop_path=drop_path)
+    model = CLIP(tower, TextEncoder(width=32, depth=1, heads=1, embed=16))
+    directory.mkdir()
+    write_open_clip(model, directory)
+    return model.eval()
+
+
+def test_towers_of_timm_are_mixed_if_they_are_one_model(tmp_path: Path) -> None:
+    start = save_timm(tmp_path / "start", "vit_tiny_patch16_224")
+    tuned = save_timm(tmp_path / "tuned", "vit_tiny_patch16_224", drop_path=0.1)  # matters only in training
+    other = save_timm(tmp_path / "other", "deit_tiny_patch16_224")
+    alphas = [0, 0.5, 1]
+    mixed = {
+        alpha: model.state_dict()["visual.head.proj.weight"].clone()
+        for alpha, model in mixtures(f"{tmp_path}/tuned", f"{tmp_path}/start", alphas)
+    }
+    ends = [model.state_dict()["visual.head.proj.weight"] for model in (start, tuned)]
+    assert torch.equal(mixed[0], ends[0]) and torch.equal(mixed[1], ends[1])
+    torch.testing.assert_close(mixed[0.5], sum(ends) / 2)
+    assert {*start.state_dict()} == {*other.state_dict()}
+    with pytest.raises(UserError) as error:
+        next(mixtures(f"{tmp_path}/tuned", f"{tmp_path}/other", alphas))
+    assert str(error.value) == (
+        f"mix={tmp_path}/other does not fit: model.image.name is deit_tiny_patch16_224 in the weights and "
+        f"vit_tiny_patch16_224 in run={tmp_path}/tuned"
+    )
 
 
 @pytest.mark.parametrize(

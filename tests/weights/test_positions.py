@@ -89,6 +89,23 @@ def test_too_few_positions_to_stretch_are_an_error(
     assert trained_positions(tmp_path).shape == (40, 128)
 
 
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ([], " without weights of a text tower; add init_from=WEIGHTS, or leave it out"),
+        (["init_from.image=w.pt"], " without weights of a text tower; add init_from=WEIGHTS, or leave it out"),
+        (["init_from=w.pt"], ", as the context is not longer than that of the weights"),
+        (["init_from=w.pt", "model.text.context=40"], ", as the context is not longer than that of the weights"),
+    ],
+)
+def test_new_positions_that_no_caption_needs_are_refused(
+    fails: Callable[..., str], tmp_path: Path, args: list[str], why: str
+) -> None:
+    torch.save(peer().state_dict(), tmp_path / "w.pt")
+    assert fails(*RUN, "init_positions=new", *args).startswith(f"init_positions=new has no effect{why}")
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_a_long_caption_is_read_to_its_end_with_a_longer_context(long_run: Path) -> None:
     short, *_ = load(long_run.parents[1] / "w.pt", act="quick_gelu")
     model, _, tokenizer = load(long_run)
