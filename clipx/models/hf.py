@@ -211,5 +211,5 @@ def find(from_pretrained: Callable[[str], Any], name: str) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"name={name}: transformers finds no config or tokenizer ({first_line(error)}); on another machine, "
-            f"hf download {name} --local-dir DIR fetches them: copy DIR here and set name=DIR"
+            f"hf download {name} --local-dir DIR fetches them: copy DIR here and set model.text.name=DIR"
         ) from error
