@@ -32,8 +32,8 @@ class Tower(nn.Module):
         return self.project(self.features(inputs))
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments that build such a tower."""
-        raise NotImplementedError
+        """The arguments that build such a tower, by which weights are compared; empty if it does not say."""
+        return {}
 
     def load_trunk(self, weights: Mapping[str, Tensor] | None) -> None:
         """Load pretrained weights of what computes the features; None for those that its library downloads.
