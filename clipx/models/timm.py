@@ -100,6 +100,9 @@ class TimmTower(ImageTower):
         except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(f"pool={self.pool}: {self.name} cannot pool so; leave it out for timm's own") from error
         if self.size != trunk.default_cfg["input_size"][-1] and hasattr(trunk, "set_input_size"):
+            patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
+            if isinstance(patch, tuple) and self.size % patch[0]:
+                raise ValueError(f"size={self.size}: should be a multiple of {patch[0]}, the patches of {self.name}")
             trunk.set_input_size(img_size=self.size)  # resamples the position embeddings
         return trunk
 

@@ -71,6 +71,7 @@ def test_pictures_are_prepared_as_timm_does_for_the_weights() -> None:
             {"name": "test_vit", "embed": 512, "proj": "none"},
             "embed=512 is not 64, the features of test_vit",
         ),
+        ({"name": "test_vit", "size": 100}, "size=100: should be a multiple of 16, the patches of test_vit"),
         ({"name": "resnet18", "pool": "token"}, "pool=token: resnet18 cannot pool so; leave it out"),
         ({"name": "vgg11", "drop_path": 0.1}, "name=vgg11: .* unexpected keyword argument 'drop_path_rate'"),
     ],
