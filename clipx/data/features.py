@@ -170,5 +170,5 @@ def no_room_message(file: FeatureFile) -> str:
 def exclusive(path: Path) -> Iterator[None]:
     """Hold a lock, so that one process at a time creates a file."""
     with path.open("a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)  # of this open file: excludes threads, too
         yield

@@ -110,7 +110,7 @@ class Loaded(NamedTuple):
 class TrainReader(Reader):
     """Reader for training: plan order, one caption and one random crop per picture.
 
-    Both depend only on seed, source, view and sample id; the view is the epoch, or the epoch modulo ``views``.
+    Both depend only on seed, source, view and sample id; the view is the epoch, or the epoch modulo a number of views.
 
     Args:
         source: the samples.
@@ -119,7 +119,8 @@ class TrainReader(Reader):
         tokenizer: for the captions.
         caption: ``random`` draws one of a picture's captions; ``first`` takes the first.
         identify: add hashes that reveal equal pictures and captions.
-        views: number of different crops and captions of a sample; None for new ones each epoch.
+        views: number of different crops of a picture; None for a new one each epoch.
+        caption_views: number of times that a caption is drawn; None for once an epoch.
         features: features of frozen towers, by tower; what they hold is neither read nor decoded.
     """
 
@@ -132,11 +133,12 @@ class TrainReader(Reader):
         caption: str,
         identify: bool = False,
         views: int | None = None,
+        caption_views: int | None = None,
         features: Mapping[str, FeatureFile] | None = None,
     ):
         super().__init__(source, tokenizer)
         self.plan, self.crop, self.caption, self.identify = plan, crop, caption, identify
-        self.views, self.features = views, features or {}
+        self.views, self.caption_views, self.features = views, caption_views, features or {}
 
     def chunk(self, positions: range) -> Chunk:
         skipped: list[Skipped] = []
@@ -156,13 +158,12 @@ class TrainReader(Reader):
         return replace(chunk, rows=numbers, stored={tower: self.stored(tower, rows) for tower in self.features})
 
     def place(self, position: int, attempt: int = 0) -> Place:
-        """Return the place of the sample at a position, or of its substitute; its epoch is the view."""
-        place = self.plan.substitute(position, attempt) if attempt else self.plan[position]
-        return place if self.views is None else place._replace(epoch=place.epoch % self.views)
+        """Return the place of the sample at a position, or of its substitute."""
+        return self.plan.substitute(position, attempt) if attempt else self.plan[position]
 
     def row(self, place: Place) -> int:
         """Return the row of a place in the files of features."""
-        return place.epoch * self.plan.samples + place.sample
+        return view_of(place, self.views).epoch * self.plan.samples + place.sample
 
     def find(self, place: Place) -> dict[str, np.ndarray]:
         """Return the features of a place that are known, by tower."""
@@ -171,7 +172,8 @@ class TrainReader(Reader):
 
     def select_caption(self, place: Place, captions: Sequence[str]) -> str:
         """Return the caption of a sample at a place in the plan."""
-        drawn = digest(self.plan.seed, "caption", *place) if self.caption == "random" else 0
+        view = view_of(place, self.caption_views)
+        drawn = digest(self.plan.seed, "caption", *view) if self.caption == "random" else 0
         return captions[drawn % len(captions)]
 
     def load(self, position: int, known: dict[str, np.ndarray], image: Tensor, skipped: list[Skipped]) -> Loaded:
@@ -206,7 +208,8 @@ class TrainReader(Reader):
         else:
             picture, captions = b"", captions_of(self.source, place.sample) if "text" not in known else []
         if "image" not in known:
-            self.crop(picture, random.Random(digest(self.plan.seed, "crop", *place)), image[0])
+            view = view_of(place, self.views)
+            self.crop(picture, random.Random(digest(self.plan.seed, "crop", *view)), image[0])
         return Loaded(place, picture, self.select_caption(place, captions) if captions else "", known)
 
     def stored(self, tower: str, rows: Sequence[Loaded]) -> Stored:
@@ -217,6 +220,11 @@ class TrainReader(Reader):
             torch.tensor([tower in row.features for row in rows]),
             torch.from_numpy(np.stack(known)) if known else torch.empty(0, width, dtype=torch.float16),
         )
+
+
+def view_of(place: Place, views: int | None) -> Place:
+    """Return the place in the epoch of a sample's view."""
+    return place if views is None else place._replace(epoch=place.epoch % views)
 
 
 def signed_hash(what: bytes | str) -> int:

@@ -199,7 +199,7 @@ def file_arguments(
 def unused_because(config: TrainConfig, names: Sequence[Name], epochs: float) -> str:
     """Why a run stores no features; empty if it does."""
     if config.views is None:
-        return "views=null draws new crops and captions each epoch"
+        return "views=null draws new crops each epoch"
     if not names:
         return "no tower is frozen up to its projection"
     if config.views > epochs:

@@ -142,8 +142,17 @@ def train_reader(
     features: Mapping[str, FeatureFile] | None = None,
 ) -> TrainReader:
     """Reader of training samples, and of stored features."""
-    crop, masked = TrainCrop(model.visual.preprocessing, data.crop, data.decode), config.loss.get("same") == "mask"
-    return TrainReader(data.train, plan, crop, model.text.tokenizer, data.caption, masked, config.views, features)
+    return TrainReader(
+        data.train,
+        plan,
+        TrainCrop(model.visual.preprocessing, data.crop, data.decode),
+        model.text.tokenizer,
+        data.caption,
+        identify=config.loss.get("same") == "mask",
+        views=config.views,
+        caption_views=config.views if "text" in config.freeze else None,
+        features=features,
+    )
 
 
 def open_frozen(parts: RunParts, model: CLIP) -> FrozenTowers | None:

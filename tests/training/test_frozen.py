@@ -215,7 +215,7 @@ def test_the_log_says_where_features_are_and_why_they_are_not(train: Train) -> N
         ("a", [], f"features  of the image tower in {Path('cache').name}/image-"),
         ("b", ["views=6"], "features  are not stored: views=6 is more than the 5 epochs, so no view returns"),
         ("c", ["unlock.image=1"], "features  are not stored: no tower is frozen up to its projection"),
-        ("d", ["views=null"], "features  are not stored: views=null draws new crops and captions each epoch"),
+        ("d", ["views=null"], "features  are not stored: views=null draws new crops each epoch"),
     ):
         train(*RUN, CACHED, *args, f"name={name}")
         assert message in Path(f"outputs/{name}/train.log").read_text()
