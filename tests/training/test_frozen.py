@@ -94,6 +94,15 @@ def test_stored_features_give_the_bits_of_computed_ones(train: Train, frozen: st
     assert len([*Path("cache").iterdir()]) == len(frozen.split(",")) + 1  # and the lock
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
+def test_a_trunk_of_timm_gives_the_same_bits_stored_or_computed(train: Train, name: str) -> None:
+    tower = [f"model.image.name={name}", "model.image.pretrained=false", "model.image.embed=16", "model.image.drop=0.1"]
+    run = ["model=timm_b16", *(arg for arg in RUN if not arg.startswith("model.image.")), *tower]
+    train(*run, CACHED, "name=stored")
+    train(*run, UNCACHED, "name=computed")
+    assert losses("stored") == losses("computed") and len(losses("stored")) == STEPS
+
+
 def test_later_passes_and_later_runs_neither_decode_nor_run_the_tower(train: Train, monkeypatch) -> None:
     decoded, ran = [], []
     crop, features = TrainCrop.__call__, ImageEncoder.features
