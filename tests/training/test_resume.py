@@ -251,8 +251,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
     def poison_positions(positions: set[int]) -> None:
         batches, normalise, bad = run.train_batches, step.Normalise.__call__, [False]
 
-        def record_batches(parts: RunParts, state: State) -> Iterator:
-            for chunks in batches(parts, state):
+        def record_batches(parts: RunParts, state: State, *features: object) -> Iterator:
+            for chunks in batches(parts, state, *features):
                 bad[0] = chunks[0].position in positions
                 yield chunks
 
