@@ -258,7 +258,10 @@ def test_the_scale_stays_between_1_and_100() -> None:
         (lambda: ImageEncoder(size=30, patch=8), "patch=8 does not divide size=30"),
         (lambda: ImageEncoder(width=64, heads=5), "heads=5 does not divide width=64"),
         (lambda: TextEncoder(vocab=49_407), "vocab=49407 is too small: the tokenizer has 49,408 token ids"),
-        (lambda: CLIP(ImageEncoder(depth=1), TextEncoder(depth=1, embed=64)), "text.embed=64: should be 512 as image.embed"),
+        (
+            lambda: CLIP(ImageEncoder(depth=1), TextEncoder(depth=1, embed=64)),
+            "text.embed=64: should be 512 as image.embed",
+        ),
     ],
 )
 def test_a_shape_that_cannot_be_is_named(wrong: object, message: str) -> None:
