@@ -59,17 +59,11 @@ class SimpleTokenizer:
 
     def __call__(self, captions: str | Sequence[str]) -> Tensor:
         captions = [captions] if isinstance(captions, str) else captions
-        tokens = np.zeros((len(captions), self.context), np.int64)
-        for row, caption in zip(tokens, captions, strict=True):
-            ids = self.encode(caption)
-            row[: len(ids)] = ids
-        return torch.from_numpy(tokens)
+        return pad([self.encode(caption) for caption in captions], self.context, 0)
 
     def flat(self, captions: Sequence[str]) -> Tokens:
         """Like ``__call__``, without padding."""
-        rows = [self.encode(caption) for caption in captions]
-        ids, lengths = list(chain.from_iterable(rows)), [len(row) for row in rows]
-        return Tokens(torch.tensor(ids, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64))
+        return flatten([self.encode(caption) for caption in captions])
 
     def count(self, caption: str) -> int:
         """Tokens of a caption before it is cut, including start and end."""
@@ -80,6 +74,20 @@ class SimpleTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:  # workers read the vocabulary again
         return {"context": self.context}
+
+
+def pad(rows: Sequence[Sequence[int]], context: int, padding: int) -> Tensor:
+    """Token ids of B captions -> (B, context) int64, with ``padding`` after the last token."""
+    tokens = np.full((len(rows), context), padding, np.int64)
+    for line, ids in zip(tokens, rows, strict=True):
+        line[: len(ids)] = ids
+    return torch.from_numpy(tokens)
+
+
+def flatten(rows: Sequence[Sequence[int]]) -> Tokens:
+    """Token ids of B captions, without padding."""
+    ids, lengths = list(chain.from_iterable(rows)), [len(row) for row in rows]
+    return Tokens(torch.tensor(ids, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64))
 
 
 @cache

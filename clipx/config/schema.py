@@ -41,7 +41,7 @@ class TrainConfig(ComposedConfig):
     loss: dict[str, Any]
     evals: dict[str, dict[str, Any]]
     name: str | None
-    init_from: str | dict[Literal["image", "text"], str] | None
+    init_from: str | dict[Tower, str] | None
     init_positions: Literal["stretch", "new"]
     freeze: list[Tower]
     unlock: dict[Tower, NonNegativeInt]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipx.errors import UserError, first_line
 from clipx.models.packed import EDGES, Packed, pack
 from clipx.models.tower import TextTower as Tower
-from clipx.tokenizer import CACHE_SIZE, Tokens, open_clip_module
+from clipx.tokenizer import CACHE_SIZE, Tokens, flatten, open_clip_module, pad
 
 GRADIENT = "gradient_checkpointing"  # what transformers called it before version 5
 
@@ -170,16 +170,12 @@ class PretrainedTokenizer:
         )
 
     def __call__(self, captions: str | Sequence[str]) -> Tensor:
-        rows = [self.ids(caption) for caption in ([captions] if isinstance(captions, str) else captions)]
-        tokens = torch.full((len(rows), self.context), self.pad)
-        for row, ids in zip(tokens, rows, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
+        captions = [captions] if isinstance(captions, str) else captions
+        return pad([self.ids(caption) for caption in captions], self.context, self.pad)
 
     def flat(self, captions: Sequence[str]) -> Tokens:
         """Like ``__call__``, without padding."""
-        rows = [self.ids(caption) for caption in captions]
-        return Tokens(torch.tensor([*chain(*rows)], dtype=torch.int64), torch.tensor([*map(len, rows)]))
+        return flatten([self.ids(caption) for caption in captions])
 
     def count(self, caption: str) -> int:
         """Tokens of a caption before it is cut."""

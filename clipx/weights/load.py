@@ -238,9 +238,8 @@ def mismatched_keys(theirs: Any, model: CLIP, only: TowerName | None = None) -> 
         tower = theirs.get(name) if isinstance(theirs, Mapping) and only in (None, name) else None
         if not isinstance(tower, Mapping) or not isinstance(ours, Mapping) or tower["_target_"] != ours["_target_"]:
             continue
-        said = {
-            key: value for key, value in tower.items() if not (value is None and key in INPUTS)
-        }  # as timm's weights
+        # None is what timm's weights say
+        said = {key: value for key, value in tower.items() if value is not None or key not in INPUTS}
         for key, value in ours.items():
             if said.get(key, value) != value and key not in ("size", "context", *DROPOUT):
                 place = "image" if only and key == "embed" else name  # text.embed follows image.embed
