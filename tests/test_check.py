@@ -19,8 +19,9 @@ from clipx.config.resolve import resolve
 from clipx.config.schema import TrainConfig
 from clipx.data.shards import open_shards
 from clipx.devices import autocast_dtype
+from clipx.optim import block_matrices, muon
 from clipx.tools import machine
-from clipx.training.memory import num_moments
+from clipx.training.memory import moment_bytes
 from clipx.training.parts import initial_state
 
 Check = Callable[..., tuple[str, int]]
@@ -334,9 +335,13 @@ def test_a_step_takes_the_predicted_memory() -> None:
 def test_the_optimisers_moments_are_counted_and_nothing_changes() -> None:
     state = initial_state(compose_config(*MADE_UP), torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    assert num_moments(state.optimizer) == 2 and not state.optimizer.state
+    parameters = list(state.model.parameters())
+    total, matrices = (sum(p.nbytes for p in chosen) for chosen in (parameters, block_matrices(state.model)))
+    assert moment_bytes(state.optimizer) == 2 * total and not state.optimizer.state
+    assert moment_bytes(muon(state.model)) == 2 * total - matrices
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
-    assert num_moments(torch.optim.SGD(state.model.parameters(), lr=1.0)) == 0
+    assert moment_bytes(torch.optim.SGD(parameters, lr=1.0)) == 0
+    assert moment_bytes(torch.optim.Adagrad([{"params": parameters}, {"params": []}])) == total
 
 
 def test_help_needs_no_torch_and_every_job_of_a_sweep_is_checked(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@ import math
 
 import pytest
 
+from clipx.config.validate import ConfigError, check_call
 from clipx.duration import Every, parse
-from clipx.sched import warmup_cosine
+from clipx.errors import UserError
+from clipx.sched import constant, warmup_constant_cooldown, warmup_cosine, warmup_linear
 
 
 def test_warm_up_is_linear_and_the_rest_is_half_a_cosine() -> None:
@@ -21,6 +23,45 @@ def test_a_warm_up_takes_no_more_than_its_share_of_a_short_run() -> None:
 
 def test_a_run_of_one_step_has_a_learning_rate() -> None:
     assert warmup_cosine(1)(0) == 1
+
+
+def test_a_floor_is_where_the_decay_ends() -> None:
+    multiplier, plain = (warmup_cosine(1000, 100, 0.5, floor) for floor in (0.1, 0))
+    assert multiplier(100) == 1 and multiplier(550) == pytest.approx(0.55)
+    assert all(multiplier(step) == pytest.approx(0.1 + 0.9 * plain(step)) for step in range(100, 1000))
+
+
+def test_the_linear_schedule_is_a_line_after_the_warm_up() -> None:
+    multiplier = warmup_linear(1000, warmup=100, floor=0.2)
+    assert multiplier(0) == pytest.approx(1 / 100) and multiplier(100) == 1
+    assert multiplier(550) == pytest.approx(0.6) and multiplier(1000) == pytest.approx(0.2)
+
+
+def test_the_constant_schedule_has_no_warm_up_unless_it_is_set() -> None:
+    assert [constant(50)(step) for step in (0, 20, 49)] == [1, 1, 1]
+    assert [constant(50, warmup=4)(step) for step in (0, 3, 49)] == [0.25, 1, 1]
+
+
+@pytest.mark.parametrize(("cooldown", "start"), [("20%", 800), (100, 900), ("100", 900)])
+def test_a_cooldown_takes_the_last_steps(cooldown: str | int, start: int) -> None:
+    falls = {shape: warmup_constant_cooldown(1000, 100, 0.5, cooldown, shape) for shape in ("sqrt", "linear")}
+    middle = (start + 1000) // 2
+    for fall in falls.values():
+        assert fall(0) == pytest.approx(1 / 100) and all(fall(step) == 1 for step in range(99, start + 1))
+        assert 0 < fall(999) < fall(start + 1) < 1
+    assert falls["linear"](middle) == pytest.approx(0.5) and falls["sqrt"](middle) == pytest.approx(1 - math.sqrt(0.5))
+    assert warmup_constant_cooldown(1000, 100, 0.5, cooldown, floor=0.1)(1000) == pytest.approx(0.1)
+
+
+def test_a_cooldown_that_begins_in_the_warm_up_or_has_another_unit_is_refused() -> None:
+    with pytest.raises(
+        UserError, match="^sched.cooldown=700 is too long: a run of 1,000 steps with a warm-up of 400 has "
+    ):
+        warmup_constant_cooldown(1000, warmup=400, warmup_cap=1, cooldown=700)
+    with pytest.raises(
+        ConfigError, match=r"^sched.cooldown='2ep': should be steps \(500\) or a share of the run \(20%\)$"
+    ):
+        check_call(warmup_constant_cooldown, {"cooldown": "2ep"}, "sched.", partial=True)
 
 
 @pytest.mark.parametrize(("duration", "steps"), [(500, 500), ("500", 500), ("2ep", 50), ("10%", 100), ("0.5ep", 12)])

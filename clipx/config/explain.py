@@ -53,6 +53,8 @@ def explain(error: Exception, name: str, arguments: Sequence[str]) -> str:
             return f"{option[1]}={option[2]}: there is no such option{suggest(option[2], options)}"
         if key:
             known = hydra_keys(name, arguments, key[1]) if key[1].startswith("hydra.") else known_keys(name, arguments)
+            if key[1].startswith("optim.") and "optim.optimizer" in known:
+                return f"{key[1]}: not a key of clipx; if it is an argument of the optimiser, add it with +{key[1]}=..."
             return f"{key[1]}: there is no such key{suggest(key[1], known)}"
     return text
 

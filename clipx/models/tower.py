@@ -55,7 +55,7 @@ class Tower(nn.Module):
 
     def stages(self) -> list[list[nn.Parameter]]:
         """The parameters from input to output: embeddings, each block, projection."""
-        raise UserError(f"{type(self).__name__} has no stages; leave out unlock and optim.layer_decay")
+        raise UserError(f"{type(self).__name__} has no stages; leave out unlock, optim.layer_decay and optim=muon")
 
     def set_grad_checkpoint(self, on: bool) -> None:
         """Recompute activations in the backward pass to save memory."""

@@ -23,7 +23,7 @@ from clipx.models.clip import CLIP
 from clipx.models.lora import adapter_state
 from clipx.training.frozen import file_arguments, frozen_towers, unused_because
 from clipx.training.loop import State
-from clipx.training.memory import format_bytes, num_moments, trained_bytes
+from clipx.training.memory import format_bytes, moment_bytes, trained_bytes
 from clipx.training.parts import run_length
 from clipx.weights.checkpoint import size_on_disk
 
@@ -72,7 +72,7 @@ def check_memory(config: TrainConfig, state: State, tokens: int, device: torch.d
     loss_fn = build(config.loss, "loss", config.trust)
     kept = activations(state.model, loss_fn, autocast_dtype(config.amp), tokens, config.grad_checkpoint)
     gradients, size = trained_bytes(state.model), min(config.batch_size, config.micro_batch_size or config.batch_size)
-    fixed = parameter_bytes(state) + gradients * (1 + num_moments(state.optimizer))
+    fixed = parameter_bytes(state) + gradients + moment_bytes(state.optimizer)
     message = (
         f"about {format_bytes(fixed + kept(size))}: {format_bytes(fixed)} for parameters, gradients and "
         f"optimiser, {format_bytes(kept(size))} for {size:,} pictures at once and captions of {tokens} tokens"
@@ -112,7 +112,7 @@ def check_disk(config: TrainConfig, directory: Path, state: State, length: int, 
     merged = sum(tensor.nbytes for tensor in state.model.state_dict().values())
     adapters = sum(tensor.nbytes for tensor in adapter_state(state.model).values())
     averaged = merged if state.average.averaged is not None else 0
-    size = merged + adapters + averaged + num_moments(state.optimizer) * trained_bytes(state.model)
+    size = merged + adapters + averaged + moment_bytes(state.optimizer)
     existing = size_on_disk(directory / "checkpoints")
     need, free = (FULL_CHECKPOINTS + kept) * size + merged - existing, shutil.disk_usage(home).free
     message = (

@@ -66,7 +66,7 @@ def describe_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     total, trained = 0, 0
     for p in model.parameters():
         total, trained = total + p.numel(), trained + p.requires_grad * p.numel()
-    kept = format_bytes(num_moments(optimizer) * trained_bytes(model))
+    kept = format_bytes(moment_bytes(optimizer))
     return f"{trained:,} of {total:,} parameters ({100 * trained / total:.3g}%); the optimiser keeps {kept}"
 
 
@@ -74,19 +74,23 @@ def format_bytes(count: float) -> str:
     return tqdm.format_sizeof(count, "B")
 
 
-def num_moments(optimizer: torch.optim.Optimizer) -> int:
-    """Number of tensors that an optimiser keeps for each parameter, found by a step of a copy on a single matrix."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    smallest = min(parameters, key=lambda p: (p.ndim < 2, p.numel()))
-    probed = nn.Parameter(torch.zeros_like(smallest))
-    probed.grad = torch.zeros_like(probed)
-    kept = {id(p): p for p in parameters}  # not copied
-    replaced = {id(smallest): probed, id(optimizer.state): defaultdict(dict)}
-    probe = copy.deepcopy(optimizer, {**kept, **replaced})
-    for group in probe.param_groups:
-        group["params"] = [p for p in group["params"] if p is probed]
-    probe.step()
-    return sum(getattr(value, "shape", None) == probed.shape for value in probe.state[probed].values())
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that an optimiser keeps, found by a step of a copy on one parameter of each group."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    smallest = [min(group, key=lambda p: (-min(p.ndim, 2), p.numel())) for group in groups if group]
+    probes = {id(p): nn.Parameter(torch.zeros_like(p)) for p in smallest}
+    for probe in probes.values():
+        probe.grad = torch.zeros_like(probe)
+    kept = {id(p): p for group in groups for p in group}  # not copied
+    copied = copy.deepcopy(optimizer, {**kept, **probes, id(optimizer.state): defaultdict(dict)})
+    for group in copied.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in kept]
+    copied.step()
+    return sum(
+        p.nbytes * sum(getattr(value, "shape", None) == probe.shape for value in copied.state[probe].values())
+        for group, probe in zip(filter(None, groups), probes.values(), strict=True)
+        for p in group
+    )
 
 
 def keep_freed_memory() -> None:

@@ -11,6 +11,7 @@ import torch
 from clipx.config.instantiate import build
 from clipx.config.meaning import LENGTH_KEYS, differences, refusal_message
 from clipx.config.schema import TrainConfig
+from clipx.config.validate import check_node
 from clipx.distributed import gather
 from clipx.training.existing_run import check_new, resumable
 from clipx.training.loop import State
@@ -66,13 +67,20 @@ def restore(state: State, config: TrainConfig, directory: Path, identity: Identi
             f"{path} has weights but no training state to resume; init_from={path} starts from "
             "these weights, name=... starts another run"
         )
-    changes = changes_since(saved, identity)
+    changes, reason = changes_since(saved, identity), ""
+    rescheduled = [key for key in changes if key in LENGTH_KEYS or key.startswith("sched.")]
+    if rescheduled and config.resume not in (None, "auto"):
+        reason = describe_rates(saved, config, identity.steps)
+        if not reason:
+            changes = {key: text for key, text in changes.items() if key not in rescheduled}
     if why := refusal_message(path, changes, vars(config)):
-        raise CheckpointError(why)
+        raise CheckpointError(why + reason)
     if "amp" in changes:
         saved["scaler"] = state.scaler.state_dict()  # the new precision starts with its own loss scale
     if "data" in changes:
         saved["skipped"] = []  # ids of other samples
+    if changes.keys() & {"optim._target_", "optim.optimizer"}:
+        saved["optimizer"] = state.optimizer.state_dict()  # another optimiser starts with its own moments
     try:
         state.load_state_dict(saved)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -82,7 +90,10 @@ def restore(state: State, config: TrainConfig, directory: Path, identity: Identi
         ) from error
     if changes:
         logger.warning("resuming with changes that resume_allow permits: %s", "; ".join(changes.values()))
-    if identity.steps != saved["steps"]:
+    if rescheduled and not reason and config.resume != "auto":
+        message = "the schedule is another one from step %s on; the run ends as if trained with it from the start"
+        logger.info(message, f"{state.step:,}")
+    elif identity.steps != saved["steps"]:
         logger.warning(schedule_change_message(config, saved, identity.steps))
     return path
 
@@ -140,6 +151,28 @@ def changes_since(saved: Mapping[str, Any], identity: Identity) -> dict[str, str
     if saved["plan"] != identity.plan and not any(key == "seed" or key.startswith("data.") for key in changes):
         changes["data"] = "data: different shards, or different files in them"
     return changes
+
+
+def describe_rates(saved: Mapping[str, Any], config: TrainConfig, steps: int) -> str:
+    """Why a run cannot have begun with the steps of a checkpoint; empty if their learning rates are the same.
+
+    Args:
+        saved: a checkpoint.
+        config: of a run that resumes from it, with another schedule or length.
+        steps: length of that run.
+    """
+    if steps <= saved["step"]:
+        return f"; a run of {steps:,} steps has none after the {saved['step']:,} of this checkpoint"
+    node = check_node(saved["config"]["sched"], "sched", config.trust)
+    before = build(node, "sched", config.trust, own="clipx.sched")(saved["steps"])
+    now = build(config.sched, "sched", config.trust)(steps)
+    for step in range(saved["step"]):
+        if now(step) != before(step):
+            return (
+                f"; another schedule or length has to have the same learning rates up to step {saved['step']:,}, but "
+                f"at step {step:,} it is {now(step):.3g} of its peak and was {before(step):.3g}"
+            )
+    return ""
 
 
 def schedule_change_message(config: TrainConfig, saved: Mapping[str, Any], steps: int) -> str:

@@ -28,6 +28,7 @@ REQUIRED = {
     "data=folder": ["data.root=DIR"],
     "data=shards": ["data.root=DIR"],
     "model=hf_text": ["model.text.name=DIR"],
+    "optim=any": ["optim.optimizer=torch.optim.RAdam", "optim.lr=1e-3"],
 }
 
 
@@ -127,11 +128,16 @@ def test_train_yaml_states_every_key_of_the_schema() -> None:
         (["matmul_precision=medium"], "matmul_precision='medium': should be 'highest' or 'high'"),
         (["deterministic=perhaps"], "deterministic='perhaps': should be a valid boolean, unable to interpret input"),
         (["data=folder"], "data.root has no value; add data.root=..."),
-        (["sched=null"], "sched=null: there is no such option; there are warmup_cosine"),
+        (
+            ["sched=null"],
+            "sched=null: there is no such option; there are constant, warmup_constant_cooldown, warmup_cosine, "
+            "warmup_linear",
+        ),
         (["~sched"], "sched has no value; add sched=..."),
         (
             ["~sched._target_"],
-            "sched={'_partial_': True, 'warmup': 2000, 'warmup_cap': 0.1}: expected a config node with a _target_",
+            "sched={'_partial_': True, 'warmup': 2000, 'warmup_cap': 0.1, 'floor': 0.0}: expected a config node with a "
+            "_target_",
         ),
         (["optim._target_=os.x"], "optim._target_=os.x is not clipx's own code; trust=[os] allows it to be called"),
         (["model=5"], "model=5: there is no such option; there are " + ", ".join(MODELS)),

@@ -518,6 +518,60 @@ def test_a_named_checkpoint_is_where_a_run_starts_once(
     assert "its checksum" in capsys.readouterr().err  # so the previous one is used
 
 
+COOLDOWN = ("sched=warmup_constant_cooldown", "sched.warmup=2", "sched.warmup_cap=0.5")
+
+
+def test_a_long_run_of_constant_rate_gives_shorter_ones_that_are_those_trained_from_the_start(
+    train: Train, fails: Fails, tmp_path: Path
+) -> None:
+    constant = ("sched=constant", "sched.warmup=2", "sched.warmup_cap=0.5")
+    train(*FEW, "name=long", *constant, "max_steps=30", "stop_at=9", "keep_every=4")
+    branch = f"resume={tmp_path}/outputs/long/checkpoints/clip_step_4.pt"
+    args = (*FEW, *COOLDOWN, "sched.cooldown=4", "max_steps=9")
+    train(*args, branch, "name=short", "stop_at=6")
+    train(*args, branch, "name=short")  # from its own checkpoint
+    assert (
+        "the schedule is another one from step 4 on; the run ends as if"
+        in (tmp_path / "outputs/short/train.log").read_text()
+    )
+    train(*args, "name=straight")
+    assert_same_state(tmp_path / "outputs/short", tmp_path / "outputs/straight")
+    rates = {
+        name: [line["train/lr"] for line in lines(tmp_path / "outputs" / name) if "train/lr" in line]
+        for name in ("long", "short")
+    }
+    assert rates["long"][4:5] == rates["short"][:1] and rates["short"] == sorted(rates["short"], reverse=True)
+    assert "belongs to another run (sched._target_" in fails(
+        *args, "name=long"
+    )  # in its directory the run stays what it is
+
+
+@pytest.mark.parametrize(
+    ("args", "rates"),
+    [
+        (["max_steps=9", "sched.cooldown=6"], "up to step 5, but at step 4 it is 0.592 of its peak and was 1"),
+        (["max_steps=9", "sched.warmup_cap=0.1"], "up to step 5, but at step 0 it is 1 of its peak and was 0.5"),
+        (["max_steps=5", "sched.cooldown=1"], "; a run of 5 steps has none after the 5 of this checkpoint"),
+    ],
+)
+def test_a_schedule_that_differs_in_the_steps_done_is_refused_with_the_step(
+    args: list[str], rates: str, train: Train, fails: Fails, tmp_path: Path
+) -> None:
+    train(*FEW, "evals=[]", "name=long", *COOLDOWN, "sched.cooldown=4", "max_steps=30", "stop_at=5")
+    branch = f"resume={tmp_path}/outputs/long/checkpoints/clip_last.pt"
+    message = fails(*FEW, "evals=[]", "name=x", *COOLDOWN, *args, branch)
+    assert "clip_last.pt belongs to another run" in message and rates in message
+
+
+def test_another_optimiser_begins_with_its_own_moments(train: Train, tmp_path: Path) -> None:
+    args = (*FEW, "evals=[]", "name=x", "max_steps=6")
+    train(*args, "stop_at=2")
+    for stop, option in ((4, "lion"), (5, "muon"), (6, "adamw_paper")):
+        train(*args, f"optim={option}", f"stop_at={stop}", "resume_allow=[optim]")
+    moments = read(tmp_path / "outputs/x/checkpoints/clip_last.pt")["optimizer"]["state"]
+    assert {int(state["step"]) for state in moments.values()} == {1}
+
+
 def test_half_precision_begins_with_its_own_loss_scale(train: Train, tmp_path: Path) -> None:
     train(*FEW, "evals=[]", "name=x", "max_steps=6", "stop_at=2", "amp=bf16")
     train(*FEW, "evals=[]", "name=x", "max_steps=6", "stop_at=3", "amp=fp16", "resume_allow=[amp]")
