@@ -67,14 +67,7 @@ def restore(state: State, config: TrainConfig, directory: Path, identity: Identi
             f"{path} has weights but no training state to resume; init_from={path} starts from "
             "these weights, name=... starts another run"
         )
-    changes, reason = changes_since(saved, identity), ""
-    rescheduled = [key for key in changes if key in LENGTH_KEYS or key.startswith("sched.")]
-    if rescheduled and config.resume not in (None, "auto"):
-        reason = describe_rates(saved, config, identity.steps)
-        if not reason:
-            changes = {key: text for key, text in changes.items() if key not in rescheduled}
-    if why := refusal_message(path, changes, vars(config)):
-        raise CheckpointError(why + reason)
+    changes = permitted_changes(path, saved, config, identity)
     if "amp" in changes:
         saved["scaler"] = state.scaler.state_dict()  # the new precision starts with its own loss scale
     if "data" in changes:
@@ -90,11 +83,6 @@ def restore(state: State, config: TrainConfig, directory: Path, identity: Identi
         ) from error
     if changes:
         logger.warning("resuming with changes that resume_allow permits: %s", "; ".join(changes.values()))
-    if rescheduled and not reason and config.resume != "auto":
-        message = "the schedule is another one from step %s on; the run ends as if trained with it from the start"
-        logger.info(message, f"{state.step:,}")
-    elif identity.steps != saved["steps"]:
-        logger.warning(schedule_change_message(config, saved, identity.steps))
     return path
 
 
@@ -150,6 +138,31 @@ def changes_since(saved: Mapping[str, Any], identity: Identity) -> dict[str, str
         changes = {key: text for key, text in changes.items() if key not in LENGTH_KEYS}
     if saved["plan"] != identity.plan and not any(key == "seed" or key.startswith("data.") for key in changes):
         changes["data"] = "data: different shards, or different files in them"
+    return changes
+
+
+def permitted_changes(path: Path, saved: Mapping[str, Any], config: TrainConfig, identity: Identity) -> dict[str, str]:
+    """What ``resume_allow`` permits to change, by key.
+
+    With ``resume=PATH`` a run may have another schedule and length than those of the checkpoint, if the learning rates
+    of the steps done are the same.
+
+    Raises:
+        CheckpointError: something else changes.
+    """
+    changes, reason = changes_since(saved, identity), ""
+    rescheduled = {key for key in changes if key in LENGTH_KEYS or key.startswith("sched.")}
+    if config.resume in (None, "auto"):
+        rescheduled = set()
+    if rescheduled and not (reason := describe_rates(saved, config, identity.steps)):
+        changes = {key: text for key, text in changes.items() if key not in rescheduled}
+    if why := refusal_message(path, changes, vars(config)):
+        raise CheckpointError(why + reason)
+    if rescheduled and not reason:
+        message = "%s has taken the first %s steps of a run with this schedule"
+        logger.info(message, path, f"{saved['step']:,}")
+    elif identity.steps != saved["steps"]:
+        logger.warning(schedule_change_message(config, saved, identity.steps))
     return changes
 
 
