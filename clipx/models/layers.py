@@ -118,25 +118,41 @@ class MLP(nn.Module):
         return self.c_proj(self.gelu(self.c_fc(x)))
 
 
+class LayerScale(nn.Module):
+    """A learnt gain for each channel, all equal at first. (..., D) -> (..., D).
+
+    Source: Touvron et al. 2021, section 2 (arXiv 2103.17239); the name of the gain is open_clip's.
+    """
+
+    def __init__(self, width: int, initial: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class Block(nn.Module):
     """Attention, then MLP, each with pre-norm and residual. (B, L, D) -> (B, L, D), packed (T, D) -> (T, D).
 
     With ``read``, compute the read-out tokens only: -> (B, D).
     """
 
-    def __init__(self, width: int, heads: int, causal: bool, act: Act):
+    def __init__(self, width: int, heads: int, causal: bool, act: Act, layer_scale: float | None = None):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, causal)
+        self.ls_1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, act)
+        self.ls_2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x: Tensor, packed: Packed | None = None, read: bool = False) -> Tensor:
         if read:
-            x = read_out(x, packed) + self.attn.read_out(self.ln_1(x), packed)
+            x = read_out(x, packed) + self.ls_1(self.attn.read_out(self.ln_1(x), packed))
         else:
-            x = x + self.attn(self.ln_1(x), packed)
-        return x + self.mlp(self.ln_2(x))
+            x = x + self.ls_1(self.attn(self.ln_1(x), packed))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
 def read_out(x: Tensor, packed: Packed | None) -> Tensor:
@@ -150,9 +166,9 @@ class Transformer(nn.Module):
     ``grad_checkpoint`` drops the activations inside each block and recomputes them in the backward pass.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, causal: bool, act: Act):
+    def __init__(self, width: int, depth: int, heads: int, causal: bool, act: Act, layer_scale: float | None = None):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, causal, act) for _ in range(depth))
+        self.resblocks = nn.ModuleList(Block(width, heads, causal, act, layer_scale) for _ in range(depth))
         self.grad_checkpoint = False
 
     def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:

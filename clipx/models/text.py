@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from clipx.models.layers import Act, Block, Transformer, split_stages
@@ -28,6 +28,7 @@ class TextEncoder(TextTower):
         heads: attention heads; divides ``width``.
         embed: E, size of the feature.
         act: activation of the MLPs: ``quick_gelu``, which CLIP was trained with, or the exact ``gelu``.
+        layer_scale: as in ``ImageEncoder``.
 
     The defaults are ViT-B/32's.  Source: Radford et al. 2021, section 2.4 and table 20 (arXiv 2103.00020).
     """
@@ -41,15 +42,16 @@ class TextEncoder(TextTower):
         heads: PositiveInt = 8,
         embed: PositiveInt = 512,
         act: Act = "quick_gelu",
+        layer_scale: PositiveFloat | None = None,
     ):
         super().__init__()
         if vocab < VOCABULARY:
             raise ValueError(f"vocab={vocab} is too small: the tokenizer has {VOCABULARY:,} token ids")
         self.tokenizer = SimpleTokenizer(context)
-        self.width, self.embed, self.heads, self.act = width, embed, heads, act
+        self.width, self.embed, self.heads, self.act, self.layer_scale = width, embed, heads, act, layer_scale
         self.token_embedding = nn.Embedding(vocab, width)
         self.positional_embedding = nn.Parameter(torch.empty(context, width))
-        self.transformer = Transformer(width, depth, heads, causal=True, act=act)
+        self.transformer = Transformer(width, depth, heads, causal=True, act=act, layer_scale=layer_scale)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, embed))
         self.initialise(width, depth)
@@ -70,6 +72,7 @@ class TextEncoder(TextTower):
         return {
             "vocab": len(self.token_embedding.weight), "context": self.context, "width": self.width,
             "depth": len(self.transformer.resblocks), "heads": self.heads, "embed": self.embed, "act": self.act,
+            "layer_scale": self.layer_scale,
         }  # fmt: skip
 
     def stages(self) -> list[list[nn.Parameter]]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from clipx.models.kernels import embed_patches
@@ -26,8 +26,11 @@ class ImageEncoder(ImageTower):
         mean: of the pixels in [0, 1] of the pictures, by channel; they are normalised with it.
         std: standard deviation of the pixels.
         interpolation: filter that resizes the pictures.
+        registers: R, learnt tokens without a position, which attention may use to store what belongs to no patch.
+        layer_scale: initial gain of each block's attention and MLP, then learnt by channel; None for no gain.
 
-    The defaults are ViT-B/32.  Source: Radford et al. 2021, section 2.4 and table 20 (arXiv 2103.00020).
+    The defaults are ViT-B/32.  Source: Radford et al. 2021, section 2.4 and table 20 (arXiv 2103.00020);
+    registers: Darcet et al. 2023 (arXiv 2309.16588); gains: Touvron et al. 2021 (arXiv 2103.17239).
     """
 
     def __init__(
@@ -42,18 +45,21 @@ class ImageEncoder(ImageTower):
         mean: Channels = MEAN,
         std: Channels = STD,
         interpolation: Interpolation = "bicubic",
+        registers: NonNegativeInt = 0,
+        layer_scale: PositiveFloat | None = None,
     ):
         super().__init__()
         if size % patch:
             raise ValueError(f"patch={patch} does not divide size={size}")
         self.preprocessing = Preprocessing.of(size, mean, std, interpolation)
-        self.width, self.embed, self.heads, self.act = width, embed, heads, act
+        self.width, self.embed, self.heads, self.act, self.layer_scale = width, embed, heads, act, layer_scale
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn((size // patch) ** 2 + 1, width))
+        self.register_tokens = nn.Parameter(scale * torch.randn(registers, width)) if registers else None
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, depth, heads, causal=False, act=act)
+        self.transformer = Transformer(width, depth, heads, causal=False, act=act, layer_scale=layer_scale)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed))
 
@@ -63,6 +69,8 @@ class ImageEncoder(ImageTower):
             "size": size, "patch": self.conv1.kernel_size[0], "width": self.width,
             "depth": len(self.transformer.resblocks), "heads": self.heads, "embed": self.embed, "act": self.act,
             "mean": [*mean], "std": [*std], "interpolation": interpolation,
+            "registers": 0 if self.register_tokens is None else len(self.register_tokens),
+            "layer_scale": self.layer_scale,
         }  # fmt: skip
 
     def stages(self) -> list[list[nn.Parameter]]:
@@ -76,6 +84,8 @@ class ImageEncoder(ImageTower):
         x = embed_patches(image, self.conv1.weight)  # (B, L-1, D), row by row
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (B, 1, D)
         x = torch.cat([first, x], dim=1) + self.positional_embedding  # (B, L, D)
+        if self.register_tokens is not None:
+            x = torch.cat([x, self.register_tokens.to(x.dtype).expand(len(x), -1, -1)], dim=1)  # (B, L+R, D)
         return self.ln_post(self.transformer(self.ln_pre(x)))  # (B, D), at the class token
 
     def project(self, features: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def infer_image_node(state: Mapping[str, Tensor], source: object) -> Node:
         width, _, _, patch = state["visual.conv1.weight"].shape
         side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
         sizes = infer_tower(state, "visual.", width, state["visual.proj"])
-    return {"_target_": TOWERS["image"], "size": side * patch, "patch": patch, **sizes}
+    registers = len(state.get("visual.register_tokens", ()))
+    return {"_target_": TOWERS["image"], "size": side * patch, "patch": patch, "registers": registers, **sizes}
 
 
 def infer_text_node(state: Mapping[str, Tensor], source: object) -> Node:
@@ -84,9 +85,11 @@ def explained(state: Mapping[str, Tensor], source: object) -> Iterator[None]:
         ) from error
 
 
-def infer_tower(state: Mapping[str, Tensor], prefix: str, width: int, projection: Tensor) -> dict[str, int]:
-    depth = sum(name.startswith(f"{prefix}transformer.resblocks.") and name.endswith(".ln_1.weight") for name in state)
-    return {"width": width, "depth": depth, "embed": projection.shape[1]}
+def infer_tower(state: Mapping[str, Tensor], prefix: str, width: int, projection: Tensor) -> Node:
+    blocks = f"{prefix}transformer.resblocks."
+    depth = sum(name.startswith(blocks) and name.endswith(".ln_1.weight") for name in state)
+    layer_scale = 1.0 if f"{blocks}0.ls_1.gamma" in state else None  # its initial value is no longer known
+    return {"width": width, "depth": depth, "embed": projection.shape[1], "layer_scale": layer_scale}
 
 
 def model_node(model: CLIP) -> Node:
@@ -122,13 +125,20 @@ def open_clip_config(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_vision_config(image: Node) -> dict[str, Any]:
+    if image["registers"]:
+        raise CheckpointError(f"open_clip has no registers; this model has model.image.registers={image['registers']}")
     return {"image_size": image["size"], "layers": image["depth"], "width": image["width"],
-            "head_width": image["width"] // image["heads"], "patch_size": image["patch"]}  # fmt: skip
+            "head_width": image["width"] // image["heads"], "patch_size": image["patch"],
+            **scale_config(image)}  # fmt: skip
 
 
 def own_text_config(text: Node) -> dict[str, Any]:
     return {"context_length": text["context"], "vocab_size": text["vocab"], "width": text["width"],
-            "heads": text["heads"], "layers": text["depth"]}  # fmt: skip
+            "heads": text["heads"], "layers": text["depth"], **scale_config(text)}  # fmt: skip
+
+
+def scale_config(tower: Node) -> dict[str, float]:
+    return {} if tower["layer_scale"] is None else {"ls_init_value": tower["layer_scale"]}
 
 
 def timm_config(image: Node) -> dict[str, Any]:

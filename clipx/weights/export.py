@@ -66,6 +66,9 @@ def write_hugging_face(model: CLIP, out: Path) -> None:
         if node[name]["_target_"] != target:
             theirs = node[name]["_target_"]
             raise UserError(f"to=hf: transformers' CLIPModel has no tower like model.{name}._target_={theirs}")
+        for key in ("registers", "layer_scale"):
+            if value := node[name].get(key):
+                raise UserError(f"to=hf: transformers' CLIPModel has nothing like model.{name}.{key}={value}")
     if node["text"]["vocab"] != END + 1:
         raise UserError(
             f"model.text.vocab={node['text']['vocab']} is not that of the tokenizer, {END + 1:,}; "

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from PIL import Image
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
@@ -37,7 +37,7 @@ INFERRED = {"layers", "width", "patch_size", "image_size", "mlp_ratio", "context
 READ = INFERRED | {
     "head_width", "heads", "patch_dropout", "output_tokens", "timm_model_name", "timm_model_pretrained", "timm_pool",
     "timm_proj", "timm_drop", "timm_drop_path", "hf_model_name", "hf_model_pretrained", "hf_tokenizer_name",
-    "hf_pooler_type", "hf_proj_type",
+    "hf_pooler_type", "hf_proj_type", "ls_init_value",
 }  # fmt: skip
 SUPPORTED = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
 
@@ -56,6 +56,7 @@ class OpenClipTower(TypedDict, total=False):
     heads: PositiveInt
     image_size: PositiveInt | list[PositiveInt]
     context_length: PositiveInt
+    ls_init_value: PositiveFloat | None
     timm_model_name: str
     timm_pool: str
     timm_proj: str | None
@@ -141,6 +142,9 @@ def weights_from_open_clip(content: Mapping[str, Any], config: Mapping[str, Any]
         text_node = transformers_node(text, model["embed_dim"], source)
     else:
         text_node = {**infer_text_node(state, source), "heads": text.get("heads", 8), "act": act}
+    for tower, keys in ((image_node, vision), (text_node, text)):
+        if tower.get("layer_scale"):  # inferred from the gains, or what they began with
+            tower["layer_scale"] = keys.get("ls_init_value") or tower["layer_scale"]
     node = {"_target_": "clipx.models.clip.CLIP", "image": image_node, "text": text_node}
     return Weights(state, node, config.get("preprocess_cfg", {}))
 

@@ -185,8 +185,9 @@ def weights_from_clipx(content: dict[str, Any], path: Path) -> Weights:
     for name, tower in own_towers(node).items():
         tower.setdefault("act", "quick_gelu")  # old checkpoints do not say it
         tower.setdefault("heads", {"image": 12, "text": 8}[name])  # defaults of the towers
+        tower.setdefault("layer_scale", None)
         if name == "image":
-            node[name] = {"mean": [*MEAN], "std": [*STD], "interpolation": "bicubic"} | tower
+            node[name] = {"mean": [*MEAN], "std": [*STD], "interpolation": "bicubic", "registers": 0} | tower
     return Weights(final_weights(content), node, {})
 
 
@@ -241,9 +242,11 @@ def mismatched_keys(theirs: Any, model: CLIP, only: TowerName | None = None) -> 
         # None is what timm's weights say
         said = {key: value for key, value in tower.items() if value is not None or key not in INPUTS}
         for key, value in ours.items():
-            if said.get(key, value) != value and key not in ("size", "context", *DROPOUT):
+            wanted = said.get(key, value)
+            initial = key == "layer_scale" and None not in (wanted, value)  # the weights have the trained ones
+            if wanted != value and not initial and key not in ("size", "context", *DROPOUT):
                 place = "image" if only and key == "embed" else name  # text.embed follows image.embed
-                found[f"model.{place}.{key}"] = str(tower[key]).replace(" ", "")
+                found[f"model.{place}.{key}"] = "null" if wanted is None else str(wanted).replace(" ", "")
     return found
 
 

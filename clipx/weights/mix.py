@@ -63,5 +63,5 @@ def settings(model: CLIP) -> dict[str, object]:
         f"model.{name}.{key}": value
         for name, tower in model.towers.items()
         for key, value in tower.arguments().items()
-        if key not in DROPOUT
+        if key not in (*DROPOUT, "layer_scale")  # its initial value, which training changes
     }

@@ -12,7 +12,7 @@ import torch._dynamo.utils
 import torch._inductor.config
 import torch.distributed
 from conftest import ROOT
-from peers import padded, perturb, real_batch
+from peers import SIZES, padded, perturb, real_batch
 
 import clipx
 from clipx.config.instantiate import build
@@ -87,6 +87,51 @@ def test_a_state_dict_loads_back_into_a_model_and_into_one_that_holds_it() -> No
     assert "0.token_embedding.weight" in holder.state_dict()
     second.load_state_dict(holder.state_dict())
     assert torch.equal(second[0].text.text_projection, model.text.text_projection)
+
+
+def small_pair(registers: int = 0, layer_scale: float | None = None) -> tuple[CLIP, torch.nn.Module]:
+    """Our model and open_clip's with the same weights, registers apart."""
+    config = copy.deepcopy(SIZES)
+    for part in ("vision_cfg", "text_cfg"):
+        config[part] |= {"layers": 2, "ls_init_value": layer_scale}
+    theirs = open_clip.CLIP(**config, quick_gelu=True).eval()
+    image = ImageEncoder(32, 8, 192, 2, 3, 192, registers=registers, layer_scale=layer_scale)
+    model = CLIP(image, TextEncoder(width=128, depth=2, heads=2, embed=192, layer_scale=layer_scale)).eval()
+    assert model.state_dict().keys() - theirs.state_dict().keys() == (
+        {"visual.register_tokens"} if registers else set()
+    )
+    perturb(theirs)
+    model.load_state_dict({**model.state_dict(), **theirs.state_dict()})
+    return model, theirs
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_layer_scale_is_that_of_open_clip_forward_and_backward(grad_checkpoint: bool) -> None:
+    ours, theirs = small_pair(layer_scale=0.3)
+    ours.set_grad_checkpoint(grad_checkpoint)
+    image, tokens = real_batch(32)
+    for model, captions in ((ours, tokens), (theirs, padded(tokens))):
+        clip_loss(
+            model.encode_image(image, True), model.encode_text(captions, True), model.logit_scale.exp()
+        ).backward()
+    grads = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        expected = grads[name.removeprefix("text.")].grad
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_registers_are_further_tokens_of_open_clips_transformer() -> None:
+    ours, theirs = small_pair(registers=3, layer_scale=0.3)
+    image, _ = real_batch(32)
+    vision = theirs.visual
+    with torch.no_grad():
+        x = vision.conv1(image).flatten(2).mT
+        x = torch.cat([vision.class_embedding.expand(len(x), 1, -1), x], dim=1) + vision.positional_embedding
+        registers = ours.visual.register_tokens.expand(len(x), -1, -1)
+        x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)  # as in DINOv2; attention does not know the order
+        expected = vision.ln_post(vision.transformer(vision.ln_pre(x)))[:, 0] @ vision.proj
+        torch.testing.assert_close(ours.encode_image(image), expected, atol=1e-5, rtol=1e-5)
+    assert any(p is ours.visual.register_tokens for p in ours.visual.stages()[0])
 
 
 def test_features_equal_those_of_open_clip(ours: CLIP, peer: torch.nn.Module) -> None:

@@ -75,6 +75,21 @@ def test_a_run_goes_to_open_clip_and_back_to_the_bit(
         torch.testing.assert_close(model.eval().encode_image(image), ours.encode_image(image), atol=1e-5, rtol=1e-5)
 
 
+def test_layer_scale_goes_to_open_clip_and_back_and_registers_stay_here(
+    train: Callable[..., None], export: Export, export_error: Callable[..., str], tmp_path: Path
+) -> None:
+    args = (*FEW, "evals=[]", "max_steps=1", "model.text.layer_scale=0.1")
+    train(*args, "model.image.layer_scale=0.2", "name=x")
+    export("run=outputs/x", "to=open_clip", "out=oc")
+    assert_same(load(tmp_path / "outputs/x")[0], load(tmp_path / "oc")[0])
+    other = "to=hf: transformers' CLIPModel has nothing like model.image.layer_scale=0.2"
+    assert export_error("run=outputs/x", "to=hf", "out=hf") == other
+    train(*args, "model.image.registers=2", "name=y")
+    assert load(tmp_path / "outputs/y")[0].visual.register_tokens.shape == (2, 192)
+    other = "open_clip has no registers; this model has model.image.registers=2"
+    assert export_error("run=outputs/y", "to=open_clip", "out=hf") == other
+
+
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
 def test_weights_go_to_hugging_face_and_back_to_the_bit(
     export: Export, weights: Path, tmp_path: Path, act: str

@@ -490,6 +490,16 @@ def test_position_embeddings_are_resized_as_open_clip_does(
             "the model; model.text.depth=1 fits",
         ),
         (
+            ["init_from=w.pt", "model.image.registers=4"],
+            "init_from=w.pt does not fit: visual.register_tokens is missing in the weights and 4 x 192 in the model; "
+            "model.image.registers=0 fits",
+        ),
+        (
+            ["init_from=oc", "model.image.layer_scale=0.1"],
+            "init_from=oc does not fit: visual.transformer.resblocks.0.ls_1.gamma is missing in the weights and 192 in "
+            "the model; model.image.layer_scale=null fits",
+        ),
+        (
             ["init_from=oc", "model.image.act=gelu"],
             "init_from=oc was trained with other settings of the same shapes; model.image.act=quick_gelu "
             "model.text.act=quick_gelu fits",
@@ -518,6 +528,15 @@ def test_weights_that_do_not_fit_are_refused_with_a_remedy(
     open_clip_directory(tmp_path / "oc", peer())
     assert fails(*ONE_STEP, *args) == message
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_run_starts_from_gains_whatever_they_began_with(train: Callable[..., None], tmp_path: Path) -> None:
+    train(*ONE_STEP, "model.image.layer_scale=0.2", "name=x")
+    train(*ONE_STEP, "model.image.layer_scale=0.1", "name=y", "init_from=outputs/x", "optim.lr=0")
+    one, two = (load(tmp_path / "outputs" / name)[0].state_dict() for name in "xy")
+    assert torch.equal(
+        one["visual.transformer.resblocks.0.ls_1.gamma"], two["visual.transformer.resblocks.0.ls_1.gamma"]
+    )
 
 
 def test_check_reports_weights_that_do_not_fit(
