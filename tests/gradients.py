@@ -10,7 +10,7 @@ from clipx.data.readers import Chunk, TrainReader
 from clipx.preprocessing import Preprocessing
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.batch import MicroBatch, concat
-from clipx.training.step import MicroBatchEncoder
+from clipx.training.step import Features, MicroBatchEncoder
 
 CPU = torch.device("cpu")
 
@@ -28,8 +28,8 @@ def chunks_of(batch: int, micro: int | None, rank: int = 0, world: int = 1) -> l
 class Double(MicroBatchEncoder):
     """Encodes in float64, including the pictures."""
 
-    def __call__(self, part: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        return self.forward(Normalise(Preprocessing(64))(concat(part.images)).double(), part.captions)
+    def __call__(self, part: MicroBatch) -> Features:
+        return Features(*self.forward(Normalise(Preprocessing(64))(concat(part.images)).double(), part.captions))
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:

@@ -327,7 +327,7 @@ def test_a_step_takes_the_predicted_memory() -> None:
     peak = image.nbytes + max(accumulate(changes))
     activations, gradients = (
         machine.activations(state.model, loss_fn, None, 20, False)(size),
-        machine.parameter_bytes(state),
+        machine.parameter_bytes(state, None),
     )
     assert max(activations, gradients) < peak < activations + gradients
 

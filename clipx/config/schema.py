@@ -48,6 +48,7 @@ class TrainConfig(ComposedConfig):
     lora: LoraConfig
     views: PositiveInt | None
     feature_cache: str | None
+    teacher: str | None
     epochs: PositiveFloat
     max_steps: PositiveInt | None
     stop_at: Duration | None

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from clipx.data.files import WRITING
@@ -34,6 +35,13 @@ class Stored(NamedTuple):
 
     known: Tensor  # (N,) bool
     features: Tensor  # (K, D) fp16, in order
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray | None], width: int) -> "Stored":
+        """From the features of N samples, (D,) fp16 or None."""
+        known = [row for row in rows if row is not None]
+        features = torch.from_numpy(np.stack(known)) if known else torch.empty(0, width, dtype=torch.float16)
+        return cls(torch.tensor([row is not None for row in rows], dtype=torch.bool), features)
 
 
 @dataclass(frozen=True)

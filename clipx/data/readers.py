@@ -4,23 +4,25 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from clipx.data.features import FeatureFile, Stored
 from clipx.data.images import TrainCrop, decode, eval_crop, to_tensor
+from clipx.data.pixels import shared_pixels
 from clipx.data.plan import MixPlan, Place, Plan, digest
 from clipx.data.sample import BadSample, Source, captions_of
 from clipx.data.tar.headers import DataError
+from clipx.data.teacher import Lesson, TeacherChunk, TeacherReader
+from clipx.distill import Teacher
 from clipx.errors import UserError
 from clipx.preprocessing import Preprocessing
 from clipx.tokenizer import Tokenizer, Tokens
 
-CHUNKS = 3  # in memory per worker: two prefetched by DataLoader, one in use
 TRIES = 64  # bad samples in a row for one position before the run ends
 
 
@@ -50,9 +52,11 @@ class Chunk:
     samples: Tensor  # (N,) int64, ids
     ids: Tensor | None  # (N, 2) int64, hashes of picture and caption, if the loss needs them
     skipped: list[Skipped] = field(default_factory=list)
-    rows: Tensor | None = None  # (N,) int64, row of each sample's view in the files of features
+    rows: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) int64, rows in the files of features, by tower
     stored: Mapping[str, Stored] = field(default_factory=dict)  # what these files hold, by tower
     features: Mapping[str, Tensor] = field(default_factory=dict)  # (N, D) fp16 of frozen towers, added by training
+    teacher: TeacherChunk | None = None  # what a teacher takes of them
+    targets: Teacher | None = None  # a teacher's features, fp16, added by training
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -105,6 +109,7 @@ class Loaded(NamedTuple):
     picture: bytes  # empty if it is not needed
     caption: str  # empty if it is not needed
     features: dict[str, np.ndarray]  # (D,) fp16, those that are known, by tower
+    lesson: Lesson | None  # for a teacher
 
 
 class TrainReader(Reader):
@@ -122,6 +127,7 @@ class TrainReader(Reader):
         views: number of different crops of a picture; None for a new one each epoch.
         caption_views: number of times that a caption is drawn; None for once an epoch.
         features: features of frozen towers, by tower; what they hold is neither read nor decoded.
+        teacher: prepares the same samples for a teacher.
     """
 
     def __init__(
@@ -135,10 +141,12 @@ class TrainReader(Reader):
         views: int | None = None,
         caption_views: int | None = None,
         features: Mapping[str, FeatureFile] | None = None,
+        teacher: TeacherReader | None = None,
     ):
         super().__init__(source, tokenizer)
         self.plan, self.crop, self.caption, self.identify = plan, crop, caption, identify
         self.views, self.caption_views, self.features = views, caption_views, features or {}
+        self.teacher = teacher
 
     def chunk(self, positions: range) -> Chunk:
         skipped: list[Skipped] = []
@@ -152,10 +160,9 @@ class TrainReader(Reader):
         samples = [row.place.sample for row in rows]
         ids = [(signed_hash(row.picture), signed_hash(row.caption)) for row in rows] if self.identify else None
         chunk = self.collate(positions, images[:decoded], captions, samples, skipped, ids)
-        if self.views is None:
-            return chunk
-        numbers = torch.tensor([self.row(row.place) for row in rows], dtype=torch.int64)
-        return replace(chunk, rows=numbers, stored={tower: self.stored(tower, rows) for tower in self.features})
+        lessons = [row.lesson for row in rows if row.lesson is not None]
+        taught = self.teacher.collate(lessons) if self.teacher else None
+        return replace(chunk, **self.stored(rows), teacher=taught)
 
     def place(self, position: int, attempt: int = 0) -> Place:
         """Return the place of the sample at a position, or of its substitute."""
@@ -172,9 +179,12 @@ class TrainReader(Reader):
 
     def select_caption(self, place: Place, captions: Sequence[str]) -> str:
         """Return the caption of a sample at a place in the plan."""
+        return captions[self.caption_number(place, len(captions))]
+
+    def caption_number(self, place: Place, count: int) -> int:
+        """Return which of a sample's captions is drawn."""
         view = view_of(place, self.caption_views)
-        drawn = digest(self.plan.seed, "caption", *view) if self.caption == "random" else 0
-        return captions[drawn % len(captions)]
+        return digest(self.plan.seed, "caption", *view) % count if self.caption == "random" else 0
 
     def load(self, position: int, known: dict[str, np.ndarray], image: Tensor, skipped: list[Skipped]) -> Loaded:
         """Load the sample at a position, or its first good substitute if it is bad.
@@ -202,24 +212,33 @@ class TrainReader(Reader):
 
     def read(self, place: Place, known: dict[str, np.ndarray], image: Tensor) -> Loaded:
         """Read what is needed of a sample.  Arguments as in ``load``; raises BadSample."""
-        if self.identify or "image" not in known:
+        taught = self.teacher.find("image", self.row(place)) if self.teacher else None
+        if self.identify or "image" not in known or (self.teacher and taught is None):
             sample = self.source.read(place.sample)
             picture, captions = sample.picture, sample.captions
         else:
-            picture, captions = b"", captions_of(self.source, place.sample) if "text" not in known else []
+            needed = self.teacher or "text" not in known
+            picture, captions = b"", captions_of(self.source, place.sample) if needed else []
+        crop_seed = digest(self.plan.seed, "crop", *view_of(place, self.views))
         if "image" not in known:
-            view = view_of(place, self.views)
-            self.crop(picture, random.Random(digest(self.plan.seed, "crop", *view)), image[0])
-        return Loaded(place, picture, self.select_caption(place, captions) if captions else "", known)
+            self.crop(picture, random.Random(crop_seed), image[0])
+        number = self.caption_number(place, len(captions)) if captions else 0
+        caption, lesson = captions[number] if captions else "", None
+        if self.teacher:
+            rng, drawn = random.Random(crop_seed), [(number, caption)]
+            lesson = self.teacher.prepare(self.row(place), taught, picture, rng, place.sample, drawn)
+        return Loaded(place, picture, caption, known, lesson)
 
-    def stored(self, tower: str, rows: Sequence[Loaded]) -> Stored:
-        """Gather the known features of a tower."""
-        known = [row.features[tower] for row in rows if tower in row.features]
-        width = self.features[tower].width
-        return Stored(
-            torch.tensor([tower in row.features for row in rows]),
-            torch.from_numpy(np.stack(known)) if known else torch.empty(0, width, dtype=torch.float16),
-        )
+    def stored(self, rows: Sequence[Loaded]) -> dict[str, Any]:
+        """Return ``rows`` and ``stored`` of a chunk; nothing without views."""
+        if self.views is None:
+            return {}
+        numbers = torch.tensor([self.row(row.place) for row in rows], dtype=torch.int64)
+        known = {
+            tower: Stored.of([row.features.get(tower) for row in rows], file.width)
+            for tower, file in self.features.items()
+        }
+        return {"rows": {"image": numbers, "text": numbers}, "stored": known}
 
 
 def view_of(place: Place, views: int | None) -> Place:
@@ -264,23 +283,3 @@ class EvalReader(Reader):
             captions.append(sample.captions)
             samples.append(position)
         return self.collate(positions, images[: len(samples)], captions, samples, skipped)
-
-
-def shared_pixels(count: int, size: int) -> Tensor:
-    """Allocate (count, S, S, 3) uint8; in a worker, in shared memory."""
-    worker = get_worker_info()
-    if worker is None:
-        return torch.empty(count, size, size, 3, dtype=torch.uint8)
-    amount = count * size * size * 3
-    try:
-        storage = torch.UntypedStorage._new_shared(amount)  # as torch's own collate does
-    except RuntimeError as error:
-        if "shared memory" not in str(error):
-            raise
-        need = amount * CHUNKS * worker.num_workers / 1e6
-        raise DataError(
-            f"shared memory (/dev/shm) is full: workers={worker.num_workers} needs about {need:,.0f} "
-            "MB of it here; enlarge it (docker run --shm-size=..., or --ipc=host), or set fewer workers; workers=0 "
-            "needs none"
-        ) from error
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(count, size, size, 3)

@@ -37,8 +37,9 @@ def bench_loader(config: TrainConfig, rounds: int, seconds: float) -> dict[str, 
 def bench_step(config: TrainConfig, rounds: int, steps: int, trace: Path | None) -> dict[str, Any]:
     """Measure the step: samples/s from memory and from the loader, time by part, FLOPs, memory."""
     run = StepBenchmark(config)
-    if run.frozen:
-        logger.info("features  computed in each step, as in the first %d epochs of the run", config.views)
+    if run.frozen or run.teacher:
+        when = f", as in the first {config.views} epochs of the run" if config.views else ""
+        logger.info("features  computed in each step%s", when)
     first = run.from_memory(1)  # compiles and allocates memory
     if config.compile:
         logger.info("compile   the first step took %.0f s", config.batch_size / first)

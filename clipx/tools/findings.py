@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from clipx.training.loop import State
 from clipx.training.memory import describe_trained, format_bytes
 from clipx.training.parts import identify, initial_state, initial_weights, run_length, train_reader
 from clipx.training.resume import restore
+from clipx.training.teacher import load_teacher
 
 logger = logging.getLogger("clipx")
 
@@ -76,13 +76,13 @@ def examine(config: TrainConfig, directory: Path) -> int:
         Number of findings that would stop the run.
     """
     report = Report()
-    device = state = data = length = None
+    device = state = data = length = teacher = None
     with report.part("device") as log:
         device = select_device(config.device)
         log(check_device(device, select_amp(config.amp, device)))
     config = replace(config, amp=select_amp(config.amp, device or CPU))
     with report.part("model") as log:
-        state = initial_state(config, CPU)
+        state = initial_state(config, CPU, teacher := load_teacher(config, CPU))
         tokens = state.model.text.context
         log([Finding("ok", f"trains {describe_trained(state.model, state.optimizer)}")])
     with report.part("data") as log:
@@ -96,10 +96,10 @@ def examine(config: TrainConfig, directory: Path) -> int:
     if data and state:
         if length:
             with report.part("run") as log:
-                restored = restore(state, config, directory, identify(config, data, plan))
+                restored = restore(state, config, directory, identify(config, data, plan, teacher))
                 if not restored and (origin := initial_weights(state.model, config)):
                     log([Finding("ok", f"weights {origin}")])
-                log(chain(check_progress(directory, state, length), check_features(config, data, state.model, device)))
+                log([*check_progress(directory, state, length), *check_features(config, data, state, teacher, device)])
         with report.part("samples") as log:
             reader = train_reader(config, data, plan, state.model)
             make_prefetcher(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).check_all_fit()
@@ -115,7 +115,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
     if state:
         report.log("workers", check_workers(config.workers, device or CPU, config.batch_size, state.model.visual.size))
         with report.part("memory") as log:
-            log(check_memory(config, state, tokens, device))
+            log(check_memory(config, state, teacher, tokens, device))
         with report.part("disk") as log:
             log(check_disk(config, directory, state, length or 0, plan.samples if length else 1))
     return report.wrong

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +19,16 @@ from clipx.data.features import FeatureFile, open_features
 from clipx.data.loader import MAX_CHUNK
 from clipx.data.sample import Data
 from clipx.devices import autocast_dtype, available_cores, has_bf16, select_workers
+from clipx.distill import Teacher
 from clipx.duration import Every
 from clipx.models.clip import CLIP
 from clipx.models.lora import adapter_state
-from clipx.training.frozen import file_arguments, frozen_towers, unused_because
+from clipx.training.frozen import file_arguments, frozen_towers, unstored_because, unused_because
 from clipx.training.loop import State
 from clipx.training.memory import format_bytes, moment_bytes, trained_bytes
 from clipx.training.parts import run_length
+from clipx.training.teacher import describe_model
+from clipx.training.teacher import file_arguments as teacher_file_arguments
 from clipx.weights.checkpoint import size_on_disk
 
 SHARED_MEMORY = Path("/dev/shm")  # workers pass their chunks through it
@@ -67,12 +71,16 @@ def check_workers(requested: str | int, device: torch.device, batch_size: int, s
         )
 
 
-def check_memory(config: TrainConfig, state: State, tokens: int, device: torch.device | None) -> Iterator[Finding]:
+def check_memory(
+    config: TrainConfig, state: State, teacher: CLIP | None, tokens: int, device: torch.device | None
+) -> Iterator[Finding]:
     """Compare the memory of a training step's tensors with the free memory."""
     loss_fn = build(config.loss, "loss", config.trust)
+    if teacher:
+        loss_fn = partial(taught_loss, loss_fn, teacher.visual.embed, tuple(state.projections.values()))
     kept = activations(state.model, loss_fn, autocast_dtype(config.amp), tokens, config.grad_checkpoint)
     gradients, size = trained_bytes(state.model), min(config.batch_size, config.micro_batch_size or config.batch_size)
-    fixed = parameter_bytes(state) + gradients + moment_bytes(state.optimizer)
+    fixed = parameter_bytes(state, teacher) + gradients + moment_bytes(state.optimizer)
     message = (
         f"about {format_bytes(fixed + kept(size))}: {format_bytes(fixed)} for parameters, gradients and "
         f"optimiser, {format_bytes(kept(size))} for {size:,} pictures at once and captions of {tokens} tokens"
@@ -125,10 +133,10 @@ def check_disk(config: TrainConfig, directory: Path, state: State, length: int, 
         yield Finding("WRONG", f"{message}; free some space, or keep fewer (keep_every=null)")
 
 
-def parameter_bytes(state: State) -> int:
-    """Bytes of the model, and of the average of its weights if the run keeps one."""
-    copies = (state.model,) if state.average.averaged is None else (state.model, state.average.averaged)
-    return sum(p.nbytes for model in copies for p in model.parameters())
+def parameter_bytes(state: State, teacher: CLIP | None) -> int:
+    """Bytes of the model, of the average of its weights if the run keeps one, and of the teacher."""
+    models = filter(None, (state.model, state.average.averaged, teacher))
+    return sum(p.nbytes for model in models for p in model.parameters())
 
 
 def activations(
@@ -175,6 +183,20 @@ def saved_bytes(model: CLIP, loss_fn: Callable[..., Tensor], amp: torch.dtype | 
     return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
 
 
+def taught_loss(
+    loss_fn: Callable[..., Tensor],
+    width: int,
+    projections: tuple[Tensor, ...],
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    ids: Tensor,
+) -> Tensor:
+    """A loss with a teacher whose features, of ``width`` numbers, are zero."""
+    teacher = Teacher(image.new_zeros(len(image), width), text.new_zeros(len(text), width), scale, projections)
+    return loss_fn(image, text, scale, ids, teacher=teacher)
+
+
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device; devices other than CUDA use the machine's."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -186,29 +208,41 @@ def kept_checkpoints(config: TrainConfig, length: int, samples: int) -> int:
     return length // every if every else 0
 
 
-def check_features(config: TrainConfig, data: Data, model: CLIP, device: torch.device | None) -> Iterator[Finding]:
-    """Check that the features of frozen towers are stored, or that there is room for them.
+def check_features(
+    config: TrainConfig, data: Data, state: State, teacher: CLIP | None, device: torch.device | None
+) -> Iterator[Finding]:
+    """Check that the features of frozen towers and of a teacher are stored, or that there is room for them.
 
     Args:
         config: of the run.
         data: of the run.
-        model: with its initial weights, on the CPU.
+        state: with the initial weights, on the CPU.
+        teacher: on the CPU.
         device: of the run; None if it cannot be used.
     """
-    names, plan = frozen_towers(config, model), data.plan(config.seed)
-    if reason := unused_because(config, names, run_length(config, plan) * config.batch_size / plan.samples):
-        if config.feature_cache not in (None, "auto"):
-            yield Finding("odd", f"no features are stored in feature_cache={config.feature_cache}: {reason}")
-        return
-    for name in names:
-        path, rows, width, about = file_arguments(config, data, model, name, device or torch.device("cpu"))
+    model = state.model
+    names, plan, device = frozen_towers(config, model), data.plan(config.seed), device or torch.device("cpu")
+    epochs = run_length(config, plan) * config.batch_size / plan.samples
+    files = {}
+    if not (reason := unused_because(config, names, epochs)):
+        files = {f"the {name} tower": file_arguments(config, data, model, name, device) for name in names}
+    elif config.feature_cache not in (None, "auto") and not teacher:
+        yield Finding("odd", f"no features are stored in feature_cache={config.feature_cache}: {reason}")
+    if teacher:
+        yield Finding("ok", f"teacher {describe_model(config, teacher)}")
+    if teacher and (reason := unstored_because(config, epochs)):
+        yield Finding("odd", f"the teacher's features are computed in each step: {reason}")
+    elif teacher:
+        arguments = teacher_file_arguments(config, data, teacher, device)
+        files |= {f"the teacher's {name} tower": values for name, values in arguments.items()}
+    for what, (path, rows, width, about) in files.items():
         if path.exists():
             there = open_features(path, rows, width, about).count()
-            yield Finding("ok", f"{path} holds {there:,} of {rows:,} features of the {name} tower")
+            yield Finding("ok", f"{path} holds {there:,} of {rows:,} features of {what}")
             continue
         size = FeatureFile(path, rows, width).size
         free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
-        message = f"{format_bytes(size)} for the features of the {name} tower in {path.parent}"
+        message = f"{format_bytes(size)} for the features of {what} in {path.parent}"
         if size <= free:
             yield Finding("ok", message)
         else:

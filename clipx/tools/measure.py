@@ -20,16 +20,18 @@ from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
 from clipx.data.images import resize
 from clipx.data.loader import group_steps, load_chunks, train_ranges
-from clipx.data.readers import Chunk, TrainReader, shared_pixels
+from clipx.data.pixels import shared_pixels
+from clipx.data.readers import Chunk, TrainReader
 from clipx.data.sample import Data
 from clipx.devices import autocast_dtype, limit_threads, select_amp, select_device, select_workers
 from clipx.models.packed import grid_edges
 from clipx.training.batch import split_micro_batches
-from clipx.training.frozen import FeatureModel, FrozenTowers, frozen_towers
+from clipx.training.frozen import FeatureModel, FrozenTowers, frozen_towers, in_turn
 from clipx.training.loop import State, StepOutput, fit
 from clipx.training.memory import keep_freed_memory, peak_memory
 from clipx.training.parts import build_forward, initial_state, train_reader
 from clipx.training.step import Forward, MicroBatchEncoder, PixelModel, backward
+from clipx.training.teacher import NAMES, TeacherTowers, load_teacher, teacher_reader
 
 TOP = 10  # operations in a profile's summary
 NUM_STAGED = 256  # pictures for timing the loader's stages
@@ -40,20 +42,21 @@ PEAKS = {           # dense FLOP/s in bf16 and fp16, from the vendors' data shee
 }  # fmt: skip
 
 
-def make_reader(config: TrainConfig) -> TrainReader:
+def make_reader(config: TrainConfig, teacher: TeacherTowers | None = None) -> TrainReader:
     """Make the training reader of a run."""
     with torch.device("meta"):
         model = build(config.model, "model", config.trust)
     data: Data = build(config.data, "data", config.trust)
-    return train_reader(config, data, data.plan(config.seed), model)
+    plan = data.plan(config.seed)
+    return train_reader(config, data, plan, model, teacher=teacher_reader(data, plan, teacher))
 
 
-def load_batches(config: TrainConfig) -> Iterator[list[Chunk]]:
+def load_batches(config: TrainConfig, teacher: TeacherTowers | None = None) -> Iterator[list[Chunk]]:
     """Yield the batches of a run from its loader."""
     ranges = train_ranges(0, config.batch_size, config.micro_batch_size)
     device = select_device(config.device)
     workers, pin = select_workers(config.workers, device), device.type == "cuda"
-    return group_steps(load_chunks(make_reader(config), ranges, workers, pin), config.batch_size)
+    return group_steps(load_chunks(make_reader(config, teacher), ranges, workers, pin), config.batch_size)
 
 
 def time_stages(config: TrainConfig) -> dict[str, float]:
@@ -138,13 +141,16 @@ class StepBenchmark:
         limit_threads()
         self.device = select_device(config.device)
         self.config = config = replace(config, amp=select_amp(config.amp, self.device))
-        self.state = initial_state(config, self.device)
+        teacher = load_teacher(config, self.device)
+        self.state = initial_state(config, self.device, teacher)
         self.loss_fn = build(config.loss, "loss", config.trust)
         names = frozen_towers(config, self.state.model)
         self.frozen = FrozenTowers(self.state.model, names, autocast_dtype(config.amp)) if names else None
-        self.forward = build_forward(config, self.state.model, names)
+        self.teacher = TeacherTowers(teacher, NAMES, autocast_dtype(config.amp)) if teacher else None
+        self.encode = in_turn(self.frozen, self.teacher)
+        self.forward = build_forward(config, self.state, names)
         self.multiplier = build(config.sched, "sched", config.trust)(1000)
-        self.batches = [*itertools.islice(load_batches(config), NUM_BATCHES)]
+        self.batches = [*itertools.islice(load_batches(config, self.teacher), NUM_BATCHES)]
 
     def fit(
         self,
@@ -166,7 +172,7 @@ class StepBenchmark:
             autocast_dtype(self.config.amp),
             self.config.clip_norm,
             no_callbacks,
-            encode_frozen or self.frozen or list,
+            encode_frozen or self.encode,
         )
         synchronize(self.device)
 
@@ -178,7 +184,7 @@ class StepBenchmark:
 
     def from_data(self, count: int) -> float:
         """Samples/s from the loader, after its first step."""
-        batches = load_batches(self.config)
+        batches = load_batches(self.config, self.teacher)
         self.fit(batches, 1, self.forward, self.loss_fn)
         start = time.perf_counter()
         self.fit(batches, count, self.forward, self.loss_fn)
@@ -187,7 +193,9 @@ class StepBenchmark:
     def shares(self, count: int) -> dict[str, float]:
         """Share of time in each part of a step, without compile, with data from the loader."""
         timer, model, scaler = PhaseTimer(self.device), self.state.model, self.state.scaler
-        forward = FeatureModel(model, self.frozen.names) if self.frozen else PixelModel(model)
+        once = {name: towers for name, towers in (("frozen towers", self.frozen), ("teacher", self.teacher)) if towers}
+        projections = self.state.projections
+        forward = FeatureModel(model, self.frozen.names, projections) if self.frozen else PixelModel(model, projections)
         hooks = [
             module.register_forward_pre_hook(lambda *_, name=name: timer.enter(name))
             for name, module in {"image tower": model.visual, "text tower": model.text}.items()
@@ -195,21 +203,21 @@ class StepBenchmark:
         hooks.append(model.text.register_forward_hook(lambda *_: timer.enter("backward")))
 
         def timed_batches() -> Iterator[list[Chunk]]:
-            for chunks in load_batches(self.config):
+            for chunks in load_batches(self.config, self.teacher):
                 timer.enter("copy")
                 yield chunks
                 timer.enter("wait")
 
         def encode_frozen(chunks: Sequence[Chunk]) -> Sequence[Chunk]:
-            if self.frozen:
-                timer.enter("frozen towers")
-                chunks = self.frozen(chunks)
+            for part, towers in once.items():
+                timer.enter(part)
+                chunks = towers(chunks)
                 timer.enter("copy")
             return chunks
 
-        def loss_fn(*args: Any) -> Tensor:
+        def loss_fn(*args: Any, **further: Any) -> Tensor:
             timer.enter("loss")
-            loss = self.loss_fn(*args)
+            loss = self.loss_fn(*args, **further)
             timer.enter("backward")
             return loss
 
@@ -223,7 +231,7 @@ class StepBenchmark:
         for hook in hooks:
             hook.remove()
         parts = ["wait", "copy", "image tower", "text tower", "loss", "backward", "optimiser"]
-        parts += ["frozen towers"] if self.frozen else []
+        parts += once
         seconds = {part: timer.seconds.get(part, 0.0) for part in parts}
         return {part: spent / sum(seconds.values()) for part, spent in seconds.items()}
 
@@ -231,8 +239,9 @@ class StepBenchmark:
         """FLOPs per sample, forward and backward, counted by operation; and the device's peak, if known."""
         amp = autocast_dtype(self.config.amp)
         edges = grid_edges(self.device, amp)
-        micro_batch = split_micro_batches(self.batches[0], self.config.micro_batch_size, edges)[0]
-        encoder = MicroBatchEncoder(PixelModel(self.state.model), self.device, amp)
+        chunks = self.teacher(self.batches[0]) if self.teacher else self.batches[0]
+        micro_batch = split_micro_batches(chunks, self.config.micro_batch_size, edges)[0]
+        encoder = MicroBatchEncoder(PixelModel(self.state.model, self.state.projections), self.device, amp)
         with FlopCounterMode(display=False) as counter:
             backward(encoder, self.loss_fn, [micro_batch], self.state.scaler)
         self.state.optimizer.zero_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clipx.data.readers import Chunk
+from clipx.distill import Teacher
 from clipx.models.packed import EDGES, Packed, pack
 from clipx.tokenizer import Tokens
 
@@ -22,6 +23,7 @@ class MicroBatch:
     images: list[Tensor]  # of each chunk, (n, 3, S, S) uint8, or a frozen tower's features (n, D) fp16
     captions: Packed | Tensor  # or features (b, D)
     ids: Tensor | None  # (b, 2) picture id and caption id of each row; None if the loss does not need them
+    targets: Sequence[Teacher] = ()  # a teacher's features, fp16, of each chunk
 
     def __len__(self) -> int:
         return sum(map(len, self.images))
@@ -51,7 +53,8 @@ def split_micro_batches(
 def to_micro_batch(chunks: Sequence[Chunk], edges: Sequence[int] | None) -> MicroBatch:
     ids = [chunk.ids for chunk in chunks if chunk.ids is not None]
     images = [chunk.features.get("image", chunk.images) for chunk in chunks]
-    return MicroBatch(images, join_captions(chunks, edges), concat(ids) if ids else None)
+    targets = [chunk.targets for chunk in chunks if chunk.targets is not None]
+    return MicroBatch(images, join_captions(chunks, edges), concat(ids) if ids else None, targets)
 
 
 def join_captions(chunks: Sequence[Chunk], edges: Sequence[int] | None) -> Packed | Tensor:

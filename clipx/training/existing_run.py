@@ -45,9 +45,12 @@ def check_existing_run(config: Mapping[str, Any], directory: Path) -> None:
         directory: of the run.
 
     Raises:
-        UserError: the directory contains another run, or ``resume`` or ``init_from`` does not exist.
+        UserError: the directory contains another run, or ``resume``, ``init_from`` or ``teacher`` does not
+            exist.
     """
     check_new(config["resume"], directory / "checkpoints")
+    if config["teacher"] is not None:
+        check_exists("teacher", config["teacher"])
     found = resumable(directory / "checkpoints")
     if config["resume"] not in (None, "auto"):
         check_exists("resume", config["resume"])

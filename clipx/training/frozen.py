@@ -1,7 +1,7 @@
 """Frozen towers run once: their features of each view take the place of pictures and captions."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +17,7 @@ from clipx.data.images import Normalise
 from clipx.data.readers import Chunk
 from clipx.data.sample import Data, probe_samples
 from clipx.data.tar.index import expand_home
+from clipx.data.teacher import TeacherChunk
 from clipx.errors import UserError
 from clipx.evals.encoder import evaluating
 from clipx.models.clip import CLIP, finish
@@ -38,8 +39,9 @@ Name = Literal["image", "text"]
 class FeatureModel(nn.Module):
     """A model that reads a frozen tower's features, fp16, in place of its input; else as ``PixelModel``."""
 
-    def __init__(self, model: CLIP, frozen: Sequence[Name]):
+    def __init__(self, model: CLIP, frozen: Sequence[Name], projections: nn.ParameterDict | None = None):
         super().__init__()
+        self.projections = projections or nn.ParameterDict()
         self.model, self.frozen = model, frozen
         self.normalise = Normalise(model.visual.preprocessing, model.logit_scale.device)
 
@@ -49,7 +51,8 @@ class FeatureModel(nn.Module):
             model.visual.project(images.to(dtype)) if "image" in self.frozen else model.visual(self.normalise(images))
         )
         text = model.text.project(captions.to(dtype)) if isinstance(captions, Tensor) else model.text(captions)
-        return finish(image, True), finish(text, True), model.logit_scale.exp()
+        projections = tuple(self.projections.values())
+        return Features(finish(image, True), finish(text, True), model.logit_scale.exp(), projections)
 
 
 class FrozenTowers:
@@ -85,12 +88,20 @@ class FrozenTowers:
             ]
         return list(chunks)
 
-    def complete(self, name: Name, chunks: Sequence[Chunk]) -> Tensor:
+    def width(self, name: Name) -> int:
+        """Return D, the size of a tower's features."""
+        return self.model.towers[name].width
+
+    def encode(self, tower: Tower, inputs: Tensor | Packed) -> Tensor:
+        """Run a tower: -> (n, D)."""
+        return tower.features(inputs)
+
+    def complete(self, name: Name, chunks: Sequence[Chunk | TeacherChunk]) -> Tensor:
         """Return the features of all samples, (B, D) fp16 on the host."""
-        rows = torch.cat([chunk.rows for chunk in chunks if chunk.rows is not None])
+        rows = torch.cat([chunk.rows[name] for chunk in chunks])
         stored = [chunk.stored[name] for chunk in chunks if name in chunk.stored]
         known = torch.cat([one.known for one in stored]) if stored else torch.zeros(len(rows), dtype=torch.bool)
-        features = torch.empty(len(rows), self.model.towers[name].width, dtype=torch.float16)
+        features = torch.empty(len(rows), self.width(name), dtype=torch.float16)
         if known.any():
             features[known] = torch.cat([one.features for one in stored])
         if not known.all():
@@ -99,7 +110,7 @@ class FrozenTowers:
                 self.store(self.files[name], rows[~known].numpy(), found.numpy())
         return features
 
-    def compute(self, name: Name, chunks: Sequence[Chunk], rows: Tensor) -> Tensor:
+    def compute(self, name: Name, chunks: Sequence[Chunk | TeacherChunk], rows: Tensor) -> Tensor:
         """Run a tower on the n inputs without stored features: -> (n, D) fp16 on the host."""
         tower = self.model.towers[name]
         with evaluating(self.model):
@@ -108,7 +119,7 @@ class FrozenTowers:
                 return self.in_batches(tower, pixels, rows)
             tokens = [caption for chunk in chunks for caption in chunk.tokens.ids.split(chunk.tokens.lengths.tolist())]
             lengths = torch.tensor([len(caption) for caption in tokens])
-            features = torch.empty(len(rows), tower.width, dtype=torch.float16)
+            features = torch.empty(len(rows), self.width(name), dtype=torch.float16)
             for length in lengths.unique():  # captions of one length: batches of one shape
                 chosen = (lengths == length).nonzero()[:, 0]
                 features[chosen] = self.in_batches(tower, torch.stack([tokens[i] for i in chosen]), rows[chosen])
@@ -129,9 +140,9 @@ class FrozenTowers:
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             if isinstance(tower, TextTower):
                 tokens = Tokens(inputs.flatten(), torch.full((len(inputs),), inputs.shape[1]))
-                found = tower.features(pack(tokens, tower.grid_edges(self.device, self.amp)).to(self.device))
+                found = self.encode(tower, pack(tokens, tower.grid_edges(self.device, self.amp)).to(self.device))
             else:
-                found = tower.features(self.normalise(inputs.to(self.device)))
+                found = self.encode(tower, self.normalise(inputs.to(self.device)))
         return found.to(torch.float16).cpu()
 
     def store(self, file: FeatureFile, rows: np.ndarray, features: np.ndarray) -> None:
@@ -145,6 +156,17 @@ class FrozenTowers:
                 "views=null, or amp=bf16 in place of fp16"
             )
         file.write(rows, features)
+
+
+def in_turn(*towers: FrozenTowers | None) -> Callable[[Sequence[Chunk]], Sequence[Chunk]]:
+    """A function that adds the features of each of these to the chunks of a step."""
+
+    def encode(chunks: Sequence[Chunk]) -> Sequence[Chunk]:
+        for one in filter(None, towers):
+            chunks = one(chunks)
+        return chunks
+
+    return encode
 
 
 def fixed_places(rows: Tensor, size: int) -> Tensor:
@@ -189,35 +211,47 @@ def file_arguments(
     config: TrainConfig, data: Data, model: CLIP, name: Name, device: torch.device
 ) -> tuple[Path, int, int, dict[str, Any]]:
     """Path, rows, width and contents of a tower's file, as ``open_features`` takes them; ``device`` is the run's."""
-    assert config.feature_cache is not None and config.views is not None
-    directory = expand_home(DIRECTORY if config.feature_cache == "auto" else config.feature_cache)
-    key = features_key(config, data, model, name, device)
+    assert config.views is not None
+    key = features_key(config, data, model, name, device, config.model.get(name, config.model))
     rows = config.views * int(sum(data.train.sizes))
-    return directory / f"{name}-{key}", rows, model.towers[name].width, {"tower": name, "key": key}
+    return features_directory(config) / f"{name}-{key}", rows, model.towers[name].width, {"tower": name, "key": key}
+
+
+def features_directory(config: TrainConfig) -> Path:
+    """Where a run stores features."""
+    assert config.feature_cache is not None
+    return expand_home(DIRECTORY if config.feature_cache == "auto" else config.feature_cache)
 
 
 def unused_because(config: TrainConfig, names: Sequence[Name], epochs: float) -> str:
-    """Why a run stores no features; empty if it does."""
+    """Why a run stores no features of frozen towers; empty if it does."""
+    if config.views is not None and not names:
+        return "no tower is frozen up to its projection"
+    return unstored_because(config, epochs)
+
+
+def unstored_because(config: TrainConfig, epochs: float) -> str:
+    """Why a run stores no features at all, not even a teacher's; empty if it does."""
     if config.views is None:
         return "views=null draws new crops each epoch"
-    if not names:
-        return "no tower is frozen up to its projection"
     if config.views > epochs:
         return f"views={config.views} is more than the {epochs:.3g} epochs, so no view returns"
     return "feature_cache=null" if config.feature_cache is None else ""
 
 
-def features_key(config: TrainConfig, data: Data, model: CLIP, name: Name, device: torch.device) -> str:
-    """Hash what the features of a tower depend on: data, views, input, weights and precision."""
+def features_key(
+    config: TrainConfig, data: Data, model: CLIP, name: Name, device: torch.device, node: Mapping[str, Any]
+) -> str:
+    """Hash what the features of a tower, built from ``node``, depend on: data, views, input, weights and precision."""
     tower = model.towers[name]
     made: list[Any]
     if isinstance(tower, TextTower):
         made = [data.caption, tower.tokenizer([PROBE]).tolist(), tower.context]
     else:
         made = [list(data.crop), data.decode, list(model.visual.preprocessing)]
-    node = json.dumps(config.model.get(name, config.model), sort_keys=True)
     parts = [
-        FORMAT, name, data.train.id, probe_samples(data.train), config.seed, config.views, made, node,
+        FORMAT, name, data.train.id, probe_samples(data.train), config.seed, config.views, made,
+        json.dumps(node, sort_keys=True),
         checksum(dict(fixed_tensors(tower))), config.amp, device.type, config.matmul_precision,
     ]  # fmt: skip
     return blake2b(str(parts).encode(), digest_size=16).hexdigest()
@@ -236,12 +270,14 @@ def fixed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def describe(config: TrainConfig, frozen: FrozenTowers | None, epochs: float) -> list[str]:
     """Lines for the log: where features are stored, and how many are there."""
     names = frozen.names if frozen else []
-    lines = [
-        f"features  of the {name} tower in {file.path}, {file.size / 1e9:,.3g} GB; {file.count():,} of {file.rows:,} "
-        "are there already"
-        for name, file in (frozen.files if frozen else {}).items()
-    ]
+    lines = [describe_file(f"the {name} tower", file) for name, file in (frozen.files if frozen else {}).items()]
     reason = unused_because(config, names, epochs)
-    if reason and (names or config.feature_cache not in (None, "auto")):
+    if reason and (names or (config.feature_cache not in (None, "auto") and config.teacher is None)):
         lines.append(f"features  are not stored: {reason}")
     return lines
+
+
+def describe_file(what: str, file: FeatureFile) -> str:
+    """Line for the log about a file of features."""
+    there = f"{file.count():,} of {file.rows:,} are there already"
+    return f"features  of {what} in {file.path}, {file.size / 1e9:,.3g} GB; {there}"

@@ -7,12 +7,16 @@ from clipx.config.schema import TrainConfig
 from clipx.data.sample import Data
 from clipx.models.lora import adapter_state
 from clipx.sched import warmup_steps
+from clipx.training.frozen import FrozenTowers, describe
 from clipx.training.loop import State
 from clipx.training.memory import describe_trained
 from clipx.training.parts import RunParts
+from clipx.training.teacher import TeacherTowers, describe_teacher
 
 
-def header_lines(parts: RunParts, state: State, origin: str) -> list[str]:
+def header_lines(
+    parts: RunParts, state: State, origin: str, frozen: FrozenTowers | None, teacher: TeacherTowers | None
+) -> list[str]:
     """Lines logged before a run starts."""
     config, data, ranks = parts.config, parts.data, distributed.world_size()
     samples, parameters = int(sum(data.train.sizes)), sum(p.numel() for p in state.model.parameters())
@@ -30,6 +34,8 @@ def header_lines(parts: RunParts, state: State, origin: str) -> list[str]:
         f"data      {samples:,} pictures to train, {validation:,} to validate; workers={parts.workers}",
         *(f"          {note}" for note in data.notes),
         f"length    {describe_length(config, samples, parts.identity.steps)}",
+        *describe(config, frozen, parts.epochs),
+        *describe_teacher(config, teacher, parts.epochs),
     ]
 
 

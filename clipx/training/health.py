@@ -67,10 +67,12 @@ class HealthMonitor:
 
     Args:
         batch_size: of the run.
+        contrastive: whether chance is the logarithm of it; the loss of a run with a teacher has further terms.
     """
 
-    def __init__(self, batch_size: int):
+    def __init__(self, batch_size: int, contrastive: bool = True):
         chance = f"ln(batch_size) = {math.log(batch_size):.2f}"
+        self.contrastive = contrastive
         self.since: dict[str, int] = {}
         self.stuck = (
             f"the loss has stayed at {chance}, which is chance, for {PATIENCE} steps or more. The usual causes: an "
@@ -87,7 +89,8 @@ class HealthMonitor:
     def check(self, step: int, numbers: Mapping[str, float]) -> Iterator[str]:
         """Yield the warnings due at a step, given its metrics by tag."""
         ranks = [numbers.get(f"health/{side}_rank", math.inf) for side in ("image", "text")]
-        bad = {self.stuck: numbers.get("health/loss_over_chance", 0) > CHANCE, self.collapsed: min(ranks) < COLLAPSED}
+        stuck = self.contrastive and numbers.get("health/loss_over_chance", 0) > CHANCE
+        bad = {self.stuck: stuck, self.collapsed: min(ranks) < COLLAPSED}
         for message, is_bad in bad.items():
             if not is_bad:
                 self.since.pop(message, None)

@@ -6,7 +6,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from clipx import distributed
@@ -29,6 +29,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: InitVar[float | None] = None  # decay of the average
+    projections: nn.ParameterDict = field(default_factory=nn.ParameterDict)  # to the width of a teacher, by tower
     average: WeightAverage = field(init=False)  # what is evaluated: the averaged weights, or the model's own
     step: int = 0  # optimiser steps attempted
     samples: int = 0  # position in the plan where the next batch starts
@@ -68,12 +69,14 @@ class State:
             "seconds": self.seconds,
             "resumed_from": self.resumed_from,
             **self.average.state_dict(),
+            **({"projection_state_dict": dict(self.projections.state_dict())} if self.projections else {}),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model_state_dict"])
         load_adapter_state(self.model, saved.get("lora_state_dict", {}))
         self.average.load_state_dict(saved)
+        self.projections.load_state_dict(saved.get("projection_state_dict", {}))
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, rates in zip(self.optimizer.param_groups, own, strict=True):
@@ -162,16 +165,16 @@ class GradientNorms(NamedTuple):
     """Before clipping."""
 
     towers: Tensor  # (2,) image and text tower
-    model: Tensor  # ()
+    model: Tensor  # (), with what is trained besides it
 
 
 def step_optimizer(state: State, clip_norm: float | None, amp: torch.dtype | None) -> GradientNorms:
     """Clip the gradient, step the optimiser, clamp the temperature, average the weights.  Arguments as in ``fit``."""
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     scaler.unscale_(optimizer)
-    norms = gradient_norms(model)
+    norms = gradient_norms(model, state.projections)
     if clip_norm is not None:
-        clip_grads_with_norm_(model.parameters(), clip_norm, norms.model)
+        clip_grads_with_norm_([*model.parameters(), *state.projections.parameters()], clip_norm, norms.model)
     scaler.step(optimizer)  # no-op if a gradient is not finite; a fused optimiser knows without waiting for the device
     scaler.update(None if amp is torch.float16 else 1.0)  # only fp16 adapts its loss scale
     optimizer.zero_grad(set_to_none=True)
@@ -180,11 +183,12 @@ def step_optimizer(state: State, clip_norm: float | None, amp: torch.dtype | Non
     return norms
 
 
-def gradient_norms(model: CLIP) -> GradientNorms:
+def gradient_norms(model: CLIP, further: nn.Module) -> GradientNorms:
     zero = model.logit_scale.new_zeros(())  # for a frozen tower
-    image, text, scale = (
+    others = [model.logit_scale, *further.parameters()]
+    image, text, rest = (
         get_total_norm([p.grad for p in parameters if p.grad is not None] or [zero])
-        for parameters in (model.visual.parameters(), model.text.parameters(), [model.logit_scale])
+        for parameters in (model.visual.parameters(), model.text.parameters(), others)
     )
     towers = torch.stack([image, text])
-    return GradientNorms(towers, get_total_norm([towers, scale]))
+    return GradientNorms(towers, get_total_norm([towers, rest]))

@@ -21,6 +21,7 @@ from clipx.data.loader import group_steps, load_chunks, train_ranges
 from clipx.data.plan import MixPlan, Plan
 from clipx.data.readers import Chunk, TrainReader
 from clipx.data.sample import Data
+from clipx.data.teacher import TeacherReader
 from clipx.devices import autocast_dtype
 from clipx.errors import UserError
 from clipx.evals.validation import Evaluation, LabelledEvaluation
@@ -31,6 +32,7 @@ from clipx.training.frozen import FeatureModel, FrozenTowers, Name, frozen_tower
 from clipx.training.loop import State
 from clipx.training.resume import Identity
 from clipx.training.step import Forward, PixelModel
+from clipx.training.teacher import TeacherTowers, make_projections, teacher_id, teacher_reader
 from clipx.weights.load import initialise
 from clipx.weights.pretrained import load_pretrained
 
@@ -49,6 +51,7 @@ class RunParts:
     plan: Plan | MixPlan
     evals: dict[str, Evaluation | LabelledEvaluation]
     identity: Identity
+    teacher: CLIP | None
     early: MemoryHandler  # log records from before train.log is open
 
     @property
@@ -57,7 +60,7 @@ class RunParts:
         return self.identity.steps * self.config.batch_size / self.plan.samples
 
 
-def initial_state(config: TrainConfig, device: torch.device) -> State:
+def initial_state(config: TrainConfig, device: torch.device, teacher: CLIP | None = None) -> State:
     """Model, optimiser and scaler at step 0, determined by the seed."""
     torch.manual_seed(config.seed)
     model = build(config.model, "model", config.trust).to(device)
@@ -65,7 +68,9 @@ def initial_state(config: TrainConfig, device: torch.device) -> State:
     freeze(model, config)
     add_lora(model, config)
     optimizer = build(config.optim, "optim", config.trust)(model)
-    return State(model, optimizer, GradScaler(device.type, LOSS_SCALE[config.amp]), config.ema)
+    if projections := make_projections(model, teacher):
+        optimizer.add_param_group({**optimizer.param_groups[0], "params": [*projections.parameters()]})  # as matrices
+    return State(model, optimizer, GradScaler(device.type, LOSS_SCALE[config.amp]), config.ema, projections)
 
 
 def freeze(model: CLIP, config: TrainConfig) -> None:
@@ -118,15 +123,16 @@ def initial_weights(model: CLIP, config: TrainConfig) -> str:
     return "; ".join(filter(None, origins))
 
 
-def build_forward(config: TrainConfig, model: CLIP, frozen: Sequence[Name] = ()) -> Forward:
+def build_forward(config: TrainConfig, state: State, frozen: Sequence[Name] = ()) -> Forward:
     """The model of uint8 images, compiled and wrapped in DistributedDataParallel as needed.
 
     Args:
         config: of the run.
-        model: the bare model.
+        state: its model and projections.
         frozen: towers whose features are its input.
     """
-    forward: nn.Module = FeatureModel(model, frozen) if frozen else PixelModel(model)
+    model, projections = state.model, state.projections
+    forward: nn.Module = FeatureModel(model, frozen, projections) if frozen else PixelModel(model, projections)
     if config.compile:
         forward = compile_model(forward)
     if distributed.world_size() == 1:
@@ -140,6 +146,7 @@ def train_reader(
     plan: Plan | MixPlan,
     model: CLIP,
     features: Mapping[str, FeatureFile] | None = None,
+    teacher: TeacherReader | None = None,
 ) -> TrainReader:
     """Reader of training samples, and of stored features."""
     return TrainReader(
@@ -152,6 +159,7 @@ def train_reader(
         views=config.views,
         caption_views=config.views if "text" in config.freeze else None,
         features=features,
+        teacher=teacher,
     )
 
 
@@ -163,11 +171,13 @@ def open_frozen(parts: RunParts, model: CLIP) -> FrozenTowers | None:
 
 
 def train_batches(
-    parts: RunParts, state: State, features: Mapping[str, FeatureFile] | None = None
+    parts: RunParts, state: State, frozen: FrozenTowers | None = None, teacher: TeacherTowers | None = None
 ) -> Iterator[list[Chunk]]:
-    """This rank's share of each batch, from ``state.samples`` on; ``features`` are those stored."""
+    """This rank's share of each batch, from ``state.samples`` on; of frozen towers and a teacher, what is stored."""
     config, share = parts.config, distributed.local_batch_size(parts.config.batch_size)
-    reader = train_reader(config, parts.data, parts.plan, state.model, features)
+    features = frozen.files if frozen else None
+    taught = teacher_reader(parts.data, parts.plan, teacher)
+    reader = train_reader(config, parts.data, parts.plan, state.model, features, taught)
     ranges = train_ranges(
         state.samples,
         config.batch_size,
@@ -180,10 +190,10 @@ def train_batches(
     return group_steps(load_chunks(reader, ranges, parts.workers, pin=parts.device.type == "cuda", fill=fill), share)
 
 
-def identify(config: TrainConfig, data: Data, plan: Plan | MixPlan) -> Identity:
-    """Config, data and length of a run."""
+def identify(config: TrainConfig, data: Data, plan: Plan | MixPlan, teacher: CLIP | None) -> Identity:
+    """Config, data, length and teacher of a run."""
     plan_id = blake2b(f"{data.train.id} {plan.id}".encode(), digest_size=16).hexdigest()
-    return Identity(asdict(config), plan_id, run_length(config, plan))
+    return Identity(asdict(config), plan_id, run_length(config, plan), teacher_id(teacher))
 
 
 def run_length(config: TrainConfig, plan: Plan | MixPlan) -> int:

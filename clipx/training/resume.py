@@ -28,6 +28,7 @@ class Identity:
     config: dict[str, Any]
     plan: str  # hash of the data and their order
     steps: int  # length of the run
+    teacher: str = ""  # hash of its weights; empty without one
 
 
 class Saved(NamedTuple):
@@ -138,6 +139,8 @@ def changes_since(saved: Mapping[str, Any], identity: Identity) -> dict[str, str
         changes = {key: text for key, text in changes.items() if key not in LENGTH_KEYS}
     if saved["plan"] != identity.plan and not any(key == "seed" or key.startswith("data.") for key in changes):
         changes["data"] = "data: different shards, or different files in them"
+    if saved.get("teacher", "") != identity.teacher and "teacher" not in changes:
+        changes["teacher"] = f"teacher={identity.config['teacher']}: it has other weights than before"
     return changes
 
 

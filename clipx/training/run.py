@@ -30,7 +30,7 @@ from clipx.evals.validation import Validation
 from clipx.training.callbacks import Callbacks, Diverged, Intervals
 from clipx.training.direction import mode_of
 from clipx.training.existing_run import check_directory
-from clipx.training.frozen import FrozenTowers, describe
+from clipx.training.frozen import FrozenTowers, in_turn
 from clipx.training.header import header_lines, lost_samples
 from clipx.training.health import HealthMonitor
 from clipx.training.lock import directory_lock
@@ -48,6 +48,7 @@ from clipx.training.parts import (
 )
 from clipx.training.resume import restore
 from clipx.training.summary import read_summary
+from clipx.training.teacher import TeacherTowers, load_teacher, open_teacher
 from clipx.training.tensorboard import hparams_row
 from clipx.weights.checkpoint import AsyncSaver
 
@@ -94,11 +95,13 @@ def run_on_rank(
     limit_threads()
     device = select_device(config.device)
     workers, config = select_workers(config.workers, device), replace(config, amp=select_amp(config.amp, device))
+    teacher = load_teacher(config, device)
     with distributed.rank0_first(watchdog):
         data: Data = build(config.data, "data", config.trust)
         evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
     plan = data.plan(config.seed)
-    parts = RunParts(config, directory, device, workers, data, plan, evals, identify(config, data, plan), early)
+    identity = identify(config, data, plan, teacher)
+    parts = RunParts(config, directory, device, workers, data, plan, evals, identity, teacher, early)
     left_out: list[range] = []
     with locked_by_rank0(directory):
         while isinstance(result := train(parts, signals, left_out), Diverged):
@@ -120,7 +123,7 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> float
         The objective, on rank 0; or why the run has to go back to its last checkpoint.
     """
     config, directory = parts.config, parts.directory
-    state, length = initial_state(config, parts.device), parts.identity.steps
+    state, length = initial_state(config, parts.device, parts.teacher), parts.identity.steps
     found = restore(state, config, directory, parts.identity)
     origin = "" if found else initial_weights(state.model, config)
     logged = state.samples if found else -1  # a new run drops all earlier logs
@@ -131,7 +134,8 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> float
     state.leave_out(left_out)
     keep_freed_memory()
     frozen = open_frozen(parts, state.model)
-    batches = train_batches(parts, state, frozen.files if frozen else None)
+    teacher = open_teacher(config, parts.data, parts.teacher, autocast_dtype(config.amp), parts.epochs)
+    batches = train_batches(parts, state, frozen, teacher)
     lr_multiplier = build(config.sched, "sched", config.trust)(length)
     last_is_good = found == directory / "checkpoints" / "clip_last.pt"
 
@@ -139,13 +143,13 @@ def train(parts: RunParts, signals: Signals, left_out: Sequence[range]) -> float
         open_log(parts, state, logged) as log,
         AsyncSaver(directory / "checkpoints", asdict(parts.identity), last_is_good) as saver,
     ):
-        for line in [*header_lines(parts, state, origin), *describe(config, frozen, parts.epochs)]:
+        for line in header_lines(parts, state, origin, frozen, teacher):
             logger.info(line)
         if found is None:
             log.skipped(lost_samples(parts.data))
         callbacks = build_callbacks(parts, state, log, saver, signals)
         signals.deferred = True
-        if diverged := train_steps(parts, state, batches, lr_multiplier, callbacks, frozen):
+        if diverged := train_steps(parts, state, batches, lr_multiplier, callbacks, frozen, teacher):
             return diverged
         if signals.received:
             logger.warning("%s: checkpoint saved, stopping", signals.received)
@@ -160,6 +164,7 @@ def train_steps(
     lr_multiplier: Callable[[int], float],
     callbacks: Callbacks,
     frozen: FrozenTowers | None,
+    teacher: TeacherTowers | None,
 ) -> Diverged | None:
     """Train until the run or this process ends.
 
@@ -173,7 +178,7 @@ def train_steps(
     try:
         fit(
             state=state,
-            forward=build_forward(config, state.model, frozen.names if frozen else ()),
+            forward=build_forward(config, state, frozen.names if frozen else ()),
             loss_fn=build(config.loss, "loss", config.trust),
             batches=batches,
             micro_batch_size=config.micro_batch_size,
@@ -182,7 +187,7 @@ def train_steps(
             amp=autocast_dtype(config.amp),
             clip_norm=config.clip_norm,
             callbacks=callbacks,
-            encode_frozen=frozen or list,
+            encode_frozen=in_turn(frozen, teacher),
         )
         complete = state.step >= length
         callbacks.finish(state, complete)
@@ -250,7 +255,7 @@ def build_callbacks(
         bad_limit=data.bad_limit - sum(data.lost.values()),
         max_bad_steps=config.max_bad_steps,
         signals=signals,
-        monitor=HealthMonitor(config.batch_size),
+        monitor=HealthMonitor(config.batch_size, contrastive=parts.teacher is None),
         stopping=intervals.stop.over(state.step),
     )
 

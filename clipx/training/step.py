@@ -2,19 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from clipx.data.images import Normalise
+from clipx.distill import Teacher
 from clipx.models.clip import CLIP
 from clipx.models.packed import Packed, to_device
 from clipx.training.batch import MicroBatch, concat
 
-Features = tuple[Tensor, Tensor, Tensor]  # unit features (b, E), (b, E), scale ()
+
+class Features(NamedTuple):
+    """What a loss takes of a batch."""
+
+    image: Tensor  # (b, E) unit features
+    text: Tensor  # (b, E) unit features
+    scale: Tensor  # () inverse temperature
+    projections: tuple[Tensor, ...] = ()  # (F, E) for pictures and for texts, to a teacher of another width
+
+
 Forward = Callable[[Tensor, Packed | Tensor], Features]  # of images (b, 3, S, S) uint8 and captions, or their features
 
 
@@ -30,12 +42,14 @@ class BatchOutput(NamedTuple):
 class PixelModel(nn.Module):
     """A model of uint8 images: a compiler joins normalising them with what reads them."""
 
-    def __init__(self, model: CLIP):
+    def __init__(self, model: CLIP, projections: nn.ParameterDict | None = None):
         super().__init__()
         self.model, self.normalise = model, Normalise(model.visual.preprocessing, model.logit_scale.device)
+        self.projections = projections or nn.ParameterDict()
 
     def forward(self, images: Tensor, captions: Packed) -> Features:
-        return self.model(self.normalise(images), captions)
+        image, text, scale = self.model(self.normalise(images), captions)
+        return Features(image, text, scale, tuple(self.projections.values()))
 
 
 class MicroBatchEncoder:
@@ -105,7 +119,8 @@ def backward(
 
     Args:
         encoder: of the micro-batches.
-        loss_fn: unit features (B, E), (B, E), scale (), ids (B, 2) or None -> loss ().
+        loss_fn: unit features (B, E), (B, E), scale (), ids (B, 2) or None -> loss (); ``teacher=`` is added if it
+            takes that.
         micro_batches: the batch.
         scaler: scales the loss.
 
@@ -113,32 +128,68 @@ def backward(
     """
     id_parts = [micro_batch.ids for micro_batch in micro_batches if micro_batch.ids is not None]
     ids = to_device(concat(id_parts), encoder.device) if id_parts else None
-    if len(micro_batches) == 1:
-        image, text, scale = encoder(micro_batches[0])
-        loss = loss_fn(image, text, scale, ids)
-        scaler.scale(loss).backward()
-        return BatchOutput(loss.detach(), image.detach(), text.detach(), scale.detach())
+    loss_of = partial(call_loss, loss_fn, ids, join_targets(micro_batches, encoder.device))
+    if len(micro_batches) > 1:
+        return backward_in_parts(encoder, loss_of, micro_batches, scaler)
+    features = encoder(micro_batches[0])
+    loss = loss_of(features)
+    scaler.scale(loss).backward()
+    return BatchOutput(loss.detach(), *(x.detach() for x in features[:3]))
 
-    rng_states, features = [], []
+
+def backward_in_parts(
+    encoder: MicroBatchEncoder,
+    loss_of: Callable[[Features], Tensor],
+    micro_batches: Sequence[MicroBatch],
+    scaler: torch.amp.GradScaler,
+) -> BatchOutput:
+    """Accumulate the gradient of several micro-batches, as ``backward`` says."""
+    rng_states, parts = [], []
     with torch.no_grad():
         for micro_batch in micro_batches:
             rng_states.append(encoder.rng_state())
-            features.append(encoder(micro_batch))
-    images, texts, scales = zip(*features, strict=True)
-    image, text, scale = (x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scales[0]))
-    loss = loss_fn(image, text, scale, ids)
-    d_image, d_text, d_scale = torch.autograd.grad(scaler.scale(loss), (image, text, scale), materialize_grads=True)
+            parts.append(encoder(micro_batch))
+    image = torch.cat([part.image for part in parts]).requires_grad_()
+    text = torch.cat([part.text for part in parts]).requires_grad_()
+    shared = [x.detach().requires_grad_() for x in (parts[0].scale, *parts[0].projections)]
+    loss = loss_of(Features(image, text, shared[0], tuple(shared[1:])))
+    d_image, d_text, *d_shared = torch.autograd.grad(scaler.scale(loss), (image, text, *shared), materialize_grads=True)
 
     sizes = [len(micro_batch) for micro_batch in micro_batches]
-    parts = zip(micro_batches, rng_states, d_image.split(sizes), d_text.split(sizes), strict=True)
-    for micro_batch, rng_state, *grads in parts:
+    again = zip(micro_batches, rng_states, d_image.split(sizes), d_text.split(sizes), strict=True)
+    for micro_batch, rng_state, *grads in again:
         encoder.set_rng_state(rng_state)  # dropout draws the same numbers again
         if micro_batch is not micro_batches[-1]:
             with encoder.no_sync():
                 backward_from(encoder(micro_batch)[:2], grads)
         else:
-            backward_from(encoder(micro_batch), [*grads, d_scale])
-    return BatchOutput(loss.detach(), image.detach(), text.detach(), scale.detach())
+            *trained, projections = encoder(micro_batch)
+            backward_from([*trained, *projections], [*grads, *d_shared])
+    return BatchOutput(loss.detach(), image.detach(), text.detach(), shared[0].detach())
+
+
+def call_loss(
+    loss_fn: Callable[..., Tensor], ids: Tensor | None, teacher: Teacher | None, features: Features
+) -> Tensor:
+    """Call a loss with what it takes."""
+    image, text, scale, projections = features
+    if teacher is None:
+        return loss_fn(image, text, scale, ids)
+    halves = teacher.image.to(image.dtype), teacher.text.to(text.dtype)
+    loss = loss_fn(image, text, scale, ids, teacher=Teacher(*halves, teacher.scale, projections))
+    for weight in projections:
+        loss = loss + 0 * weight.sum()  # DistributedDataParallel waits for the gradients of all parameters
+    return loss
+
+
+def join_targets(micro_batches: Sequence[MicroBatch], device: torch.device) -> Teacher | None:
+    """The features of a teacher of the whole batch, on the device, if there are any."""
+    targets = [target for micro_batch in micro_batches for target in micro_batch.targets]
+    if not targets:
+        return None
+    halves = [torch.cat([target.image for target in targets]), torch.cat([target.text for target in targets])]
+    image, text = (F.normalize(to_device(half, device).float(), dim=-1) for half in halves)
+    return Teacher(image, text, targets[0].scale.to(device))
 
 
 def backward_from(features: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

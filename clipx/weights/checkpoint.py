@@ -22,7 +22,9 @@ from clipx.weights.archive import CheckpointError, read_file
 
 FORMAT = 2  # of what a run needs to resume
 # not part of clip_best.pt
-ONLY_TO_RESUME = {"optimizer", "lora_state_dict", "ema_state_dict", "ema_lora_state_dict", "ema_updates"}
+ONLY_TO_RESUME = {
+    "optimizer", "lora_state_dict", "ema_state_dict", "ema_lora_state_dict", "ema_updates", "projection_state_dict",
+}  # fmt: skip
 
 
 def save(path: Path, content: Mapping[str, Any], backup: Path | None = None, links: Sequence[Path] = ()) -> None:

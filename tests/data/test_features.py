@@ -109,9 +109,9 @@ def test_rows_that_are_known_are_not_read(source: Source, features: FeatureFile,
         stored = chunk.stored["image"]
         assert len(chunk) == SAMPLES and chunk.captions == whole.captions
         assert torch.equal(chunk.samples, whole.samples) and torch.equal(chunk.tokens.ids, whole.tokens.ids)
-        assert stored.known.tolist() == [row in known for row in chunk.rows.tolist()]
+        assert stored.known.tolist() == [row in known for row in chunk.rows["image"].tolist()]
         assert torch.equal(chunk.images, whole.images[~stored.known])
-        assert stored.features[:, 0].tolist() == [row + 1 for row in chunk.rows[stored.known].tolist()]
+        assert stored.features[:, 0].tolist() == [row + 1 for row in chunk.rows["image"][stored.known].tolist()]
 
 
 original = open_shards.__globals__["Shards"].read

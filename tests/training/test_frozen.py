@@ -51,7 +51,7 @@ def captions_of(count: int) -> list[str]:
 def chunk_of(images: torch.Tensor, captions: list[str], rows: list[int]) -> Chunk:
     return Chunk(
         images=images, tokens=SimpleTokenizer().flat(captions), captions=captions, owners=torch.arange(len(rows)),
-        position=0, samples=torch.tensor(rows), ids=None, rows=torch.tensor(rows),
+        position=0, samples=torch.tensor(rows), ids=None, rows=dict.fromkeys(["image", "text"], torch.tensor(rows)),
     )  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def test_what_dropout_draws_in_the_first_pass_it_draws_in_the_second() -> None:
     grads = [p.grad for p in clip.parameters()]
     clip.zero_grad()
     torch.manual_seed(3)  # the same random draws, in a single pass
-    images, texts, scales = zip(*[encoder(part) for part in parts], strict=True)
+    images, texts, scales, _ = zip(*[encoder(part) for part in parts], strict=True)
     clip_loss(torch.cat(images), torch.cat(texts), scales[0]).backward()
     assert_close(grads, [p.grad for p in clip.parameters()])
     assert torch.equal(after, torch.get_rng_state())
