@@ -37,6 +37,11 @@ class Muon(torch.optim.Optimizer):
         self.adamw = torch.optim.AdamW([group for group in self.param_groups if "betas" in group], fused=True)
         self.adamw.state = self.state
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if "betas" in param_group and hasattr(self, "adamw"):  # later than the others
+            self.adamw.add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         self.adamw.step()

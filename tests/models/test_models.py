@@ -226,7 +226,7 @@ def test_a_model_is_compiled_once_for_thirty_numbers_of_tokens(ddp: bool, one_ra
     for length in range(4, 77, 5 if ddp else 2):
         lengths = torch.tensor([4, length, 6, 7])
         captions = pack(Tokens(torch.arange(1, 1 + lengths.sum()), lengths), ())
-        features = forward(image, captions)
+        features = forward(image, captions)[:3]
         for one, other in zip(features, model(Normalise(model.visual.preprocessing)(image), captions), strict=True):
             torch.testing.assert_close(one, other)
         sum(x.sum() for x in features).backward()

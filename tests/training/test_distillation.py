@@ -113,9 +113,10 @@ def test_a_run_that_is_killed_resumes_bit_for_bit(teach: Train, tmp_path: Path) 
     assert_same_state(Path("outputs/x"), Path("outputs/whole"))
 
 
-def test_the_projections_are_trained_and_no_part_of_the_model(teach: Train) -> None:
-    teach(*RUN, CACHED, "name=short", "max_steps=1")
-    teach(*RUN, CACHED, "name=x", "data.val_samples=8", "evals=[retrieval]")
+@pytest.mark.parametrize("optim", ["adamw_paper", "muon", "lion"])
+def test_the_projections_are_trained_and_no_part_of_the_model(teach: Train, optim: str) -> None:
+    teach(*RUN, CACHED, "name=short", "max_steps=1", f"optim={optim}")
+    teach(*RUN, CACHED, "name=x", "data.val_samples=8", "evals=[retrieval]", f"optim={optim}")
     for name, weight in last("x")["projection_state_dict"].items():
         assert not torch.equal(weight, last("short")["projection_state_dict"][name])
     teach(*TINY, "name=plain", "max_steps=1")
