@@ -28,6 +28,12 @@ def warmup_steps(steps: int, warmup: int, warmup_cap: float) -> int:
     return min(warmup, int(steps * warmup_cap))
 
 
+def cooldown_steps(steps: int, cooldown: duration.Duration) -> int:
+    """Length of the cooldown: steps, or a share of the run."""
+    number, unit = duration.parse(cooldown)
+    return int(number) if unit == "steps" else int(number / 100 * steps)
+
+
 def warmup_cosine(
     steps: int, warmup: NonNegativeInt = 2000, warmup_cap: NonNegativeFloat = 0.1, floor: Share = 0.0
 ) -> Multiplier:
@@ -91,8 +97,7 @@ def warmup_constant_cooldown(
 
     Source: Hägele et al. 2024, section 3 (arXiv 2405.18392).
     """
-    warm, (number, unit) = warmup_steps(steps, warmup, warmup_cap), duration.parse(cooldown)
-    start = steps - (int(number) if unit == "steps" else int(number / 100 * steps))
+    warm, start = warmup_steps(steps, warmup, warmup_cap), steps - cooldown_steps(steps, cooldown)
     if start < warm:
         raise UserError(
             f"sched.cooldown={cooldown} is too long: a run of {steps:,} steps with a warm-up of {warm:,} has "

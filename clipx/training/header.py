@@ -6,7 +6,7 @@ from clipx import distributed
 from clipx.config.schema import TrainConfig
 from clipx.data.sample import Data
 from clipx.models.lora import adapter_state
-from clipx.sched import warmup_steps
+from clipx.sched import cooldown_steps, warmup_steps
 from clipx.training.frozen import FrozenTowers, describe
 from clipx.training.loop import State
 from clipx.training.memory import describe_trained
@@ -40,14 +40,15 @@ def header_lines(
 
 
 def describe_length(config: TrainConfig, samples: int, length: int) -> str:
-    """Steps, epochs and warm-up of a run."""
-    epochs, steps = length * config.batch_size / samples, warmup_of(config, length)
-    warm = ""
-    if steps is not None:
-        wanted = config.sched["warmup"]
+    """Steps, epochs, warm-up and cooldown of a run."""
+    epochs, steps, wanted = length * config.batch_size / samples, warmup_of(config, length), config.sched.get("warmup")
+    warm, cool = "", ""
+    if steps is not None and wanted:
         limit = "sched.warmup" if steps == wanted else f"sched.warmup={wanted:,}, capped by sched.warmup_cap"
         warm = f", warm-up {steps:,} ({limit})"
-    return f"{length:,} steps of {config.batch_size:,}, {epochs:.3g} epochs{warm}"
+    if config.sched["_target_"] == "clipx.sched.warmup_constant_cooldown":
+        cool = f", cooldown {cooldown_steps(length, config.sched['cooldown']):,}"
+    return f"{length:,} steps of {config.batch_size:,}, {epochs:.3g} epochs{warm}{cool}"
 
 
 def warmup_of(config: TrainConfig, length: int) -> int | None:

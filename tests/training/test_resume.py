@@ -531,6 +531,7 @@ def test_a_long_run_of_constant_rate_gives_shorter_ones_that_are_those_trained_f
     train(*args, branch, "name=short", "stop_at=6")
     train(*args, branch, "name=short")  # from its own checkpoint
     log = (tmp_path / "outputs/short/train.log").read_text()
+    assert "9 steps of 16, 3.6 epochs, warm-up 2 (sched.warmup), cooldown 4" in log
     assert "clip_step_4.pt has taken the first 4 steps of a run with this schedule" in log
     train(*args, "name=straight")
     assert_same_state(tmp_path / "outputs/short", tmp_path / "outputs/straight")
