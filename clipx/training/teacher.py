@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from clipx.training.frozen import (
     features_key,
     unstored_because,
 )
+from clipx.weights.archive import CheckpointError
 from clipx.weights.checkpoint import checksum
 from clipx.weights.convert import model_node
-from clipx.weights.load import load
+from clipx.weights.load import UnknownActivation, load
 
 NAMES: tuple[Name, Name] = ("image", "text")
 
@@ -42,12 +44,16 @@ NAMES: tuple[Name, Name] = ("image", "text")
 class TeacherTowers(FrozenTowers):
     """Adds a teacher's features to the chunks of a step, as ``FrozenTowers`` does: unit vectors of its joint space."""
 
+    @cached_property
+    def scale(self) -> Tensor:
+        """() inverse temperature, on the host: read once, as that waits for the device."""
+        return self.model.logit_scale.exp().cpu()
+
     def __call__(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         taken = [chunk.teacher for chunk in chunks if chunk.teacher is not None]
         image, text = (self.complete(name, taken).split([len(one.rows[name]) for one in taken]) for name in NAMES)
-        scale = self.model.logit_scale.exp().cpu()
         return [
-            replace(chunk, targets=Teacher(images, texts, scale))
+            replace(chunk, targets=Teacher(images, texts, self.scale))
             for chunk, images, texts in zip(chunks, image, text, strict=True)
         ]
 
@@ -81,11 +87,17 @@ def load_teacher(config: TrainConfig, device: torch.device) -> CLIP | None:
 
     Raises:
         UserError: as ``takes_teacher``.
-        CheckpointError: as ``load``, naming the key.
+        CheckpointError: as ``load``.
     """
     if not takes_teacher(config):
         return None
-    model, _, _ = load(str(config.teacher), device, config.trust)
+    try:
+        model, _, _ = load(str(config.teacher), device, config.trust)
+    except UnknownActivation as error:
+        raise CheckpointError(
+            f"teacher={config.teacher} does not say its activation; export it once with clipx.export act=quick_gelu, "
+            "for OpenAI's weights and open_clip's -quickgelu models, or act=gelu, and give that directory"
+        ) from error
     return model.requires_grad_(False)
 
 

@@ -29,6 +29,10 @@ DROPOUT = ("drop", "drop_path")  # arguments of a tower that matter only while i
 INPUTS = ("mean", "std", "interpolation")  # arguments of an image tower that say how its pictures are prepared
 
 
+class UnknownActivation(CheckpointError):
+    """Weights do not say their activation, nor does the user."""
+
+
 def load(
     run_or_weights: str | Path,
     device: str | torch.device = "cpu",
@@ -224,7 +228,7 @@ def fill_in(tower: Node, act: Act | None, where: str) -> None:
     if act not in (None, tower.setdefault("act", act)):
         raise CheckpointError(f"act={act}, but {where} was trained with act={tower['act']}; leave act out")
     if tower["act"] is None:
-        raise CheckpointError(
+        raise UnknownActivation(
             f"{where} does not say its activation; add act=quick_gelu for OpenAI's weights and "
             "open_clip's -quickgelu models, act=gelu for open_clip's others"
         )

@@ -180,6 +180,19 @@ def test_what_has_no_effect_and_what_is_missing_is_refused(teach: Train, fails: 
     assert "loss.feature" in fails(*RUN, "loss.feature=-1", "name=x")
 
 
+def test_weights_of_others_teach_as_well(
+    teach: Train, fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teach(*RUN, UNCACHED, "name=x", "max_steps=4")
+    command("export", tmp_path, monkeypatch)("run=outputs/teacher", "to=open_clip", "out=exported")
+    command("train", tmp_path, monkeypatch)(*RUN, UNCACHED, "name=y", "max_steps=4", "teacher=exported")
+    assert losses("y") == losses("x")
+    torch.save(last("teacher")["model_state_dict"], "w.pt")
+    assert fails(*RUN, "teacher=w.pt", "name=z").startswith(
+        "teacher=w.pt does not say its activation; export it once with clipx.export act=quick_gelu"
+    )
+
+
 def test_another_teacher_is_another_run(teach: Train, fails: Callable[..., str]) -> None:
     teach(*RUN, CACHED, "name=x", "stop_at=4")
     teach(*TINY, *TEACHER, "name=other", "seed=1")
