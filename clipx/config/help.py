@@ -76,7 +76,7 @@ def describe_group(folders: Sequence[Path], group: str, default: str | Sequence[
     shown = f"  {group}=\n"
     for option, text in sorted(read_options(folders, group)):
         first = split_yaml(text)[0].splitlines() or [""]
-        shown += f"  {'*' if option in chosen else ' '} {option:<18}{first[0]}".rstrip() + "\n"
+        shown += f"  {'*' if option in chosen else ' '} {option:<17} {first[0]}".rstrip() + "\n"
     return shown
 
 
