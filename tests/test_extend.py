@@ -21,7 +21,7 @@ def test_each_part_takes_less_than_twenty_lines() -> None:
 @pytest.mark.long
 def test_parts_from_outside_are_used_as_the_page_says(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     follow(PAGE, reader)
-    runs = {name: reader / "outputs" / name for name in ("conv", "rows", "smooth", "gap")}
+    runs = {name: reader / "outputs" / name for name in ("conv", "rows", "smooth", "posterized", "gap")}
     assert all(summary(run)["state"] == "finished" for run in runs.values())
 
     monkeypatch.syspath_prepend(str(reader))

@@ -21,7 +21,7 @@ LEVELS = {
     "data.plan data.sample data.files data.captions data.tar.headers data.tar.index": 2,
     "data.remote.cache data.remote.prefetch data.remote.sizes data.remote.stores": 2.1,
     "data.catalogue data.class_names data.faults data.features data.folder data.handles": 2.2,
-    "data.images data.mix data.pixels data.shard_paths data.shards data.teacher": 2.2,
+    "data.augment data.images data.mix data.pixels data.shard_paths data.shards data.teacher": 2.2,
     "data.dummy data.emoji data.labelled data.loader data.readers": 2.3,
     "data.prepare.cells data.prepare.download data.prepare.encode data.prepare.folder_layout": 2.4,
     "data.prepare.layouts data.prepare.pack data.prepare.pictures data.prepare.processes data.prepare.shard": 2.4,

@@ -95,9 +95,10 @@ def describe_option(folders: Sequence[Path], group: str, option: str) -> list[st
     _, defaults, keys = split_yaml(text)
     package = re.match(r"# @package (\S+)", text)
     parent = package[1] if package else group
+    has_keys = bool(keys.strip())  # augment=none has none
     keys = keys if parent == "_global_" else f"{parent}:\n{indent(keys)}"
     extended = [part for base in defaults if isinstance(base, str) for part in describe_option(folders, group, base)]
-    return [*extended, f"Keys of {group}={option}:\n\n{indent(keys)}"]
+    return [*extended, f"Keys of {group}={option}:\n\n{indent(keys)}"] if has_keys else extended
 
 
 def indent(text: str) -> str:

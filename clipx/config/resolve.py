@@ -35,7 +35,7 @@ def check_nodes(values: Mapping[str, Any], schema: type[Schema]) -> Schema:
         ConfigError: a key, a type or a value is wrong.
     """
     trust, nodes = values.get("trust", []), {}
-    groups = values.keys() & set(GROUPS)
+    groups = {key for key in values.keys() & set(GROUPS) if key != "augment" or values[key]}  # {}: none
     for key in sorted(groups, key=lambda key: key not in ("data", "source", "sched")):  # these import no torch
         check = check_named_nodes if key == "evals" else check_node
         nodes[key] = check(values[key], key, trust)

@@ -78,6 +78,7 @@ class TrainConfig(ComposedConfig):
     mode: Literal["max", "min"] | None
     trust: list[str]
     labelled: dict[str, dict[str, str]] | None = None
+    augment: dict[str, Any] = field(default_factory=dict)  # empty: the crop alone
 
 
 @dataclass(frozen=True)

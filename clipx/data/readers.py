@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipx.data.augment import Augmentation, apply
 from clipx.data.features import FeatureFile, Stored
 from clipx.data.images import TrainCrop, decode, eval_crop, to_tensor
 from clipx.data.pixels import shared_pixels
@@ -128,6 +129,7 @@ class TrainReader(Reader):
         caption_views: number of times that a caption is drawn; None for once an epoch.
         features: features of frozen towers, by tower; what they hold is neither read nor decoded.
         teacher: prepares the same samples for a teacher.
+        augment: changes each crop; None for the crop alone.
     """
 
     def __init__(
@@ -142,11 +144,13 @@ class TrainReader(Reader):
         caption_views: int | None = None,
         features: Mapping[str, FeatureFile] | None = None,
         teacher: TeacherReader | None = None,
+        augment: Augmentation | None = None,
     ):
         super().__init__(source, tokenizer)
         self.plan, self.crop, self.caption, self.identify = plan, crop, caption, identify
         self.views, self.caption_views, self.features = views, caption_views, features or {}
         self.teacher = teacher
+        self.augment = augment
 
     def chunk(self, positions: range) -> Chunk:
         skipped: list[Skipped] = []
@@ -219,9 +223,12 @@ class TrainReader(Reader):
         else:
             needed = self.teacher or "text" not in known
             picture, captions = b"", captions_of(self.source, place.sample) if needed else []
-        crop_seed = digest(self.plan.seed, "crop", *view_of(place, self.views))
+        view = view_of(place, self.views)
+        crop_seed = digest(self.plan.seed, "crop", *view)
         if "image" not in known:
             self.crop(picture, random.Random(crop_seed), image[0])
+            if self.augment:
+                apply(self.augment, image[0], digest(self.plan.seed, "augment", *view))
         number = self.caption_number(place, len(captions)) if captions else 0
         caption, lesson = captions[number] if captions else "", None
         if self.teacher:

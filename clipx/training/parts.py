@@ -160,6 +160,7 @@ def train_reader(
         caption_views=config.views if "text" in config.freeze else None,
         features=features,
         teacher=teacher,
+        augment=build(config.augment, "augment", config.trust) or None,
     )
 
 

@@ -62,7 +62,7 @@ def test_a_page_has_every_option_of_every_group_with_what_it_is(command: str) ->
 def test_the_defaults_are_marked_and_their_keys_shown() -> None:
     page = help_page("train")
     marked = re.findall(r"^  \* (\w+)", page, re.MULTILINE)
-    assert marked == ["tiny", "emoji", "adamw_paper", "warmup_cosine", "info_nce", "retrieval"]
+    assert marked == ["tiny", "emoji", "none", "adamw_paper", "warmup_cosine", "info_nce", "retrieval"]
     assert [f"{key}={option}" for key, option in re.findall(r"^Keys of (\w+)=(\w+):", page, re.MULTILINE)] == [
         "model=tiny",
         "data=emoji",

@@ -103,6 +103,15 @@ def test_a_trunk_of_timm_gives_the_same_bits_stored_or_computed(train: Train, na
     assert losses("stored") == losses("computed") and len(losses("stored")) == STEPS
 
 
+def test_features_of_other_augmentations_are_stored_apart(train: Train) -> None:
+    for name, option in (("plain", "none"), ("strong", "strong"), ("flip", "flip")):
+        train(*RUN, f"augment={option}", CACHED, f"name={name}")
+        train(*RUN, f"augment={option}", UNCACHED, f"name={name}-computed")
+        assert losses(name) == losses(f"{name}-computed")
+    assert len({tuple(losses(name)) for name in ("plain", "strong", "flip")}) == 3
+    assert len([*Path("cache").glob("image-*")]) == 3
+
+
 def test_later_passes_and_later_runs_neither_decode_nor_run_the_tower(train: Train, monkeypatch) -> None:
     decoded, ran = [], []
     crop, features = TrainCrop.__call__, ImageEncoder.features

@@ -8,7 +8,7 @@ from conftest import FEW, ROOT, assert_same_state
 
 Train = Callable[..., None]
 
-GROUPS = ("optim", "sched")
+GROUPS = ("augment", "optim", "sched")
 WITH = {"optim=any": ("optim.optimizer=timm.optim.NAdamW", "optim.lr=1e-3", "+optim.betas=[0.9,0.95]")}
 
 
