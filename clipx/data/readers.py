@@ -223,18 +223,24 @@ class TrainReader(Reader):
         else:
             needed = self.teacher or "text" not in known
             picture, captions = b"", captions_of(self.source, place.sample) if needed else []
-        view = view_of(place, self.views)
-        crop_seed = digest(self.plan.seed, "crop", *view)
         if "image" not in known:
-            self.crop(picture, random.Random(crop_seed), image[0])
-            if self.augment:
-                apply(self.augment, image[0], digest(self.plan.seed, "augment", *view))
+            self.cut(place, self.crop, picture, image[0])
         number = self.caption_number(place, len(captions)) if captions else 0
         caption, lesson = captions[number] if captions else "", None
         if self.teacher:
-            rng, drawn = random.Random(crop_seed), [(number, caption)]
-            lesson = self.teacher.prepare(self.row(place), taught, picture, rng, place.sample, drawn)
+            pixels = None
+            if taught is None:
+                pixels = self.teacher.empty()
+                self.cut(place, self.teacher.crop, picture, pixels)
+            lesson = self.teacher.prepare(self.row(place), taught, pixels, place.sample, [(number, caption)])
         return Loaded(place, picture, caption, known, lesson)
+
+    def cut(self, place: Place, crop: TrainCrop, picture: bytes, out: Tensor) -> None:
+        """Fill ``out``, (S, S, 3) uint8, with the crop of a view, augmented.  Raises BadSample."""
+        view = view_of(place, self.views)
+        crop(picture, random.Random(digest(self.plan.seed, "crop", *view)), out)
+        if self.augment:
+            apply(self.augment, out, digest(self.plan.seed, "augment", *view))
 
     def stored(self, rows: Sequence[Loaded]) -> dict[str, Any]:
         """Return ``rows`` and ``stored`` of a chunk; nothing without views."""

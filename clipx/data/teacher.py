@@ -1,6 +1,5 @@
 """What a worker makes for a teacher: the same crops and captions as the student's, as the teacher takes them."""
 
-import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ def most_captions(source: Source) -> int:
 
 @dataclass(frozen=True)
 class TeacherReader:
-    """Prepares pictures and captions for a teacher, unless its features of them are stored.
+    """Collects pictures and captions for a teacher, unless its features of them are stored.
 
     The row of a picture is that of its view; the row of caption c of sample s is c times the number of samples, plus s,
     so that captions can be drawn anew in each epoch.  The file of texts may end before the last captions of samples
@@ -71,32 +70,27 @@ class TeacherReader:
         file = self.files.get(tower)
         return file.read(row) if file and row < file.rows else None
 
+    def empty(self) -> Tensor:
+        """Room for a picture, (S, S, 3) uint8."""
+        return torch.empty(self.crop.size, self.crop.size, 3, dtype=torch.uint8)
+
     def prepare(
         self,
         row: int,
         image: np.ndarray | None,
-        picture: bytes,
-        rng: random.Random,
+        pixels: Tensor | None,
         sample: int,
         captions: Sequence[tuple[int, str]],
     ) -> Lesson:
-        """Prepare one sample.
+        """Collect what is needed of one sample.
 
         Args:
             row: of the picture's view.
             image: its stored feature.
-            picture: a file; not used with ``image``.
-            rng: draws the crop.
+            pixels: of the picture, if its feature is not stored.
             sample: its id.
             captions: those drawn, each with its number in the sample.
-
-        Raises:
-            BadSample: the picture does not decode, or is too large.
         """
-        pixels = None
-        if image is None:
-            pixels = torch.empty(self.crop.size, self.crop.size, 3, dtype=torch.uint8)
-            self.crop(picture, rng, pixels)
         rows = [number * self.samples + sample for number, _ in captions]
         texts = [self.find("text", row) for row in rows]
         unknown = [caption for (_, caption), text in zip(captions, texts, strict=True) if text is None]

@@ -9,6 +9,7 @@ import torch
 from conftest import picture, write_tar
 from test_features import chunks_of
 
+from clipx.data.augment import Chain, Color, Flip
 from clipx.data.features import FeatureFile, open_features
 from clipx.data.images import TrainCrop
 from clipx.data.plan import Plan
@@ -44,6 +45,15 @@ def reader_of(
 ) -> TrainReader:
     crop, plan = TrainCrop(preprocessing, (0.3, 1.0), "fast"), Plan(source.sizes, 0, 64)
     return TrainReader(source, plan, crop, SimpleTokenizer(context), "random", views=VIEWS, teacher=teacher)
+
+
+def test_a_teacher_sees_the_same_changes_of_a_crop(source: Source) -> None:
+    readers = [reader_of(source, teacher_of()), reader_of(source, None, LARGE)]
+    for reader in readers:
+        reader.augment = Chain(flip=Flip(), color=Color())
+    both, large = (chunks_of(reader, 4, SAMPLES) for reader in readers)
+    assert all(torch.equal(one.teacher.images, other.images) for one, other in zip(both, large, strict=True))
+    assert not torch.equal(both[0].images, chunks_of(reader_of(source), 1, SAMPLES)[0].images)
 
 
 def teacher_of(files: Mapping[str, FeatureFile] | None = None) -> TeacherReader:
