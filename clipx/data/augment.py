@@ -166,10 +166,12 @@ def warp(
     # the inverse of rotation @ [[1, -slope], [0, 1]] @ diag(zoom), as the grid says where each pixel comes from
     a, b = (cos - slope * sin) / zoom[0], (sin + slope * cos) / zoom[0]
     c, d = -sin / zoom[1], cos / zoom[1]
-    inverse = torch.tensor([[[a, b, -a * x - b * y], [c, d, -c * x - d * y]]])
-    grid = F.affine_grid(inverse, [1, 3, *image.shape[1:]], align_corners=False)
-    filled = F.grid_sample(image[None].float() - fill, grid, align_corners=False)[0] + fill  # outside: 0
-    return to_uint8(filled)
+    side = image.shape[-1]
+    axis = torch.arange(1 - side, side, 2) / side  # (S,), centers of the pixels, from -1 to 1
+    right, down = axis - x, (axis - y)[:, None]
+    grid = torch.stack([a * right + b * down, c * right + d * down])  # (2, S, S)
+    filled = F.grid_sample(to_float(image)[None] - fill, grid.permute(1, 2, 0)[None], align_corners=False)[0]
+    return to_uint8(filled + fill)  # outside the picture, the grid finds 0
 
 
 class Color:
@@ -210,9 +212,13 @@ def recolor(image: Tensor, brightness: float, contrast: float, saturation: float
     cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
     turn = RGB @ torch.tensor([[1, 0, 0], [0, cos, sin], [0, -sin, cos]]) @ YIQ
     offset = brightness * (1 - contrast) * mean  # grey, which the turn leaves as it is
-    pixels = image.permute(1, 2, 0).reshape(-1, 3).float()
-    changed = torch.addmm(torch.tensor(offset), pixels, (brightness * contrast * turn).T)
-    return to_uint8(changed).view(*image.shape[1:], 3).permute(2, 0, 1)
+    changed = torch.addmm(torch.tensor(offset), brightness * contrast * turn, to_float(image).flatten(1))
+    return to_uint8(changed).view(image.shape)
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 -> float32, each colour in a piece of memory of its own."""
+    return image.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def to_uint8(x: Tensor) -> Tensor:
