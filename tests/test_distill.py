@@ -9,9 +9,8 @@ from conftest import run_ranks
 from torch import Tensor
 
 from clipx import distributed
-from clipx import loss as loss_module
-from clipx.distill import Teacher, distill_loss, teacher_terms
-from clipx.loss import clip_loss
+from clipx.loss import clip_loss, tiles
+from clipx.loss.distill import Teacher, distill_loss, teacher_terms
 
 OFF = {"feature": 0.0, "interactive": 0.0, "relational": 0.0}
 N, E = 12, 6
@@ -72,7 +71,7 @@ PLAIN = {"feature": plain_feature, "interactive": plain_interactive, "relational
 @pytest.mark.parametrize("width", [E, 10])
 @pytest.mark.parametrize("term", PLAIN)
 def test_each_term_is_that_of_a_whole_matrix(term: str, width: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     results = []
     for whole in (False, True):
         student, teacher = inputs(width=width)
@@ -101,7 +100,7 @@ WEIGHTS = {"feature": 2.0, "interactive": 3.0, "relational": 4.0}
 @pytest.mark.parametrize("tile", [1, 1 << 21])
 @pytest.mark.parametrize("captions", [1, 3])
 def test_equal_rows_can_be_kept_from_being_negatives(captions: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     student, teacher = inputs(captions)
     ids = torch.arange(N * (1 + captions)).view(N, 1 + captions)
     ids[4, 0], ids[2, 1] = ids[1, 0], ids[3, captions]  # 1 and 4 share a picture, 2 and 3 a caption

@@ -1,13 +1,13 @@
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
-import open_clip
+import open_clip.loss
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clipx import loss as loss_module
-from clipx.loss import clip_loss
+from clipx.loss import clip_loss, sigmoid_loss, tiles
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
@@ -25,7 +25,7 @@ def test_features_that_say_nothing_cost_log_of_the_batch() -> None:
 
 
 def test_sides_of_different_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 4\)"):
+    with pytest.raises(ValueError, match=r"\(2, 4\) and text features \(3, 4\) do not fit"):
         clip_loss(torch.ones(2, 4), torch.ones(3, 4), torch.ones(()))
 
 
@@ -51,7 +51,7 @@ def test_rows_with_the_same_picture_or_caption_can_be_kept_from_being_negatives(
 def test_tiles_give_the_loss_and_gradient_of_open_clip(
     tile: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(20, 6, dtype=torch.float64), dim=-1) for _ in range(2))
     text[3] = -image[3]  # a pair pointing in opposite directions
@@ -85,18 +85,120 @@ def test_on_a_gpu_the_logits_of_most_batches_are_one_tile(
 ) -> None:
     memory = SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: memory)
-    logits = loss_module.logits_at_once(torch.device("cuda"), 4)
+    logits = tiles.logits_at_once(torch.device("cuda"), 4)
     assert largest**2 <= logits and logits * 4 <= gigabytes * 1e9 / 64
-    assert loss_module.logits_at_once(torch.device("cuda"), 8) == logits // 2
-    monkeypatch.setattr(loss_module, "logits_at_once", lambda *_: logits)
-    assert [part for part, _ in loss_module.tiles(torch.ones(100, 2), torch.ones(()), largest)] == [slice(0, 100)]
-    assert len([*loss_module.tiles(torch.ones(largest, 1), torch.ones(()), 4 * largest)]) > 1
+    assert tiles.logits_at_once(torch.device("cuda"), 8) == logits // 2
+    monkeypatch.setattr(tiles, "logits_at_once", lambda *_: logits)
+    assert [part for part, _ in tiles.tiles(torch.ones(100, 2), torch.ones(()), largest)] == [slice(0, 100)]
+    assert len([*tiles.tiles(torch.ones(largest, 1), torch.ones(()), 4 * largest)]) > 1
 
 
 def test_on_a_cpu_and_on_a_tiny_gpu_a_tile_holds_as_many_logits_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=10**6))
-    assert (
-        loss_module.logits_at_once(torch.device("cpu"), 4)
-        == loss_module.logits_at_once(torch.device("cuda"), 4)
-        == loss_module.TILE
-    )
+    assert tiles.logits_at_once(torch.device("cpu"), 4) == tiles.logits_at_once(torch.device("cuda"), 4) == tiles.TILE
+
+
+Matrix = torch.Tensor
+ROWS, CAPTIONS = 10, 3
+
+
+def related(ids: Matrix, captions: int) -> tuple[Matrix, Matrix]:
+    """Which texts are those of an image, and which have its picture or one of its captions: (B, B K) each."""
+    own = torch.eye(len(ids), dtype=torch.bool).repeat_interleave(captions, dim=1)
+    alike = own.clone()
+    for row, (picture, *texts) in enumerate(ids.tolist()):
+        for column in range(len(ids) * captions):
+            other, text = ids[column // captions, 0], ids[column // captions, 1 + column % captions]
+            alike[row, column] |= bool(picture == other) or int(text) in texts
+    return own, alike
+
+
+def in_full(image: Matrix, text: Matrix, scale: Matrix, ids: Matrix, same: str, smoothing: float) -> Matrix:
+    """``clip_loss`` with the whole matrix in memory."""
+    own, alike = related(ids, len(text) // len(image))
+    positives = alike if same == "positive" else own
+    shown = ~alike | own if same == "mask" else torch.ones_like(own)
+    logits = (scale * image @ text.T).masked_fill(~shown, -torch.inf)
+    total = torch.zeros((), dtype=image.dtype)
+    for view, hits, seen in ((logits, positives, shown), (logits.T, positives.T, shown.T)):
+        hits, seen = hits.double(), seen.double()
+        target = (1 - smoothing) * hits / hits.sum(1, keepdim=True) + smoothing * seen / seen.sum(1, keepdim=True)
+        log_softmax = view.log_softmax(1).masked_fill(seen == 0, 0)
+        total = total - (target * log_softmax).sum(1).mean() / 2
+    return total
+
+
+def sigmoid_in_full(image: Matrix, text: Matrix, scale: Matrix, bias: Matrix, ids: Matrix, same: str) -> Matrix:
+    """``sigmoid_loss`` with the whole matrix in memory."""
+    own, alike = related(ids, len(text) // len(image))
+    positives = alike if same == "positive" else own
+    shown = ~alike | own if same == "mask" else torch.ones_like(own)
+    logits = scale * image @ text.T + bias
+    return -(F.logsigmoid(torch.where(positives, logits, -logits)) * shown).sum() / len(text)
+
+
+def batch_of(captions: int) -> tuple[Matrix, Matrix, Matrix]:
+    """Images, texts and ids, some of which are equal."""
+    torch.manual_seed(0)
+    image = F.normalize(torch.randn(ROWS, 6, dtype=torch.float64), dim=-1)
+    text = F.normalize(torch.randn(ROWS * captions, 6, dtype=torch.float64), dim=-1)
+    return image, text, torch.stack([torch.randint(6, (ROWS,)), *torch.randint(100, 120, (captions, ROWS))], dim=1)
+
+
+def with_gradients(loss_fn: Callable[..., Matrix], *inputs: Matrix) -> list[Matrix]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    loss = loss_fn(*leaves)
+    (3 * loss).backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("tile", [1, 7 * ROWS, 1 << 21])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("same", ["keep", "mask", "positive"])
+@pytest.mark.parametrize("captions", [1, CAPTIONS])
+def test_the_contrastive_loss_in_tiles_is_that_of_the_whole_matrix(
+    captions: int, same: str, smoothing: float, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "TILE", tile)
+    image, text, ids = batch_of(captions)
+    inputs = image, text, torch.tensor(7.0, dtype=torch.float64)
+    ours = with_gradients(lambda *x: clip_loss(*x, ids, same, smoothing), *inputs)
+    theirs = with_gradients(lambda *x: in_full(*x, ids, same, smoothing), *inputs)
+    assert len(ours) == len(theirs) == 4
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("tile", [1, 7 * ROWS, 1 << 21])
+@pytest.mark.parametrize("same", ["keep", "mask", "positive"])
+@pytest.mark.parametrize("captions", [1, CAPTIONS])
+def test_the_sigmoid_loss_in_tiles_is_that_of_the_whole_matrix(
+    captions: int, same: str, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "TILE", tile)
+    image, text, ids = batch_of(captions)
+    inputs = image, text, *torch.tensor([7.0, -3.0], dtype=torch.float64)
+    ours = with_gradients(lambda *x: sigmoid_loss(*x[:3], ids, bias=x[3], same=same), *inputs)
+    theirs = with_gradients(lambda *x: sigmoid_in_full(*x, ids, same), *inputs)
+    assert len(ours) == len(theirs) == 5
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+def test_the_sigmoid_loss_is_that_of_open_clip() -> None:
+    image, text, _ = batch_of(1)
+    inputs = image, text, *torch.tensor([10.0, -10.0], dtype=torch.float64)
+    ours = with_gradients(lambda *x: sigmoid_loss(*x[:3], bias=x[3]), *inputs)
+    theirs = with_gradients(open_clip.loss.SigLipLoss(), *inputs)
+    assert len(ours) == len(theirs) == 5
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("same", ["mask", "positive"])
+def test_where_all_rows_have_one_caption_the_gradients_are_finite(same: str) -> None:
+    image, text, _ = batch_of(1)
+    inputs = image, text, *torch.tensor([100.0, -10.0], dtype=torch.float64)
+    ids = torch.zeros(ROWS, 2, dtype=torch.int64)
+    found = with_gradients(lambda *x: clip_loss(*x[:3], ids, same, 0.1) + sigmoid_loss(*x[:3], ids, bias=x[3]), *inputs)
+    assert all(x.isfinite().all() for x in found)

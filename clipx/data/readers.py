@@ -19,8 +19,8 @@ from clipx.data.plan import MixPlan, Place, Plan, digest
 from clipx.data.sample import BadSample, Source, captions_of
 from clipx.data.tar.headers import DataError
 from clipx.data.teacher import Lesson, TeacherChunk, TeacherReader
-from clipx.distill import Teacher
 from clipx.errors import UserError
+from clipx.loss.distill import Teacher
 from clipx.preprocessing import Preprocessing
 from clipx.tokenizer import Tokenizer, Tokens
 

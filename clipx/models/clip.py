@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat
+from pydantic import AfterValidator, PositiveFloat
 from torch import Tensor, nn
 
 from clipx.models.packed import Packed
@@ -14,7 +14,16 @@ from clipx.models.text import TextEncoder
 from clipx.models.tower import ImageTower, TextTower, Tower
 from clipx.models.vision import ImageEncoder
 
-MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
+OUTSIDE_TOWERS = ("logit_scale", "logit_bias")  # parameters that belong to neither tower
+
+
+def validate_range(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < bounds[0] <= bounds[1]:
+        raise ValueError("expected the lowest and the highest temperature, above 0")
+    return bounds
+
+
+Range = Annotated[tuple[float, float], AfterValidator(validate_range)]
 
 
 class CLIP(nn.Module):
@@ -26,20 +35,37 @@ class CLIP(nn.Module):
     Args:
         image: the image tower.
         text: the text tower, with the same ``embed``.
-        temperature: initial value; learnt, clamped to [0.01, 1].
+        temperature: of the logits, initial value.
+        temperature_range: lowest and highest temperature; it is clamped after each step.
+        learn_temperature: whether the temperature is trained.
+        bias: initial value of a learnt bias of the logits, which the sigmoid loss needs; None for no bias.
 
-    Source: Radford et al. 2021 (arXiv 2103.00020).
+    Sources: Radford et al. 2021, also for the range, section 2.5 (arXiv 2103.00020); the bias: Zhai et al. 2023 (arXiv
+    2303.15343).
     """
 
-    def __init__(self, image: ImageTower, text: TextTower, temperature: PositiveFloat = 0.07):
+    def __init__(
+        self,
+        image: ImageTower,
+        text: TextTower,
+        temperature: PositiveFloat = 0.07,
+        temperature_range: Range = (0.01, 1.0),
+        learn_temperature: bool = True,
+        bias: float | None = None,
+    ):
         super().__init__()
+        lowest, highest = temperature_range
+        if not lowest <= temperature <= highest:
+            raise ValueError(f"temperature={temperature} is not in temperature_range=[{lowest}, {highest}]")
         if image.embed != text.embed:
             raise ValueError(
                 f"text.embed={text.embed}: should be {image.embed} as image.embed; the towers share one space"
             )
         self.visual = image
         self.text = text
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learn_temperature)
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+        self.log_scale_range = math.log(1 / highest), math.log(1 / lowest)
         if isinstance(text, TextEncoder):
             self.register_state_dict_post_hook(text_to_root)
             self.register_load_state_dict_pre_hook(root_to_text)
@@ -58,8 +84,8 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Clamp the inverse temperature to [1, 100]; called after each optimiser step."""
-        self.logit_scale.clamp_(0, MAX_LOG_SCALE)
+        """Clamp the temperature to its range; called after each optimiser step."""
+        self.logit_scale.clamp_(*self.log_scale_range)
 
     def train(self, mode: bool = True) -> "CLIP":
         """Set the mode; a module none of whose parameters is trained stays in evaluation mode."""

@@ -19,8 +19,8 @@ from clipx.data.features import FeatureFile, open_features
 from clipx.data.loader import MAX_CHUNK
 from clipx.data.sample import Data
 from clipx.devices import autocast_dtype, available_cores, has_bf16, select_workers
-from clipx.distill import Teacher
 from clipx.duration import Every
+from clipx.loss.distill import Teacher
 from clipx.models.clip import CLIP
 from clipx.models.lora import adapter_state
 from clipx.training.frozen import file_arguments, frozen_towers, unstored_because, unused_because

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clipx.data.readers import Chunk
-from clipx.distill import Teacher
+from clipx.loss.distill import Teacher
 from clipx.models.packed import EDGES, Packed, pack
 from clipx.tokenizer import Tokens
 

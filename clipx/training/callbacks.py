@@ -215,7 +215,7 @@ class Callbacks:
             "train/skipped": len(state.skipped),
             "train/bad_steps": state.bad_steps,
             **peak_memory_by_tag(state.model.logit_scale.device),
-            **(health_metrics(output) if not self.bad_steps else {}),
+            **(health_metrics(output, state.model.log_scale_range) if not self.bad_steps else {}),
         }
         self.run_log.scalars(metrics, reading.step, reading.samples)
         metrics = {tag: value for tag, value in metrics.items() if math.isfinite(value)}

@@ -51,8 +51,8 @@ class FeatureModel(nn.Module):
             model.visual.project(images.to(dtype)) if "image" in self.frozen else model.visual(self.normalise(images))
         )
         text = model.text.project(captions.to(dtype)) if isinstance(captions, Tensor) else model.text(captions)
-        projections = tuple(self.projections.values())
-        return Features(finish(image, True), finish(text, True), model.logit_scale.exp(), projections)
+        image, text = finish(image, True), finish(text, True)
+        return Features(image, text, model.logit_scale.exp(), model.logit_bias, tuple(self.projections.values()))
 
 
 class FrozenTowers:

@@ -4,11 +4,12 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from clipx.distributed import gather, world_size
-from clipx.models.clip import CLIP, MAX_LOG_SCALE
+from clipx.models.clip import CLIP
 from clipx.training.loop import StepOutput
 
 ROWS = 256  # of a batch that the metrics use
@@ -17,29 +18,34 @@ CHANCE = 0.99  # fraction of ln(batch); a loss above it has learnt nothing
 COLLAPSED = 2.0  # effective rank; embeddings below it have collapsed
 
 
-def health_metrics(output: StepOutput) -> dict[str, float]:
+def health_metrics(output: StepOutput, log_scale_range: tuple[float, float]) -> dict[str, float]:
     """Health metrics of a step, by tag.
 
-    ``loss_over_chance`` is 1 for an untrained model; the cosines are means over pairs and over non-pairs; the ranks are
-    the effective ranks of the embeddings of 256 rows (RankMe: Garrido et al. 2023, arXiv 2210.02885);
-    ``scale_at_clamp`` is 1 when the temperature has reached its bound.
+    All are of 256 rows: ``loss_over_chance``, their contrastive loss whatever the run's loss is, is 1 for an untrained
+    model; the cosines are means over pairs and over non-pairs; the ranks are the effective ranks of the embeddings
+    (RankMe: Garrido et al. 2023, arXiv 2210.02885).  ``scale_at_clamp`` is 1 when the temperature has reached a bound.
 
     Args:
         output: on the host, where the ranks take some milliseconds while a GPU has the next step to compute; on a GPU,
             computing eigenvalues waits for it.
+        log_scale_range: bounds of the logarithm of the inverse temperature.
     """
     rows = -(-ROWS // world_size())
     image, text = (gather(features[:rows]) for features in (output.image, output.text))  # (N, E)
     cosine = image @ text.T  # (N, N)
     pairs, total, count = cosine.trace().item(), cosine.sum().item(), len(cosine)
+    own = torch.arange(count)
+    loss = sum(F.cross_entropy(output.scale * side, own).item() for side in (cosine, cosine.T)) / 2
     image_norm, text_norm = output.tower_grad_norms.tolist()
+    lowest, highest = log_scale_range
+    log_scale = output.scale.log().item()
     found = {
-        "loss_over_chance": output.loss.item() / max(math.log(output.samples), 1e-9),
+        "loss_over_chance": loss / max(math.log(count), 1e-9),
         "positive_cosine": pairs / count,
         "negative_cosine": (total - pairs) / max(count * (count - 1), 1),
         "image_rank": effective_rank(image),
         "text_rank": effective_rank(text),
-        "scale_at_clamp": float(output.scale.log().item() > MAX_LOG_SCALE - 1e-3 or output.scale.item() < 1 + 1e-3),
+        "scale_at_clamp": float(lowest < highest and not lowest + 1e-3 < log_scale < highest - 1e-3),
         "grad_norm_image": image_norm,
         "grad_norm_text": text_norm,
     }
@@ -67,16 +73,14 @@ class HealthMonitor:
 
     Args:
         batch_size: of the run.
-        contrastive: whether chance is the logarithm of it; the loss of a run with a teacher has further terms.
     """
 
-    def __init__(self, batch_size: int, contrastive: bool = True):
-        chance = f"ln(batch_size) = {math.log(batch_size):.2f}"
-        self.contrastive = contrastive
+    def __init__(self, batch_size: int):
+        chance = f"ln({min(batch_size, ROWS)}) = {math.log(min(batch_size, ROWS)):.2f}"
         self.since: dict[str, int] = {}
         self.stuck = (
-            f"the loss has stayed at {chance}, which is chance, for {PATIENCE} steps or more. The usual causes: an "
-            "optim.lr far too high or too low; captions that do not match their pictures, or are all alike "
+            f"the contrastive loss has stayed at {chance}, which is chance, for {PATIENCE} steps or more. The usual "
+            "causes: an optim.lr far too high or too low; captions that do not match their pictures, or are all alike "
             "(python -m clipx.check shows some); frozen towers"
         )
         self.collapsed = (
@@ -89,8 +93,7 @@ class HealthMonitor:
     def check(self, step: int, numbers: Mapping[str, float]) -> Iterator[str]:
         """Yield the warnings due at a step, given its metrics by tag."""
         ranks = [numbers.get(f"health/{side}_rank", math.inf) for side in ("image", "text")]
-        stuck = self.contrastive and numbers.get("health/loss_over_chance", 0) > CHANCE
-        bad = {self.stuck: stuck, self.collapsed: min(ranks) < COLLAPSED}
+        bad = {self.stuck: numbers.get("health/loss_over_chance", 0) > CHANCE, self.collapsed: min(ranks) < COLLAPSED}
         for message, is_bad in bad.items():
             if not is_bad:
                 self.since.pop(message, None)

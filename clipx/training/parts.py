@@ -1,5 +1,6 @@
 """The parts of a run: what it trains on, from which weights, and for how long."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -13,7 +14,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from clipx import distributed
-from clipx.config.instantiate import build
+from clipx.config.instantiate import build, locate
 from clipx.config.schema import LoraConfig, TrainConfig
 from clipx.data.features import FeatureFile
 from clipx.data.images import TrainCrop
@@ -65,12 +66,27 @@ def initial_state(config: TrainConfig, device: torch.device, teacher: CLIP | Non
     torch.manual_seed(config.seed)
     model = build(config.model, "model", config.trust).to(device)
     model.set_grad_checkpoint(config.grad_checkpoint)
+    check_bias(model, config)
     freeze(model, config)
     add_lora(model, config)
     optimizer = build(config.optim, "optim", config.trust)(model)
     if projections := make_projections(model, teacher):
         optimizer.add_param_group({**optimizer.param_groups[0], "params": [*projections.parameters()]})  # as matrices
     return State(model, optimizer, GradScaler(device.type, LOSS_SCALE[config.amp]), config.ema, projections)
+
+
+def check_bias(model: CLIP, config: TrainConfig) -> None:
+    """
+    Raises:
+        UserError: the loss needs a bias of the logits, or has no use for the one that the model has.
+    """
+    target = config.loss["_target_"]
+    takes_bias = "bias" in inspect.signature(locate(target, "loss", config.trust)).parameters
+    if takes_bias and model.logit_bias is None:
+        raise UserError(f"the loss {target} needs a bias of the logits; add model.bias=-10")
+    if model.logit_bias is not None and not takes_bias:
+        bias = config.model["bias"]
+        raise UserError(f"model.bias={bias} has no effect with the loss {target}; add loss=sigmoid, or model.bias=null")
 
 
 def freeze(model: CLIP, config: TrainConfig) -> None:
@@ -155,7 +171,7 @@ def train_reader(
         TrainCrop(model.visual.preprocessing, data.crop, data.decode),
         model.text.tokenizer,
         data.caption,
-        identify=config.loss.get("same") == "mask",
+        identify=config.loss.get("same", "keep") != "keep",
         views=config.views,
         caption_views=config.views if "text" in config.freeze else None,
         features=features,

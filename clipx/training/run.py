@@ -255,7 +255,7 @@ def build_callbacks(
         bad_limit=data.bad_limit - sum(data.lost.values()),
         max_bad_steps=config.max_bad_steps,
         signals=signals,
-        monitor=HealthMonitor(config.batch_size, contrastive=parts.teacher is None),
+        monitor=HealthMonitor(config.batch_size),
         stopping=intervals.stop.over(state.step),
     )
 

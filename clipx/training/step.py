@@ -3,16 +3,16 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clipx.data.images import Normalise
-from clipx.distill import Teacher
+from clipx.loss.distill import Teacher
 from clipx.models.clip import CLIP
 from clipx.models.packed import Packed, to_device
 from clipx.training.batch import MicroBatch, concat
@@ -22,8 +22,9 @@ class Features(NamedTuple):
     """What a loss takes of a batch."""
 
     image: Tensor  # (b, E) unit features
-    text: Tensor  # (b, E) unit features
+    text: Tensor  # (b K, E) unit features, K captions of each image
     scale: Tensor  # () inverse temperature
+    bias: Tensor | None = None  # () of the logits, if the model has one
     projections: tuple[Tensor, ...] = ()  # (F, E) for pictures and for texts, to a teacher of another width
 
 
@@ -49,15 +50,15 @@ class PixelModel(nn.Module):
 
     def forward(self, images: Tensor, captions: Packed) -> Features:
         image, text, scale = self.model(self.normalise(images), captions)
-        return Features(image, text, scale, tuple(self.projections.values()))
+        return Features(image, text, scale, self.model.logit_bias, tuple(self.projections.values()))
 
 
 class MicroBatchEncoder:
     """Moves a micro-batch to the device and encodes it.
 
     Args:
-        forward: images (b, 3, S, S) uint8, packed captions -> unit features (b, E), (b, E), scale (): a ``PixelModel``
-            or ``FeatureModel``, or a wrapper around it.
+        forward: images (b, 3, S, S) uint8, packed captions -> features: a ``PixelModel`` or ``FeatureModel``, or a
+            wrapper around it.
         device: of the model.
         amp: autocast dtype, or None for float32.
     """
@@ -69,7 +70,7 @@ class MicroBatchEncoder:
     def __call__(self, micro_batch: MicroBatch) -> Features:
         images, captions = self.to_device(micro_batch)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            return self.forward(images, captions)
+            return Features(*self.forward(images, captions))
 
     def to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Packed | Tensor]:
         """Images (b, 3, S, S) uint8 and captions on the device.
@@ -119,8 +120,8 @@ def backward(
 
     Args:
         encoder: of the micro-batches.
-        loss_fn: unit features (B, E), (B, E), scale (), ids (B, 2) or None -> loss (); ``teacher=`` is added if it
-            takes that.
+        loss_fn: unit features (B, E), (B K, E), scale (), ids (B, 1 + K) or None -> loss (); with ``bias=`` () if the
+            model has one, and ``teacher=`` if the run has one.
         micro_batches: the batch.
         scaler: scales the loss.
 
@@ -151,32 +152,38 @@ def backward_in_parts(
             parts.append(encoder(micro_batch))
     image = torch.cat([part.image for part in parts]).requires_grad_()
     text = torch.cat([part.text for part in parts]).requires_grad_()
-    shared = [x.detach().requires_grad_() for x in (parts[0].scale, *parts[0].projections)]
-    loss = loss_of(Features(image, text, shared[0], tuple(shared[1:])))
-    d_image, d_text, *d_shared = torch.autograd.grad(scaler.scale(loss), (image, text, *shared), materialize_grads=True)
+    shared = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), parts[0][2:])  # scale, bias, projections
+    loss = loss_of(Features(image, text, *shared))
+    inputs = tensors_in((image, text, shared))
+    d_image, d_text, *d_shared = torch.autograd.grad(scaler.scale(loss), inputs, materialize_grads=True)
 
-    sizes = [len(micro_batch) for micro_batch in micro_batches]
-    again = zip(micro_batches, rng_states, d_image.split(sizes), d_text.split(sizes), strict=True)
-    for micro_batch, rng_state, *grads in again:
+    of_images, of_texts = d_image.split([len(x.image) for x in parts]), d_text.split([len(x.text) for x in parts])
+    grads = zip(of_images, of_texts, strict=True)
+    for micro_batch, rng_state, own in zip(micro_batches, rng_states, grads, strict=True):
         encoder.set_rng_state(rng_state)  # dropout draws the same numbers again
         if micro_batch is not micro_batches[-1]:
             with encoder.no_sync():
-                backward_from(encoder(micro_batch)[:2], grads)
+                backward_from(encoder(micro_batch)[:2], own)
         else:
-            *trained, projections = encoder(micro_batch)
-            backward_from([*trained, *projections], [*grads, *d_shared])
-    return BatchOutput(loss.detach(), image.detach(), text.detach(), shared[0].detach())
+            backward_from(tensors_in(encoder(micro_batch)), [*own, *d_shared])
+    return BatchOutput(loss.detach(), image.detach(), text.detach(), parts[0].scale)
+
+
+def tensors_in(features: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of nested tuples, in order."""
+    return [x for x in tree_leaves(features) if x is not None]
 
 
 def call_loss(
     loss_fn: Callable[..., Tensor], ids: Tensor | None, teacher: Teacher | None, features: Features
 ) -> Tensor:
     """Call a loss with what it takes."""
-    image, text, scale, projections = features
+    image, text, scale, bias, projections = features
+    further: dict[str, Any] = {} if bias is None else {"bias": bias}
     if teacher is None:
-        return loss_fn(image, text, scale, ids)
+        return loss_fn(image, text, scale, ids, **further)
     halves = teacher.image.to(image.dtype), teacher.text.to(text.dtype)
-    loss = loss_fn(image, text, scale, ids, teacher=Teacher(*halves, teacher.scale, projections))
+    loss = loss_fn(image, text, scale, ids, **further, teacher=Teacher(*halves, teacher.scale, projections))
     for weight in projections:
         loss = loss + 0 * weight.sum()  # DistributedDataParallel waits for the gradients of all parameters
     return loss

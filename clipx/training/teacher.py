@@ -19,8 +19,8 @@ from clipx.data.plan import MixPlan, Plan
 from clipx.data.readers import Chunk
 from clipx.data.sample import Data
 from clipx.data.teacher import TeacherReader, most_captions
-from clipx.distill import Teacher
 from clipx.errors import UserError
+from clipx.loss.distill import Teacher
 from clipx.models.clip import CLIP, finish
 from clipx.models.packed import Packed
 from clipx.models.tower import Tower

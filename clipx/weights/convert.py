@@ -50,7 +50,13 @@ def infer_node(state: Mapping[str, Tensor], source: object) -> Node:
         "_target_": "clipx.models.clip.CLIP",
         "image": infer_image_node(state, source),
         "text": infer_text_node(state, source),
+        **infer_bias(state),
     }
+
+
+def infer_bias(state: Mapping[str, Tensor]) -> Node:
+    """Return the key of the bias of the logits, if there is one."""
+    return {"bias": state["logit_bias"].item()} if "logit_bias" in state else {}
 
 
 def infer_image_node(state: Mapping[str, Tensor], source: object) -> Node:
@@ -98,7 +104,8 @@ def model_node(model: CLIP) -> Node:
         name: {"_target_": f"{type(tower).__module__}.{type(tower).__qualname__}", **tower.arguments()}
         for name, tower in model.towers.items()
     }
-    return {"_target_": "clipx.models.clip.CLIP", **towers}
+    bias = {} if model.logit_bias is None else {"bias": model.logit_bias.item()}
+    return {"_target_": "clipx.models.clip.CLIP", **towers, **bias}
 
 
 def open_clip_config(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +125,7 @@ def open_clip_config(node: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"open_clip has no tower like {tower['_target_']}")
     return {
         "embed_dim": image["embed"],
+        **({"init_logit_bias": node["bias"]} if "bias" in node else {}),
         "quick_gelu": any(act.endswith("quick_gelu") for act in acts),
         "vision_cfg": OPEN_CLIP_TOWERS[image["_target_"]](image),
         "text_cfg": OPEN_CLIP_TOWERS[text["_target_"]](text),

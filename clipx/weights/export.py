@@ -69,6 +69,8 @@ def write_hugging_face(model: CLIP, out: Path) -> None:
         for key in ("registers", "layer_scale"):
             if value := node[name].get(key):
                 raise UserError(f"to=hf: transformers' CLIPModel has nothing like model.{name}.{key}={value}")
+    if "bias" in node:
+        raise UserError(f"to=hf: transformers' CLIPModel has no bias of the logits like model.bias={node['bias']:.4g}")
     if node["text"]["vocab"] != END + 1:
         raise UserError(
             f"model.text.vocab={node['text']['vocab']} is not that of the tokenizer, {END + 1:,}; "

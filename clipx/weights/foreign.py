@@ -13,10 +13,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationE
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
+from clipx.models.clip import OUTSIDE_TOWERS
 from clipx.weights.archive import CheckpointError, read_file
 from clipx.weights.convert import (
     Node,
     from_hugging_face,
+    infer_bias,
     infer_image_node,
     infer_node,
     infer_text_node,
@@ -145,7 +147,7 @@ def weights_from_open_clip(content: Mapping[str, Any], config: Mapping[str, Any]
     for tower, keys in ((image_node, vision), (text_node, text)):
         if tower.get("layer_scale"):  # inferred from the gains, or what they began with
             tower["layer_scale"] = keys.get("ls_init_value") or tower["layer_scale"]
-    node = {"_target_": "clipx.models.clip.CLIP", "image": image_node, "text": text_node}
+    node = {"_target_": "clipx.models.clip.CLIP", "image": image_node, "text": text_node, **infer_bias(state)}
     return Weights(state, node, config.get("preprocess_cfg", {}))
 
 
@@ -272,8 +274,9 @@ def openai_state(content: Mapping[str, Any], source: object) -> dict[str, Tensor
         state = {name.partition(".")[2]: value for name, value in state.items()}
     if not any(name.startswith(TRANSFORMERS) and ".resblocks." not in name for name in state):
         state = {name.removeprefix("text."): value for name, value in state.items()}
-    if state.get("logit_scale", torch.empty(0)).shape == (1,):  # FSDP has no tensor without a dimension
-        state["logit_scale"] = state["logit_scale"][0]
+    for name in OUTSIDE_TOWERS:
+        if state.get(name, torch.empty(0)).shape == (1,):  # FSDP has no tensor without a dimension
+            state[name] = state[name][0]
     return from_hugging_face(state, source) if "text_model.final_layer_norm.weight" in state else state
 
 

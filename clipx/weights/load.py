@@ -12,7 +12,7 @@ from torch import Tensor
 from clipx.config.instantiate import build
 from clipx.data.images import get_image_transform
 from clipx.errors import UserError
-from clipx.models.clip import CLIP
+from clipx.models.clip import CLIP, OUTSIDE_TOWERS
 from clipx.models.layers import Act
 from clipx.preprocessing import MEAN, STD, Interpolation
 from clipx.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ def part_of(state: Mapping[str, Tensor], tower: TowerName | None) -> dict[str, T
     return {
         name: value
         for name, value in state.items()
-        if name != "logit_scale" and name.startswith("visual.") == (tower == "image")
+        if name not in OUTSIDE_TOWERS and name.startswith("visual.") == (tower == "image")
     }
 
 
@@ -238,8 +238,10 @@ def fill_in(tower: Node, act: Act | None, where: str) -> None:
 
 def mismatched_keys(theirs: Any, model: CLIP, only: TowerName | None = None) -> dict[str, Any]:
     """Return the overrides that would turn a model, or one tower, into that of a node, as far as the node says them."""
-    found = {}
-    for name, ours in model_node(model).items():
+    node, found = model_node(model), {}
+    if only is None and isinstance(theirs, Mapping) and ("bias" in node) != (theirs.get("bias") is not None):
+        found["model.bias"] = "null" if "bias" in node else f"{theirs['bias']:.4g}"
+    for name, ours in node.items():
         tower = theirs.get(name) if isinstance(theirs, Mapping) and only in (None, name) else None
         if not isinstance(tower, Mapping) or not isinstance(ours, Mapping) or tower["_target_"] != ours["_target_"]:
             continue

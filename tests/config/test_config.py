@@ -136,6 +136,19 @@ def test_train_yaml_states_every_key_of_the_schema() -> None:
         ),
         (["~sched"], "sched has no value; add sched=..."),
         (
+            ["model.bias=-5"],
+            "model.bias=-5.0 has no effect with the loss clipx.loss.clip_loss; add loss=sigmoid, or model.bias=null",
+        ),
+        (
+            ["loss=sigmoid", "model.bias=null"],
+            "the loss clipx.loss.sigmoid_loss needs a bias of the logits; add model.bias=-10",
+        ),
+        (["model.temperature=2"], "model.temperature=2.0 is not in temperature_range=[0.01, 1.0]"),
+        (
+            ["model.temperature_range=[1,0.1]"],
+            "model.temperature_range=[1, 0.1]: expected the lowest and the highest temperature, above 0",
+        ),
+        (
             ["~sched._target_"],
             "sched={'_partial_': True, 'warmup': 2000, 'warmup_cap': 0.1, 'floor': 0.0}: expected a config node with a "
             "_target_",

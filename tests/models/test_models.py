@@ -320,3 +320,18 @@ def test_the_public_names_exist() -> None:
         assert getattr(clipx, name).__doc__
     with pytest.raises(AttributeError, match="clipx.*'clap'"):
         _ = clipx.clap
+
+
+def test_the_temperature_stays_in_its_range_and_can_be_fixed() -> None:
+    towers = (
+        ImageEncoder(size=32, patch=16, width=64, depth=1, heads=1, embed=8),
+        TextEncoder(width=64, depth=1, heads=1, embed=8),
+    )
+    clip = CLIP(*towers, temperature=0.1, temperature_range=(0.05, 0.2))
+    for scale, expected in ((1000.0, 20.0), (0.1, 5.0), (7.0, 7.0)):
+        clip.logit_scale.data.fill_(math.log(scale))
+        clip.clamp_scale()
+        assert clip.logit_scale.exp().item() == pytest.approx(expected)
+    assert not CLIP(*towers, learn_temperature=False).logit_scale.requires_grad
+    with pytest.raises(ValueError, match=r"temperature=0.5 is not in temperature_range=\[0.05, 0.2\]"):
+        CLIP(*towers, temperature=0.5, temperature_range=(0.05, 0.2))

@@ -172,7 +172,7 @@ def test_what_has_no_effect_and_what_is_missing_is_refused(teach: Train, fails: 
         "loss=distill, or leave it out"
     )
     assert fails(*TINY, "loss=distill", "name=x") == (
-        "the loss clipx.distill.distill_loss needs a teacher to learn from; add teacher=RUN_OR_WEIGHTS"
+        "the loss clipx.loss.distill_loss needs a teacher to learn from; add teacher=RUN_OR_WEIGHTS"
     )
     assert fails(*RUN, "teacher=outputs/teachr", "name=x").startswith(
         "teacher=outputs/teachr: there is no such run, checkpoint or weights; there is outputs/teacher"

@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from conftest import FEW, lines
 
 from clipx.data.dummy import Dummy
+from clipx.loss import clip_loss
 from clipx.training import health
 from clipx.training.health import HealthMonitor, effective_rank, health_metrics
 from clipx.training.loop import StepOutput
 
+RANGE = 0.0, math.log(100)
+
 
 def numbers(image: torch.Tensor, text: torch.Tensor, scale: float = 14.0) -> StepOutput:
-    loss = F.cross_entropy(scale * image @ text.T, torch.arange(len(image)))
+    loss = clip_loss(image, text, torch.tensor(scale))
     return StepOutput(
         loss,
         image,
@@ -36,7 +39,7 @@ def numbers(image: torch.Tensor, text: torch.Tensor, scale: float = 14.0) -> Ste
 def test_the_numbers_are_what_plain_computation_gives() -> None:
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(48, 16, dtype=torch.float64), dim=-1) for _ in range(2))
-    metrics = health_metrics(numbers(image, text))
+    metrics = health_metrics(numbers(image, text), RANGE)
     cosine = (image @ text.T).numpy()
     others = cosine[~np.eye(48, dtype=bool)]
     assert metrics["health/positive_cosine"] == pytest.approx(np.diag(cosine).mean())
@@ -58,7 +61,7 @@ def test_the_effective_rank_counts_directions() -> None:
 @pytest.mark.parametrize(("scale", "clamped"), [(100.0, 1.0), (1.0, 1.0), (14.0, 0.0)])
 def test_a_temperature_at_its_bound_is_reported(scale: float, clamped: float) -> None:
     image = F.normalize(torch.randn(8, 4), dim=-1)
-    assert health_metrics(numbers(image, image, scale))["health/scale_at_clamp"] == clamped
+    assert health_metrics(numbers(image, image, scale), RANGE)["health/scale_at_clamp"] == clamped
 
 
 def test_warnings_come_once_and_only_for_lasting_problems() -> None:
@@ -67,7 +70,7 @@ def test_warnings_come_once_and_only_for_lasting_problems() -> None:
     healthy = {"health/loss_over_chance": 0.7, "health/image_rank": 80.0, "health/text_rank": 90.0}
     for step in (10, 200, 400, 600, 800):
         warnings += [(step, message[:20]) for message in monitor.check(step, healthy if step == 200 else unhealthy)]
-    assert warnings == [(800, "the loss has stayed "), (800, "the embeddings have ")]
+    assert warnings == [(800, "the contrastive loss"), (800, "the embeddings have ")]
     assert list(monitor.check(2000, unhealthy)) == []
 
 
@@ -77,7 +80,7 @@ def test_a_run_that_learns_nothing_is_reported(
     monkeypatch.setattr(health, "PATIENCE", 5)
     train(*FEW, "name=x", "max_steps=12", "optim.lr=1e-12", "evals=[]")
     log = (tmp_path / "outputs/x/train.log").read_text()
-    assert log.count("the loss has stayed at ln(batch_size) = 2.77, which is chance, for 5 steps or more") == 1
+    assert log.count("the contrastive loss has stayed at ln(16) = 2.77, which is chance, for 5 steps or more") == 1
     assert {"health/image_rank", "health/scale_at_clamp"} <= lines(tmp_path / "outputs/x")[0].keys()
 
 

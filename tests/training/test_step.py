@@ -4,6 +4,7 @@ import inspect
 import json
 import resource
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,22 +16,23 @@ from torch import Tensor, nn
 
 from clipx.data.dummy import open_dummy
 from clipx.evals.encoder import EvalEncoder
-from clipx.loss import clip_loss
+from clipx.loss import clip_loss, sigmoid_loss
 from clipx.models import kernels, packed
 from clipx.models.clip import CLIP
-from clipx.models.packed import EDGES, grid_edges
+from clipx.models.packed import EDGES, Packed, grid_edges
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.batch import split_micro_batches
-from clipx.training.step import MicroBatchEncoder, PixelModel, backward
+from clipx.training.step import Features, MicroBatchEncoder, PixelModel, backward
 
 
-def model(dtype: torch.dtype = torch.float64) -> CLIP:
+def model(dtype: torch.dtype = torch.float64, bias: float | None = None) -> CLIP:
     torch.manual_seed(0)
     return CLIP(
         ImageEncoder(size=64, patch=32, width=64, depth=2, heads=1, embed=32),
         TextEncoder(width=64, depth=2, heads=1, embed=32),
+        bias=bias,
     ).to(dtype)
 
 
@@ -136,7 +138,7 @@ def test_what_dropout_draws_in_the_first_pass_it_draws_in_the_second() -> None:
     grads = [p.grad for p in clip.parameters()]
     clip.zero_grad()
     torch.manual_seed(3)  # the same random draws, in a single pass
-    images, texts, scales, _ = zip(*[encoder(part) for part in parts], strict=True)
+    images, texts, scales, *_ = zip(*[encoder(part) for part in parts], strict=True)
     clip_loss(torch.cat(images), torch.cat(texts), scales[0]).backward()
     assert_close(grads, [p.grad for p in clip.parameters()])
     assert torch.equal(after, torch.get_rng_state())
@@ -182,24 +184,50 @@ def test_each_tower_can_be_checkpointed_alone(tower: str | bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradient(clip, 16, None)[1], plain, strict=True))
 
 
+LOSSES = {
+    "keep": clip_loss,
+    "mask": partial(clip_loss, same="mask"),
+    "positive": partial(clip_loss, same="positive"),
+    "smoothed": partial(clip_loss, same="mask", label_smoothing=0.1),
+    "sigmoid": sigmoid_loss,
+    "sigmoid positive": partial(sigmoid_loss, same="positive"),
+}
+
+
+class WithBias(nn.Module):
+    """A model that also returns the bias of its logits."""
+
+    def __init__(self, clip: CLIP):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images: Tensor, captions: Packed) -> Features:
+        return Features(*self.clip(images, captions), self.clip.logit_bias)
+
+
+def gradient_of(
+    loss_fn: Callable[..., Tensor], micro: int | None, rank: int = 0, world: int = 1
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradient of a batch of 64, on one rank."""
+    takes_bias = "bias" in inspect.signature(loss_fn).parameters
+    clip = model(bias=-3.0 if takes_bias else None)
+    forward: nn.Module = WithBias(clip)
+    if world > 1:
+        forward = nn.parallel.DistributedDataParallel(forward)
+    parts, scaler = split_micro_batches(chunks_of(64, micro, rank, world), micro), torch.amp.GradScaler(enabled=False)
+    loss = backward(Double(forward, CPU, None), loss_fn, parts, scaler).loss
+    return loss, [p.grad for p in clip.parameters()]
+
+
 def ranks_gradient(rank: int, world: int, store: str, path: str) -> None:
-    """Loss and gradient on one rank, also with two micro-batches."""
+    """Loss and gradient of every loss on one rank, also with two micro-batches."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    clip = model()
-    forward = nn.parallel.DistributedDataParallel(clip)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    results = {}
-    for same in ("keep", "mask"):
-        for micro in (None, 8):
-
-            def loss_fn(*features: Tensor, same: str = same) -> Tensor:
-                return clip_loss(*features, same)
-
-            parts = split_micro_batches(chunks_of(64, micro, rank, world), micro)
-            loss = backward(Double(forward, CPU, None), loss_fn, parts, scaler).loss
-            results[same, micro] = loss, [p.grad.clone() for p in clip.parameters()]
-            clip.zero_grad()
+    results = {
+        (name, micro): gradient_of(loss_fn, micro, rank, world)
+        for name, loss_fn in LOSSES.items()
+        for micro in (None, 8)
+    }
     torch.save(results, f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -207,17 +235,22 @@ def ranks_gradient(rank: int, world: int, store: str, path: str) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_give_the_loss_and_the_gradient_of_one(world: int, tmp_path: Path) -> None:
     run_ranks(ranks_gradient, world, str(tmp_path / "store"), str(tmp_path))
-    clip = model()
-    for same in ("keep", "mask"):
-        parts, scaler = split_micro_batches(chunks_of(64, None), None), torch.amp.GradScaler("cpu", enabled=False)
-        loss = backward(Double(clip, CPU, None), lambda *f, same=same: clip_loss(*f, same), parts, scaler).loss
-        full_grads = [p.grad for p in clip.parameters()]
-        clip.zero_grad()
-        for rank in range(world):
-            actual = torch.load(tmp_path / f"{rank}.pt")
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for name, loss_fn in LOSSES.items():
+        loss, full_grads = gradient_of(loss_fn, None)
+        for actual in found:
             for micro in (None, 8):
-                assert actual[same, micro][0].item() == pytest.approx(loss.item(), rel=1e-12)
-                assert_close(actual[same, micro][1], full_grads)
+                assert actual[name, micro][0].item() == pytest.approx(loss.item(), rel=1e-12), (name, micro)
+                assert_close(actual[name, micro][1], full_grads)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_the_gradient_of_the_whole_batch_in_micro_batches(name: str) -> None:
+    loss, full_grads = gradient_of(LOSSES[name], None)
+    same_loss, parts = gradient_of(LOSSES[name], 24)
+    assert same_loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert_close(parts, full_grads)
+    assert all(grad.any() for grad in full_grads)
 
 
 @pytest.mark.long

@@ -90,6 +90,28 @@ def test_layer_scale_goes_to_open_clip_and_back_and_registers_stay_here(
     assert export_error("run=outputs/y", "to=open_clip", "out=hf") == other
 
 
+def test_the_bias_of_a_run_with_the_sigmoid_loss_goes_to_open_clip_and_back(
+    train: Callable[..., None],
+    export: Export,
+    fails: Callable[..., str],
+    export_error: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    train(*FEW, "evals=[]", "max_steps=2", "name=x", "loss=sigmoid", "optim.lr=1e-2")
+    export("run=outputs/x", "to=open_clip", "out=oc")
+    ours, _, _ = load("outputs/x")
+    assert_same(load("oc")[0], ours)
+    assert ours.logit_bias.item() != -10.0 and ours.logit_bias.item() == pytest.approx(-10, abs=0.1)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/oc")
+    assert torch.equal(model.logit_bias, ours.logit_bias)
+    train(*FEW, "evals=[]", "max_steps=1", "name=y", "loss=sigmoid", "init_from=oc", "optim.lr=1e-12")
+    assert load("outputs/y")[0].logit_bias.item() == pytest.approx(ours.logit_bias.item())
+    message = fails(*FEW, "init_from=oc", "name=z")
+    assert message.startswith("init_from=oc does not fit: logit_bias is one number in the weights and missing in the")
+    assert message.endswith(f"; model.bias={ours.logit_bias.item():.4g} fits")
+    assert "transformers' CLIPModel has no bias of the logits" in export_error("run=outputs/x", "to=hf", "out=hf")
+
+
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
 def test_weights_go_to_hugging_face_and_back_to_the_bit(
     export: Export, weights: Path, tmp_path: Path, act: str

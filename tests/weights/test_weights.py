@@ -250,7 +250,7 @@ def test_what_open_clip_has_cached_is_found_by_its_name(tmp_path: Path, monkeypa
         ({"act": None}, "w.pt does not say its activation; add act=quick_gelu for OpenAI's weights"),
         ({"drop": "visual.proj"}, "w.pt holds another kind of model than CLIP with a Vision Transformer: 'visual.p"),
         ({"drop": "ln_final.bias"}, "w.pt does not fit: ln_final.bias is missing in the weights and 128 in the model"),
-        ({"add": {"logit_bias": torch.ones(())}}, "logit_bias is one number in the weights and missing in the model"),
+        ({"add": {"logit_sum": torch.ones(())}}, "logit_sum is one number in the weights and missing in the model"),
         ({"add": {"epoch": 3}}, "w.pt holds no state dict: expected names and tensors, or these under state_dict"),
         ({"add": {"x": argparse.Namespace()}}, "w.pt is not a checkpoint of tensors alone: it holds objects (arg"),
         ({"file": b"PK\3\4"}, "w.pt is not a checkpoint: it is cut short, or another kind of file"),
@@ -594,7 +594,7 @@ def test_what_is_not_frozen_has_the_gradient_that_it_would_have(towers: tuple[st
 def test_the_norm_of_a_frozen_tower_is_0() -> None:
     clip = frozen("image")
     clip_loss(*clip(torch.randn(4, 3, 64, 64).double(), torch.arange(32).view(4, 8))).backward()
-    (image, text), total = gradient_norms(clip)
+    (image, text), total = gradient_norms(clip, nn.Module())
     assert image == 0 < text < total
 
 

@@ -1,7 +1,6 @@
 """Learn from a teacher's features besides the pairs, by the terms of CLIP-KD."""
 
-from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clipx import distributed
-from clipx.loss import clip_loss, logits_at_once
+from clipx.loss.contrastive import Smoothing, clip_loss
+from clipx.loss.relations import Same
+from clipx.loss.tiles import tile_slices
 from clipx.models.layers import linear
 
 Weight = Annotated[float, Field(ge=0)]
@@ -32,7 +33,8 @@ def distill_loss(
     ids: Tensor | None = None,
     *,
     teacher: Teacher,
-    same: Literal["keep", "mask"] = "keep",
+    same: Same = "keep",
+    label_smoothing: Smoothing = 0.0,
     feature: Weight = 2000.0,
     interactive: Weight = 1.0,
     relational: Weight = 1.0,
@@ -52,6 +54,7 @@ def distill_loss(
         ids: as ``clip_loss`` takes them.
         teacher: its features of the same samples.
         same: as ``clip_loss`` takes it.
+        label_smoothing: as ``clip_loss`` takes it, for the pairs.
         feature: weight of FD.
         interactive: weight of ICL.
         relational: weight of CRD.
@@ -62,7 +65,7 @@ def distill_loss(
     Source: Yang et al. 2024 (arXiv 2307.12732), equations 3 to 8, with the weights of section 4.1; there, ICL has a
     temperature of its own in the published code.
     """
-    pairs = clip_loss(image, text, scale, ids, same)
+    pairs = clip_loss(image, text, scale, ids, same, label_smoothing)
     masked = None if same == "keep" else ids
     return pairs + teacher_terms(image, text, scale, masked, teacher, feature, interactive, relational)
 
@@ -146,7 +149,9 @@ def log_sums(rows: Tensor, columns: Tensor, scale: Tensor, likes: tuple[Side, Si
             logits = logits.masked_fill(alike & (own.pairs[part, None] != other.pairs), -torch.inf)
         return logits.logsumexp(dim=1)
 
-    return torch.cat([checkpoint(tile, part, scale * rows[part], use_reentrant=False) for part in tiles(rows, columns)])
+    return torch.cat(
+        [checkpoint(tile, part, scale * rows[part], use_reentrant=False) for part in tile_slices(rows, len(columns))]
+    )
 
 
 def relational_term(image: Tensor, text: Tensor, scale: Tensor, teacher: Teacher) -> Tensor:
@@ -168,13 +173,6 @@ def divergence(
         found = linear(scale * part, columns).log_softmax(dim=1)
         return F.kl_div(found, expected, reduction="sum", log_target=True)
 
-    parts = tiles(rows, columns)
+    parts = tile_slices(rows, len(columns))
     sums = [checkpoint(tile, rows[part], target_rows[part], columns, use_reentrant=False) for part in parts]
     return torch.stack(sums).sum() / len(rows)
-
-
-def tiles(rows: Tensor, columns: Tensor) -> Iterator[slice]:
-    """Slices of the rows whose logits are computed at once."""
-    size = max(1, logits_at_once(rows.device, rows.element_size()) // len(columns))
-    for start in range(0, len(rows), size):
-        yield slice(start, start + size)
