@@ -5,9 +5,9 @@ one resampling and the colour changes one matrix, several times as fast as torch
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -87,17 +87,61 @@ class Chain:
     """
 
     def __init__(self, **steps: Augmentation):
-        for name, step in steps.items():
-            if not callable(step):
-                raise ValueError(
-                    f"{name}={step!r}: expected a config node with a _target_, such as that of augment=flip"
-                )
-        self.steps = steps
+        self.steps = [step for name, step in steps.items() if is_augmentation(name, step)]
 
     def __call__(self, image: Tensor) -> Tensor:
-        for step in self.steps.values():
+        for step in self.steps:
             image = step(image)
         return image
+
+
+class BySource:
+    """An augmentation for each source of a mix.
+
+    Args:
+        sources: by name of the source; those that are not named keep the crop alone.
+
+    Raises:
+        ValueError: one is no augmentation.
+    """
+
+    def __init__(self, **sources: Augmentation):
+        self.names = [*sources]
+        self.sources = {name: built for name, built in sources.items() if is_augmentation(name, built)}
+
+
+def is_augmentation(name: str, built: Any) -> bool:
+    """Whether a node builds an augmentation; an empty one, that of ``augment=none``, does not.
+
+    Raises:
+        ValueError: it builds something else.
+    """
+    if built != {} and not callable(built):
+        raise ValueError(f"{name}={built!r}: expected a config node with a _target_, such as that of augment=flip")
+    return bool(built)
+
+
+def for_sources(augment: Augmentation | BySource | None, names: Sequence[str]) -> list[Augmentation | None]:
+    """The augmentation of each source.
+
+    Args:
+        augment: one for all, or ``BySource``.
+        names: of the sources of a mix; empty for other data.
+
+    Raises:
+        UserError: ``BySource`` names another source, or the one for all is no function.
+    """
+    if not isinstance(augment, BySource):
+        if augment is not None and not callable(augment):
+            raise UserError(
+                f"augment is {augment!r}; its _target_ should return a function of a picture, or have _partial_: true"
+            )
+        return [augment] * max(1, len(names))
+    if not names:
+        raise UserError("augment=by_source is for the sources of data=mix; other data take one, such as augment=color")
+    if wrong := [name for name in augment.names if name not in names]:
+        raise UserError(f"augment.{wrong[0]}: the mix has no such source; there are {', '.join(names)}")
+    return [augment.sources.get(name) for name in names]
 
 
 class Flip:

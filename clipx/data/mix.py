@@ -55,9 +55,15 @@ class Mix(Data):
 
     sizes: Sequence[Sequence[int]] = ()  # samples of each shard, for each source
     weights: Sequence[float] = ()
+    names: Sequence[str] = ()  # of the sources
 
     def plan(self, seed: int) -> MixPlan:
         return MixPlan(self.sizes, self.weights, seed, self.shuffle_window)
+
+
+def source_names(data: Data) -> Sequence[str]:
+    """The names of the sources of a mix; empty for other data."""
+    return data.names if isinstance(data, Mix) else ()
 
 
 def open_mix(sources: dict[str, Data], weights: dict[str, float], **options: Unpack[DataOptions]) -> Mix:
@@ -91,6 +97,7 @@ def open_mix(sources: dict[str, Data], weights: dict[str, float], **options: Unp
         lost={shard: count for data in sources.values() for shard, count in data.lost.items()},
         sizes=[data.train.sizes for data in sources.values()],
         weights=[weights[name] for name in sources],
+        names=[*sources],
     )
     mix.plan(seed=0)  # fail now if a weight is too small
     return mix

@@ -129,7 +129,7 @@ class TrainReader(Reader):
         caption_views: number of times that a caption is drawn; None for once an epoch.
         features: features of frozen towers, by tower; what they hold is neither read nor decoded.
         teacher: prepares the same samples for a teacher.
-        augment: changes each crop; None for the crop alone.
+        augments: of each source, changes its crops; None for the crop alone.
     """
 
     def __init__(
@@ -144,13 +144,12 @@ class TrainReader(Reader):
         caption_views: int | None = None,
         features: Mapping[str, FeatureFile] | None = None,
         teacher: TeacherReader | None = None,
-        augment: Augmentation | None = None,
+        augments: Sequence[Augmentation | None] = (None,),
     ):
         super().__init__(source, tokenizer)
         self.plan, self.crop, self.caption, self.identify = plan, crop, caption, identify
         self.views, self.caption_views, self.features = views, caption_views, features or {}
-        self.teacher = teacher
-        self.augment = augment
+        self.teacher, self.augments = teacher, augments
 
     def chunk(self, positions: range) -> Chunk:
         skipped: list[Skipped] = []
@@ -239,8 +238,8 @@ class TrainReader(Reader):
         """Fill ``out``, (S, S, 3) uint8, with the crop of a view, augmented.  Raises BadSample."""
         view = view_of(place, self.views)
         crop(picture, random.Random(digest(self.plan.seed, "crop", *view)), out)
-        if self.augment:
-            apply(self.augment, out, digest(self.plan.seed, "augment", *view))
+        if augment := self.augments[place.source]:
+            apply(augment, out, digest(self.plan.seed, "augment", *view))
 
     def stored(self, rows: Sequence[Loaded]) -> dict[str, Any]:
         """Return ``rows`` and ``stored`` of a chunk; nothing without views."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipx.config.instantiate import build
 from clipx.config.schema import TrainConfig
+from clipx.data.augment import apply
 from clipx.data.images import resize
 from clipx.data.loader import group_steps, load_chunks, train_ranges
 from clipx.data.pixels import shared_pixels
+from clipx.data.plan import Place
 from clipx.data.readers import Chunk, TrainReader
 from clipx.data.sample import Data
 from clipx.devices import autocast_dtype, limit_threads, select_amp, select_device, select_workers
@@ -73,10 +76,15 @@ def time_stages(config: TrainConfig) -> dict[str, float]:
         seconds[stage] = (time.perf_counter() - start) / NUM_STAGED
         return done
 
+    def resize_and_augment(item: tuple[Place, np.ndarray]) -> None:
+        resize(item[1], pixels, reader.crop.interpolation)
+        if augment := reader.augments[item[0].source]:
+            apply(augment, pixels, seed=0)
+
     samples = timed("read", lambda place: reader.source.read(place.sample), places)
     cuts = timed("decode", lambda sample: reader.crop.cut(sample.picture, random.Random(0)).copy(), samples)
     pixels = shared_pixels(1, reader.crop.size)[0]
-    timed("augment", lambda cut: resize(cut, pixels, reader.crop.interpolation), cuts)
+    timed("augment", resize_and_augment, list(zip(places, cuts, strict=True)))
     timed("tokenise", reader.tokenizer.flat, [sample.captions[:1] for sample in samples])
     chunk = shared_pixels(NUM_STAGED, reader.crop.size)
     timed("collate", lambda row: chunk[row].copy_(pixels), list(range(NUM_STAGED)))

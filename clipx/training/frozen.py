@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clipx.config.schema import TrainConfig
 from clipx.data.features import FORMAT, FeatureFile, open_features
 from clipx.data.images import Normalise
+from clipx.data.mix import source_names
 from clipx.data.readers import Chunk
 from clipx.data.sample import Data, probe_samples
 from clipx.data.tar.index import expand_home
@@ -212,7 +213,7 @@ def file_arguments(
 ) -> tuple[Path, int, int, dict[str, Any]]:
     """Path, rows, width and contents of a tower's file, as ``open_features`` takes them; ``device`` is the run's."""
     assert config.views is not None
-    key = features_key(config, data, model, name, device, config.model.get(name, config.model), config.augment)
+    key = features_key(config, data, model, name, device, config.model.get(name, config.model))
     rows = config.views * int(sum(data.train.sizes))
     return features_directory(config) / f"{name}-{key}", rows, model.towers[name].width, {"tower": name, "key": key}
 
@@ -240,13 +241,7 @@ def unstored_because(config: TrainConfig, epochs: float) -> str:
 
 
 def features_key(
-    config: TrainConfig,
-    data: Data,
-    model: CLIP,
-    name: Name,
-    device: torch.device,
-    node: Mapping[str, Any],
-    augment: Mapping[str, Any] | None = None,
+    config: TrainConfig, data: Data, model: CLIP, name: Name, device: torch.device, node: Mapping[str, Any]
 ) -> str:
     """Hash what the features of a tower, built from ``node``, depend on: data, views, input, weights and precision."""
     tower = model.towers[name]
@@ -255,7 +250,8 @@ def features_key(
         made = [data.caption, tower.tokenizer([PROBE]).tolist(), tower.context]
     else:
         made = [list(data.crop), data.decode, list(model.visual.preprocessing)]
-        made += [json.dumps(augment)] if augment else []  # in its order, which matters to a Chain
+        # in its order, which matters to a Chain
+        made += [json.dumps(config.augment), *source_names(data)] if config.augment else []
     parts = [
         FORMAT, name, data.train.id, probe_samples(data.train), config.seed, config.views, made,
         json.dumps(node, sort_keys=True),

@@ -16,9 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from clipx import distributed
 from clipx.config.instantiate import build, locate
 from clipx.config.schema import LoraConfig, TrainConfig
+from clipx.data.augment import for_sources
 from clipx.data.features import FeatureFile
 from clipx.data.images import TrainCrop
 from clipx.data.loader import group_steps, load_chunks, train_ranges
+from clipx.data.mix import source_names
 from clipx.data.plan import MixPlan, Plan
 from clipx.data.readers import Chunk, TrainReader
 from clipx.data.sample import Data
@@ -176,7 +178,7 @@ def train_reader(
         caption_views=config.views if "text" in config.freeze else None,
         features=features,
         teacher=teacher,
-        augment=build(config.augment, "augment", config.trust) or None,
+        augments=for_sources(build(config.augment, "augment", config.trust) or None, source_names(data)),
     )
 
 

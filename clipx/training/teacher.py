@@ -140,7 +140,7 @@ def file_arguments(
     rows = {"image": config.views * samples, "text": most_captions(data.train) * samples}
     found: dict[Name, tuple[Path, int, int, dict[str, Any]]] = {}
     for name in NAMES:
-        key = features_key(config, data, teacher, name, device, node[name], config.augment)
+        key = features_key(config, data, teacher, name, device, node[name])
         about = {"tower": f"teacher {name}", "key": key}
         found[name] = features_directory(config) / f"teacher-{name}-{key}", rows[name], teacher.visual.embed, about
     return found

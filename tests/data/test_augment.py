@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_same_state
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
@@ -17,10 +17,22 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as peer
 
 from clipx.config.instantiate import build
-from clipx.data.augment import Affine, Augmentation, Color, Flip, apply, drawing_from, recolor, warp
-from clipx.data.dummy import Dummy
+from clipx.data.augment import (
+    Affine,
+    Augmentation,
+    BySource,
+    Color,
+    Flip,
+    apply,
+    drawing_from,
+    for_sources,
+    recolor,
+    warp,
+)
+from clipx.data.dummy import Dummy, open_dummy
 from clipx.data.images import TrainCrop
 from clipx.data.loader import load_chunks, train_ranges
+from clipx.data.mix import open_mix, source_names
 from clipx.data.plan import Plan
 from clipx.data.readers import TrainReader
 from clipx.errors import UserError
@@ -29,7 +41,8 @@ from clipx.tokenizer import SimpleTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 
-OPTIONS = sorted(path.stem for path in (ROOT / "conf" / "augment").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (ROOT / "conf" / "augment").glob("*.yaml"))
+OPTIONS = [name for name in NAMES if name != "by_source"]
 TOKENIZER = SimpleTokenizer()
 
 
@@ -42,7 +55,7 @@ def augmentation(option: str) -> Augmentation | None:
 def reader_of(augment: Augmentation | None, seed: int = 0, views: int | None = None) -> TrainReader:
     source = Dummy(24, 40, 0)
     crop = TrainCrop(Preprocessing(32), (0.9, 1.0), "fast")
-    return TrainReader(source, Plan(source.sizes, seed, 64), crop, TOKENIZER, "random", views=views, augment=augment)
+    return TrainReader(source, Plan(source.sizes, seed, 64), crop, TOKENIZER, "random", views=views, augments=[augment])
 
 
 def pictures(reader: TrainReader, workers: int = 0, start: int = 0, count: int = 6) -> Tensor:
@@ -201,7 +214,7 @@ def test_an_augmentation_that_returns_something_else_ends_in_one_line(
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["augment=weird"], "augment=weird: there is no such option; there are " + ", ".join(OPTIONS)),
+        (["augment=weird"], "augment=weird: there is no such option; there are " + ", ".join(NAMES)),
         (["augment=flip", "augment.p=2"], "augment.p=2: should be less than or equal to 1"),
         (["augment=affine", "augment.scale=[1.2,0.8]"], "augment.scale=[1.2, 0.8]: expected the smallest and the"),
         (["augment=affine", "augment.aspect=0.5"], "augment.aspect=0.5: should be greater than or equal to 1"),
@@ -215,6 +228,71 @@ def test_an_augmentation_that_returns_something_else_ends_in_one_line(
 def test_a_mistake_ends_in_one_line(args: list[str], line: str, fails: Callable[..., str], tmp_path: Path) -> None:
     assert fails("experiment=smoke", *args).startswith(line)
     assert not [*tmp_path.glob("outputs/*/metrics.jsonl")]
+
+
+MIX = (
+    "data=mix", "data@data.sources.coco=dummy", "data@data.sources.cc3m=dummy", "data.sources.coco.samples=20",
+    "data.sources.cc3m.samples=24", "data.sources.coco.val_samples=0", "data.sources.cc3m.val_samples=0",
+    "batch_size=8", "workers=0", "evals=[]",
+)  # fmt: skip
+
+
+def test_each_source_of_a_mix_has_its_own() -> None:
+    def blacken(image: Tensor) -> Tensor:
+        return torch.zeros_like(image)
+
+    data = open_mix({"one": open_dummy(16, 0), "two": open_dummy(16, 0)}, {"one": 1, "two": 1})
+    crop = TrainCrop(Preprocessing(32), (0.9, 1.0), "fast")
+    both: list[tuple[dict[str, Any], list[bool]]] = [
+        ({"two": blacken}, [False, True]),
+        ({"one": blacken, "two": {}}, [True, False]),
+    ]
+    for named, expected in both:
+        augments = for_sources(BySource(**named), source_names(data))
+        reader = TrainReader(data.train, data.plan(0), crop, TOKENIZER, "random", augments=augments)
+        chunk = reader.chunk(range(16))
+        for image, sample in zip(chunk.images, chunk.samples.tolist(), strict=True):
+            assert bool((image == 0).all()) == expected[sample // 16]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([*MIX, "+augment@augment.flickr=color"], "augment.flickr: the mix has no such source; there are coco, cc3m"),
+        ([*MIX, "+augment@augment.flickr=none"], "augment.flickr: the mix has no such source; there are coco, cc3m"),
+        ([*MIX, "+augment.coco=3"], "augment.coco=3: expected a config node with a _target_, such as that of"),
+        (["experiment=smoke"], "augment=by_source is for the sources of data=mix; other data take one, such as"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused(
+    args: list[str], line: str, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    assert fails("augment=by_source", *args).startswith(line)
+    assert not [*tmp_path.glob("outputs/*/metrics.jsonl")]
+
+
+def test_a_run_with_an_augmentation_for_each_source_resumes_to_the_bit(train: Callable[..., None]) -> None:
+    small = ("model.image.depth=1", "model.text.depth=1", "max_steps=4", "device=cpu")
+    sources = ("augment=by_source", "+augment@augment.coco=color", "+augment@augment.cc3m=affine")
+    args = (*MIX, *small, *sources, "augment.cc3m.degrees=40")
+    train(*args, "name=straight")
+    train(*args, "name=parts", "stop_at=2")
+    train(*args, "name=parts")
+    assert_same_state(Path("outputs/straight"), Path("outputs/parts"))
+
+
+def test_a_target_that_makes_no_function_is_refused() -> None:
+    with pytest.raises(UserError, match="augment is 3; its _target_ should return a function of a picture"):
+        for_sources(3, [])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("argument", "count"), [("~augment.color", 2), ("augment@augment.color=none", 2), ("augment@augment.color=flip", 3)]
+)
+def test_a_part_of_strong_can_be_replaced_or_left_out(argument: str, count: int) -> None:
+    with hydra.initialize_config_module("clipx.conf", version_base="1.3"):
+        node: Any = OmegaConf.to_container(hydra.compose("train", ["augment=strong", argument]).augment)
+    assert len(build(node, "augment").steps) == count
 
 
 def test_any_transform_of_uint8_pictures_can_be_named(train: Callable[..., None], tmp_path: Path) -> None:
