@@ -1,4 +1,4 @@
-"""Muon: steps along the orthogonal factor of the momentum, for matrices; AdamW for everything else."""
+"""Muon: steps along the orthogonal factor of the momentum, for matrices and kernels; AdamW for everything else."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ class Muon(torch.optim.Optimizer):
 
     The update of a matrix has a root mean square of 0.2, as AdamW's mostly has, so that both share learning rate and
     weight decay.  A group's ``parts`` is the number of matrices that each of its parameters stacks: 3 for queries, keys
-    and values.
+    and values.  The kernel of a convolution is a matrix with a row for each output channel.
 
     Args:
         groups: parameter groups, with ``weight_decay``, and ``momentum`` and ``parts``, or ``betas`` and ``eps``.
         lr: learning rate of groups that do not say theirs.
 
-    Source: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), also for the coefficients and for stacked
-    matrices; the size of the update: Liu et al. 2025, section 2.2 (arXiv 2502.16982).
+    Source: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), also for the coefficients, stacked matrices
+    and kernels; the size of the update: Liu et al. 2025, section 2.2 (arXiv 2502.16982).
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float):
@@ -50,10 +50,11 @@ class Muon(torch.optim.Optimizer):
                 continue
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    update = self.advance(matrix, matrix.grad, group["momentum"]).unflatten(0, (group["parts"], -1))
+                    update = self.advance(matrix, matrix.grad, group["momentum"]).flatten(1)
+                    update = update.unflatten(0, (group["parts"], -1))
                     size = 0.2 * max(update.shape[-2:]) ** 0.5
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.sub_(orthogonalise(update).flatten(0, 1), alpha=group["lr"] * size)
+                    matrix.sub_(orthogonalise(update).reshape(matrix.shape), alpha=group["lr"] * size)
 
     def advance(self, matrix: Tensor, gradient: Tensor, momentum: float) -> Tensor:
         """Advance the momentum of a matrix; returns Nesterov's."""

@@ -62,8 +62,8 @@ def muon(
 ) -> Muon:
     """Muon for the matrices in the blocks of both towers, AdamW for everything else, over ``parameter_groups``.
 
-    ``momentum`` is Muon's; ``betas`` and ``eps`` are AdamW's, which trains embeddings, projections, convolutions,
-    gains, biases and the temperature.
+    ``momentum`` is Muon's; ``betas`` and ``eps`` are AdamW's, which trains embeddings, projections, the convolutions of
+    patches and stems and those of single channels, gains, biases and the temperature.
 
     Raises:
         UserError: no matrix of a block is trained, or a tower has no ``stages``.
@@ -180,7 +180,8 @@ def parameter_groups(
 def block_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
     """The trained matrices in the blocks of both towers, each with how many matrices it stacks.
 
-    They are the weights of linear layers, the joint projections of attention, and LoRA's adapters.
+    They are the weights of linear layers, the joint projections of attention, LoRA's adapters, and the kernels of
+    convolutions over all channels.
 
     Raises:
         UserError: there are none, or a tower has no ``stages``.
@@ -193,7 +194,8 @@ def block_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
         for path, module in tower.named_modules():
             for name, p in module.named_parameters(recurse=False):
                 linear = isinstance(module, (nn.Linear, LowRank)) or name == "in_proj_weight"
-                if linear and p.ndim == 2 and p.requires_grad and p in inside:
+                kernel = isinstance(module, nn.Conv2d) and module.groups == 1
+                if (linear or kernel) and p.ndim >= 2 and p.requires_grad and p in inside:
                     joint = f"{path}.{name}".endswith(JOINT) and p.shape[0] == 3 * p.shape[1]
                     found[p] = 3 if joint else 1
     if not found:

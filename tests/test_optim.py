@@ -13,6 +13,7 @@ from torch import Tensor
 from clipx.errors import UserError
 from clipx.models.clip import CLIP
 from clipx.models.lora import add_adapters
+from clipx.models.resnet import ResNetEncoder
 from clipx.models.text import TextEncoder
 from clipx.models.timm import TimmTower
 from clipx.models.tower import Tower
@@ -212,7 +213,26 @@ def test_orthogonalising_applies_the_polynomial_to_the_singular_values(shape: tu
     torch.testing.assert_close(orthogonalise(matrices), (u * s[:, None] @ v).float(), rtol=1e-4, atol=1e-5)
 
 
-def test_muon_takes_the_matrices_of_timm_and_of_lora_but_no_convolution() -> None:
+def test_a_kernel_is_updated_as_the_matrix_of_its_output_channels() -> None:
+    tower = ResNetEncoder(size=8, widths=[8, 16], depths=[1, 1], embed=32)
+    model = CLIP(tower, TextEncoder(width=32, depth=1, heads=1, embed=32))
+    kernels = {name for name, p in tower.named_parameters() if p in block_matrices(model) and p.ndim == 4}
+    assert kernels == {name for name, p in tower.named_parameters() if p.ndim == 4} - {"stem.0.weight"}
+    optimizer, before = muon(model, lr=1e-2, weight_decay=0.1), weights(tower)
+    matrices = {name: torch.nn.Parameter(before[name].flatten(1)) for name in kernels}
+    peer = torch.optim.Muon(matrices.values(), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        fill_gradients(model, step)
+        for name, matrix in matrices.items():
+            matrix.grad = tower.get_parameter(name).grad.flatten(1)
+        optimizer.step()
+        peer.step()
+    for name, value in weights(tower).items():
+        if name in kernels:  # torch's products are of bfloat16
+            assert (value.flatten(1) - matrices[name]).norm() < 0.04 * (value - before[name]).norm(), name
+
+
+def test_muon_takes_the_matrices_of_timm_and_of_lora_but_no_convolution_of_single_channels() -> None:
     text = TextEncoder(width=32, depth=1, heads=1, embed=32)
     image = TimmTower("test_vit", embed=32, size=16)
     found = block_matrices(CLIP(image, text))
@@ -220,7 +240,8 @@ def test_muon_takes_the_matrices_of_timm_and_of_lora_but_no_convolution() -> Non
     assert names["trunk.blocks.0.attn.qkv.weight"] == 3 and names["trunk.blocks.0.mlp.fc1.weight"] == 1
     assert not {"trunk.pos_embed", "head.proj.weight", "trunk.patch_embed.proj.weight"} & names.keys()
     convolutional = TimmTower("test_convnext", embed=32, size=32)
-    assert all(p.ndim == 2 for p in block_matrices(CLIP(convolutional, text)))
+    chosen = {name for name, p in convolutional.named_parameters() if p in block_matrices(CLIP(convolutional, text))}
+    assert "trunk.stages.1.downsample.1.weight" in chosen and not any("conv_dw" in name for name in chosen)
     model = small()
     model.text.freeze()
     add_adapters({"image": model.visual}, rank=2)
