@@ -219,7 +219,7 @@ def test_a_kernel_is_updated_as_the_matrix_of_its_output_channels() -> None:
     kernels = {name for name, p in tower.named_parameters() if p in block_matrices(model) and p.ndim == 4}
     assert kernels == {name for name, p in tower.named_parameters() if p.ndim == 4} - {"stem.0.weight"}
     optimizer, before = muon(model, lr=1e-2, weight_decay=0.1), weights(tower)
-    matrices = {name: torch.nn.Parameter(before[name].flatten(1)) for name in kernels}
+    matrices = {name: torch.nn.Parameter(before[name].flatten(1).clone()) for name in kernels}
     peer = torch.optim.Muon(matrices.values(), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for step in range(3):
         fill_gradients(model, step)
@@ -229,7 +229,7 @@ def test_a_kernel_is_updated_as_the_matrix_of_its_output_channels() -> None:
         peer.step()
     for name, value in weights(tower).items():
         if name in kernels:  # torch's products are of bfloat16
-            assert (value.flatten(1) - matrices[name]).norm() < 0.04 * (value - before[name]).norm(), name
+            assert (value.flatten(1) - matrices[name]).norm() < 0.02 * (value - before[name]).norm(), name
 
 
 def test_muon_takes_the_matrices_of_timm_and_of_lora_but_no_convolution_of_single_channels() -> None:
