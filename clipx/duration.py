@@ -25,6 +25,13 @@ def checked(duration: Duration) -> Duration:
     return duration
 
 
+def checked_steps(duration: Duration) -> Duration:
+    """Return a duration unchanged after checking that it is no time, which would not repeat."""
+    if parse(duration)[1] == "min":
+        raise ValueError("should be steps (500), epochs (2ep) or a share of the run (10%)")
+    return duration
+
+
 @dataclass
 class Every:
     """Timer for something that happens once every ``duration``.

@@ -59,6 +59,8 @@ class TrainConfig(ComposedConfig):
     amp: Literal["none", "bf16", "fp16", "auto"]
     matmul_precision: Literal["highest", "high"]
     deterministic: bool
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)]
+    patch_dropout_until: Annotated[duration.Duration, AfterValidator(duration.checked_steps)]
     grad_checkpoint: bool | Literal["image", "text"]
     compile: bool
     device: str

@@ -68,6 +68,11 @@ class ImageTower(Tower):
 
     preprocessing: Preprocessing
 
+    def set_patch_dropout(self, share: float) -> None:
+        """Leave out a share of the patches in training; 0 for none."""
+        if share:
+            raise UserError(f"patch_dropout={share:g}: {type(self).__name__} does not leave out patches; set 0")
+
     @property
     def size(self) -> int:
         """Side of the pictures, pixels."""

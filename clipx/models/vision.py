@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -53,6 +54,7 @@ class ImageEncoder(ImageTower):
             raise ValueError(f"patch={patch} does not divide size={size}")
         self.preprocessing = Preprocessing.of(size, mean, std, interpolation)
         self.width, self.embed, self.heads, self.act, self.layer_scale = width, embed, heads, act, layer_scale
+        self.patch_dropout = 0.0
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -80,13 +82,31 @@ class ImageEncoder(ImageTower):
     def set_grad_checkpoint(self, on: bool) -> None:
         self.transformer.grad_checkpoint = on
 
+    def set_patch_dropout(self, share: float) -> None:
+        """Leave out a share of the patches in training, others for each picture and step; one always stays.
+
+        Source: Li et al. 2022, FLIP (arXiv 2212.00794).
+        """
+        self.patch_dropout = share
+
     def features(self, image: Tensor) -> Tensor:
         x = embed_patches(image, self.conv1.weight)  # (B, L-1, D), row by row
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (B, 1, D)
         x = torch.cat([first, x], dim=1) + self.positional_embedding  # (B, L, D)
+        if self.training and self.patch_dropout:
+            x = drop_patches(x, self.patch_dropout)
         if self.register_tokens is not None:
             x = torch.cat([x, self.register_tokens.to(x.dtype).expand(len(x), -1, -1)], dim=1)  # (B, L+R, D)
         return self.ln_post(self.transformer(self.ln_pre(x)))  # (B, D), at the class token
 
     def project(self, features: Tensor) -> Tensor:
         return features @ self.proj
+
+
+def drop_patches(x: Tensor, share: float) -> Tensor:
+    """Keep the class token and a random choice of the patches of each row. (B, L, D) -> (B, L', D)."""
+    B, L, D = x.shape
+    kept = max(1, round((1 - share) * (L - 1)))
+    drawn = torch.rand(B, L - 1, device=x.device).topk(kept, dim=1).indices + 1  # (B, L'-1)
+    places = F.pad(drawn, (1, 0)) + L * torch.arange(B, device=x.device)[:, None]  # (B, L'), of all B L tokens
+    return x.reshape(-1, D).index_select(0, places.flatten()).view(B, -1, D)

@@ -121,6 +121,7 @@ def fit(
     clip_norm: float | None,
     callbacks: Callable[[State, StepOutput], None],
     encode_frozen: Callable[[Sequence[Chunk]], Sequence[Chunk]] = list,
+    patch_dropout: Callable[[int], float] | None = None,
 ) -> None:
     """Train until ``should_stop(step)``.
 
@@ -136,6 +137,7 @@ def fit(
         clip_norm: maximum gradient norm, or None.
         callbacks: called after each step.
         encode_frozen: adds the features of frozen towers to the chunks of a step.
+        patch_dropout: step (from 0) -> share of the patches that it leaves out; None to leave the model as it is.
 
     Raises:
         OutOfMemory: the micro-batch does not fit.
@@ -146,6 +148,8 @@ def fit(
     while not should_stop(state.step):
         for group in state.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_multiplier(state.step)
+        if patch_dropout:
+            state.model.visual.set_patch_dropout(patch_dropout(state.step))
         start = time.perf_counter()
         chunks = next(batches)
         data_wait = time.perf_counter() - start

@@ -26,6 +26,7 @@ from clipx.data.readers import Chunk, TrainReader
 from clipx.data.sample import Data
 from clipx.data.teacher import TeacherReader
 from clipx.devices import autocast_dtype
+from clipx.duration import Every
 from clipx.errors import UserError
 from clipx.evals.validation import Evaluation, LabelledEvaluation
 from clipx.models.clip import CLIP
@@ -62,12 +63,19 @@ class RunParts:
         """Length of the run."""
         return self.identity.steps * self.config.batch_size / self.plan.samples
 
+    def patch_dropout(self, step: int) -> float:
+        """The share of the patches that a step (from 0) leaves out."""
+        epoch = self.plan.samples / self.config.batch_size
+        until = Every(self.config.patch_dropout_until, self.identity.steps, epoch)
+        return 0.0 if until.over(step) else self.config.patch_dropout
+
 
 def initial_state(config: TrainConfig, device: torch.device, teacher: CLIP | None = None) -> State:
     """Model, optimiser and scaler at step 0, determined by the seed."""
     torch.manual_seed(config.seed)
     model = build(config.model, "model", config.trust).to(device)
     model.set_grad_checkpoint(config.grad_checkpoint)
+    model.visual.set_patch_dropout(config.patch_dropout)
     check_bias(model, config)
     freeze(model, config)
     add_lora(model, config)
@@ -95,12 +103,14 @@ def freeze(model: CLIP, config: TrainConfig) -> None:
     """Freeze towers, but for their last blocks and projection if ``unlock`` has them trained.
 
     Raises:
-        UserError: ``unlock`` has no effect, or a tower has fewer blocks.
+        UserError: ``unlock`` or ``patch_dropout`` has no effect, or a tower has fewer blocks.
     """
     for name, tower in model.towers.items():
         frozen, last = name in config.freeze, config.unlock[name]
         if last and not frozen:
             raise UserError(f"unlock.{name}={last} has no effect on a tower that is trained; add freeze=[{name}]")
+        if name == "image" and frozen and not last and config.patch_dropout:
+            raise UserError(f"patch_dropout={config.patch_dropout:g} has no effect on a frozen tower; set 0")
         if frozen:
             tower.freeze()
         if last:

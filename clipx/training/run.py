@@ -188,6 +188,7 @@ def train_steps(
             clip_norm=config.clip_norm,
             callbacks=callbacks,
             encode_frozen=in_turn(frozen, teacher),
+            patch_dropout=parts.patch_dropout,
         )
         complete = state.step >= length
         callbacks.finish(state, complete)
@@ -267,10 +268,9 @@ def check_effect(state: State, directory: Path) -> None:
     """
     if 2 * state.bad_steps > state.step:
         raise UserError(
-            f"{directory}: {state.bad_steps:,} of {state.step:,} steps had no effect because their "
-            "gradient was not finite: the model has hardly trained. The usual remedies are a lower "
-            "optim.lr, a longer sched.warmup, clip_norm=1.0, or amp=bf16 in place of fp16; name=... starts "
-            "another run"
+            f"{directory}: {state.bad_steps:,} of {state.step:,} steps had no effect because their gradient was not "
+            "finite: the model has hardly trained. The usual remedies are a lower optim.lr, a longer sched.warmup, "
+            "clip_norm=1.0, or amp=bf16 in place of fp16; name=... starts another run"
         )
 
 
