@@ -146,10 +146,7 @@ def fit(
     edges = state.model.text.grid_edges(encoder.device, amp, is_compiled(forward))
     state.model.train()
     while not should_stop(state.step):
-        for group in state.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_multiplier(state.step)
-        if patch_dropout:
-            state.model.visual.set_patch_dropout(patch_dropout(state.step))
+        follow_schedules(state, lr_multiplier, patch_dropout)
         start = time.perf_counter()
         chunks = next(batches)
         data_wait = time.perf_counter() - start
@@ -160,9 +157,18 @@ def fit(
             norms = step_optimizer(state, clip_norm, amp)
         position, samples = state.samples, share * distributed.world_size()
         state.advance(samples)
-        skipped = [record for chunk in chunks for record in chunk.skipped]
-        lr = state.optimizer.param_groups[0]["lr"]
+        skipped, lr = [record for chunk in chunks for record in chunk.skipped], state.optimizer.param_groups[0]["lr"]
         callbacks(state, StepOutput(*batch, *norms, lr, data_wait, position, samples, skipped))
+
+
+def follow_schedules(
+    state: State, lr_multiplier: Callable[[int], float], patch_dropout: Callable[[int], float] | None
+) -> None:
+    """Set what changes with the step.  Arguments as in ``fit``."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * lr_multiplier(state.step)
+    if patch_dropout:
+        state.model.visual.set_patch_dropout(patch_dropout(state.step))
 
 
 class GradientNorms(NamedTuple):
