@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def chunks_of(batch: int, micro: int | None, rank: int = 0, world: int = 1) -> list[Chunk]:
     data = open_dummy(samples=512, val_samples=8)
     crop = TrainCrop(Preprocessing(64), (0.9, 1.0), "exact")
-    reader = TrainReader(data.train, data.plan(0), crop, SimpleTokenizer(), "random", identify=True)
+    reader = TrainReader(data.train, data.plan(0), crop, SimpleTokenizer(), identify=True)
     ranges, chunks = train_ranges(0, batch, micro, rank, world), []
     while sum(map(len, chunks)) < batch // world:
         chunks.append(reader.chunk(next(ranges)))

@@ -2,12 +2,15 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
+from typing_extensions import Unpack
 
 from clipx.config.instantiate import locate
 from clipx.config.validate import ConfigError, suggest
@@ -53,12 +56,26 @@ def argument_defaults(config: Mapping[str, Any], trust: Sequence[str]) -> dict[s
         if isinstance(value, Mapping):
             found.update({f"{key}.{inner}": default for inner, default in argument_defaults(value, trust).items()})
     if "_target_" in config:
-        parameters = inspect.signature(locate(config["_target_"], "config", trust)).parameters.values()
+        target = locate(config["_target_"], "config", trust)
+        parameters = inspect.signature(target).parameters.values()
+        found.update(option_defaults(target))
         found.update({
             parameter.name: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
             for parameter in parameters if parameter.default is not parameter.empty
         })  # fmt: skip
     return found
+
+
+def option_defaults(target: Callable[..., Any]) -> dict[str, Any]:
+    """Defaults of the ``**options: Unpack[Options]`` of a function: those of the dataclass that it returns."""
+    hints = {} if inspect.isclass(target) else typing.get_type_hints(target)
+    unpacked = [get_args(hint)[0] for hint in hints.values() if get_origin(hint) is Unpack]
+    made = hints.get("return")
+    if not unpacked or not isinstance(made, type) or not is_dataclass(made):
+        return {}
+    options = unpacked[0].__annotations__
+    found = {field.name: field.default for field in fields(made) if field.name in options}
+    return {key: list(default) if isinstance(default, tuple) else default for key, default in found.items()}
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -74,7 +74,9 @@ class FeatureFile:
         return found if checksum(found) == expected else None
 
     def write(self, rows: np.ndarray, features: np.ndarray) -> None:
-        """Fill rows: (n,) int64, (n, D) fp16."""
+        """Fill rows: (n,) int64, (n, D) fp16; those that the file does not have are left out."""
+        inside = (rows >= 0) & (rows < self.rows)
+        rows, features = rows[inside], features[inside]
         self.table[rows] = features
         self.checksums[rows] = [checksum(feature) for feature in features]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipx.data.augment import Augmentation, apply
+from clipx.data.draw_captions import CaptionDraw, Drawn
 from clipx.data.features import FeatureFile, Stored
 from clipx.data.images import TrainCrop, decode, eval_crop, to_tensor
 from clipx.data.pixels import shared_pixels
@@ -39,7 +40,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive samples of the plan: N images, M captions (M = N in training).
+    """Consecutive samples of the plan: N images, M captions; K of each image in training.
 
     Where a frozen tower's features are stored, ``images`` or ``tokens`` are those of the samples whose features are not
     known yet.
@@ -51,7 +52,7 @@ class Chunk:
     owners: Tensor  # (M,) int64, row in ``images`` of each caption
     position: int  # of the first sample
     samples: Tensor  # (N,) int64, ids
-    ids: Tensor | None  # (N, 2) int64, hashes of picture and caption, if the loss needs them
+    ids: Tensor | None  # (N, 1 + K) int64, hashes of picture and captions, if the loss needs them
     skipped: list[Skipped] = field(default_factory=list)
     rows: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) int64, rows in the files of features, by tower
     stored: Mapping[str, Stored] = field(default_factory=dict)  # what these files hold, by tower
@@ -88,7 +89,7 @@ class Reader(Dataset):
         captions: list[list[str]],
         samples: list[int],
         skipped: list[Skipped],
-        ids: list[tuple[int, int]] | None = None,
+        ids: list[list[int]] | None = None,
     ) -> Chunk:
         flat = [caption for several in captions for caption in several]
         return Chunk(
@@ -108,13 +109,17 @@ class Loaded(NamedTuple):
 
     place: Place
     picture: bytes  # empty if it is not needed
-    caption: str  # empty if it is not needed
+    captions: list[Drawn]  # none if they are not needed
     features: dict[str, np.ndarray]  # (D,) fp16, those that are known, by tower
     lesson: Lesson | None  # for a teacher
 
+    def ids(self) -> list[int]:
+        """Hashes of the picture and of each caption."""
+        return [signed_hash(self.picture), *(signed_hash(one.whole) for one in self.captions)]
+
 
 class TrainReader(Reader):
-    """Reader for training: plan order, one caption and one random crop per picture.
+    """Reader for training: plan order, one random crop and K captions per picture.
 
     Both depend only on seed, source, view and sample id; the view is the epoch, or the epoch modulo a number of views.
 
@@ -123,10 +128,10 @@ class TrainReader(Reader):
         plan: their order.
         crop: decodes and crops the pictures.
         tokenizer: for the captions.
-        caption: ``random`` draws one of a picture's captions; ``first`` takes the first.
+        captions: draws the captions of a picture; None for one, evenly.
         identify: add hashes that reveal equal pictures and captions.
         views: number of different crops of a picture; None for a new one each epoch.
-        caption_views: number of times that a caption is drawn; None for once an epoch.
+        caption_views: number of times that captions are drawn; None for once an epoch.
         features: features of frozen towers, by tower; what they hold is neither read nor decoded.
         teacher: prepares the same samples for a teacher.
         augments: of each source, changes its crops; None for the crop alone.
@@ -138,7 +143,7 @@ class TrainReader(Reader):
         plan: Plan | MixPlan,
         crop: TrainCrop,
         tokenizer: Tokenizer,
-        caption: str,
+        captions: CaptionDraw | None = None,
         identify: bool = False,
         views: int | None = None,
         caption_views: int | None = None,
@@ -147,7 +152,7 @@ class TrainReader(Reader):
         augments: Sequence[Augmentation | None] = (None,),
     ):
         super().__init__(source, tokenizer)
-        self.plan, self.crop, self.caption, self.identify = plan, crop, caption, identify
+        self.plan, self.crop, self.captions, self.identify = plan, crop, captions or CaptionDraw(), identify
         self.views, self.caption_views, self.features = views, caption_views, features or {}
         self.teacher, self.augments = teacher, augments
 
@@ -159,9 +164,9 @@ class TrainReader(Reader):
         for position, known in zip(positions, found, strict=True):
             rows.append(self.load(position, known, images[decoded : decoded + 1], skipped))
             decoded += "image" not in rows[-1].features
-        captions = [[row.caption] if "text" not in row.features else [] for row in rows]
+        captions = [[one.text for one in row.captions] if "text" not in row.features else [] for row in rows]
         samples = [row.place.sample for row in rows]
-        ids = [(signed_hash(row.picture), signed_hash(row.caption)) for row in rows] if self.identify else None
+        ids = [row.ids() for row in rows] if self.identify else None
         chunk = self.collate(positions, images[:decoded], captions, samples, skipped, ids)
         lessons = [row.lesson for row in rows if row.lesson is not None]
         taught = self.teacher.collate(lessons) if self.teacher else None
@@ -180,14 +185,9 @@ class TrainReader(Reader):
         found = {tower: file.read(self.row(place)) for tower, file in self.features.items()}
         return {tower: feature for tower, feature in found.items() if feature is not None}
 
-    def select_caption(self, place: Place, captions: Sequence[str]) -> str:
-        """Return the caption of a sample at a place in the plan."""
-        return captions[self.caption_number(place, len(captions))]
-
-    def caption_number(self, place: Place, count: int) -> int:
-        """Return which of a sample's captions is drawn."""
-        view = view_of(place, self.caption_views)
-        return digest(self.plan.seed, "caption", *view) % count if self.caption == "random" else 0
+    def draw_captions(self, place: Place, captions: Sequence[str]) -> list[Drawn]:
+        """Return what is drawn of the captions of a sample at a place in the plan."""
+        return self.captions(captions, self.plan.seed, "caption", *view_of(place, self.caption_views))
 
     def load(self, position: int, known: dict[str, np.ndarray], image: Tensor, skipped: list[Skipped]) -> Loaded:
         """Load the sample at a position, or its first good substitute if it is bad.
@@ -224,15 +224,14 @@ class TrainReader(Reader):
             picture, captions = b"", captions_of(self.source, place.sample) if needed else []
         if "image" not in known:
             self.cut(place, self.crop, picture, image[0])
-        number = self.caption_number(place, len(captions)) if captions else 0
-        caption, lesson = captions[number] if captions else "", None
+        drawn, lesson = self.draw_captions(place, captions) if captions else [], None
         if self.teacher:
             pixels = None
             if taught is None:
                 pixels = self.teacher.empty()
                 self.cut(place, self.teacher.crop, picture, pixels)
-            lesson = self.teacher.prepare(self.row(place), taught, pixels, place.sample, [(number, caption)])
-        return Loaded(place, picture, caption, known, lesson)
+            lesson = self.teacher.prepare(self.row(place), taught, pixels, place.sample, drawn)
+        return Loaded(place, picture, drawn, known, lesson)
 
     def cut(self, place: Place, crop: TrainCrop, picture: bytes, out: Tensor) -> None:
         """Fill ``out``, (S, S, 3) uint8, with the crop of a view, augmented.  Raises BadSample."""

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field, PositiveInt
 from tqdm import tqdm
 
+from clipx.data.draw_captions import CaptionDraw, Choice
 from clipx.data.plan import MixPlan, Plan
 
 logger = logging.getLogger("clipx")
@@ -135,7 +136,10 @@ class DataOptions(TypedDict, total=False):
     shuffle_window: PositiveInt
     max_skipped: Annotated[float, Field(ge=0, le=1)]
     crop: Crop
-    caption: Literal["random", "first"]
+    caption: Choice
+    caption_weights: Sequence[Annotated[float, Field(gt=0)]] | None
+    word_dropout: Annotated[float, Field(ge=0, lt=1)]
+    captions_per_picture: PositiveInt
     decode: Literal["fast", "exact"]
 
 
@@ -148,12 +152,22 @@ class Data:
     shuffle_window: int = 131_072  # samples among which the plan shuffles
     max_skipped: float = 0.01  # share of the samples that may be bad; ten always may
     crop: tuple[float, float] = (0.9, 1.0)  # smallest and largest share of a picture's area in a training crop
-    caption: Literal["random", "first"] = "random"  # random: one caption is drawn each epoch
+    caption: Choice = "random"  # as ``CaptionDraw`` has them, and so have the next three
+    caption_weights: Sequence[float] | None = None
+    word_dropout: float = 0.0
+    captions_per_picture: int = 1
     decode: Literal["fast", "exact"] = "fast"  # fast: a large JPEG is decoded at reduced size
 
     further: Mapping[str, Source] = field(default_factory=dict)  # more validation sets
     lost: Mapping[str, int] = field(default_factory=dict)  # number of lost samples, by shard
     notes: Sequence[str] = field(default_factory=list)  # decisions to log
+
+    def __post_init__(self) -> None:
+        self.draw_captions()  # fails now if the keys do not fit
+
+    def draw_captions(self) -> CaptionDraw:
+        """Draws the captions of training pictures.  Raises as ``CaptionDraw``."""
+        return CaptionDraw(self.caption, self.caption_weights, self.word_dropout, self.captions_per_picture)
 
     @property
     def vals(self) -> dict[str, Source]:

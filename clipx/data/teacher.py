@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipx.data.draw_captions import Drawn
 from clipx.data.features import FeatureFile, Stored
 from clipx.data.images import TrainCrop
 from clipx.data.pixels import shared_pixels
@@ -51,7 +52,8 @@ class TeacherReader:
 
     The row of a picture is that of its view; the row of caption c of sample s is c times the number of samples, plus s,
     so that captions can be drawn anew in each epoch.  The file of texts may end before the last captions of samples
-    that have many: their features are computed each time.
+    that have many: their features are computed each time, and so are those of texts that are no caption as a whole,
+    whose rows are below 0.
 
     Args:
         crop: decodes and crops the pictures.
@@ -68,7 +70,7 @@ class TeacherReader:
     def find(self, tower: str, row: int) -> np.ndarray | None:
         """Return a stored feature, (E,) fp16."""
         file = self.files.get(tower)
-        return file.read(row) if file and row < file.rows else None
+        return file.read(row) if file and 0 <= row < file.rows else None
 
     def empty(self) -> Tensor:
         """Room for a picture, (S, S, 3) uint8."""
@@ -80,7 +82,7 @@ class TeacherReader:
         image: np.ndarray | None,
         pixels: Tensor | None,
         sample: int,
-        captions: Sequence[tuple[int, str]],
+        captions: Sequence[Drawn],
     ) -> Lesson:
         """Collect what is needed of one sample.
 
@@ -89,11 +91,11 @@ class TeacherReader:
             image: its stored feature.
             pixels: of the picture, if its feature is not stored.
             sample: its id.
-            captions: those drawn, each with its number in the sample.
+            captions: those drawn.
         """
-        rows = [number * self.samples + sample for number, _ in captions]
+        rows = [-1 - sample if one.number is None else one.number * self.samples + sample for one in captions]
         texts = [self.find("text", row) for row in rows]
-        unknown = [caption for (_, caption), text in zip(captions, texts, strict=True) if text is None]
+        unknown = [one.text for one, text in zip(captions, texts, strict=True) if text is None]
         return Lesson(image, pixels, texts, unknown, row, rows)
 
     def collate(self, lessons: Sequence[Lesson]) -> TeacherChunk:

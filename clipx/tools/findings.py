@@ -238,16 +238,18 @@ def captions_at(reader: TrainReader, positions: range) -> Iterator[str]:
     for position in positions:
         place = reader.place(position)
         try:
-            yield reader.select_caption(place, captions_of(reader.source, place.sample))
+            drawn = reader.draw_captions(place, captions_of(reader.source, place.sample))
+            yield from dict.fromkeys(one.whole for one in drawn)
         except BadSample:
             continue
 
 
 def show(chunk: Chunk) -> Iterator[Finding]:
     """Draw the first training samples as the model will see them."""
+    firsts = chunk.captions[:: len(chunk.captions) // len(chunk)]
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in chunk.images[:DRAWN]]
     try:
-        save_figure(picture_grid(pictures, [shorten(caption) for caption in chunk.captions[:DRAWN]]), PICTURE)
+        save_figure(picture_grid(pictures, [shorten(caption) for caption in firsts[:DRAWN]]), PICTURE)
         yield Finding("ok", f"{PICTURE} shows the first ones, cropped as in training")
     except OSError as error:
         yield Finding("odd", f"{PICTURE} cannot be written ({error.strerror}); run check in a writable directory")

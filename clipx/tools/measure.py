@@ -85,7 +85,8 @@ def time_stages(config: TrainConfig) -> dict[str, float]:
     cuts = timed("decode", lambda sample: reader.crop.cut(sample.picture, random.Random(0)).copy(), samples)
     pixels = shared_pixels(1, reader.crop.size)[0]
     timed("augment", resize_and_augment, list(zip(places, cuts, strict=True)))
-    timed("tokenise", reader.tokenizer.flat, [sample.captions[:1] for sample in samples])
+    drawn = [reader.draw_captions(place, sample.captions) for place, sample in zip(places, samples, strict=True)]
+    timed("tokenise", reader.tokenizer.flat, [[one.text for one in several] for several in drawn])
     chunk = shared_pixels(NUM_STAGED, reader.crop.size)
     timed("collate", lambda row: chunk[row].copy_(pixels), list(range(NUM_STAGED)))
     torch.set_num_threads(threads)

@@ -14,15 +14,15 @@ from clipx.tokenizer import Tokens
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples that go forward at once: b images and their captions.
+    """Samples that go forward at once: b images and K captions of each.
 
     The images stay as the loader delivered them, pinned if there is a GPU: joining them here would copy them to memory
     that is not.
     """
 
     images: list[Tensor]  # of each chunk, (n, 3, S, S) uint8, or a frozen tower's features (n, D) fp16
-    captions: Packed | Tensor  # or features (b, D)
-    ids: Tensor | None  # (b, 2) picture id and caption id of each row; None if the loss does not need them
+    captions: Packed | Tensor  # b K, or features (b, D)
+    ids: Tensor | None  # (b, 1 + K) picture id and caption ids of each image; None if the loss does not need them
     targets: Sequence[Teacher] = ()  # a teacher's features, fp16, of each chunk
 
     def __len__(self) -> int:

@@ -248,6 +248,9 @@ def features_key(
     made: list[Any]
     if isinstance(tower, TextTower):
         made = [data.caption, tower.tokenizer([PROBE]).tolist(), tower.context]
+        draw = data.draw_captions()
+        changes = {"weights": draw.weights, "word_dropout": draw.word_dropout or None}
+        made += [name_value for name_value in changes.items() if name_value[1] is not None]
     else:
         made = [list(data.crop), data.decode, list(model.visual.preprocessing)]
         # in its order, which matters to a Chain

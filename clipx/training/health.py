@@ -21,9 +21,10 @@ COLLAPSED = 2.0  # effective rank; embeddings below it have collapsed
 def health_metrics(output: StepOutput, log_scale_range: tuple[float, float]) -> dict[str, float]:
     """Health metrics of a step, by tag.
 
-    All are of 256 rows: ``loss_over_chance``, their contrastive loss whatever the run's loss is, is 1 for an untrained
-    model; the cosines are means over pairs and over non-pairs; the ranks are the effective ranks of the embeddings
-    (RankMe: Garrido et al. 2023, arXiv 2210.02885).  ``scale_at_clamp`` is 1 when the temperature has reached a bound.
+    All are of 256 images.  ``loss_over_chance``, their contrastive loss whatever the run's loss is, is 1 for an
+    untrained model; of K captions per image, it is the mean over batches of one.  The cosines are means over pairs and
+    over non-pairs; the ranks are the effective ranks of the embeddings (RankMe: Garrido et al. 2023, arXiv 2210.02885).
+    ``scale_at_clamp`` is 1 when the temperature has reached a bound.
 
     Args:
         output: on the host, where the ranks take some milliseconds while a GPU has the next step to compute; on a GPU,
@@ -31,18 +32,21 @@ def health_metrics(output: StepOutput, log_scale_range: tuple[float, float]) -> 
         log_scale_range: bounds of the logarithm of the inverse temperature.
     """
     rows = -(-ROWS // world_size())
-    image, text = (gather(features[:rows]) for features in (output.image, output.text))  # (N, E)
-    cosine = image @ text.T  # (N, N)
-    pairs, total, count = cosine.trace().item(), cosine.sum().item(), len(cosine)
+    captions = len(output.text) // len(output.image)  # K
+    image, text = gather(output.image[:rows]), gather(output.text[: rows * captions])  # (N, E), (N K, E)
+    cosine = image @ text.T  # (N, N K)
+    by_caption = cosine.unflatten(1, (-1, captions)).unbind(2)  # K times (N, N)
+    pairs, total, count = sum(one.trace().item() for one in by_caption), cosine.sum().item(), len(cosine)
     own = torch.arange(count)
-    loss = sum(F.cross_entropy(output.scale * side, own).item() for side in (cosine, cosine.T)) / 2
+    sides = [side for one in by_caption for side in (one, one.T)]
+    loss = sum(F.cross_entropy(output.scale * side, own).item() for side in sides) / len(sides)
     image_norm, text_norm = output.tower_grad_norms.tolist()
     lowest, highest = log_scale_range
     log_scale = output.scale.log().item()
     found = {
         "loss_over_chance": loss / max(math.log(count), 1e-9),
-        "positive_cosine": pairs / count,
-        "negative_cosine": (total - pairs) / max(count * (count - 1), 1),
+        "positive_cosine": pairs / (count * captions),
+        "negative_cosine": (total - pairs) / max(count * (count - 1) * captions, 1),
         "image_rank": effective_rank(image),
         "text_rank": effective_rank(text),
         "scale_at_clamp": float(lowest < highest and not lowest + 1e-3 < log_scale < highest - 1e-3),

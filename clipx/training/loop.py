@@ -98,7 +98,7 @@ class StepOutput:
 
     loss: Tensor  # () nats
     image: Tensor  # (b, E) unit features, of this rank's share of the batch
-    text: Tensor  # (b, E) unit features
+    text: Tensor  # (b K, E) unit features, K captions of each image
     scale: Tensor  # () inverse temperature
     tower_grad_norms: Tensor  # (2,) image and text tower, before clipping
     grad_norm: Tensor  # () whole model, before clipping

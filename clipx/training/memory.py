@@ -32,13 +32,18 @@ def explain_oom(samples: int, device: torch.device) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
             f"{samples:,} samples at once do not fit in the memory of {device}; set "
             f"micro_batch_size={max(1, samples // 2)} or grad_checkpoint=true, which give the same gradient"
         ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch says that there is not enough memory, on a GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def peak_memory_by_tag(device: torch.device) -> dict[str, float]:

@@ -176,13 +176,23 @@ def train_reader(
     features: Mapping[str, FeatureFile] | None = None,
     teacher: TeacherReader | None = None,
 ) -> TrainReader:
-    """Reader of training samples, and of stored features."""
+    """Reader of training samples, and of stored features.
+
+    Raises:
+        UserError: several captions per picture, and the features of a frozen text tower.
+    """
+    count = data.captions_per_picture
+    if count > 1 and config.views is not None and "text" in config.freeze and not config.unlock["text"]:
+        raise UserError(
+            f"data.captions_per_picture={count} does not go with views={config.views} and freeze=[text], which keep "
+            "one feature of text for each view; set views=null, or captions_per_picture=1 and more views"
+        )
     return TrainReader(
         data.train,
         plan,
         TrainCrop(model.visual.preprocessing, data.crop, data.decode),
         model.text.tokenizer,
-        data.caption,
+        data.draw_captions(),
         identify=config.loss.get("same", "keep") != "keep",
         views=config.views,
         caption_views=config.views if "text" in config.freeze else None,

@@ -12,10 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clipx.data.images import Normalise
+from clipx.errors import UserError
 from clipx.loss.distill import Teacher
 from clipx.models.clip import CLIP
 from clipx.models.packed import Packed, to_device
 from clipx.training.batch import MicroBatch, concat
+from clipx.training.memory import is_out_of_memory
 
 
 class Features(NamedTuple):
@@ -36,7 +38,7 @@ class BatchOutput(NamedTuple):
 
     loss: Tensor  # () nats
     image: Tensor  # (B, E) unit features
-    text: Tensor  # (B, E) unit features
+    text: Tensor  # (B K, E) unit features
     scale: Tensor  # () inverse temperature
 
 
@@ -177,13 +179,25 @@ def tensors_in(features: tuple[Any, ...]) -> list[Tensor]:
 def call_loss(
     loss_fn: Callable[..., Tensor], ids: Tensor | None, teacher: Teacher | None, features: Features
 ) -> Tensor:
-    """Call a loss with what it takes."""
+    """Call a loss with what it takes.
+
+    Raises:
+        UserError: it cannot take several captions per picture.
+    """
     image, text, scale, bias, projections = features
     further: dict[str, Any] = {} if bias is None else {"bias": bias}
-    if teacher is None:
-        return loss_fn(image, text, scale, ids, **further)
-    halves = teacher.image.to(image.dtype), teacher.text.to(text.dtype)
-    loss = loss_fn(image, text, scale, ids, **further, teacher=Teacher(*halves, teacher.scale, projections))
+    if teacher is not None:
+        halves = teacher.image.to(image.dtype), teacher.text.to(text.dtype)
+        further["teacher"] = Teacher(*halves, teacher.scale, projections)
+    try:
+        loss = loss_fn(image, text, scale, ids, **further)
+    except (ValueError, IndexError, RuntimeError) as error:
+        if len(text) == len(image) or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the loss does not take the features of {len(image)} pictures and {len(text)} captions: {error}; set "
+            "data.captions_per_picture=1, or let it take several texts for each image, as docs/extend.md says"
+        ) from error
     for weight in projections:
         loss = loss + 0 * weight.sum()  # DistributedDataParallel waits for the gradients of all parameters
     return loss

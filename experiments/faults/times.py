@@ -73,9 +73,7 @@ def time_resumes() -> None:
     for position in (0, 1_000_000, 400_000_000):
         start = time.perf_counter()
         plan = Plan(source.sizes, 0, WINDOW)
-        reader = TrainReader(
-            source, plan, TrainCrop(Preprocessing(32), (0.9, 1.0), "fast"), SimpleTokenizer(), "random"
-        )
+        reader = TrainReader(source, plan, TrainCrop(Preprocessing(32), (0.9, 1.0), "fast"), SimpleTokenizer())
         batches = load_chunks(reader, train_ranges(position, BATCH), WORKERS, pin=False)
         (chunk,) = itertools.islice(batches, 1)
         print(f"position {position:>11,}: first batch after {time.perf_counter() - start:.2f} s")

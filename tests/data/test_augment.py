@@ -55,7 +55,7 @@ def augmentation(option: str) -> Augmentation | None:
 def reader_of(augment: Augmentation | None, seed: int = 0, views: int | None = None) -> TrainReader:
     source = Dummy(24, 40, 0)
     crop = TrainCrop(Preprocessing(32), (0.9, 1.0), "fast")
-    return TrainReader(source, Plan(source.sizes, seed, 64), crop, TOKENIZER, "random", views=views, augments=[augment])
+    return TrainReader(source, Plan(source.sizes, seed, 64), crop, TOKENIZER, views=views, augments=[augment])
 
 
 def pictures(reader: TrainReader, workers: int = 0, start: int = 0, count: int = 6) -> Tensor:
@@ -249,7 +249,7 @@ def test_each_source_of_a_mix_has_its_own() -> None:
     ]
     for named, expected in both:
         augments = for_sources(BySource(**named), source_names(data))
-        reader = TrainReader(data.train, data.plan(0), crop, TOKENIZER, "random", augments=augments)
+        reader = TrainReader(data.train, data.plan(0), crop, TOKENIZER, augments=augments)
         chunk = reader.chunk(range(16))
         for image, sample in zip(chunk.images, chunk.samples.tolist(), strict=True):
             assert bool((image == 0).all()) == expected[sample // 16]

@@ -57,9 +57,7 @@ def write(path: Path, samples: Members) -> Path:
 
 def reader_of(root: Path, **options: object) -> TrainReader:
     source = open_shards(str(root), val=0, index_dir=str(root / "cache"), **options).train
-    return TrainReader(
-        source, Plan(source.sizes, 0, 64), TrainCrop(Preprocessing(16), (0.9, 1.0), "fast"), TOKENIZER, "random"
-    )
+    return TrainReader(source, Plan(source.sizes, 0, 64), TrainCrop(Preprocessing(16), (0.9, 1.0), "fast"), TOKENIZER)
 
 
 def two_epochs(reader: TrainReader, workers: int = 0, **shared: int) -> list[Chunk]:
@@ -490,7 +488,7 @@ def test_a_shard_that_cannot_be_read_when_a_run_begins_is_named(
 def reopened(reader: TrainReader) -> TrainReader:
     """A copy of the reader, with no open files."""
     make, args = reader.source.__reduce__()
-    return TrainReader(make(*args), reader.plan, reader.crop, TOKENIZER, "random")
+    return TrainReader(make(*args), reader.plan, reader.crop, TOKENIZER)
 
 
 def test_a_worker_that_is_killed_ends_the_run_between_two_batches(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def source(make_shards: Callable[..., Path]) -> Source:
 def reader_of(source: Source, views: int | None = VIEWS, plan: Plan | MixPlan | None = None, **options) -> TrainReader:
     plan = plan or Plan(source.sizes, 0, 64)
     crop = TrainCrop(Preprocessing(16), (0.5, 1.0), "fast")
-    return TrainReader(source, plan, crop, TOKENIZER, "random", views=views, **options)
+    return TrainReader(source, plan, crop, TOKENIZER, views=views, **options)
 
 
 def chunks_of(reader: TrainReader, count: int, batch: int = 8, workers: int = 0) -> list[Chunk]:
@@ -62,6 +62,12 @@ def feature(row: int) -> np.ndarray:
 def fill(file: FeatureFile, rows: range) -> None:
     for row in rows:
         file.write(np.array([row]), feature(row))
+
+
+def test_rows_that_a_file_does_not_have_are_not_written(features: FeatureFile) -> None:
+    rows = np.array([-1, 3, features.rows, 4])
+    features.write(rows, np.concatenate([feature(row) for row in rows]))
+    assert features.count() == 2 and features.read(4)[0] == 5
 
 
 @pytest.mark.parametrize("caption_views", [VIEWS, None])

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import clipx
 from clipx.data import loader
+from clipx.data.draw_captions import CaptionDraw
 from clipx.data.images import TrainCrop, decode
 from clipx.data.loader import group_steps, load_chunks, split_range, train_ranges
 from clipx.data.plan import Plan
@@ -34,7 +35,7 @@ TOKENIZER = SimpleTokenizer()
 def reader_of(root: Path, seed: int = 0, window: int = 64) -> TrainReader:
     source = open_shards(str(root), val=0).train
     return TrainReader(
-        source, Plan(source.sizes, seed, window), TrainCrop(Preprocessing(16), (0.5, 1.0), "fast"), TOKENIZER, "random"
+        source, Plan(source.sizes, seed, window), TrainCrop(Preprocessing(16), (0.5, 1.0), "fast"), TOKENIZER
     )
 
 
@@ -172,7 +173,7 @@ def test_the_global_random_state_is_left_alone(shards: Path) -> None:
 
 def test_the_first_caption_always_where_asked(shards: Path) -> None:
     reader = reader_of(shards)
-    reader.caption = "first"
+    reader.captions = CaptionDraw("first")
     assert all(caption.startswith("thing number") for chunk in batches(reader, 8, 27) for caption in chunk.captions)
 
 

@@ -10,6 +10,7 @@ from conftest import picture, write_tar
 from test_features import chunks_of
 
 from clipx.data.augment import Chain, Color, Flip
+from clipx.data.draw_captions import CaptionDraw
 from clipx.data.features import FeatureFile, open_features
 from clipx.data.images import TrainCrop
 from clipx.data.plan import Plan
@@ -44,13 +45,13 @@ def reader_of(
     context: int = 77,
 ) -> TrainReader:
     crop, plan = TrainCrop(preprocessing, (0.3, 1.0), "fast"), Plan(source.sizes, 0, 64)
-    return TrainReader(source, plan, crop, SimpleTokenizer(context), "random", views=VIEWS, teacher=teacher)
+    return TrainReader(source, plan, crop, SimpleTokenizer(context), views=VIEWS, teacher=teacher)
 
 
 def test_a_teacher_sees_the_same_changes_of_a_crop(source: Source) -> None:
     readers = [reader_of(source, teacher_of()), reader_of(source, None, LARGE)]
     for reader in readers:
-        reader.augment = Chain(flip=Flip(), color=Color())
+        reader.augments = [Chain(flip=Flip(), color=Color())]
     both, large = (chunks_of(reader, 4, SAMPLES) for reader in readers)
     assert all(torch.equal(one.teacher.images, other.images) for one, other in zip(both, large, strict=True))
     assert not torch.equal(both[0].images, chunks_of(reader_of(source), 1, SAMPLES)[0].images)
@@ -107,6 +108,23 @@ def test_what_is_stored_is_neither_decoded_nor_tokenized(source: Source, tmp_pat
         all_tokens = tokens_of(whole.teacher.tokens)
         assert tokens_of(chunk.teacher.tokens) == [all_tokens[row] for row in unknown]
         assert torch.equal(chunk.images, whole.images)
+
+
+def test_a_teacher_reads_several_captions_and_shortened_ones_without_a_row(source: Source) -> None:
+    reader = reader_of(source, teacher_of())
+    reader.captions = CaptionDraw(word_dropout=0.2, count=2)
+    for chunk in chunks_of(reader, 4, SAMPLES):
+        rows = chunk.teacher.rows["text"].unflatten(0, (-1, 2))
+        assert len(rows) == len(chunk) and tokens_of(chunk.teacher.tokens) == tokens_of(
+            SimpleTokenizer(6).flat(chunk.captions)
+        )
+        texts = zip(chunk.captions[::2], chunk.captions[1::2], strict=True)
+        for sample, several, both in zip(chunk.samples.tolist(), rows.tolist(), texts, strict=True):
+            captions = source.read(sample).captions
+            for row, text in zip(several, both, strict=True):
+                assert row == -1 - sample if row < 0 else captions[row // SAMPLES] == text
+                assert row < 0 or row % SAMPLES == sample
+        assert (rows < 0).any() and (rows >= 0).any()
 
 
 def test_the_number_of_captions_is_that_of_the_samples(source: Source) -> None:

@@ -52,6 +52,17 @@ def test_the_numbers_are_what_plain_computation_gives() -> None:
     assert (metrics["health/grad_norm_image"], metrics["health/grad_norm_text"]) == (3.0, 4.0)
 
 
+def test_several_captions_count_as_pairs_of_their_image() -> None:
+    torch.manual_seed(0)
+    image = F.normalize(torch.randn(300, 16, dtype=torch.float64), dim=-1)
+    texts = F.normalize(torch.randn(300, 3, 16, dtype=torch.float64), dim=-1)
+    metrics = health_metrics(numbers(image, texts.flatten(0, 1)), RANGE)
+    for tag in ("positive_cosine", "negative_cosine", "loss_over_chance"):
+        each = [health_metrics(numbers(image, texts[:, k]), RANGE)[f"health/{tag}"] for k in range(3)]
+        assert metrics[f"health/{tag}"] == pytest.approx(np.mean(each)), tag
+    assert metrics["health/text_rank"] == pytest.approx(effective_rank(texts[:256].flatten(0, 1)))
+
+
 def test_the_effective_rank_counts_directions() -> None:
     assert effective_rank(torch.eye(5, 9)) == pytest.approx(5)
     assert effective_rank(torch.ones(40, 9)) == pytest.approx(1, abs=1e-3)

@@ -639,6 +639,7 @@ def test_keys_that_a_later_version_adds_have_their_defaults_in_earlier_runs(
     assert "belongs to another run (clip_norm: None -> 1.0)" in fails(*EARLY, "clip_norm=1")
     assert "belongs to another run (matmul_precision: 'highest' -> 'high')" in fails(*EARLY, "matmul_precision=high")
     assert "belongs to another run (optim.betas: [0.9, 0.98] -> [0.9, 0.95])" in fails(*EARLY, "optim.betas=[0.9,0.95]")
+    assert "belongs to another run (data.word_dropout: 0.0 -> 0.1)" in fails(*EARLY, "data.word_dropout=0.1")
     train(*EARLY)
     assert summary(early)["state"] == "finished"
     train("config=outputs/early/config.yaml", "name=again", "max_rollbacks=1")

@@ -128,7 +128,7 @@ def remote(server: Server, tmp_path: Path) -> Callable[..., Data]:
 
 
 def reader_of(data: Data) -> TrainReader:
-    return TrainReader(data.train, data.plan(0), TrainCrop(Preprocessing(16), (0.5, 1.0), "fast"), TOKENIZER, "random")
+    return TrainReader(data.train, data.plan(0), TrainCrop(Preprocessing(16), (0.5, 1.0), "fast"), TOKENIZER)
 
 
 def chunks_of(data: Data, count: int = 20, workers: int = 0, start: int = 0, batch: int = 5) -> list[Chunk]:
