@@ -23,7 +23,7 @@ SWEEP = [
     "-m",
     "clipx.train",
     "-m",
-    "experiment=demo",
+    "experiment=study",
     "name=cut",
     "max_steps=60",
     "eval_every=20",
