@@ -180,7 +180,7 @@ def checkpoint_of(path: Path, node: object) -> Path:
         ({"_target_": "clipx.training.run.Path.write_text", "data": ""}, "run.Path.write_text is outside clipx.models"),
         ({"_target_": "clipx.models.tower.UserError"}, "tower.UserError is outside clipx.models"),
         ({"_target_": "clipx.models.clip.Any"}, "comes from typing"),
-        ({"_target_": "clipx.models.clip.MAX_LOG_SCALE"}, "is a float, neither a function nor a class"),
+        ({"_target_": "clipx.models.resnet.RESIDUAL_GAIN"}, "is a float, neither a function nor a class"),
         ({"_target_": "clipx.models.clip.torch.save", "obj": 1, "f": "{ran}"}, "cannot be imported"),
     ],
 )  # fmt: skip

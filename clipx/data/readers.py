@@ -134,7 +134,7 @@ class TrainReader(Reader):
         caption_views: number of times that captions are drawn; None for once an epoch.
         features: features of frozen towers, by tower; what they hold is neither read nor decoded.
         teacher: prepares the same samples for a teacher.
-        augments: of each source, changes its crops; None for the crop alone.
+        augments: of each source, changes its crops, None for the crop alone; empty for that of all.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class TrainReader(Reader):
         caption_views: int | None = None,
         features: Mapping[str, FeatureFile] | None = None,
         teacher: TeacherReader | None = None,
-        augments: Sequence[Augmentation | None] = (None,),
+        augments: Sequence[Augmentation | None] = (),
     ):
         super().__init__(source, tokenizer)
         self.plan, self.crop, self.captions, self.identify = plan, crop, captions or CaptionDraw(), identify
@@ -237,8 +237,12 @@ class TrainReader(Reader):
         """Fill ``out``, (S, S, 3) uint8, with the crop of a view, augmented.  Raises BadSample."""
         view = view_of(place, self.views)
         crop(picture, random.Random(digest(self.plan.seed, "crop", *view)), out)
-        if augment := self.augments[place.source]:
+        if augment := self.augmentation(place):
             apply(augment, out, digest(self.plan.seed, "augment", *view))
+
+    def augmentation(self, place: Place) -> Augmentation | None:
+        """Return what changes the crop of a place, if anything does."""
+        return self.augments[place.source] if self.augments else None
 
     def stored(self, rows: Sequence[Loaded]) -> dict[str, Any]:
         """Return ``rows`` and ``stored`` of a chunk; nothing without views."""

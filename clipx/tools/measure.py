@@ -78,7 +78,7 @@ def time_stages(config: TrainConfig) -> dict[str, float]:
 
     def resize_and_augment(item: tuple[Place, np.ndarray]) -> None:
         resize(item[1], pixels, reader.crop.interpolation)
-        if augment := reader.augments[item[0].source]:
+        if augment := reader.augmentation(item[0]):
             apply(augment, pixels, seed=0)
 
     samples = timed("read", lambda place: reader.source.read(place.sample), places)

@@ -206,7 +206,7 @@ def test_a_missing_named_set_says_which_command_makes_it(fails: Callable[..., st
         ("crop=[0,1]", "expected the smallest and the largest share of the area to keep, above 0 and up to 1"),
         ("crop=[0.9,0.2]", "expected the smallest and the largest"),
         ("crop=[1,2]", "expected the smallest and the largest"),
-        ("caption=second", "should be 'random' or 'first'"),
+        ("caption=second", "should be 'random', 'first', 'weighted' or 'join'"),
         ("decode=slow", "should be 'fast' or 'exact'"),
         ("cache_gb=0", "should be greater than 0"),
         ("val=5", "expected a share of the pictures (0.02 is 2 %; 0 is none), or a directory"),

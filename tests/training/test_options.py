@@ -25,6 +25,10 @@ KEYS = (
     "freeze=[image] unlock.image=1 optim.layer_decay=0.5",
     "lora.rank=2",
     "views=2",
+    "data.captions_per_picture=2",
+    "data.captions_per_picture=2 loss=sigmoid loss.same=positive micro_batch_size=8",
+    "data.caption=weighted data.caption_weights=[2,1] data.word_dropout=0.3",
+    "data.caption=join",
     "patch_dropout=0.5 patch_dropout_until=6",
     "patch_dropout=0.5 patch_dropout_until=2ep model.image.registers=2 micro_batch_size=8 grad_checkpoint=true",
 )
