@@ -60,21 +60,31 @@ def nearest_captions(val: Features) -> Any:
         left, right = figure.add_subplot(len(chosen), 2, 2 * row + 1), figure.add_subplot(len(chosen), 2, 2 * row + 2)
         left.imshow(val.shown[picture].permute(1, 2, 0).numpy())
         left.axis("off")
-        own = val.owners == picture
+        own = {val.captions[index] for index in (val.owners == picture).nonzero()[:, 0].tolist()}
         left.set_title(shorten(val.captions[int(val.first[picture])]), fontsize=8)
         right.axis("off")
-        for line, caption in enumerate(similarity[row].topk(min(NUM_NEAREST, len(val.texts))).indices.tolist()):
-            mark, colour = ("✓", "green") if own[caption] else ("  ", "black")
+        for line, (caption, cosine) in enumerate(nearest(val.captions, similarity[row])):
+            mark, colour = ("✓", "green") if caption in own else ("  ", "black")
             right.text(
                 0,
                 0.9 - 0.2 * line,
-                f"{similarity[row, caption]:.2f} {mark} {shorten(val.captions[caption])}",
+                f"{cosine:.2f} {mark} {shorten(caption)}",
                 color=colour,
                 fontsize=9,
                 family="monospace",
                 va="center",
             )
     return figure
+
+
+def nearest(captions: Sequence[str], similarity: Tensor) -> list[tuple[str, float]]:
+    """The most similar captions, each once though several pictures may have it, with their similarity (M,)."""
+    best: dict[str, float] = {}
+    for index in similarity.argsort(descending=True).tolist():
+        best.setdefault(captions[index], similarity[index].item())
+        if len(best) == NUM_NEAREST:
+            break
+    return list(best.items())
 
 
 def similarity_matrix(val: Features) -> Any:
