@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from clipx import distributed
 from clipx.data.loader import skip_left_out
 from clipx.data.readers import Chunk, Skipped
-from clipx.models.clip import CLIP
+from clipx.models.clip import CLIP, OUTSIDE_TOWERS
 from clipx.models.lora import adapter_state, load_adapter_state
 from clipx.training.average import WeightAverage
 from clipx.training.batch import split_micro_batches
@@ -195,7 +195,8 @@ def step_optimizer(state: State, clip_norm: float | None, amp: torch.dtype | Non
 
 def gradient_norms(model: CLIP, further: nn.Module) -> GradientNorms:
     zero = model.logit_scale.new_zeros(())  # for a frozen tower
-    others = [model.logit_scale, *further.parameters()]
+    own = (getattr(model, name) for name in OUTSIDE_TOWERS)
+    others = [*(p for p in own if p is not None), *further.parameters()]
     image, text, rest = (
         get_total_norm([p.grad for p in parameters if p.grad is not None] or [zero])
         for parameters in (model.visual.parameters(), model.text.parameters(), others)

@@ -24,6 +24,7 @@ from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 from clipx.tokenizer import SimpleTokenizer
 from clipx.training.batch import split_micro_batches
+from clipx.training.loop import gradient_norms
 from clipx.training.step import Features, MicroBatchEncoder, PixelModel, backward
 
 
@@ -251,6 +252,15 @@ def test_every_loss_has_the_gradient_of_the_whole_batch_in_micro_batches(name: s
     assert same_loss.item() == pytest.approx(loss.item(), rel=1e-12)
     assert_close(parts, full_grads)
     assert all(grad.any() for grad in full_grads)
+
+
+def test_the_norm_of_the_gradient_counts_the_temperature_and_the_bias() -> None:
+    clip = model(bias=-3.0)
+    (part,), scaler = split_micro_batches(chunks_of(16, None), None), torch.amp.GradScaler(enabled=False)
+    backward(Double(WithBias(clip), CPU, None), sigmoid_loss, [part], scaler)
+    expected = nn.utils.get_total_norm([p.grad for p in clip.parameters()])
+    torch.testing.assert_close(gradient_norms(clip, nn.Module()).model, expected)
+    assert clip.logit_bias.grad.abs() > 1e-3 * expected  # it makes a difference
 
 
 @pytest.mark.long
