@@ -80,7 +80,8 @@ class HealthMonitor:
     """
 
     def __init__(self, batch_size: int):
-        chance = f"ln({min(batch_size, ROWS)}) = {math.log(min(batch_size, ROWS)):.2f}"
+        rows = min(batch_size, ROWS)
+        chance = f"ln({rows}) = {math.log(rows):.2f}"
         self.since: dict[str, int] = {}
         self.stuck = (
             f"the contrastive loss has stayed at {chance}, which is chance, for {PATIENCE} steps or more. The usual "
