@@ -87,7 +87,8 @@ def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
     for probe in probes.values():
         probe.grad = torch.zeros_like(probe)
     kept = {id(p): p for group in groups for p in group}  # not copied
-    copied = copy.deepcopy(optimizer, {**kept, **probes, id(optimizer.state): defaultdict(dict)})
+    made = {probes[id(p)]: copy.deepcopy(optimizer.state[p]) for p in smallest if p in optimizer.state}
+    copied = copy.deepcopy(optimizer, {**kept, **probes, id(optimizer.state): defaultdict(dict, made)})
     for group in copied.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in kept]
     copied.step()
