@@ -174,6 +174,19 @@ def test_other_numbers_of_ranks_and_micro_batches_are_the_same_run(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("loss", ["info_nce", "sigmoid"])
+def test_ranks_with_several_captions_of_a_picture_are_the_same_run(
+    torchrun: Callable[..., str], tmp_path: Path, loss: str
+) -> None:
+    args = (f"loss={loss}", "loss.same=positive", "data.captions_per_picture=2", "max_steps=20")
+    torchrun(1, *args, name="one")
+    torchrun(2, *args, "micro_batch_size=4")
+    one, two = (numbers(tmp_path / "outputs" / name) for name in ("one", "x"))
+    assert len(one["train/loss"]) == 20 and two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
+    assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=0.02)
+
+
+@pytest.mark.long
 def test_mixed_precision_in_micro_batches_on_ranks_is_that_of_one(torchrun: Callable[..., str], tmp_path: Path) -> None:
     args = ("amp=bf16", "micro_batch_size=4", "max_steps=20")
     torchrun(1, *args, name="one")

@@ -51,7 +51,7 @@ def start(cwd: Path, ranks: int, *args: str) -> subprocess.Popen[str]:
     return subprocess.Popen(words, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-@pytest.mark.parametrize("args", [[], ["freeze=[image]"]])
+@pytest.mark.parametrize("args", [[], ["freeze=[image]"], ["data.captions_per_picture=2", "loss.same=positive"]])
 def test_stored_features_give_the_bits_of_computed_ones(teach: Train, args: list[str]) -> None:
     for name, cache in (("cached", CACHED), ("again", CACHED), ("plain", UNCACHED)):
         teach(*RUN, *args, cache, f"name={name}")
@@ -79,11 +79,12 @@ def test_micro_batches_and_workers_do_not_change_what_is_learnt(teach: Train) ->
 
 @pytest.mark.long
 @pytest.mark.parametrize("micro", ["null", "2"])
-def test_two_ranks_learn_what_one_does(teach: Train, tmp_path: Path, micro: str) -> None:
-    process = start(tmp_path, 2, CACHED, "name=two", f"micro_batch_size={micro}")
+@pytest.mark.parametrize("args", [[], ["data.captions_per_picture=2", "loss.same=mask"]])
+def test_two_ranks_learn_what_one_does(teach: Train, tmp_path: Path, args: list[str], micro: str) -> None:
+    process = start(tmp_path, 2, CACHED, *args, "name=two", f"micro_batch_size={micro}")
     _, output = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    teach(*RUN, UNCACHED, "name=one")
+    teach(*RUN, *args, UNCACHED, "name=one")
     assert losses("two") == pytest.approx(losses("one"), rel=1e-3)
     for name, weight in last("one")["projection_state_dict"].items():
         torch.testing.assert_close(last("two")["projection_state_dict"][name], weight, rtol=1e-2, atol=1e-4)
