@@ -30,6 +30,7 @@ def header_lines(
         *([f"weights   {origin}"] if origin else []),
         *([f"frozen    {', '.join(config.freeze)}"] if config.freeze else []),
         *([f"lora      rank {config.lora.rank}, alpha {config.lora.alpha:g}, {adapted} matrices"] if adapted else []),
+        *([f"patches   {describe_patches(config)}"] if config.patch_dropout else []),
         f"trained   {describe_trained(state.model, state.optimizer)}",
         f"data      {samples:,} pictures to train, {validation:,} to validate; workers={parts.workers}",
         *(f"          {note}" for note in data.notes),
@@ -37,6 +38,12 @@ def header_lines(
         *describe(config, frozen, parts.epochs),
         *describe_teacher(config, teacher, parts.epochs),
     ]
+
+
+def describe_patches(config: TrainConfig) -> str:
+    """Which patches a run with patch dropout trains on."""
+    kept = f"a random {1 - config.patch_dropout:.0%} of each picture's"
+    return f"{kept}, all from patch_dropout_until={config.patch_dropout_until} on"
 
 
 def describe_length(config: TrainConfig, samples: int, length: int) -> str:

@@ -97,6 +97,8 @@ def test_the_end_of_a_run_trains_on_all_patches(
     monkeypatch.setattr(ImageEncoder, "features", watch)
     train(*FEW, "evals=[]", "max_steps=8", "patch_dropout=0.5", f"patch_dropout_until={until}", "name=x")
     assert [share for training, share in seen if training] == [0.5] * steps + [0.0] * (8 - steps)
+    said = Path("outputs/x/train.log").read_text()
+    assert f"patches   a random 50% of each picture's, all from patch_dropout_until={until} on\n" in said
 
 
 def test_micro_batches_leave_out_the_same_patches_as_the_whole_batch(train: Train) -> None:
