@@ -3,12 +3,26 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from clipx.config.console import survive_closed_output
 from clipx.errors import UserError
-from clipx.tools.runs_table import Row, Run, export_rows, find_runs, show, table, to_csv, to_markdown
+from clipx.tools.ablation import ablation_table, find_baseline, group_changes, plot_gains
+from clipx.tools.curves import plot
+from clipx.tools.runs_table import (
+    Row,
+    Run,
+    check_metrics,
+    export_rows,
+    find_runs,
+    objective,
+    show,
+    table,
+    to_csv,
+    to_markdown,
+)
 
 
 @survive_closed_output()
@@ -27,18 +41,44 @@ def main() -> None:
         metavar="FILE",
         help=".md: the table; .csv, .json: all values; .png, .svg: curves and the effect of each key",
     )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="TAG",
+        help="a further column, such as val/retrieval/i2t_r1",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="RUN",
+        help="a baseline, or the folder of its seeds: what each setting changes and gains, seed by seed",
+    )
     options = parser.parse_args()
     try:
         runs = find_runs(options.runs)
-        rows = table(runs)
+        check_metrics(runs, options.metric)
+        rows, draw = against(runs, options) if options.against else (table(runs, options.metric), partial(plot, runs))
         show(rows)
         for out in options.out:
-            write(runs, rows, out)
+            write(runs, rows, draw, out)
     except UserError as error:
         sys.exit(str(error))
 
 
-def write(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> None:
+def against(runs: Sequence[Run], options: argparse.Namespace) -> tuple[list[Row], Callable[[Path], None]]:
+    """The table against a baseline, and what draws it.
+
+    Raises:
+        UserError: the baseline is not one setting, or has no objective.
+    """
+    baseline = find_baseline(options.against)
+    tags = list(dict.fromkeys([objective(baseline) or "train/loss", *options.metric]))
+    groups = group_changes(runs, baseline)
+    return ablation_table(groups, baseline, tags), partial(plot_gains, groups, baseline, tags)
+
+
+def write(runs: Sequence[Run], rows: Sequence[Row], draw: Callable[[Path], None], out: Path) -> None:
     """Write the table, the numbers or the plot, by the file's extension.
 
     Raises:
@@ -51,9 +91,7 @@ def write(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> None:
     }
     try:
         if out.suffix in (".png", ".svg"):
-            from clipx.tools.curves import plot  # imports matplotlib
-
-            plot(runs, out)
+            draw(out)
         elif out.suffix in formats:
             out.write_text(formats[out.suffix](), encoding="utf-8")
         else:

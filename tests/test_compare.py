@@ -14,6 +14,7 @@ from conftest import run_python
 from PIL import Image
 
 from clipx.compare import main
+from clipx.tools.ablation import gains
 from clipx.tools.runs_table import find_runs, table
 
 TAG = "val/retrieval/mean_recall"
@@ -64,6 +65,44 @@ def test_seeds_of_one_setting_are_listed_together(tmp_path: Path) -> None:
     best, worst = table(find_runs([tmp_path]))
     assert (best["run"], best["state"], best["optim.lr"]) == ("2 seeds", "2 finished", 1e-3)
     assert str(best[TAG]) == "0.7 ± 0.14" and str(worst[TAG]) == "0.15 ± 0.071" and "seed" not in best
+
+
+def ablation(root: Path) -> None:
+    """Two seeds of a baseline and of two changes, which gain 0.2 and 0.1, and lose 0.1 and 0.3."""
+    changes = ({}, {"choices.optim": "lion", "optim.lr": 1e-4, "optim.momentum": 0.9}, {"loss.same": "mask"})
+    for number, (name, keys) in enumerate(zip(("baseline", "lion", "mask"), changes, strict=True)):
+        for seed, value in enumerate(([0.4, 0.5], [0.6, 0.6], [0.3, 0.2])[number]):
+            fake_run(root / name, seed, value, **{"choices.optim": "adamw", "loss.same": "keep", "seed": seed, **keys})
+
+
+def test_each_change_is_compared_with_a_baseline_seed_by_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablation(tmp_path)
+    outs = [tmp_path / "table.md", tmp_path / "gains.png"]
+    args = [str(tmp_path), f"--against={tmp_path / 'baseline'}", "--metric=train/loss"]
+    monkeypatch.setattr(sys, "argv", ["clipx.compare", *args, *(f"--out={out}" for out in outs)])
+    main()
+    head, _, *rows = [line.strip("| \n").split(" | ") for line in outs[0].read_text().splitlines()]
+    assert head == ["change", "runs", TAG, "gain", "train/loss", "gain in train/loss", "minutes"]
+    assert [row[0] for row in rows] == ["optim=lion, optim.lr=0.0001", "baseline", "loss.same=mask"]
+    assert [row[3] for row in rows] == ["0.15 ± 0.071", "", "-0.2 ± 0.14"]
+    with Image.open(outs[1]) as picture:
+        assert picture.size == (1200, 180)
+    capsys.readouterr()
+    for wrong, message in (
+        ([f"--against={tmp_path}"], "expected one run, or the seeds of one setting; these differ in optim"),
+        (["--metric=val/retrieval/mean_recal"], f"no run has it; there are {TAG}"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["clipx.compare", str(tmp_path), *wrong])
+        with pytest.raises(SystemExit, match=message):
+            main()
+
+
+def test_without_common_seeds_the_means_are_compared(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path, number, value, seed=number) for number, value in enumerate([0.2, 0.4, 0.6])]
+    first, *others = find_runs(runs)
+    assert gains(others, [first], TAG) == [pytest.approx(0.3)] and gains([first], others, "val/unknown") == []
 
 
 def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ LEVELS = {
     "training.logs training.loop": 5,
     "training.memory training.parts training.reading training.resume training.run": 5,
     "training.step training.summary training.teacher training.tensorboard": 5,
-    "tools.bench tools.curves tools.findings tools.machine tools.measure tools.predictions": 6,
+    "tools.ablation tools.bench tools.curves tools.findings tools.machine tools.measure tools.predictions": 6,
     "tools.runs_table tools.score": 6,
     "config.arguments config.cli config.explain config.help config.hydra_settings": 6,
     "config.mistyped config.resolve config.study config.sweep config.tune": 6,

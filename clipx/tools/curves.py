@@ -5,8 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from clipx.errors import UserError
 from clipx.tools.runs_table import Run, objective, varied_keys
 
@@ -34,6 +32,8 @@ def read_curve(run: Run, tag: str) -> Iterator[tuple[int, int, float, float]]:
 
 def plot(runs: Sequence[Run], out: Path) -> None:
     """Draw objective and loss against steps, samples and hours; below, the objective against each varied key."""
+    from matplotlib.figure import Figure  # slow to import
+
     tag, varied = objective(runs), varied_keys(runs)
     keys = [key for key in varied if key != "seed"] if tag else []
     tags = [name for name in (tag, "train/loss") if name]

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
@@ -122,17 +123,31 @@ def objective_mode(runs: Sequence[Run], tag: str | None) -> Mode:
     return modes[0] if modes else mode_of(tag, None)
 
 
-def table(runs: Sequence[Run]) -> list[Row]:
-    """One row per setting, the best first."""
+def check_metrics(runs: Sequence[Run], tags: Sequence[str]) -> None:
+    """Refuse a metric that no run has.
+
+    Raises:
+        UserError: it names near matches.
+    """
+    known = dict.fromkeys(tag for run in runs for tag in run.summary["final"])
+    if unknown := next((tag for tag in tags if tag not in known), None):
+        near = get_close_matches(unknown, known, 3, 0.5)
+        raise UserError(f"--metric {unknown}: no run has it" + (f"; there are {', '.join(near)}" if near else ""))
+
+
+def table(runs: Sequence[Run], metrics: Sequence[str] = ()) -> list[Row]:
+    """One row per setting, the best first; ``metrics`` are further columns."""
     keys, tag = varied_keys(runs), objective(runs)
     groups = group_seeds(runs, keys)
     show_seed = len(groups) == len(runs)
-    rows = [make_row(group, keys, tag, show_seed) for group in groups]
+    rows = [make_row(group, keys, tag, show_seed, metrics) for group in groups]
     sign = -1 if objective_mode(runs, tag) == "min" else 1
     return sorted(rows, key=lambda row: sign * sort_key(row[tag or "objective"], -sign * math.inf), reverse=True)
 
 
-def make_row(group: Sequence[Run], keys: Sequence[str], tag: str | None, show_seed: bool) -> Row:
+def make_row(
+    group: Sequence[Run], keys: Sequence[str], tag: str | None, show_seed: bool, metrics: Sequence[str]
+) -> Row:
     """A row of the table: one run, or the seeds of one setting."""
     first = group[0]
     states = Counter(run.state for run in group)
@@ -141,6 +156,7 @@ def make_row(group: Sequence[Run], keys: Sequence[str], tag: str | None, show_se
     row |= {key: first.keys.get(key) for key in keys if show_seed or key != "seed"}
     best = [run.summary["best"]["value"] for run in group if run.summary["best"]]
     row |= {tag or "objective": spread_of(group, tag), "best": spread(best), "loss": spread_of(group, "train/loss")}
+    row |= {metric: spread_of(group, metric) for metric in metrics}
     row |= {"step": max(run.summary.get("step", 0) for run in group)}
     row |= {"samples/s": spread_of(group, "train/samples_per_s")}
     return row | {"minutes": sum(run.summary.get("seconds", 0) for run in group) / 60}
