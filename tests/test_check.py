@@ -355,3 +355,9 @@ def test_help_needs_no_torch_and_every_job_of_a_sweep_is_checked(tmp_path: Path)
     assert result.returncode == 1 and "Traceback" not in result.stderr and "batch_size=64 is more than" in result.stderr
     assert "20 pictures to validate" in result.stderr and "ok    length    100 steps of 8" in result.stderr
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".sweep"]  # Hydra's own
+
+
+def test_a_tracker_that_cannot_work_is_found(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipx.track.wandb.find_spec", lambda _: None)
+    page, code = check(*MADE_UP, "track=[wandb]")
+    assert code == 1 and 'WRONG track     track=[wandb] needs wandb, which is not installed; pip install "clipx' in page

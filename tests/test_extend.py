@@ -21,7 +21,7 @@ def test_each_part_takes_less_than_twenty_lines() -> None:
 @pytest.mark.long
 def test_parts_from_outside_are_used_as_the_page_says(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     follow(PAGE, reader)
-    runs = {name: reader / "outputs" / name for name in ("conv", "rows", "smooth", "posterized", "gap")}
+    runs = {name: reader / "outputs" / name for name in ("conv", "rows", "smooth", "posterized", "gap", "booked")}
     assert all(summary(run)["state"] == "finished" for run in runs.values())
 
     monkeypatch.syspath_prepend(str(reader))
@@ -32,6 +32,9 @@ def test_parts_from_outside_are_used_as_the_page_says(reader: Path, monkeypatch:
     assert summary(runs["gap"])["best"]["metric"] == "val/gap/closeness"
     scored = [row["val/gap/distance"] for row in lines(runs["gap"]) if "val/gap/distance" in row]
     assert scored and 0 < scored[-1] < 2 and '"gap"' in (runs["gap"] / "metrics.json").read_text()
+
+    booked = f"booked finished at step 20: loss {summary(runs['booked'])['final']['train/loss']:.3f}\n"
+    assert (reader / "book.txt").read_text() == booked
 
     result = run_python("-m", "clipx.train", "--config-dir", "mine/conf", "--help", cwd=reader)
     assert "conv              Convolutional image tower" in result.stdout

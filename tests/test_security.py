@@ -219,7 +219,7 @@ def test_a_model_that_cannot_be_made_from_a_checkpoints_config_is_one_line(
         ("clipx.data.prepare.pack.asdict", "dataclasses"),
         ("clipx.config.resolve.files", "importlib"),
         ("clipx.data.remote.cache.mkstemp", "tempfile"),
-        ("clipx.training.logs.SummaryWriter", "torch"),
+        ("clipx.track.tensorboard.SummaryWriter", "torch"),
     ],
 )
 def test_what_a_module_of_clipx_has_only_imported_is_not_called(target: str, home: str) -> None:

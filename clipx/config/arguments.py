@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from clipx.config.meaning import LABELLED_PATHS, is_neutral
 from clipx.config.runs import OUTPUTS
 
-GROUPS = ("model", "data", "augment", "optim", "sched", "loss", "evals", "experiment", "source")
+GROUPS = ("model", "data", "augment", "optim", "sched", "loss", "evals", "track", "experiment", "source")
 MAX_NAME_LENGTH = 120  # characters of a directory's name
 
 # names and paths: their values stay text even if they look like numbers

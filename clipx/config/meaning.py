@@ -22,7 +22,7 @@ NEUTRAL = {
     "name", "stop_at", "device", "workers", "resume", "trust", "log_every", "eval_every", "save_every", "keep_every",
     "data.root", "data.shards", "data.val_shards", "data.index_dir", "data.cache", "data.cache_gb",
     "data.allow_pipe", "data.made_by", "data.max_skipped", "micro_batch_size", "grad_checkpoint", "compile",
-    "deterministic", "resume_allow", "feature_cache", "max_bad_steps", "max_rollbacks", "signal_exit_code",
+    "deterministic", "resume_allow", "feature_cache", "max_bad_steps", "max_rollbacks", "signal_exit_code", "track",
 }  # fmt: skip
 LABELLED_PATHS = r"(labelled|evals\.[^.]+\.sets)\.[^.]+\.(root|folder|shards|train|classes)"
 
@@ -33,7 +33,7 @@ RECORDED = {"choices", "varied"}  # for the record only
 def is_neutral(key: str) -> bool:
     """Whether a key does not change the meaning of a run."""
     plain = re.sub(r"^data\.sources\.[^.]+\.", "data.", key)  # sources of a mix
-    return plain in NEUTRAL or re.fullmatch(LABELLED_PATHS, key) is not None
+    return plain in NEUTRAL or plain.startswith("track.") or re.fullmatch(LABELLED_PATHS, key) is not None
 
 
 def with_defaults(saved: Mapping[str, Any], name: str = "train") -> dict[str, Any]:
@@ -41,12 +41,21 @@ def with_defaults(saved: Mapping[str, Any], name: str = "train") -> dict[str, An
 
     The default of a new key must do what earlier versions did.
     """
-    primary = yaml.safe_load(files(CONF).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
-    inherited = [entry for entry in primary.pop("defaults") if isinstance(entry, str) and entry != "_self_"]
+    primary = read_conf(f"{name}.yaml")
     defaults: dict[str, Any] = {}
-    for other in inherited:
-        defaults |= with_defaults({}, other)
+    for entry in primary.pop("defaults"):
+        if isinstance(entry, str) and entry != "_self_":
+            defaults |= with_defaults({}, entry)
+        elif isinstance(entry, dict):  # groups of several options, such as track: [tensorboard]
+            lists = {group: options for group, options in entry.items() if isinstance(options, list)}
+            for group, options in lists.items():
+                primary[group] = {option: read_conf(f"{group}/{option}.yaml") for option in options}
     return {**defaults, **primary, **saved}
+
+
+def read_conf(name: str) -> dict[str, Any]:
+    """Read a YAML file of conf/."""
+    return yaml.safe_load(files(CONF).joinpath(name).read_text(encoding="utf-8"))
 
 
 def argument_defaults(config: Mapping[str, Any], trust: Sequence[str]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def check_nodes(values: Mapping[str, Any], schema: type[Schema]) -> Schema:
     trust, nodes = values.get("trust", []), {}
     groups = {key for key in values.keys() & set(GROUPS) if key != "augment" or values[key]}  # {}: none
     for key in sorted(groups, key=lambda key: key not in ("data", "source", "sched")):  # these import no torch
-        check = check_named_nodes if key == "evals" else check_node
+        check = check_named_nodes if key in ("evals", "track") else check_node
         nodes[key] = check(values[key], key, trust)
     return schema(**{**values, **nodes})
 

@@ -81,6 +81,7 @@ class TrainConfig(ComposedConfig):
     trust: list[str]
     labelled: dict[str, dict[str, str]] | None = None
     augment: dict[str, Any] = field(default_factory=dict)  # empty: the crop alone
+    track: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,7 @@ def examine(config: TrainConfig, directory: Path) -> int:
         log(check_data(data))
     if data:
         with report.part("length") as log:
-            length = run_length(config, plan)
-            log(check_length(config, plan.samples, length))
+            log(check_length(config, plan.samples, length := run_length(config, plan)))
     if data and state:
         if length:
             with report.part("run") as log:
@@ -103,15 +102,16 @@ def examine(config: TrainConfig, directory: Path) -> int:
         with report.part("samples") as log:
             reader = train_reader(config, data, plan, state.model)
             make_prefetcher(reader, next(train_ranges(state.samples, config.batch_size)), fill=False).check_all_fit()
-            chunks = first_chunks(reader, state.samples)
-            batch = range(state.samples, state.samples + min(config.batch_size, plan.samples))
+            chunks, last = first_chunks(reader, state.samples), state.samples + min(config.batch_size, plan.samples)
             log(check_samples(data, chunks))
             log(check_captions(reader, chunks))
-            log(check_equal(reader, batch, config.loss.get("same")))
+            log(check_equal(reader, range(state.samples, last), config.loss.get("same")))
             log(show(chunks[0]))
             tokens = max(int(chunk.tokens.lengths.max()) for chunk in chunks)
         with report.part("evals") as log:
             log(check_evals(config, data, state.model))
+    with report.part("track"):
+        build(config.track, "track", config.trust)
     if state:
         report.log("workers", check_workers(config.workers, device or CPU, config.batch_size, state.model.visual.size))
         with report.part("memory") as log:

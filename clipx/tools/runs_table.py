@@ -23,7 +23,7 @@ from clipx.training.summary import FILE, load_summary
 
 Row = dict[str, Any]
 
-IGNORED_KEYS = {"name", "varied", "stop_at", "device", "workers", "resume"}  # they do not change the result
+IGNORED_KEYS = {"name", "varied", "stop_at", "device", "workers", "resume", "track"}  # they do not change the result
 STYLES = {"failed": "red", "killed": "red", "running": "yellow", "stopped": "yellow"}
 
 
@@ -46,7 +46,7 @@ class Run:
         return {
             key.removeprefix("choices."): value
             for key, value in config.items()
-            if key.split(".")[0] not in IGNORED_KEYS
+            if key.removeprefix("choices.").split(".")[0] not in IGNORED_KEYS
         }
 
 

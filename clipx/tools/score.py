@@ -48,7 +48,7 @@ class ResultsWriter(FigureLog):
 
     directory: Path
     weights: str  # name of the file in metrics.json
-    is_run: bool  # whether the directory is a run's, with TensorBoard's events
+    is_run: bool  # whether the directory is a run's, with events of TensorBoard
     step: int  # of the checkpoint
     prefix: str  # of the names of figures
 
@@ -219,7 +219,8 @@ def writer_for(run: str, directory: Path) -> ResultsWriter:
     folder = path.parent if path.parent.name else path.absolute().parent
     if folder.name != "checkpoints" or not (folder.parent / "config.yaml").is_file():
         return ResultsWriter(path.parent, path.name, False, 0, f"{path.stem}-")
-    return ResultsWriter(folder.parent, f"checkpoints/{path.name}", True, read_plain(path).get("step", 0), "")
+    tracked = any(folder.parent.glob("events.out.tfevents.*"))  # track=[] has none
+    return ResultsWriter(folder.parent, f"checkpoints/{path.name}", tracked, read_plain(path).get("step", 0), "")
 
 
 @contextmanager

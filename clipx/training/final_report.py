@@ -1,6 +1,6 @@
 """Final report of a run: a table of scores, the paths, and what to type next."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,14 +36,21 @@ def note_bests(bests: Bests, numbers: Mapping[str, float], step: int, mode: Mapp
             bests[tag] = Best(value, step)
 
 
-def final_report(directory: Path, summary: Mapping[str, Any], bests: Bests) -> list[str]:
-    """Lines logged when a run, or this process's part of it, ends."""
+def final_report(directory: Path, summary: Mapping[str, Any], bests: Bests, views: Sequence[str]) -> list[str]:
+    """Lines logged when a run, or this process's part of it, ends.
+
+    Args:
+        directory: of the run.
+        summary: of the run.
+        bests: of its scores.
+        views: how to look at its logs.
+    """
     step, steps, minutes = summary["step"], summary["steps"], summary["seconds"] / 60
     return [
         f"{summary['state']} at step {step:,} of {steps:,} after {minutes:.1f} min",
         *score_table(summary["final"], bests, summary["best"].get("metric")),
         f"weights   {checkpoints_line(directory / 'checkpoints')}",
-        f"view      tensorboard --logdir {directory}",
+        *(f"view      {view}" for view in views),
         f"repeat    python -m clipx.train config={directory / 'config.yaml'} name=again",
     ]
 

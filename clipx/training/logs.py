@@ -1,4 +1,4 @@
-"""Logs of a run: train.log, metrics.jsonl, summary.json, TensorBoard, and a progress bar."""
+"""Logs of a run: train.log, metrics.jsonl, summary.json, trackers, and a progress bar."""
 
 import json
 import logging
@@ -6,14 +6,13 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from clipx.data.files import write_atomic
@@ -21,7 +20,7 @@ from clipx.devices import one_of_several_jobs
 from clipx.errors import UserError
 from clipx.evals.features import Features
 from clipx.evals.figures import figure_name, nearest_captions, save_figure, similarity_matrix
-from clipx.training import tensorboard
+from clipx.track import TrackedRun, Tracker, tags_of
 from clipx.training.final_report import Bests, final_report, note_bests
 
 logger = logging.getLogger("clipx")
@@ -32,11 +31,12 @@ class RunLog:
 
     Args:
         directory: of the run.
-        config: YAML text for TensorBoard.
+        trackers: that receive what is logged.
+        config: for the trackers.
         about: further entries of summary.json, for compare.
-        hparams: hyperparameters for TensorBoard's HPARAMS.
+        hparams: hyperparameters, for the trackers.
         steps: length of the run, for the progress bar.
-        step: last step done; later events in TensorBoard are dropped.
+        step: last step done; trackers drop what was logged after it.
         samples: drop lines of metrics.jsonl and skipped.jsonl logged after this position.
         seconds: duration of the run so far.
         epoch_samples: samples per epoch.
@@ -46,7 +46,8 @@ class RunLog:
     def __init__(
         self,
         directory: Path,
-        config: str,
+        trackers: Sequence[Tracker],
+        config: Mapping[str, Any],
         about: Mapping[str, Any],
         hparams: Mapping[str, Any],
         steps: int,
@@ -56,7 +57,8 @@ class RunLog:
         epoch_samples: int,
         early: MemoryHandler,
     ):
-        self.directory, self.config, self.epoch_samples, self.early = directory, config, epoch_samples, early
+        self.directory, self.trackers, self.config = directory, trackers, config
+        self.epoch_samples, self.early = epoch_samples, early
         self.start = time.monotonic() - seconds
         self.summary: dict[str, Any] = {"state": "running", "step": step, "steps": steps, "final": {}, "best": {}}
         self.summary.update(about)
@@ -65,18 +67,17 @@ class RunLog:
         self.hparams, self.steps, self.step, self.samples = hparams, steps, step, samples
 
     def __enter__(self) -> "RunLog":
-        for row in truncate_jsonl(self.directory / "metrics.jsonl", self.samples):
-            self.summary["final"].update({tag: value for tag, value in row.items() if "/" in tag})
+        rows = truncate_jsonl(self.directory / "metrics.jsonl", self.samples)
+        for row in rows:
+            self.summary["final"].update(tags_of(row))
             note_bests(self.bests, row, row["step"], self.mode)
         truncate_jsonl(self.directory / "skipped.jsonl", self.samples)
+        self.start_trackers(rows)
         self.file = logging.FileHandler(self.directory / "train.log", encoding="utf-8")
         self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.early.setTarget(self.file)
         self.early.flush()
         self.metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.step + 1)
-        self.tensorboard.add_text("config", f"```yaml\n{self.config}```", self.step)
-        tensorboard.write_header(self.tensorboard, self.hparams, self.summary["objective"])
         self.bar = tqdm(
             desc=self.directory.name,
             total=self.steps,
@@ -94,14 +95,25 @@ class RunLog:
     ) -> None:
         self.bar.close()
         self.metrics.close()
-        self.tensorboard.close()
         if error is not None:
             self.summary["state"], self.summary["reason"] = "failed", str(error) or type(error).__name__
             logger.debug("".join(traceback.format_exception(error)))
+        for tracker in self.trackers:
+            tracker.close(self.summary["state"])
         if self.directory.is_dir():
             self.write_summary()
         self.early.setTarget(None)
         self.file.close()
+
+    def start_trackers(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Start the trackers; if one cannot, close those that have."""
+        objective = self.summary["objective"]
+        run = TrackedRun(self.directory, self.config, self.hparams, objective, self.step, rows)
+        with ExitStack() as started:
+            for tracker in self.trackers:
+                tracker.start(run)
+                started.callback(tracker.close, "failed")
+            started.pop_all()
 
     @property
     def objective(self) -> float | None:
@@ -114,17 +126,17 @@ class RunLog:
         return time.monotonic() - self.start
 
     def scalars(self, numbers: Mapping[str, float], step: int, samples: int) -> None:
-        """Write the finite numbers to TensorBoard and as one line of metrics.jsonl."""
+        """Write the finite numbers as one line of metrics.jsonl, and to the trackers."""
         self.check_directory()
         for tag in [tag for tag, value in numbers.items() if not math.isfinite(value)]:
             self.summary["final"].pop(tag, None)
         numbers = {tag: value for tag, value in numbers.items() if math.isfinite(value)}
-        for tag, value in {**numbers, **tensorboard.at_a_glance(numbers, self.summary["objective"])}.items():
-            self.tensorboard.add_scalar(tag, value, step)
         epoch = round(samples / self.epoch_samples, 4)
         head = {"step": step, "samples": samples, "epoch": epoch, "seconds": round(self.seconds, 3)}
         self.metrics.write(json.dumps({**head, **numbers}) + "\n")
         self.metrics.flush()
+        for tracker in self.trackers:
+            tracker.log({**head, **numbers})
         self.summary.update(head)
         self.summary["final"].update(numbers)
         note_bests(self.bests, numbers, step, self.mode)
@@ -132,8 +144,8 @@ class RunLog:
     def best(self, best: Mapping[str, Any], step: int) -> None:
         """Record the best metric, value and step so far."""
         self.summary["best"] = dict(best)
-        if best:
-            self.tensorboard.add_scalar(tensorboard.best_tag(best["metric"]), best["value"], step)
+        for tracker in self.trackers if best else ():
+            tracker.best(best["metric"], best["value"], step)
         self.write_summary()
 
     def progress(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -150,28 +162,34 @@ class RunLog:
 
     def pictures(self, val: Features, step: int) -> None:
         """Log validation pictures with their nearest captions, and the similarity matrix."""
-        self.check_directory()
-        self.tensorboard.add_figure("val/nearest_captions", nearest_captions(val), step)
-        self.tensorboard.add_figure("val/similarity", similarity_matrix(val), step)
+        if self.trackers:
+            self.track_figure("val/nearest_captions", nearest_captions(val), step)
+            self.track_figure("val/similarity", similarity_matrix(val), step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """Log a figure of an evaluation, and keep the latest as a PNG in the run's directory."""
         self.check_directory()
         save_figure(figure, self.directory / figure_name(tag))
-        self.tensorboard.add_figure(tag, figure, step)
+        self.track_figure(tag, figure, step)
+
+    def track_figure(self, tag: str, figure: Any, step: int) -> None:
+        """Pass a figure to the trackers."""
+        self.check_directory()
+        for tracker in self.trackers:
+            tracker.figure(tag, figure, step)
 
     def finish(self, state: str) -> None:
         """Log how the run, or this process's part of it, ended."""
         self.summary["state"] = state
-        if state == "finished":
-            tensorboard.mark_finished(self.tensorboard)
-        for line in final_report(self.directory, self.summary, self.bests):
+        views = [view for tracker in self.trackers if (view := tracker.view())]
+        for line in final_report(self.directory, self.summary, self.bests, views):
             logger.info(line)
 
     def flush(self) -> None:
         """Flush the logs to disk."""
         self.check_directory()
-        self.tensorboard.flush()
+        for tracker in self.trackers:
+            tracker.flush()
         os.fsync(self.metrics.fileno())
 
     def check_directory(self) -> None:

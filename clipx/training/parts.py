@@ -31,6 +31,7 @@ from clipx.errors import UserError
 from clipx.evals.validation import Evaluation, LabelledEvaluation
 from clipx.models.clip import CLIP
 from clipx.models.lora import add_adapters
+from clipx.track import Tracker
 from clipx.training.compile import compile_model
 from clipx.training.frozen import FeatureModel, FrozenTowers, Name, frozen_towers, open_files
 from clipx.training.loop import State
@@ -54,6 +55,7 @@ class RunParts:
     data: Data
     plan: Plan | MixPlan
     evals: dict[str, Evaluation | LabelledEvaluation]
+    trackers: Sequence[Tracker]
     identity: Identity
     teacher: CLIP | None
     early: MemoryHandler  # log records from before train.log is open

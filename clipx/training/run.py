@@ -27,6 +27,7 @@ from clipx.distributed.watchdog import Watchdog
 from clipx.duration import Every
 from clipx.errors import Interrupted, UserError
 from clipx.evals.validation import Validation
+from clipx.track import Tracker, hparams_row
 from clipx.training.callbacks import Callbacks, Diverged, Intervals
 from clipx.training.direction import mode_of
 from clipx.training.existing_run import check_directory
@@ -49,7 +50,6 @@ from clipx.training.parts import (
 from clipx.training.resume import restore
 from clipx.training.summary import read_summary
 from clipx.training.teacher import TeacherTowers, load_teacher, open_teacher
-from clipx.training.tensorboard import hparams_row
 from clipx.weights.checkpoint import AsyncSaver
 
 logger = logging.getLogger("clipx")
@@ -95,13 +95,14 @@ def run_on_rank(
     limit_threads()
     device = select_device(config.device)
     workers, config = select_workers(config.workers, device), replace(config, amp=select_amp(config.amp, device))
+    trackers: list[Tracker] = [*build(config.track, "track", config.trust).values()]
     teacher = load_teacher(config, device)
     with distributed.rank0_first(watchdog):
         data: Data = build(config.data, "data", config.trust)
-        evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
+        evals = build(config.evals, "evals", config.trust)
     plan = data.plan(config.seed)
     identity = identify(config, data, plan, teacher)
-    parts = RunParts(config, directory, device, workers, data, plan, evals, identity, teacher, early)
+    parts = RunParts(config, directory, device, workers, data, plan, evals, trackers, identity, teacher, early)
     left_out: list[range] = []
     with locked_by_rank0(directory):
         while isinstance(result := train(parts, signals, left_out), Diverged):
@@ -214,24 +215,17 @@ def open_log(parts: RunParts, state: State, samples: int) -> RunLog | SilentLog:
     """The log that rank 0 writes; drops what was logged after ``samples``."""
     if distributed.rank():
         return SilentLog()
-    text = yaml.safe_dump(asdict(parts.config), sort_keys=False, allow_unicode=True)
+    whole = asdict(parts.config)
+    text = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
     (parts.directory / "config.yaml").write_text(text, encoding="utf-8")
     process = {"id": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-    config = flatten(asdict(parts.config))
+    config = flatten(whole)
     mode = mode_of(parts.config.objective, parts.config.mode)
     about = {"objective": parts.config.objective, "mode": mode, "process": process, "config": config}
     row = hparams_row(config, parts.config.choices, parts.config.varied)
+    steps, seconds, epoch = parts.identity.steps, state.seconds, parts.plan.samples
     return RunLog(
-        parts.directory,
-        text,
-        about,
-        row,
-        parts.identity.steps,
-        state.step,
-        samples,
-        state.seconds,
-        parts.plan.samples,
-        parts.early,
+        parts.directory, parts.trackers, whole, about, row, steps, state.step, samples, seconds, epoch, parts.early
     )
 
 

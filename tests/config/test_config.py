@@ -22,7 +22,7 @@ from clipx.data.sample import Data
 from clipx.models.text import TextEncoder
 from clipx.models.vision import ImageEncoder
 
-GROUPS = ("model", "data", "augment", "optim", "sched", "loss", "evals", "experiment")
+GROUPS = ("model", "data", "augment", "optim", "sched", "loss", "evals", "track", "experiment")
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 REQUIRED = {
     "data=folder": ["data.root=DIR"],
@@ -43,7 +43,8 @@ def compose_config(*overrides: str) -> TrainConfig:
 
 @pytest.mark.parametrize("option", every_option())
 def test_every_option_of_every_group_composes_and_fits_what_it_calls(option: str) -> None:
-    override = option if not option.startswith("evals=") else f"evals=[{option.removeprefix('evals=')}]"
+    group, _, name = option.partition("=")
+    override = f"{group}=[{name}]" if group in ("evals", "track") else option
     assert compose_config(override, *REQUIRED.get(option, []))
 
 
@@ -100,7 +101,7 @@ def test_export_yaml_states_every_key_of_the_schema() -> None:
 
 def test_train_yaml_states_every_key_of_the_schema() -> None:
     keys = set(yaml.safe_load((ROOT / "conf/train.yaml").read_text())) - {"defaults", "hydra"}
-    assert keys - {"evals"} == {field.name for field in fields(TrainConfig)} - {*GROUPS, "choices", "varied"}
+    assert keys - {"evals", "track"} == {field.name for field in fields(TrainConfig)} - {*GROUPS, "choices", "varied"}
 
 
 @pytest.mark.parametrize(

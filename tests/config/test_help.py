@@ -62,7 +62,7 @@ def test_a_page_has_every_option_of_every_group_with_what_it_is(command: str) ->
 def test_the_defaults_are_marked_and_their_keys_shown() -> None:
     page = help_page("train")
     marked = re.findall(r"^  \* (\w+)", page, re.MULTILINE)
-    assert marked == ["tiny", "emoji", "none", "adamw_paper", "warmup_cosine", "info_nce", "retrieval"]
+    assert marked == ["tiny", "emoji", "none", "adamw_paper", "warmup_cosine", "info_nce", "retrieval", "tensorboard"]
     assert [f"{key}={option}" for key, option in re.findall(r"^Keys of (\w+)=(\w+):", page, re.MULTILINE)] == [
         "model=tiny",
         "data=emoji",
@@ -70,6 +70,7 @@ def test_the_defaults_are_marked_and_their_keys_shown() -> None:
         "sched=warmup_cosine",
         "loss=info_nce",
         "evals=retrieval",
+        "track=tensorboard",
     ]
     assert "  optim:\n    _target_: clipx.optim.adamw\n    _partial_: true\n    lr: 5e-4\n" in page
 

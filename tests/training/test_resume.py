@@ -491,7 +491,7 @@ def test_a_run_whose_directory_is_taken_away_ends_in_one_line(
 ) -> None:
     def take_away(self: logs.RunLog, step: int, _numbers: dict) -> None:
         if step == 3:
-            self.tensorboard.flush()
+            self.flush()
             self.directory.rename(tmp_path / "elsewhere")
 
     monkeypatch.setattr(logs.RunLog, "progress", take_away)

@@ -17,7 +17,8 @@ from open_clip.loss import ClipLoss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clipx.evals.features import Features, pair_loss
-from clipx.training.tensorboard import LAYOUT, hparams_row
+from clipx.track import hparams_row
+from clipx.track.tensorboard import LAYOUT
 
 NO_BROWSER = shutil.which("chromedriver") is None and "CI" not in os.environ
 

@@ -1,11 +1,16 @@
-"""TensorBoard beyond scalars: hyperparameters, the objective, and the layout of the charts."""
+"""TensorBoard: scalars, figures, hyperparameters, and the layout of the charts."""
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from clipx.track import TrackedRun, Tracker, best_tag, shown, tags_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # custom scalars: question -> chart -> tags
 LAYOUT = {
@@ -33,6 +38,39 @@ GLANCE = {  # tags repeated at the top
 }
 
 
+class TensorBoard(Tracker):
+    """Write the run's event file; TensorBoard hides the events of steps that a resumed run repeats."""
+
+    def start(self, run: TrackedRun) -> None:
+        self.directory, self.objective = run.directory, run.objective
+        self.board = SummaryWriter(str(run.directory), purge_step=run.step + 1)
+        config = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
+        self.board.add_text("config", f"```yaml\n{config}```", run.step)
+        write_header(self.board, run.hparams, run.objective)
+
+    def log(self, row: Mapping[str, float]) -> None:
+        numbers = tags_of(row)
+        for tag, value in {**numbers, **at_a_glance(numbers, self.objective)}.items():
+            self.board.add_scalar(tag, value, int(row["step"]))
+
+    def best(self, tag: str, value: float, step: int) -> None:
+        self.board.add_scalar(best_tag(tag), value, step)
+
+    def figure(self, tag: str, figure: "Figure", step: int) -> None:
+        self.board.add_figure(tag, figure, step, close=False)
+
+    def view(self) -> str:
+        return f"tensorboard --logdir {self.directory}"
+
+    def flush(self) -> None:
+        self.board.flush()
+
+    def close(self, state: str) -> None:
+        if state == "finished":
+            self.board._get_file_writer().add_summary(hparams({}, {})[2])
+        self.board.close()
+
+
 def at_a_glance(numbers: Mapping[str, float], objective: str | None) -> dict[str, float]:
     """Tags shown at the top of the first page: is it learning, is it healthy, is it fast."""
     names = {**GLANCE, **({objective: f"2_learning_{objective.rpartition('/')[2]}"} if objective else {})}
@@ -52,42 +90,7 @@ def write_header(board: SummaryWriter, row: Mapping[str, Any], objective: str | 
     """
     ranked_by = [objective, best_tag(objective)] if objective else []
     metrics = dict.fromkeys([*ranked_by, "train/loss", "train/samples_per_s"], 0)
-    shown = {
-        key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value) for key, value in row.items()
-    }
-    experiment, start, _ = hparams(shown, metrics)
+    experiment, start, _ = hparams(shown(row), metrics)
     board._get_file_writer().add_summary(experiment)
     board._get_file_writer().add_summary(start)
     board.add_custom_scalars(LAYOUT)
-
-
-def mark_finished(board: SummaryWriter) -> None:
-    """Mark the run as finished."""
-    board._get_file_writer().add_summary(hparams({}, {})[2])
-
-
-def best_tag(tag: str) -> str:
-    """The tag for the best value of ``tag``."""
-    return f"best/{tag.removeprefix('val/')}"
-
-
-def hparams_row(config: Mapping[str, Any], choices: Mapping[str, Any], varied: Sequence[str]) -> dict[str, Any]:
-    """The hyperparameters that HPARAMS shows: those that the command varied, and the options of the other groups.
-
-    The other groups share one column, as TensorBoard shows only the first five columns by default, in alphabetical
-    order.
-
-    Args:
-        config: of the run, flattened.
-        choices: by group.
-        varied: keys or groups.
-    """
-    fixed = {group: option for group, option in choices.items() if group not in varied}
-    every = {**config, **choices}
-    groups = " ".join(map(format_choice, fixed.items()))
-    return {"groups": groups, **{key: every[key] for key in varied if key in every}}
-
-
-def format_choice(item: tuple[str, Any]) -> str:
-    group, option = item
-    return f"{group}={','.join(option) if isinstance(option, list) else option}"
