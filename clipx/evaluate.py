@@ -28,6 +28,10 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
     check_mix(values["mix"], "alphas", values["alphas"])
     if values["mix"] and len(runs) > 1:
         raise UserError(f"mix={values['mix']} mixes one run, but run names {len(runs)}: {', '.join(runs)}; give one")
+    if values["sets"] is not None:
+        from clipx.tools.benchmark import find_sets, give_sets
+
+        values["evals"] = give_sets(values["evals"], find_sets(values["sets"]), values.get("data") is not None)
     config = check_nodes(values, EvaluateConfig)
     from clipx.models.numerics import numerics  # imports torch
     from clipx.tools.score import score

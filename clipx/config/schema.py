@@ -93,6 +93,7 @@ class EvaluateConfig(ComposedConfig):
     alphas: list[Share] | None
     evals: dict[str, dict[str, Any]]
     split: Literal["val", "train"]
+    sets: str | list[str] | None
     labelled: dict[str, dict[str, str]] | None
     bootstrap: PositiveInt | None
     per_class: bool

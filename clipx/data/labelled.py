@@ -1,6 +1,6 @@
 """Labelled pictures as sources: torchvision, a folder of class folders, or shards with .cls members.
 
-The caption of a sample is its class number, so workers, ranks and bad samples work as for any source.
+The caption of a sample is its class number, or its numbers, so workers, ranks and bad samples work as for any source.
 """
 
 import difflib
@@ -12,28 +12,21 @@ from hashlib import blake2b
 from io import BytesIO
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from PIL import Image
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from clipx.data.captions import dataset_type
-from clipx.data.catalogue import Catalogue, open_catalogue
-from clipx.data.class_names import plain, read_classnames_file, read_names
+from clipx.data.class_names import check_label, plain, read_names, read_templates
+from clipx.data.class_shards import MultiLabelShards, Opened, open_class_shards
 from clipx.data.files import below, is_clutter, read_picture
 from clipx.data.images import DECODE_ERRORS, check_size, to_rgb
 from clipx.data.sample import IMAGE_SUFFIXES, BadSample, Sample, Source
-from clipx.data.shard_paths import expand, list_shards
-from clipx.data.shards import Shards
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import expand_home
 from clipx.errors import first_line
 
 logger = logging.getLogger("clipx")
-
-INDEX_DIR = "~/.cache/clipx"
-Opened: TypeAlias = tuple[Source, list[str]]  # and its class names
 
 
 @with_config(ConfigDict(extra="allow"))  # open_set reports unknown keys
@@ -44,9 +37,10 @@ class LabelledConfig(TypedDict, total=False):
     root: str  # its directory; nothing is downloaded
     split: str  # its split; "test"
     folder: str  # a directory with one directory of pictures per class
-    shards: str  # tars with .jpg and .cls, or their directory; next to them classnames.txt
+    shards: str  # tars with .jpg and .cls (or .npy: several classes), or their directory; next to them classnames.txt
     train: str  # training data of a probe: another split ("train"), folder or shards
     classes: str  # a file of class names, one per line, or imagenet; else those of the data
+    templates: str  # prompts, as in read_templates; else those of the evaluation
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,7 @@ class LabelledSet:
     test: Source
     train: Source | None  # if requested
     classes: list[str]
+    templates: list[str] | None = None  # of its own
 
 
 def open_sets(sets: Mapping[str, LabelledConfig] | None, train: bool = False) -> dict[str, LabelledSet]:
@@ -93,9 +88,12 @@ def open_set(key: str, which: LabelledConfig, train: bool) -> LabelledSet:
             f"for {kind}={dict(which)[kind]}"
         )
     names = read_names(which["classes"], f"{key}.classes") if "classes" in which else None
+    templates = read_templates(which["templates"], f"{key}.templates") if "templates" in which else None
     test, classes = openers[kind](key, which, False, names)
     if not train:
-        return LabelledSet(test, None, classes)
+        return LabelledSet(test, None, classes, templates)
+    if isinstance(test, MultiLabelShards):
+        raise ValueError(f"{key}: its pictures have several classes, and a probe needs one; use evals=[zero_shot]")
     if kind != "dataset" and "train" not in which:
         raise ValueError(f"{key}.train has no value; a probe needs training pictures other than the test's: train=DIR")
     source, others = openers[kind](key, which, True, names)
@@ -103,21 +101,7 @@ def open_set(key: str, which: LabelledConfig, train: bool) -> LabelledSet:
         raise ValueError(
             f"{key}.train={which.get('train', 'train')}: expected other pictures of the same classes as the test set"
         )
-    return LabelledSet(test, source, classes)
-
-
-def check_label(label: int, classes: list[str], place: str) -> list[str]:
-    """Return the label as a caption.
-
-    Raises:
-        DataError: the label is out of range.
-    """
-    if not 0 <= label < len(classes):
-        raise DataError(
-            f"{place} has the label {label}, but there are {len(classes)} class names, for 0 to "
-            f"{len(classes) - 1}; set the names of this data set: classes=FILE, one name per line"
-        )
-    return [str(label)]
+    return LabelledSet(test, source, classes, templates)
 
 
 # ---------------------------------------------------------------- torchvision
@@ -239,50 +223,3 @@ def open_folders(key: str, which: LabelledConfig, train: bool, names: list[str] 
             ", ".join(empty),
         )
     return ClassFolders(root, files, classes), classes
-
-
-# ---------------------------------------------------------------- shards
-
-
-class ClassShards(Shards):
-    """Tars whose samples have their class number in ``.cls``."""
-
-    def __init__(self, catalogue: Catalogue, classes: list[str]):
-        super().__init__(catalogue, caption_key=None)
-        self.classes, self.kinds = classes, ("cls",)
-
-    def __reduce__(self) -> tuple:
-        return ClassShards, (self.catalogue, self.classes)
-
-    def captions(self, members: Mapping[str, bytes]) -> list[str]:
-        if "cls" not in members:
-            raise BadSample("has no class (.cls)")
-        try:
-            return [str(int(members["cls"]))]
-        except ValueError as error:
-            raise BadSample("its class (.cls) is not a number") from error
-
-    def read(self, sample: int) -> Sample:
-        found = super().read(sample)
-        check_label(int(found.captions[0]), self.classes, self.locate(sample))
-        return found
-
-
-def open_class_shards(key: str, which: LabelledConfig, train: bool, names: list[str] | None) -> Opened:
-    """Open local tars, by name or by directory."""
-    kind: Literal["train", "shards"] = "train" if train else "shards"
-    place = which[kind]
-    root = Path(place).expanduser()
-    split = root / ("train" if train else "test")  # CLIP_benchmark's layout
-    found = (list_shards(root) or list_shards(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
-    tars = [tar for tar in found if isinstance(tar, Path)]
-    if not tars or len(tars) < len(found):
-        raise ValueError(f"{key}.{kind}={place}: expected local tars; copy remote ones first")
-    kind_of_set = dataset_type(tars[0].parent)
-    if kind_of_set not in ("", "classification"):
-        raise ValueError(
-            f"{key}.{kind}={place}: dataset_type.txt says {kind_of_set}; expected classification"
-            + "; evaluate it with evals=[retrieval] data=shards" * (kind_of_set == "retrieval")
-        )
-    classes = names or read_classnames_file(tars[0].parent, f"{key}.classes")
-    return ClassShards(open_catalogue(tars, expand_home(INDEX_DIR)), classes), classes

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from clipx.data.class_shards import read_labels
 from clipx.data.files import write_atomic
 from clipx.data.images import Normalise
 from clipx.data.loader import MAX_CHUNK, load_chunks, split_range
@@ -124,14 +125,14 @@ class EvalEncoder:
                 features = visual.features(pixels)
                 images.append(finish(visual.project(features), normalize=True).cpu())
             hidden.append(features.float().cpu())
-            labels.append(torch.tensor([int(label) for label in chunk.captions]))
+            labels.append(read_labels(source, chunk.captions))
             samples.append(chunk.samples)
-        everywhere = join(images, visual.embed)
+        everywhere, empty = join(images, visual.embed), read_labels(source, [])
         return LabelledFeatures(
             skipped=gather_skipped(skipped, len(everywhere)),
             images=everywhere,
             hidden=join(hidden, visual.width),
-            labels=join(labels, dtype=torch.int64),
+            labels=join(labels, *empty.shape[1:], dtype=empty.dtype),
             samples=join(samples, dtype=torch.int64),
         )
 

@@ -36,11 +36,11 @@ class Features:
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """N pictures, each with the number of its class."""
+    """N pictures, each with the number of its class, or the classes of a multi-label set."""
 
     images: Tensor  # (N, E) unit vectors
     hidden: Tensor  # (N, D) input of the projection into the joint space
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64, or (N, C) uint8: a one for each class of the picture
     samples: Tensor  # (N,) int64, ids in the source
     skipped: list[Skip]  # pictures that could not be read
 

@@ -7,16 +7,15 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from clipx.data.class_names import read_names
+from clipx.data.class_names import check_label, read_templates
 from clipx.data.images import decode, eval_crop
-from clipx.data.labelled import LabelledConfig, LabelledSet, check_label, open_sets
+from clipx.data.labelled import LabelledConfig, LabelledSet, open_sets
 from clipx.evals.encoder import EvalEncoder, evaluating
 from clipx.evals.features import EncodeImages, EncodeTexts, Scores
 from clipx.evals.figures import picture_grid
 from clipx.models.clip import CLIP
-from clipx.tokenizer import Tokenizer, open_clip_module
+from clipx.tokenizer import Tokenizer
 
-NAMED = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}  # in open_clip
 MAX_PROMPTS = 8192  # encoded at once
 TILE = 4096  # pictures scored at once
 SCALE = 100  # inverse temperature of the reported confidence: CLIP's after training
@@ -29,8 +28,8 @@ class ZeroShot:
 
     Args:
         sets: labelled data by name.
-        templates: as in ``read_templates``.
-        per_class: whether to report each class's accuracy, too.
+        templates: as in ``read_templates``, for sets without their own.
+        per_class: whether to report each class's accuracy or average precision, too.
         mistakes: number of the most confident mistakes to show.
     """
 
@@ -47,14 +46,22 @@ class ZeroShot:
     def __call__(self, data: LabelledSet, encode_images: EncodeImages, encode_texts: EncodeTexts) -> Scores:
         """Return top1, top5 (for at least five classes), mean_per_class, per_class/..., and a figure of mistakes.
 
-        ``skipped`` counts the pictures that cannot be read; the other metrics exclude them.
+        Of a multi-label set, return mean_average_precision and per_class/....  ``skipped`` counts the pictures that
+        cannot be read; the other metrics exclude them.
         """
         features = encode_images(data.test)
-        best, confidence = top_classes(features.images, classifier(encode_texts, data.classes, self.templates))
+        texts = classifier(encode_texts, data.classes, data.templates or self.templates)
+        counts = {"pictures": len(features.labels), "skipped": len(features.skipped)}
+        if features.labels.ndim == 2:
+            return {
+                **average_precision(features.images @ texts.T, features.labels, data.classes, self.per_class),
+                **counts,
+            }
+        best, confidence = top_classes(features.images, texts)
         correct = best == features.labels[:, None]
         scores: Scores = topk_accuracy(correct)
         scores |= per_class(correct[:, 0], features.labels, data.classes, self.per_class)
-        scores["pictures"], scores["skipped"] = len(features.labels), len(features.skipped)
+        scores |= counts
         wrong = (~correct[:, 0]).nonzero()[:, 0]
         shown = wrong[confidence[wrong].argsort(descending=True)][: self.mistakes].tolist()
         if shown:
@@ -66,31 +73,6 @@ class ZeroShot:
             ]
             scores["mistakes"] = picture_grid(pictures, [title.replace("$", r"\$") for title in titles])
         return scores
-
-
-def read_templates(given: str | list[str]) -> list[str]:
-    """Return templates with ``{}`` where the class name goes.
-
-    Args:
-        given: ``openai``, the 80 of the paper's ensemble; ``simple``, the 7 that OpenAI found sufficient; a file with
-            one per line; or the templates themselves, with ``{}`` or ``{c}``.
-
-    Raises:
-        ValueError: there are no templates, or one has no ``{}``.
-    """
-    if isinstance(given, str) and given in NAMED:
-        return [template("{}") for template in getattr(open_clip_module("zero_shot_metadata"), NAMED[given])]
-    if isinstance(given, str) and "{" not in given:
-        found = read_names(given, "templates")
-    else:
-        found = [given] if isinstance(given, str) else given
-    found = [template.replace("{c}", "{}") for template in found]
-    wrong = [template for template in found if "{}" not in template]
-    if wrong or not found:
-        raise ValueError(
-            f"templates={given}: {wrong[:1]} has no {{}} for the class name; named templates are {' and '.join(NAMED)}"
-        )
-    return found
 
 
 def classifier(encode_texts: EncodeTexts, classes: list[str], templates: list[str]) -> Tensor:
@@ -130,6 +112,22 @@ def per_class(correct: Tensor, labels: Tensor, classes: list[str], each: bool) -
     present = counts.nonzero()[:, 0].tolist()
     own = {f"per_class/{classes[number]}": accuracy[number].item() for number in present} if each else {}
     return {"mean_per_class": accuracy[present].mean().item(), **own}
+
+
+def average_precision(scores: Tensor, labels: Tensor, classes: list[str], each: bool) -> dict[str, float]:
+    """The mean over classes of the average precision of pictures (N, C), ranked by a class's score (N, C).
+
+    As in CLIP_benchmark, a class without pictures counts as 0.  With ``each``, also that of every other class.
+    """
+    from sklearn.metrics import average_precision_score
+
+    present = labels.any(dim=0).nonzero()[:, 0].tolist()
+    found = {
+        classes[number]: float(average_precision_score(labels[:, number].numpy(), scores[:, number].numpy()))
+        for number in present
+    }
+    own = {f"per_class/{name}": value for name, value in found.items()} if each else {}
+    return {"mean_average_precision": sum(found.values()) / len(classes), **own}
 
 
 def zero_shot_eval(

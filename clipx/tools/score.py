@@ -23,12 +23,14 @@ from clipx.config.runs import expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.data.files import write_atomic
 from clipx.data.sample import Data, Source
+from clipx.data.shards import open_shards
 from clipx.devices import autocast_dtype, limit_threads, select_amp, select_device, select_workers
 from clipx.errors import UserError
 from clipx.evals.features import Features
 from clipx.evals.figures import figure_name, save_figure
 from clipx.evals.validation import FigureLog, LabelledEvaluation, Validation
 from clipx.models.clip import CLIP
+from clipx.tools.benchmark import find_sets, has_captions, own_shards
 from clipx.training.logs import SilentLog
 from clipx.weights.checkpoint import best_or_last
 from clipx.weights.load import load
@@ -146,6 +148,13 @@ def candidates(
 
 def open_sources(config: EvaluateConfig) -> dict[str, Source]:
     """Open the data sets of pictures and captions, by name."""
+    paths = {name: path for name, path in find_sets(config.sets or []).items() if has_captions(path)}
+    sources = {name: open_shards(str(own_shards(path)[0].parent), val=0.0).train for name, path in paths.items()}
+    return sources if sources and config.data is None else {**open_data(config), **sources}
+
+
+def open_data(config: EvaluateConfig) -> dict[str, Source]:
+    """Open the validation sets of ``data``, by name, or its training set."""
     if config.data is None:
         raise UserError(
             f"data has no value, and evals={list(config.evals)} score pictures with captions; add "
