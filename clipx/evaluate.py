@@ -9,6 +9,7 @@ from clipx.config.resolve import check_nodes, typed_values
 from clipx.config.runs import check_exists, check_mix, expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.errors import UserError
+from clipx.tools.score_table import check_outs
 
 
 def main() -> None:
@@ -28,6 +29,7 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
     check_mix(values["mix"], "alphas", values["alphas"])
     if values["mix"] and len(runs) > 1:
         raise UserError(f"mix={values['mix']} mixes one run, but run names {len(runs)}: {', '.join(runs)}; give one")
+    check_outs(values["out"])
     if values["sets"] is not None:
         from clipx.tools.benchmark import find_sets, give_sets
 

@@ -37,7 +37,7 @@ LEVELS = {
     "training.memory training.parts training.reading training.resume training.run": 5,
     "training.step training.summary training.teacher": 5,
     "tools.ablation tools.bench tools.benchmark tools.curves tools.findings tools.machine tools.measure": 6,
-    "tools.predictions tools.runs_table tools.score": 6,
+    "tools.predictions tools.runs_table tools.score tools.score_table": 6,
     "config.arguments config.cli config.explain config.help config.hydra_settings": 6,
     "config.mistyped config.resolve config.study config.sweep config.tune": 6,
     "train prepare check evaluate predict export compare bench": 7,

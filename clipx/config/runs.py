@@ -1,5 +1,6 @@
 """Find runs by name; if one does not exist, suggest those that do."""
 
+import re
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 from glob import glob
@@ -35,10 +36,17 @@ def split_runs(text: str) -> list[str]:
 
 
 def glob_runs(pattern: str) -> list[str]:
-    """The runs that match a pattern such as outputs/*; any other text unchanged."""
+    """The runs or checkpoints that match a pattern, outputs/* or A/checkpoints/*.pt; any other text unchanged."""
     if Path(pattern).exists():
         return [pattern]
-    return sorted(str(Path(path).parent) for path in glob(f"{pattern}/config.yaml")) or [pattern]
+    runs = sorted(str(Path(path).parent) for path in glob(f"{pattern}/config.yaml"))
+    files = [path for path in glob(pattern) if path.endswith(".pt")]
+    return runs or sorted(files, key=by_number) or [pattern]
+
+
+def by_number(name: str) -> list[tuple[str, int]]:
+    """Sort key of names with numbers: clip_step_9.pt is before clip_step_10.pt."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D+|^)(\d*)", name)]
 
 
 def check_exists(key: str, where: str) -> None:

@@ -97,6 +97,7 @@ class EvaluateConfig(ComposedConfig):
     labelled: dict[str, dict[str, str]] | None
     bootstrap: PositiveInt | None
     per_class: bool
+    out: str | list[str] | None
     cache: str | None
     amp: Literal["none", "bf16", "fp16", "auto"]
     matmul_precision: Literal["highest", "high"]

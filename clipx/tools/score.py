@@ -31,6 +31,7 @@ from clipx.evals.figures import figure_name, save_figure
 from clipx.evals.validation import FigureLog, LabelledEvaluation, Validation
 from clipx.models.clip import CLIP
 from clipx.tools.benchmark import find_sets, has_captions, own_shards
+from clipx.tools.score_table import write_outs
 from clipx.training.logs import SilentLog
 from clipx.weights.checkpoint import best_or_last
 from clipx.weights.load import load
@@ -119,9 +120,11 @@ def score(config: EvaluateConfig, directory: Path) -> None:
         ids = data_ids(sources, evals)
         workers, amp = select_workers(config.workers, device), autocast_dtype(select_amp(config.amp, device))
         table: dict[str, Metrics] = {}
+        steps: list[int] = []
         cache = Path(config.cache).expanduser() if config.cache else None
         for label, model, writer in candidates(config, runs, writers, device):
             validation = Validation(sources, evals, model.text.tokenizer, workers, amp, cache)
+            steps.append(writer.step)
             table[label] = validation(model, writer.step, SilentLog() if distributed.rank() else writer)
             if distributed.rank() == 0:
                 writer.write(table[label], ids, validation.skipped)
@@ -129,6 +132,8 @@ def score(config: EvaluateConfig, directory: Path) -> None:
     if distributed.rank() == 0:
         for line in table_lines(table, with_intervals=config.mix is None):
             logger.info(line)
+        of_one_run = len({writer.directory for writer in writers.values()}) == 1 < len(set(steps)) == len(steps)
+        write_outs(config.out, table, steps if of_one_run else None)
 
 
 def candidates(
