@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from clipx.config.console import survive_closed_output
+from clipx.config.console import columns, survive_closed_output
 from clipx.errors import UserError
 from clipx.tools.ablation import ablation_table, find_baseline, group_changes, plot_gains
 from clipx.tools.curves import plot
@@ -23,6 +23,7 @@ from clipx.tools.runs_table import (
     to_csv,
     to_markdown,
 )
+from clipx.tools.score_table import check_outs, read_scores, to_rows, write_outs
 
 
 @survive_closed_output()
@@ -54,8 +55,13 @@ def main() -> None:
         metavar="RUN",
         help="a baseline, or the folder of its seeds: what each setting changes and gains, seed by seed",
     )
+    parser.add_argument(
+        "--sets", action="store_true", help="what clipx.evaluate has written, data set by data set, with the mean"
+    )
     options = parser.parse_args()
     try:
+        if options.sets:
+            return compare_sets(options)
         runs = find_runs(options.runs)
         check_metrics(runs, options.metric)
         rows, draw = against(runs, options) if options.against else (table(runs, options.metric), partial(plot, runs))
@@ -64,6 +70,21 @@ def main() -> None:
             write(runs, rows, draw, out)
     except UserError as error:
         sys.exit(str(error))
+
+
+def compare_sets(options: argparse.Namespace) -> None:
+    """Print, and write, the scores of runs on each data set.
+
+    Raises:
+        UserError: there are none, an option does not fit, or a file cannot be written.
+    """
+    if options.against or options.metric:
+        raise UserError("--sets goes with neither --against nor --metric; leave one out")
+    outs = list(map(str, options.out))
+    check_outs(outs)
+    scores = read_scores(options.runs)
+    print(*columns(to_rows(scores)), sep="\n")
+    write_outs(outs, scores, None)
 
 
 def against(runs: Sequence[Run], options: argparse.Namespace) -> tuple[list[Row], Callable[[Path], None]]:

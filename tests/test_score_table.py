@@ -1,13 +1,15 @@
 """The table of all data sets, and its plot."""
 
 import csv
+import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from clipx.config.runs import expand_runs
 from clipx.errors import UserError
-from clipx.tools.score_table import check_outs, plot, to_csv, to_markdown, write_outs
+from clipx.tools.score_table import check_outs, plot, read_scores, to_csv, to_markdown, write_outs
 
 SCORES = {
     "A": {
@@ -70,3 +72,31 @@ def test_checkpoints_are_found_by_a_pattern_in_the_order_of_their_steps(tmp_path
     for name in [*names, "notes.txt"]:
         (tmp_path / name).touch()
     assert [Path(path).name for path in expand_runs(f"{tmp_path}/*")] == names
+
+
+def test_compare_puts_runs_side_by_side_over_their_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clipx.compare import main
+
+    for name, value in (("one", 0.25), ("two", 0.5)):
+        (tmp_path / name).mkdir()
+        sets = {
+            key: {"zero_shot": {"step": 4, "data": "x", "top1": value + add}} for key, add in (("a", 0), ("b", 0.1))
+        }
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"checkpoints/clip_best.pt": sets}))
+    assert read_scores([tmp_path])["two"] == {"val/zero_shot@a/top1": 0.5, "val/zero_shot@b/top1": 0.6}
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path), "--sets", "--out", str(tmp_path / "x.md")])
+    main()
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][1:] == [
+        ["a", "zero_shot", "top1", "0.25", "0.5"],
+        ["b", "zero_shot", "top1", "0.35", "0.6"],
+        ["mean", "of", "2", "0.3", "0.55"],
+    ]
+    assert (tmp_path / "x.md").read_text().startswith("| data | metric | one | two |")
+    (tmp_path / "one/metrics.json").write_text("[]")
+    with pytest.raises(SystemExit, match="one/metrics.json was not written by clipx.evaluate"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path), "--sets", "--metric", "x"])
+    with pytest.raises(SystemExit, match="--sets goes with neither --against nor --metric"):
+        main()

@@ -1,6 +1,7 @@
 """The main score of each data set as a table with its mean, all scores as CSV, and a plot of the main ones."""
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -70,14 +71,21 @@ def means(lines: Sequence[Line]) -> list[float | None]:
     return [None if None in column else fmean(column) for column in map(list, columns)]
 
 
-def to_markdown(scores: Scores) -> str:
-    """The main scores, with their mean."""
+def to_rows(scores: Scores) -> list[Sequence[str]]:
+    """The main scores, with their mean, below the head of the table."""
     lines = main_lines(scores)
-    rows: list[Sequence[str]] = [("data", "metric", *scores), ["---"] * (len(scores) + 2)]
+    rows: list[Sequence[str]] = [("data", "metric", *scores)]
     rows += [(line.data, f"{line.evaluation} {line.metric}", *map(to_text, line.values)) for line in lines]
     if len(lines) > 1:
         rows.append((f"mean of {len(lines)}", "", *map(to_text, means(lines))))
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)
+    return rows
+
+
+def to_markdown(scores: Scores) -> str:
+    """The main scores as a table."""
+    head, *rows = to_rows(scores)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 def to_text(value: float | None) -> str:
@@ -141,3 +149,30 @@ def write_outs(outs: str | list[str] | None, scores: Scores, steps: Sequence[int
                 out.write_text(to_csv(scores) if out.suffix == ".csv" else to_markdown(scores), encoding="utf-8")
         except OSError as error:
             raise UserError(f"out={out} cannot be written: {error.strerror}") from error
+
+
+def read_scores(folders: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Read the metrics.json that clipx.evaluate has written at or below some folders, by label and tag.
+
+    Raises:
+        UserError: there is none, or one is corrupt.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for file in dict.fromkeys(file for folder in folders for file in sorted(folder.rglob("metrics.json"))):
+        try:
+            scored = json.loads(file.read_text(encoding="utf-8"))
+            for weights, sets in scored.items():
+                label = file.parent.name if len(scored) == 1 else f"{file.parent.name} {Path(weights).name}"
+                label = label if label not in found else f"{file.parent} {weights}"
+                found[label] = {
+                    f"val/{evaluation}@{data}/{metric}": value
+                    for data, evaluations in sets.items()
+                    for evaluation, metrics in evaluations.items()
+                    for metric, value in metrics.items()
+                    if metric not in ("step", "data")
+                }
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{file} was not written by clipx.evaluate ({error}); move it away") from error
+    if not found:
+        raise UserError(f"{' '.join(map(str, folders))}: no metrics.json found; clipx.evaluate run=... writes one")
+    return found
