@@ -18,7 +18,7 @@ LEVELS = {
     "models.clip models.hf models.kernels models.layers models.lora models.numerics models.packed models.resnet": 2,
     "models.text models.timm models.tower models.vision": 2,
     "loss loss.contrastive loss.distill loss.relations loss.sigmoid loss.tiles muon optim sched tokenizer": 2,
-    "data.draw_captions data.plan data.sample data.files data.captions data.tar.headers data.tar.index": 2,
+    "data.draw_captions data.origin data.plan data.sample data.files data.captions data.tar.headers data.tar.index": 2,
     "data.remote.cache data.remote.prefetch data.remote.sizes data.remote.stores": 2.1,
     "data.catalogue data.class_names data.faults data.features data.folder data.handles": 2.2,
     "data.augment data.images data.mix data.pixels data.shard_paths data.shards data.teacher": 2.2,
@@ -36,11 +36,11 @@ LEVELS = {
     "training.logs training.loop": 5,
     "training.memory training.parts training.reading training.resume training.run": 5,
     "training.step training.summary training.teacher": 5,
-    "tools.ablation tools.bench tools.benchmark tools.curves tools.findings tools.machine tools.measure": 6,
-    "tools.predictions tools.runs_table tools.score tools.score_table": 6,
+    "tools.ablation tools.bench tools.benchmark tools.curves tools.embeddings tools.findings tools.index": 6,
+    "tools.machine tools.measure tools.predictions tools.runs_table tools.score tools.score_table": 6,
     "config.arguments config.cli config.explain config.help config.hydra_settings": 6,
     "config.mistyped config.resolve config.study config.sweep config.tune": 6,
-    "train prepare check evaluate predict export compare bench": 7,
+    "train prepare check evaluate embed predict export compare bench": 7,
 }
 LEVEL = {module: level for modules, level in LEVELS.items() for module in modules.split()}
 HYDRA = {"hydra", "omegaconf"}

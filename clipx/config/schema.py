@@ -110,6 +110,22 @@ class EvaluateConfig(ComposedConfig):
 
 
 @dataclass(frozen=True)
+class EmbedConfig(ComposedConfig):
+    """Keys of clipx.embed."""
+
+    run: str
+    out: str
+    split: Literal["all", "train", "val"]
+    part_size: PositiveInt
+    amp: Literal["none", "bf16", "fp16", "auto"]
+    device: str
+    workers: Literal["auto"] | NonNegativeInt
+    act: Literal["quick_gelu", "gelu"] | None
+    trust: list[str]
+    data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class PrepareConfig(ComposedConfig):
     """Keys of clipx.prepare."""
 
@@ -147,7 +163,8 @@ class PredictConfig:
     """Keys of clipx.predict."""
 
     run: str
-    images: str
+    images: str | None
+    index: str | None
     texts: str | None
     search: str | None
     top: PositiveInt

@@ -116,8 +116,12 @@ def read_lines(path: Path, key: str) -> list[str]:
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all; other processes may write it at the same time."""
     temporary = path.with_name(f"{path.name}{WRITING}{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # its space may be what is missing
+        raise
 
 
 def read_picture(path: Path, what: str = "its picture") -> bytes:

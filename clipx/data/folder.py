@@ -1,5 +1,6 @@
 """A folder of pictures as a source: images/ and captions.txt."""
 
+import os
 import shlex
 from collections.abc import Iterable
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing_extensions import Unpack
 
 from clipx.data.captions import check_captions
 from clipx.data.files import below, open_text, read_picture
+from clipx.data.origin import Origin
 from clipx.data.sample import IMAGE_SUFFIXES, VALIDATION, BadSample, Data, DataOptions, Sample, hold_out
 from clipx.data.tar.headers import DataError
 
@@ -62,13 +64,18 @@ class Folder:
         return match_names(self.images, self.captions)
 
     def read(self, sample: int) -> Sample:
-        name = self.names[sample]
-        path = self.images / name
-        if not path.is_file():
-            path = self.images / self.matched[0][name]
+        path = self.path(sample)
         if not path.is_file():
             raise BadSample("is listed in captions.txt, but there is no such file")
-        return Sample(name, read_picture(path), self.read_captions(sample))
+        return Sample(self.names[sample], read_picture(path), self.read_captions(sample))
+
+    def path(self, sample: int) -> Path:
+        """Path of a sample's picture."""
+        path = self.images / self.names[sample]
+        return path if path.is_file() else self.images / self.matched[0][self.names[sample]]
+
+    def origin(self, sample: int) -> Origin:
+        return Origin(self.names[sample], None, os.path.abspath(self.path(sample)))
 
     def read_captions(self, sample: int) -> list[str]:
         return check_captions(self.captions[self.names[sample]])

@@ -7,6 +7,7 @@ from hashlib import blake2b
 import numpy as np
 from typing_extensions import Unpack
 
+from clipx.data.origin import Origin, origin_of
 from clipx.data.plan import MixPlan
 from clipx.data.remote.cache import RemoteShard
 from clipx.data.remote.prefetch import remotes_of
@@ -47,6 +48,9 @@ class Chain:
 
     def read_captions(self, sample: int) -> list[str]:
         return captions_of(*self.find(sample))
+
+    def origin(self, sample: int) -> Origin:
+        return origin_of(*self.find(sample))
 
 
 @dataclass(frozen=True)

@@ -268,19 +268,18 @@ def signed_hash(what: bytes | str) -> int:
 
 
 class EvalReader(Reader):
-    """Reader for evaluation: source order, center crop, all captions of each picture.
-
-    Bad samples are left out, so a chunk may be empty.
+    """Reader for evaluation: source order, center crop; bad samples are left out, so a chunk may be empty.
 
     Args:
         source: the samples.
         preprocessing: of the image tower.
         tokenizer: for the captions.
+        captions: number of captions of each picture, its first; None for all.
     """
 
-    def __init__(self, source: Source, preprocessing: Preprocessing, tokenizer: Tokenizer):
+    def __init__(self, source: Source, preprocessing: Preprocessing, tokenizer: Tokenizer, captions: int | None = None):
         super().__init__(source, tokenizer)
-        self.preprocessing = preprocessing
+        self.preprocessing, self.captions = preprocessing, captions
 
     def chunk(self, positions: range) -> Chunk:
         captions: list[list[str]] = []
@@ -295,6 +294,6 @@ class EvalReader(Reader):
             except BadSample as error:
                 skipped.append(Skipped(position, position, self.source.locate(position), str(error)))
                 continue
-            captions.append(sample.captions)
+            captions.append(sample.captions[: self.captions])
             samples.append(position)
         return self.collate(positions, images[: len(samples)], captions, samples, skipped)

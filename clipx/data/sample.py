@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 from tqdm import tqdm
 
 from clipx.data.draw_captions import CaptionDraw, Choice
+from clipx.data.origin import Origin, origin_of
 from clipx.data.plan import MixPlan, Plan
 
 logger = logging.getLogger("clipx")
@@ -214,6 +215,9 @@ class Subset:
 
     def read_captions(self, sample: int) -> list[str]:
         return captions_of(self.source, self.full_id(sample))
+
+    def origin(self, sample: int) -> Origin:
+        return origin_of(self.source, self.full_id(sample))
 
 
 def hold_out(source: KeyedSource, share: float, cache_dir: Path | None = None) -> tuple[Source, Source | None]:

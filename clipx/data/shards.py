@@ -1,5 +1,6 @@
 """WebDataset shards as a source: plain tars, read by byte ranges."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from clipx.data.captions import MAX_CAPTION_FILE, caption_per_line, read_caption
 from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.faults import check_faults, lost_samples
 from clipx.data.handles import CachedShard, OpenShard, max_open_shards
+from clipx.data.origin import Origin
 from clipx.data.remote.cache import Cache, RemoteShard
 from clipx.data.sample import (
     MAX_IMAGE_BYTES,
@@ -70,6 +72,11 @@ class Shards:
     def locate(self, sample: int) -> str:
         tar, row = self.row(sample)
         return f"{tar.path.name}/{row[KEY].decode('utf-8', 'replace')}"
+
+    def origin(self, sample: int) -> Origin:
+        tar, row = self.row(sample)
+        where = os.path.abspath(tar.path) if isinstance(tar, OpenShard) else tar.remote.url.partition("?")[0]
+        return Origin(row[KEY].decode("utf-8", "replace"), where, None)  # a query may hold credentials
 
     def read(self, sample: int) -> Sample:
         tar, row = self.row(sample)

@@ -1,7 +1,7 @@
 """Encode data sets with a model, with an optional feature cache on disk."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from hashlib import blake2b
@@ -97,9 +97,7 @@ class EvalEncoder:
         skipped: list[Skip] = []
         for chunk, image in self.encode_images(source, skipped):
             images.append(image)
-            packed = pack(chunk.tokens, self.model.text.grid_edges(self.device, self.amp)).to(self.device)
-            with self.autocast():
-                texts.append(self.model.encode_text(packed, True).cpu())
+            texts.append(self.encode_captions(chunk))
             owners.append(chunk.owners + count)
             captions += chunk.captions
             shown.append(chunk.images[: max(0, NUM_SHOWN - count)])
@@ -139,19 +137,50 @@ class EvalEncoder:
     def encode_images(self, source: Source, skipped: list[Skip]) -> Iterator[tuple[Chunk, Tensor]]:
         """Yield the chunks of this rank's share with their pictures' unit vectors, (N, E); ``skipped`` grows."""
         for chunk, pixels in self.read_pixels(source, skipped):
-            with self.autocast():
-                yield chunk, self.model.encode_image(pixels, True).cpu()
+            yield chunk, self.encode_pictures(pixels)
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures -> (N, E) unit vectors on the CPU."""
+        with self.autocast():
+            return self.model.encode_image(pixels, True).cpu()
+
+    def encode_captions(self, chunk: Chunk) -> Tensor:
+        """The captions of a chunk -> (M, E) unit vectors on the CPU."""
+        packed = pack(chunk.tokens, self.model.text.grid_edges(self.device, self.amp)).to(self.device)
+        with self.autocast():
+            return self.model.encode_text(packed, True).cpu()
 
     def read_pixels(self, source: Source, skipped: list[Skip]) -> Iterator[tuple[Chunk, Tensor]]:
         """Yield the chunks of this rank's share with their normalised pictures; ``skipped`` grows."""
-        preprocessing = self.model.visual.preprocessing
-        reader, normalise = EvalReader(source, preprocessing, self.tokenizer), Normalise(preprocessing, self.device)
-        size = CPU_BATCH if self.device.type == "cpu" else MAX_CHUNK
-        share = local_slice([*split_range(range(int(sum(source.sizes))), size)])
-        for chunk in load_chunks(reader, share, self.workers, pin=self.device.type == "cuda"):
+        share = local_slice([*split_range(range(int(sum(source.sizes))), self.chunk_size)])
+        for chunk in self.read_chunks(source, share):
             skipped += [(record.place, record.reason) for record in chunk.skipped]
             if len(chunk):
-                yield chunk, normalise(to_device(chunk.images, self.device))
+                yield chunk, self.pixels(chunk)
+
+    def read_chunks(self, source: Source, ranges: Iterable[range], captions: int | None = None) -> Iterator[Chunk]:
+        """Yield the chunk of each range of samples, which is empty if all of them are bad.
+
+        Args:
+            source: the samples.
+            ranges: of at most ``chunk_size`` samples.
+            captions: number of captions of each picture, its first; None for all.
+        """
+        reader = EvalReader(source, self.model.visual.preprocessing, self.tokenizer, captions)
+        return load_chunks(reader, ranges, self.workers, pin=self.device.type == "cuda")
+
+    def pixels(self, chunk: Chunk) -> Tensor:
+        """The normalised pictures of a chunk, (N, 3, S, S), on the device."""
+        return self.normalise(to_device(chunk.images, self.device))
+
+    @cached_property
+    def normalise(self) -> Normalise:
+        return Normalise(self.model.visual.preprocessing, self.device)
+
+    @property
+    def chunk_size(self) -> int:
+        """Most samples of a chunk."""
+        return CPU_BATCH if self.device.type == "cpu" else MAX_CHUNK
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)

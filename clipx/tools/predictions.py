@@ -2,16 +2,23 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from clipx.data.files import Files, find_pictures, read_lines
+from clipx.data.catalogue import open_catalogue
+from clipx.data.class_shards import INDEX_DIR
+from clipx.data.files import Files, find_pictures, read_lines, read_picture
 from clipx.data.images import decode, eval_crop
+from clipx.data.sample import BadSample
+from clipx.data.shards import Shards
+from clipx.data.tar.headers import DataError
+from clipx.data.tar.index import expand_home
 from clipx.devices import limit_threads, select_device, select_workers
 from clipx.errors import UserError
 from clipx.evals.encoder import CPU_BATCH, EvalEncoder
@@ -20,6 +27,8 @@ from clipx.evals.figures import picture_grid, save_figure, shorten
 from clipx.models.clip import CLIP
 from clipx.models.layers import Act
 from clipx.tokenizer import Tokenizer
+from clipx.tools.index import open_index, search_index
+from clipx.weights.checkpoint import checksum
 from clipx.weights.load import load
 
 THUMBNAIL = 224  # pixels
@@ -111,13 +120,58 @@ def search(found: EncodedPictures, text: str, top: int) -> list[dict[str, Any]]:
     ]
 
 
-def show(rows: list[dict[str, Any]], text: str, out: Path) -> None:
+@torch.no_grad()
+def search_embeddings(
+    run: str, index: str, text: str, top: int, device: str, trust: Sequence[str], act: Act | None
+) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Return the pictures of an index that are nearest to a text, and the encoded files of those that can be read.
+
+    Raises:
+        UserError: the model cannot be loaded, or the index is incomplete or of other weights.
+    """
+    limit_threads()
+    model, _, tokenizer = load(run, select_device(device), trust, act)
+    found = open_index(index, checksum(model.state_dict()))
+    hits = search_index(found, EvalEncoder(model, tokenizer).encode_texts([text])[0], top)
+    rows, pictures = [], {}
+    for hit in hits:
+        row = found.row(hit)
+        image = f"{row['shard']}/{row['key']}" if row["shard"] else row["image_path"]
+        rows.append({"image": image, "cosine": hit.cosine, "caption": row["caption"]})
+        if (picture := read_again(row)) is not None:
+            pictures[image] = picture
+    return rows, pictures
+
+
+def read_again(row: Mapping[str, Any]) -> bytes | None:
+    """Read the picture of a row of an index; None if it is not here any more, or was never a file."""
+    where = Path(row["shard"] or row["image_path"])
+    if not where.is_file():
+        return None
+    try:
+        if row["shard"] is None:
+            return read_picture(where)
+        shard = Shards(open_catalogue([where], expand_home(INDEX_DIR)), None)
+        (found,) = np.flatnonzero(shard.keys(0) == row["key"].encode())[:1]
+        return shard.read(int(found)).picture
+    except (DataError, BadSample, ValueError):  # the file has changed
+        return None
+
+
+def show(rows: list[dict[str, Any]], files: Mapping[str, bytes], text: str, out: Path) -> None:
     """Draw the pictures of a search, nearest first, cropped as the model sees them.
+
+    Args:
+        rows: of the search.
+        files: encoded pictures, by name in the rows; others are left out.
+        text: that was searched.
+        out: the page.
 
     Raises:
         UserError: ``out`` cannot be written.
     """
-    pictures = [eval_crop(decode(Path(row["image"]).read_bytes()), THUMBNAIL) for row in rows]
+    rows = [row for row in rows if row["image"] in files]
+    pictures = [eval_crop(decode(files[row["image"]]), THUMBNAIL) for row in rows]
     figure = picture_grid(pictures, [f"{row['cosine']:.3f}  {shorten(Path(row['image']).name)}" for row in rows])
     figure.suptitle(shorten(text))
     try:

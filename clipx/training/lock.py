@@ -16,12 +16,16 @@ READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
-def directory_lock(directory: Path) -> Iterator[None]:
-    """Lock a directory for training; create it if it is missing.
+def directory_lock(directory: Path, other: str = "train elsewhere with name=...") -> Iterator[None]:
+    """Lock a directory for training or embedding; create it if it is missing.
 
     Child processes do not inherit the lock, and the system releases it when the process ends for any reason.  Other
     machines see it if the file system supports POSIX locks, as NFS does.  A read-only directory needs no lock: nobody
     can train there, and a finished run can still be reported.
+
+    Args:
+        directory: to lock.
+        other: how to use another one, for the error.
 
     Raises:
         UserError: another process holds the lock.
@@ -29,7 +33,7 @@ def directory_lock(directory: Path) -> Iterator[None]:
     with remove_created_on_error(directory):
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            file = acquire(directory / "lock")
+            file = acquire(directory / "lock", other)
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise
@@ -43,8 +47,8 @@ def directory_lock(directory: Path) -> Iterator[None]:
                     (directory / "lock").unlink()
 
 
-def acquire(path: Path) -> TextIO:
-    """Open and lock the lock file.
+def acquire(path: Path, other: str) -> TextIO:
+    """Open and lock the lock file; ``other`` as in ``directory_lock``.
 
     Raises:
         UserError: another process holds the lock.
@@ -57,8 +61,8 @@ def acquire(path: Path) -> TextIO:
             with file:
                 file.seek(0)
                 raise UserError(
-                    f"{path.parent} is in use: {file.read().strip() or 'another process'} trains there; "
-                    "wait for it, stop it, or train elsewhere with name=..."
+                    f"{path.parent} is in use: {file.read().strip() or 'another process'} works there; "
+                    f"wait for it, stop it, or {other}"
                 ) from error
         if is_same_file(path, file):
             break

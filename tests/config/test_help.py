@@ -14,13 +14,14 @@ from conftest import ROOT, run_python
 
 from clipx.config.arguments import GROUPS, completion_line
 from clipx.config.help import help_page
-from clipx.config.schema import EvaluateConfig, ExportConfig, PredictConfig, PrepareConfig, TrainConfig
+from clipx.config.schema import EmbedConfig, EvaluateConfig, ExportConfig, PredictConfig, PrepareConfig, TrainConfig
 
 SCHEMAS = {
     "train": TrainConfig,
     "check": TrainConfig,
     "bench": TrainConfig,
     "evaluate": EvaluateConfig,
+    "embed": EmbedConfig,
     "prepare": PrepareConfig,
     "export": ExportConfig,
     "predict": PredictConfig,
@@ -30,6 +31,7 @@ OF_GROUPS = {
     "check": {*GROUPS} - {"source"},
     "bench": {*GROUPS} - {"source"},
     "evaluate": {"data", "evals"},
+    "embed": {"data"},
     "prepare": {"source"},
     "export": set(),
     "predict": set(),

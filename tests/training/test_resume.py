@@ -414,7 +414,7 @@ def test_one_process_at_a_time_trains_in_a_directory(train: Train, fails: Fails,
         assert other.stdout.readline() == b"held\n"
         message = fails(*FEW, "name=x", "max_steps=2")
         assert message.startswith(f"outputs/x is in use: process {other.pid} on {socket.gethostname()}, since 20")
-        assert message.endswith("trains there; wait for it, stop it, or train elsewhere with name=...")
+        assert message.endswith("works there; wait for it, stop it, or train elsewhere with name=...")
         other.kill()
     assert (tmp_path / "outputs/x/lock").exists()  # left by the dead process, and ignored
     train(*FEW, "name=x", "max_steps=2")
