@@ -451,7 +451,7 @@ def test_a_finished_run_that_cannot_be_written_says_so_all_the_same(
 ) -> None:
     train(*FEW, "name=x", "max_steps=1", "evals=[]")
 
-    def read_only(path: Path) -> None:
+    def read_only(path: Path, _other: str) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     monkeypatch.setattr(lock, "acquire", read_only)
