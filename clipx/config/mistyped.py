@@ -11,6 +11,15 @@ FLAGS = {
     "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun", "-sc",
     "--shell-completion", "-i", "--info", "--experimental-rerun", *OPTIONS_WITH_VALUE,
 }  # fmt: skip
+MODES = {
+    "-m": "-m",
+    "--multirun": "-m",
+    "--run": "--run",
+    "-c": "--cfg",
+    "--cfg": "--cfg",
+    "-i": "--info",
+    "--info": "--info",
+}
 
 # Hydra settings that have an effect
 OBEYED = (
@@ -36,6 +45,9 @@ def check_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     for previous, option in zip(["", *options], options, strict=False):
         if previous not in OPTIONS_WITH_VALUE and option.partition("=")[0] not in FLAGS:
             raise_unknown_option(option, arguments)
+    modes = dict.fromkeys(MODES[name] for option in options if (name := option.partition("=")[0]) in MODES)
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} exclude each other; leave out one of them")
     for previous, override in zip(["", *overrides], overrides, strict=False):
         check_form(override, previous)
         check_hydra_key(override)

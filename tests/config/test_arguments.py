@@ -26,6 +26,8 @@ SHORT = (*FEW, "max_steps=2")
     [
         (["--name=first"], "--name=first: there is no such switch; a key has no dashes: name=first"),
         (["--batch-size", "8"], "--batch-size: there is no such switch; a key has no dashes: batch_size=8"),
+        (["-m", "seed=0,1", "--cfg", "job"], "-m and --cfg exclude each other; leave out one of them"),
+        (["--info=all", "--multirun"], "--info and -m exclude each other; leave out one of them"),
         (["batch_size:8"], "'batch_size:8' is not KEY=VALUE; write batch_size=8"),
         (["batch_size"], "'batch_size' is not KEY=VALUE; --help lists the keys"),
         (
