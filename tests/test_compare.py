@@ -88,7 +88,7 @@ def test_each_change_is_compared_with_a_baseline_seed_by_seed(
     assert [row[0] for row in rows] == ["optim=lion, optim.lr=0.0001", "baseline", "loss.same=mask"]
     assert [row[3] for row in rows] == ["0.15 ± 0.071", "", "-0.2 ± 0.14"]
     with Image.open(outs[1]) as picture:
-        assert picture.size == (1200, 180)
+        assert picture.size == (1100, 190)
     capsys.readouterr()
     for wrong, message in (
         ([f"--against={tmp_path}"], "expected one run, or the seeds of one setting; these differ in optim"),

@@ -6,10 +6,13 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from clipx.errors import UserError
 from clipx.tools.runs_table import Row, Run, find_runs, group_seeds, objective_mode, spread, spread_of, varied_keys
+
+LABEL_WIDTH = 45  # characters of a line
 
 Groups = Sequence[tuple[str, Sequence[Run]]]  # what each setting changes, and its seeds
 
@@ -80,15 +83,18 @@ def plot_gains(groups: Groups, baseline: Sequence[Run], tags: Sequence[str], out
 
     found = [(change, group) for change, group in groups if gains(group, baseline, tags[0])]
     found.sort(key=lambda pair: statistics.fmean(gains(pair[1], baseline, tags[0])))
-    figure = Figure(figsize=(4 + 4 * len(tags), 1.2 + 0.3 * len(found)), layout="tight")
+    labels = [fill(change, LABEL_WIDTH) for change, _ in found]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(4 + 3.5 * len(tags), 1.2 + 0.25 * lines + 0.1 * len(found)), layout="tight")
     panels = figure.subplots(1, len(tags), sharey=True, squeeze=False)[0]
     for axes, tag in zip(panels, tags, strict=True):
         values = [gains(group, baseline, tag) for _, group in found]
-        axes.barh(range(len(found)), [statistics.fmean(part or [math.nan]) for part in values], color="lightsteelblue")
-        for place, part in enumerate(values):
-            axes.plot(part, [place] * len(part), "k.", markersize=4)
+        axes.barh(labels, [statistics.fmean(part or [math.nan]) for part in values], color="lightsteelblue")
+        for label, part in zip(labels, values, strict=True):
+            axes.plot(part, [label] * len(part), "k.", markersize=4)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"gain in {tag}")
+        axes.set_title(f"gain in\n{tag}", fontsize=9)
+        axes.tick_params(labelsize=8, top=True, labeltop=len(found) > 20)
+        axes.margins(y=0.5 / max(1, len(found)))
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(found)), [change for change, _ in found], fontsize=8)
     figure.savefig(out)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from clipx.data.files import WRITING, write_atomic
@@ -206,9 +207,9 @@ def search_index(index: Index, query: Tensor, top: int) -> list[Hit]:
     tile = torch.empty(size, len(query))  # reused: new memory for each would take longer than the product
     for part in range(len(index.parts)):
         path = index.path("img_emb", part)
-        for rows in split_range(range(len(np.load(path, mmap_mode="r"))), size):
+        for rows in split_range(range(len(open_memmap(path, "r"))), size):
             # mapped anew, as pages that were read count as this process's memory until they are unmapped
-            vectors = torch.from_numpy(np.load(path, mmap_mode="c")[rows.start : rows.stop])
+            vectors = torch.from_numpy(open_memmap(path, "c")[rows.start : rows.stop])
             cosine = tile[: len(rows)].copy_(vectors) @ query  # (T,)
             near = cosine.topk(min(top, len(rows)))
             found = torch.stack([torch.full_like(near.indices, part), near.indices + rows.start], dim=1)

@@ -134,16 +134,18 @@ def test_average_precision_is_scikit_learns() -> None:
 def test_samples_of_a_multi_label_set_that_cannot_be_used_are_left_out(
     tmp_path: Path, sets: Path, evaluate: Callable[..., None]
 ) -> None:
-    bad = [npy([0, 1, 0]), npy([0, 2, 0, 0, 0, 0]), b"no array", npy(np.array([None] * 6))]
+    huge = npy(np.zeros(10)).replace(b"(10,), }          ", b"(999999999999,), }")
+    assert b"999999999999" in huge
+    bad = [npy([0, 1, 0]), npy([0, 2, 0, 0, 0, 0]), b"no array", npy(np.array([None] * 6)), huge]
     good = npy([0, 1, 0, 0, 1, 0])
     root = benchmark_set(tmp_path / "odd", "multilabel", [("npy", data) for data in [*bad, good]] + [("cls", b"1")], 1)
     evaluate("evals=[zero_shot]", "sets=odd")
     (scored,) = json.loads((tmp_path / "metrics.json").read_text()).values()
-    assert (scored["odd"]["zero_shot"]["pictures"], scored["odd"]["zero_shot"]["skipped"]) == (1, 5)
+    assert (scored["odd"]["zero_shot"]["pictures"], scored["odd"]["zero_shot"]["skipped"]) == (1, 6)
     reasons = (tmp_path / "evaluate-skipped.jsonl").read_text()
     for reason in ("are not 6 zeros and ones, one for each class name", "cannot be read", "has no classes (.npy)"):
         assert reason in reasons
-    assert open_sets({"x": {"shards": str(root)}})["x"].test.read(4).captions == ["1 4"]
+    assert open_sets({"x": {"shards": str(root)}})["x"].test.read(5).captions == ["1 4"]
 
 
 def test_prompts_of_a_set_come_from_a_file_of_its_own(tmp_path: Path, sets: Path) -> None:
