@@ -99,6 +99,20 @@ def test_each_change_is_compared_with_a_baseline_seed_by_seed(
             main()
 
 
+def test_a_terminal_shows_the_table_against_a_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablation(tmp_path)
+    fake_run(tmp_path / "flip", 0, None, "failed", **{"choices.optim": "adamw", "loss.same": "keep", "flip": True})
+    monkeypatch.setattr(sys, "argv", ["clipx.compare", str(tmp_path), f"--against={tmp_path / 'baseline'}"])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    main()
+    shown = capsys.readouterr().out
+    for change in ("baseline", "optim=lion", "loss.same=mask", "flip=true", "1 failed"):
+        assert change in shown
+
+
 def test_without_common_seeds_the_means_are_compared(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path, number, value, seed=number) for number, value in enumerate([0.2, 0.4, 0.6])]
     first, *others = find_runs(runs)

@@ -31,9 +31,12 @@ def find_baseline(path: Path) -> list[Run]:
 
 def group_changes(runs: Sequence[Run], baseline: Sequence[Run]) -> Groups:
     """Group the seeds of each setting under what it changes; the baseline itself is left out."""
-    groups = group_seeds(runs, varied_keys([*runs, *baseline]))
-    changes = ((describe_change(group[0].keys, baseline[0].keys), group) for group in groups)
-    return [(change, group) for change, group in changes if change]
+    changed: dict[str, list[Run]] = {}
+    for run in runs:
+        changed.setdefault(describe_change(run.keys, baseline[0].keys), []).append(run)
+    changed.pop("", None)
+    keys = varied_keys([*runs, *baseline])  # a description may leave some out
+    return [(change, group) for change, alike in changed.items() for group in group_seeds(alike, keys)]
 
 
 def describe_change(keys: Mapping[str, Any], base: Mapping[str, Any]) -> str:
@@ -41,7 +44,7 @@ def describe_change(keys: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     changed = []
     for key, value in sorted(keys.items(), key=lambda item: "." in item[0]):  # options first
         group = key.split(".")[0]
-        is_new = key not in base and keys.get(group) != base.get(group)
+        is_new = key != group and key not in base and keys.get(group) != base.get(group)
         if key != "seed" and not key.endswith("._target_") and not is_new and value != base.get(key):
             changed.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
     return ", ".join(changed)

@@ -217,13 +217,15 @@ def show(rows: Sequence[Row]) -> None:
     for key in head:
         shown.add_column(key, overflow="fold")
     for number, (row, line) in enumerate(zip(rows, lines, strict=True)):
-        style = next((style for state, style in STYLES.items() if state in row["state"]), None)
+        found = row["state"] if "state" in row else row["runs"]  # against a baseline
+        style = next((style for state, style in STYLES.items() if state in found), None)
         shown.add_row(*line, style=style or (None if number else "bold green"))
     Console(markup=False, highlight=False).print(shown)
 
 
-def to_markdown(rows: Sequence[Row]) -> str:
-    head, *lines = to_cells(rows)
+def to_markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown; its head comes first."""
+    head, *lines = cells
     lines = [head, ["---"] * len(head), *lines]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
