@@ -20,6 +20,7 @@ from clipx.tools.runs_table import (
     objective,
     show,
     table,
+    to_cells,
     to_csv,
     to_markdown,
 )
@@ -106,7 +107,7 @@ def write(runs: Sequence[Run], rows: Sequence[Row], draw: Callable[[Path], None]
         UserError: the extension is unknown, or the file cannot be written.
     """
     formats = {
-        ".md": lambda: to_markdown(rows),
+        ".md": lambda: to_markdown(to_cells(rows)),
         ".csv": lambda: to_csv(export_rows(runs)),
         ".json": lambda: json.dumps(export_rows(runs), indent=2) + "\n",
     }

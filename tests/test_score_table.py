@@ -9,7 +9,8 @@ import pytest
 
 from clipx.config.runs import expand_runs
 from clipx.errors import UserError
-from clipx.tools.score_table import check_outs, plot, read_scores, to_csv, to_markdown, write_outs
+from clipx.tools.runs_table import to_markdown
+from clipx.tools.score_table import check_outs, plot, read_scores, to_csv, to_rows, write_outs
 
 SCORES = {
     "A": {
@@ -24,12 +25,12 @@ SCORES = {
 
 
 def test_the_table_has_the_main_score_of_each_set_and_the_mean() -> None:
-    assert to_markdown({"A": SCORES["A"]}) == (
+    assert to_markdown(to_rows({"A": SCORES["A"]})) == (
         "| data | metric | A |\n| --- | --- | --- |\n"
         "| a | zero_shot top1 | 0.5 |\n| b | retrieval mean_recall | 0.3 |\n"
         "| c | zero_shot mean_average_precision | 0.7 |\n| mean of 3 |  | 0.5 |\n"
     )
-    assert to_markdown(SCORES).splitlines()[-4:] == [
+    assert to_markdown(to_rows(SCORES)).splitlines()[-4:] == [
         "| a | zero_shot top1 | 0.5 | 0.6 |",
         "| b | retrieval mean_recall | 0.3 | 0.4 |",
         "| c | zero_shot mean_average_precision | 0.7 |  |",
@@ -54,7 +55,8 @@ def test_the_plot_has_bars_or_curves_over_steps_with_their_mean(tmp_path: Path) 
     outs = [str(tmp_path / f"x.{kind}") for kind in ("md", "csv", "png", "svg")]
     check_outs(outs)
     write_outs(outs, SCORES, None)
-    assert Path(outs[2]).read_bytes().startswith(b"\x89PNG") and Path(outs[0]).read_text() == to_markdown(SCORES)
+    assert Path(outs[2]).read_bytes().startswith(b"\x89PNG")
+    assert Path(outs[0]).read_text() == to_markdown(to_rows(SCORES))
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from clipx.data.class_names import check_label, read_classnames_file
 from clipx.data.sample import BadSample, Sample, Source
 from clipx.data.shard_paths import expand, list_shards
 from clipx.data.shards import Shards
-from clipx.data.tar.index import expand_home
+from clipx.data.tar.index import INDEX_DIR, expand_home
 
-INDEX_DIR = "~/.cache/clipx"
 MULTILABEL = "multilabel"  # in dataset_type.txt: a picture has several classes
 Opened: TypeAlias = tuple[Source, list[str]]  # and its class names
 
@@ -30,7 +29,7 @@ class ClassShards(Shards):
         self.classes, self.kinds = classes, ("cls",)
 
     def __reduce__(self) -> tuple:
-        return ClassShards, (self.catalogue, self.classes)
+        return type(self), (self.catalogue, self.classes)
 
     def captions(self, members: Mapping[str, bytes]) -> list[str]:
         if "cls" not in members:
@@ -52,9 +51,6 @@ class MultiLabelShards(ClassShards):
     def __init__(self, catalogue: Catalogue, classes: list[str]):
         super().__init__(catalogue, classes)
         self.kinds, self.id = ("npy",), f"{self.id} multilabel"
-
-    def __reduce__(self) -> tuple:
-        return MultiLabelShards, (self.catalogue, self.classes)
 
     def captions(self, members: Mapping[str, bytes]) -> list[str]:
         if "npy" not in members:

@@ -27,7 +27,7 @@ from clipx.data.sample import (
 )
 from clipx.data.shard_paths import Shard, exclude_validation, expand, find_shards, list_shards
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import KEY, byte_ranges, expand_home
+from clipx.data.tar.index import INDEX_DIR, KEY, byte_ranges, expand_home
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KINDS = ("txt", "json")
@@ -132,7 +132,7 @@ def open_shards(
     val_shards: str | list[str] | None = None,
     val: float | str = 0.02,
     caption_key: str | None = None,
-    index_dir: str = "~/.cache/clipx",
+    index_dir: str = INDEX_DIR,
     cache: str = "~/.cache/clipx/shards",
     cache_gb: PositiveFloat = 100,
     allow_pipe: bool = False,

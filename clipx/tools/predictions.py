@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from clipx.data.catalogue import open_catalogue
-from clipx.data.class_shards import INDEX_DIR
 from clipx.data.files import Files, find_pictures, read_lines, read_picture
 from clipx.data.images import decode, eval_crop
 from clipx.data.sample import BadSample
 from clipx.data.shards import Shards
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import expand_home
+from clipx.data.tar.index import INDEX_DIR, expand_home
 from clipx.devices import limit_threads, select_device, select_workers
 from clipx.errors import UserError
 from clipx.evals.encoder import CPU_BATCH, EvalEncoder

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clipx.errors import UserError
+from clipx.tools.runs_table import to_markdown, to_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,17 +82,6 @@ def to_rows(scores: Scores) -> list[Sequence[str]]:
     return rows
 
 
-def to_markdown(scores: Scores) -> str:
-    """The main scores as a table."""
-    head, *rows = to_rows(scores)
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
-
-
-def to_text(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
 def to_csv(scores: Scores) -> str:
     """All scores, one a line: weights, data, evaluation, metric, value."""
     file = StringIO()
@@ -146,7 +136,8 @@ def write_outs(outs: str | list[str] | None, scores: Scores, steps: Sequence[int
             if out.suffix in (".png", ".svg"):
                 plot(scores, steps).savefig(out)
             else:
-                out.write_text(to_csv(scores) if out.suffix == ".csv" else to_markdown(scores), encoding="utf-8")
+                text = to_csv(scores) if out.suffix == ".csv" else to_markdown(to_rows(scores))
+                out.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"out={out} cannot be written: {error.strerror}") from error
 

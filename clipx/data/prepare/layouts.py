@@ -15,7 +15,7 @@ from clipx.data.files import open_text
 from clipx.data.prepare.cells import Cell
 from clipx.data.prepare.download import Download
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import expand_home
+from clipx.data.tar.index import INDEX_DIR, expand_home
 
 logger = logging.getLogger("clipx")
 
@@ -161,7 +161,7 @@ def cc3m(src: str, connections: PositiveInt = 64, timeout: PositiveFloat = 10.0)
     return Layout(path if path.is_dir() else path.parent, splits, Download(connections, timeout))
 
 
-def shards(src: str, caption_key: str | None = None, index_dir: str = "~/.cache/clipx") -> Tars:
+def shards(src: str, caption_key: str | None = None, index_dir: str = INDEX_DIR) -> Tars:
     """Existing shards, of clipx or any other tool.
 
     Args:

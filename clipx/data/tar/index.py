@@ -18,6 +18,7 @@ import numpy as np
 from clipx.data.files import write_atomic
 from clipx.data.tar.headers import MAX_NAME, CutShort, DataError, members
 
+INDEX_DIR = "~/.cache/clipx"  # for indexes of tars in read-only directories
 FORMAT = 2  # format 1 stopped at the first end mark and did not count parts
 KEY = "__key__"  # the field that holds the key, as WebDataset calls it
 END = 16_384  # bytes at either end of a tar that are hashed to detect changes; padding is 10,240
