@@ -7,6 +7,8 @@ from secrets import token_hex
 from shutil import rmtree
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from clipx.errors import UserError, first_line
 from clipx.track import TrackedRun, Tracker, best_tag
 
@@ -92,9 +94,12 @@ class WandB(Tracker):
 
     def figure(self, tag: str, figure: "Figure", step: int) -> None:
         import wandb
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         if step >= self.run.step:
-            self.run.log({tag: wandb.Image(figure)}, step=step)
+            canvas = FigureCanvasAgg(figure)  # drawn here, as wandb.Image(figure) needs pyplot
+            canvas.draw()
+            self.run.log({tag: wandb.Image(np.asarray(canvas.buffer_rgba()))}, step=step)
 
     def view(self) -> str:
         return f"wandb sync {Path(self.run.dir).parent}" if self.run.offline else self.run.url or ""

@@ -30,6 +30,8 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # a run never imports it
+    monkeypatch.delattr("matplotlib.pyplot", raising=False)
     yield
     wandb.teardown()
 
