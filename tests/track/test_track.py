@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -179,6 +180,7 @@ def test_wandb_goes_on_under_one_id_and_repeats_no_step(tmp_path: Path, monkeypa
         for one in (step + 1, step + 2, step + 3):
             tracker.log({"step": one, "a/b": one})
         tracker.close("running")
+        time.sleep(1)  # W&B names a directory by the second
     assert [row["a/b"] for row in wandb_rows(tmp_path)] == [1, 2, 3, 4, 5]
     assert len({args["id"] for args in calls}) == 1 and {args["resume"] for args in calls} == {"allow"}
     assert wandb.run is None
