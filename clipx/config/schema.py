@@ -138,11 +138,27 @@ class PrepareConfig(ComposedConfig):
     resize: PositiveInt | None
     encode: Literal["jpg", "webp", "png"] | None
     quality: Annotated[int, Field(ge=1, le=100)]
+    val: Annotated[float, Field(ge=0, lt=1)]
     min_size: NonNegativeInt
+    max_aspect: Annotated[float, Field(ge=1)] | None
+    min_words: NonNegativeInt
+    max_words: PositiveInt | None
+    languages: list[str]
     drop_duplicates: bool
+    by: str | None
+    exclude: list[str]
+    exclude_similarity: Annotated[float, Field(gt=-1, le=1)]
+    max_similarity: Annotated[float, Field(gt=-1, le=1)] | None
+    min_score: Annotated[float, Field(ge=-1, le=1)] | None
+    keep: Annotated[float, Field(gt=0, le=1)] | None
     max_empty: Share
     verify: bool
+    dry_run: bool
     workers: Literal["auto"] | NonNegativeInt
+    device: str
+    amp: Literal["none", "bf16", "fp16", "auto"]
+    act: Literal["quick_gelu", "gelu"] | None
+    trust: list[str]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ Shard: TypeAlias = Path | str  # a local tar, or the URL of a remote one
 
 
 def find_shards(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]:
-    """Return the training and the validation shards of a directory.
+    """Return the training and the validation shards of a directory, told apart by subdirectory or by name.
 
     Raises:
         ValueError: it has none.
@@ -46,7 +46,24 @@ def find_shards(name: str, made_by: str | None) -> tuple[list[Path], list[Path]]
         elif made_by:
             remedy = f"make its shards with: python -m clipx.prepare source={made_by} src=DIR out={root}"
         raise ValueError(f"root={root} {reason}; {remedy}")
+    if not val_paths and train[0].parent == root:
+        return split_by_name(train)
     return train, val_paths
+
+
+def split_by_name(shards: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Tell the training from the validation shards of one directory: cc3m-train-0000.tar, cc3m-validation-0000.tar.
+
+    All are for training unless each name has one of the words.
+    """
+    words: dict[str, list[Path]] = {}
+    for shard in shards:
+        found = [word for word in re.split(r"[^a-z]+", shard.stem.lower()) if word in ("train", *VALIDATION)]
+        words.setdefault(found[0] if found else "", []).append(shard)
+    validation = next((words[word] for word in VALIDATION if word in words), [])
+    if "" in words or "train" not in words or not validation:
+        return [*shards], []
+    return words["train"], validation
 
 
 def exclude_validation(train: Sequence[Shard], val_paths: Sequence[Shard]) -> list[Shard]:

@@ -81,12 +81,8 @@ class Shards:
     def read(self, sample: int) -> Sample:
         tar, row = self.row(sample)
         members = checked_ranges(tar, row)
-        picture = next((members[kind] for kind in IMAGE_KINDS if kind in members), None)
-        if picture is None:
-            kinds = ", ".join(f".{kind}" for kind in IMAGE_KINDS)
-            raise BadSample(f"has no picture ({kinds}){dotted_key_hint(members)}")
+        picture = picture_range(members)
         captions = self.captions_among(tar, members)
-        check_bytes("its picture", picture[1], MAX_IMAGE_BYTES)
         return Sample(row[KEY].decode("utf-8", "replace"), tar.read(*picture), captions)
 
     def read_captions(self, sample: int) -> list[str]:
@@ -113,6 +109,20 @@ def checked_ranges(tar: OpenShard | CachedShard, row: np.void) -> dict[str, tupl
     if max(map(sum, members.values()), default=0) > tar.size:
         raise BadSample("is lost: its shard is cut short")
     return members
+
+
+def picture_range(members: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Return the byte range of the picture among a sample's members.
+
+    Raises:
+        BadSample: there is none, or it is too large.
+    """
+    picture = next((members[kind] for kind in IMAGE_KINDS if kind in members), None)
+    if picture is None:
+        kinds = ", ".join(f".{kind}" for kind in IMAGE_KINDS)
+        raise BadSample(f"has no picture ({kinds}){dotted_key_hint(members)}")
+    check_bytes("its picture", picture[1], MAX_IMAGE_BYTES)
+    return picture
 
 
 def dotted_key_hint(kinds: Iterable[str]) -> str:
@@ -220,7 +230,9 @@ def select_shards(
         )
     else:
         val_paths = beside
-        notes += [f"validating on {shard.parent}" for shard in beside[:1]]
+        if beside:
+            by_name = beside[0] in list_shards(Path(str(root)).expanduser())
+            notes.append(f"validating on {f'{beside[0]} and its like' if by_name else beside[0].parent}")
     kept = exclude_validation(train, val_paths)
     if shared := len(train) - len(kept):
         notes.append(f"{shared} of {len(train)} shards are validation shards and left out of training")

@@ -25,8 +25,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, seen: Tenso
         causal: hide later tokens; needs M = L.
         seen: (B, 1, 1, L) bool, the tokens to attend to; None for all.
     """
-    if in_tiles(q) or (q.is_cuda and torch.are_deterministic_algorithms_enabled()):
+    in_grid = causal or seen is not None
+    if (in_tiles(q) and not in_grid) or (q.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return plain_attention(q, k, v, causal, seen)
+    if in_tiles(q):  # captions: oneDNN would compile a product for every size of a grid, 1.5 ms each
+        exact = torch.promote_types(q.dtype, torch.float32)
+        rows = F.scaled_dot_product_attention(q.to(exact), k.to(exact), v.to(exact), attn_mask=seen, is_causal=causal)
+        return rows.to(v.dtype)
     with sdpa_kernel(CUDA_KERNELS) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
 

@@ -49,7 +49,7 @@ def write_embeddings(config: EmbedConfig) -> None:
         model, _, tokenizer = load(config.run, device, config.trust, config.act)
         amp = autocast_dtype(select_amp(config.amp, device))
         encoder = EvalEncoder(model, tokenizer, select_workers(config.workers, device), amp)
-        index = Index(out, describe(config, model, source, amp))
+        index = Index(out, describe(config.run, model, source, amp, config.part_size, config.split))
         with ExitStack() as lock:
             if distributed.rank() == 0:
                 with writing(index):
@@ -95,7 +95,9 @@ def open_source(config: EmbedConfig) -> Source:
     return Chain([data.train, *data.vals.values()])
 
 
-def describe(config: EmbedConfig, model: CLIP, source: Source, amp: torch.dtype | None) -> dict[str, Any]:
+def describe(
+    run: str, model: CLIP, source: Source, amp: torch.dtype | None, part_size: int, split: str
+) -> dict[str, Any]:
     """What embeddings depend on, for embed.json.
 
     Ids of data leave out directories, so the bytes of a few samples are hashed, too.
@@ -103,14 +105,14 @@ def describe(config: EmbedConfig, model: CLIP, source: Source, amp: torch.dtype 
     data = blake2b(str([source.id, probe_samples(source)]).encode(), digest_size=16).hexdigest()
     return {
         "format": FORMAT,
-        "run": config.run,
+        "run": run,
         "weights": checksum(model.state_dict()),
         "model": model_node(model),
-        "amp": config.amp if amp is None else str(amp).removeprefix("torch."),
+        "amp": "none" if amp is None else str(amp).removeprefix("torch."),
         "data": data,
-        "split": config.split,
+        "split": split,
         "samples": int(sum(source.sizes)),
-        "part_size": config.part_size,
+        "part_size": part_size,
     }
 
 

@@ -80,6 +80,23 @@ def test_validation_shards_are_found_under_their_other_names_and_the_log_says_wh
     assert list(named.val.sizes) == [2] and named.notes == []
 
 
+def test_shards_of_one_directory_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    """As in pixparse/cc3m-wds."""
+    for name, number in (("cc3m-train-0000", 1), ("cc3m-train-0001", 2), ("cc3m-validation-0000", 3)):
+        members = [(f"{number:09d}.jpg", picture(number, "jpeg")), (f"{number:09d}.txt", b"a thing")]
+        write_tar(tmp_path / f"cc3m/{name}.tar", [*members, (f"{number:09d}.json", b'{"url": "x"}')])
+    data = open_shards(str(tmp_path / "cc3m"), made_by="cc3m")
+    assert list(data.train.sizes) == [1, 1] and list(data.val.sizes) == [1]
+    assert data.val.locate(0) == "cc3m-validation-0000.tar/000000003"
+    assert data.notes == [f"validating on {tmp_path / 'cc3m/cc3m-validation-0000.tar'} and its like"]
+    write_tar(tmp_path / "cc3m/more.tar", [("9.jpg", picture(9, "jpeg")), ("9.txt", b"a thing")])
+    assert list(open_shards(str(tmp_path / "cc3m"), val=0).train.sizes) == [1, 1, 1, 1]  # not all names tell
+    (tmp_path / "cc3m/more.tar").unlink()
+    (tmp_path / "cc3m/train").mkdir()
+    (tmp_path / "cc3m/cc3m-train-0000.tar").rename(tmp_path / "cc3m/train/0.tar")
+    assert open_shards(str(tmp_path / "cc3m"), val=0).val is None
+
+
 def test_validation_shards_do_not_train_and_the_log_says_so(
     make_shards: Callable[..., Path], train: Callable[..., None], tmp_path: Path
 ) -> None:

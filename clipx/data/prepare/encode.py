@@ -23,7 +23,10 @@ class Encoded(NamedTuple):
     height: int
 
 
-def encode(file: bytes, resize: int | None, wanted: str | None, quality: int, min_size: int, verify: bool) -> Encoded:
+def encode(
+    file: bytes, resize: int | None, wanted: str | None, quality: int,
+    min_size: int, max_aspect: float | None, verify: bool,
+) -> Encoded:  # fmt: skip
     """Encode a picture for a shard.
 
     Args:
@@ -32,15 +35,18 @@ def encode(file: bytes, resize: int | None, wanted: str | None, quality: int, mi
         wanted: jpg, png or webp; None keeps the bytes, but shrunk pictures become jpg and odd formats png.
         quality: of jpg and webp.
         min_size: smallest short side, pixels.
+        max_aspect: largest ratio of the long side to the short one.
         verify: decode it even if the bytes are kept.
 
     Raises:
-        BadSample: it does not decode, or is too small or too large; details follow a colon.
+        BadSample: it does not decode, or is too small, too narrow or too large; details follow a colon.
     """
     kind, width, height = look(file)
     short = min(width, height)
     if short < min_size:
         raise BadSample(f"is too small: {width} x {height} pixels")
+    if max_aspect is not None and max(width, height) > max_aspect * short:
+        raise BadSample(f"is too narrow: {width} x {height} pixels")
     size = resize if resize is not None and resize < short else short
     keep = kind if wanted is None and size == short else None
     if keep and not verify:

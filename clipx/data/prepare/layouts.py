@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from pydantic import PositiveFloat, PositiveInt
 
 from clipx.data.files import open_text
 from clipx.data.prepare.cells import Cell
 from clipx.data.prepare.download import Download
+from clipx.data.prepare.members import Member
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import INDEX_DIR, expand_home
 
@@ -26,10 +27,13 @@ FLICKR_ROW = re.compile(r"([^|#]+)[|#] *\d+ *[|\t]? *(.*)")  # of either file; o
 CC3M_ROW = re.compile(r"([^\t]+)\t(https?://\S+)(?:\t.*)?")  # labels may follow
 
 
+Picture: TypeAlias = str | Cell | Member  # path relative to the layout's root, or URL; table cell; member of a tar
+
+
 class Item(NamedTuple):
     """A picture and its captions."""
 
-    picture: str | Cell  # path relative to the layout's root, URL, or table cell
+    picture: Picture
     captions: list[str]
 
 
@@ -40,6 +44,7 @@ class Layout(NamedTuple):
     splits: dict[str, list[Item]]  # train, val, test, as far as they exist
     download: Download = Download()  # how to fetch pictures given as URLs
     left_out: Sequence[Mapping[str, str]] = ()  # split, picture and reason of what was left out
+    scores: Mapping[str, float] = {}  # quantiles of the scores of a curated source
 
 
 class Tars(NamedTuple):
@@ -214,9 +219,9 @@ def match_lines(path: Path, pattern: re.Pattern[str], meant: str, header: str = 
     return found
 
 
-def gather(rows: Iterable[tuple[str | Cell, str | list[str]]]) -> list[Item]:
+def gather(rows: Iterable[tuple[Picture, str | list[str]]]) -> list[Item]:
     """Group rows by picture, in the order of first appearance."""
-    found: dict[str | Cell, list[str]] = {}
+    found: dict[Picture, list[str]] = {}
     for picture, said in rows:
         found.setdefault(picture, []).extend(said if isinstance(said, list) else [said])
     return [Item(picture, captions) for picture, captions in found.items()]

@@ -1,17 +1,11 @@
-"""Pack pictures and captions into indexed shards, in a fixed order, each shard written atomically.
-
-A directory in progress holds prepare.json (its settings), the finished shards, and .prepare/ with a report of each; a
-shard without its report is packed again.  At the end the reports become report.json.
-"""
+"""Pack pictures and captions into indexed shards, in a fixed order, each shard written atomically."""
 
 import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict
 from functools import partial
-from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,20 +13,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from clipx.data.files import WRITING
 from clipx.data.plan import permutation
+from clipx.data.prepare.claim import DROPPED, PARTS, REPORT
 from clipx.data.prepare.download import is_url
 from clipx.data.prepare.layouts import Item, Layout
 from clipx.data.prepare.pictures import content_hashes, group_of
 from clipx.data.prepare.processes import run_tasks
 from clipx.data.prepare.report import count_reasons, listed, merge, write
-from clipx.data.prepare.shard import Packing, Task, pack_shard
+from clipx.data.prepare.shard import Packing, Task, pack_shard, survey_shard
 from clipx.data.tar.headers import DataError
 from clipx.errors import UserError
 
 logger = logging.getLogger("clipx")
-
-NOTE, REPORT, DROPPED, PARTS = "prepare.json", "report.json", "dropped.jsonl", ".prepare"
 
 
 def pack(
@@ -44,7 +36,7 @@ def pack(
         name: prefix of the shard names.
         layout: the pictures and their captions.
         packing: settings.
-        out: a new directory, or one in which the same command was interrupted.
+        out: a directory that is claimed, perhaps with shards of the same command, which was interrupted.
         workers: processes; 0 works in this process.
         max_empty: share of the shards that may be empty and left out; one always may.
 
@@ -52,20 +44,9 @@ def pack(
         The report.
 
     Raises:
-        UserError: ``out`` holds something else, or too many shards would be empty.
+        UserError: too many shards would be empty.
     """
-    every = list(chain(*layout.splits.values()))
-    if not any(item.captions for item in every):
-        raise DataError(f"the source in {layout.root.absolute()} has no picture with a caption")
-    if packing.drop_duplicates and any(is_url(item.picture) for item in every):
-        raise UserError("drop_duplicates=true compares files, but these pictures are URLs; leave it out")
-    claim(out, {"source": name, **asdict(packing), "items": fingerprint(layout.splits)})
-    if (out / REPORT).exists():
-        logger.info("%s is finished; nothing to do", out)
-        return json.loads((out / REPORT).read_bytes())
-    splits = {split: dict(enumerate(items)) for split, items in layout.splits.items()}
-    dropped = drop_duplicates(layout.root, splits, workers) if packing.drop_duplicates else []
-    tasks = [task for split, items in splits.items() for task in cut(name, split, items, packing, out)]
+    tasks, dropped = plan(name, layout, packing, out, workers)
     todo = [task for task in tasks if not task.report.exists()]
     download = layout.download.shared_by(max(1, min(workers, len(todo))))
     work = partial(pack_shard, root=layout.root, packing=packing, download=download)
@@ -73,17 +54,65 @@ def pack(
     before = total - sum(len(task.items) for task in todo)
     bar = tqdm(total=total, initial=before, unit="sample", desc="pack", disable=None)
     empty: dict[Path, list[dict[str, str]]] = {}
-    try:
-        with bar, closing(run_tasks(work, todo, workers)) as done:
-            for packed in done:
-                bar.update(packed.items)
-                if packed.dropped is not None:
-                    empty[packed.shard] = packed.dropped
-                    check_empty(empty, len(tasks), max_empty)
-    except UserError:
-        release(out)
-        raise
-    return finish(out, tasks, empty, [*layout.left_out, *dropped])
+    with bar, closing(run_tasks(work, todo, workers)) as done:
+        for packed in done:
+            bar.update(packed.items)
+            if packed.dropped is not None:
+                empty[packed.shard] = packed.dropped
+                check_empty(empty, len(tasks), max_empty)
+    return finish(out, tasks, empty, dropped, layout.scores)
+
+
+def survey(name: str, layout: Layout, packing: Packing, workers: int) -> dict[str, Any]:
+    """Return the report that ``pack`` would write; nothing is written."""
+    tasks, dropped = plan(name, layout, packing, Path(), workers)
+    download = layout.download.shared_by(max(1, min(workers, len(tasks))))
+    work = partial(survey_shard, root=layout.root, packing=packing, download=download)
+    parts = []
+    bar = tqdm(total=sum(len(task.items) for task in tasks), unit="sample", desc="survey", disable=None)
+    with bar, closing(run_tasks(work, tasks, workers)) as done:
+        for split, part in done:
+            bar.update(part["samples"] + len(part["dropped"]))
+            parts.append((split, part))
+    dropped += chain(*(part["dropped"] for _, part in parts))
+    return {"splits": merge(parts), "dropped": count_reasons(dropped), "scores": dict(layout.scores)}
+
+
+def plan(
+    name: str, layout: Layout, packing: Packing, out: Path, workers: int
+) -> tuple[list[Task], list[Mapping[str, str]]]:
+    """Return the shards of a layout, and a row for each picture that is already left out.
+
+    Raises:
+        UserError: there is no caption, or a setting does not fit the pictures.
+    """
+    every = list(chain(*layout.splits.values()))
+    if not any(item.captions for item in every):
+        raise DataError(f"the source in {layout.root.absolute()} has no picture with a caption")
+    if packing.drop_duplicates and any(is_url(item.picture) for item in every):
+        raise UserError("drop_duplicates=true compares files, but these pictures are URLs; leave it out")
+    splits = {split: dict(enumerate(items)) for split, items in layout.splits.items()}
+    dropped = [*layout.left_out, *(drop_duplicates(layout.root, splits, workers) if packing.drop_duplicates else [])]
+    if packing.val:
+        hold_out(splits, packing)
+    return [task for split, items in splits.items() for task in cut(name, split, items, packing, out)], dropped
+
+
+def hold_out(splits: dict[str, dict[int, Item]], packing: Packing) -> None:
+    """Move a share of the training pictures to a validation split.
+
+    Raises:
+        UserError: there is a validation split, or one of the two would be empty.
+    """
+    train = splits["train"]
+    if len(splits) > 1:
+        (other, *_) = splits.keys() - {"train"}
+        raise UserError(f"val={packing.val} would split the training pictures, but src has {other}/; leave it out")
+    numbers = np.array(list(train), dtype=np.int64)[permutation(len(train), packing.seed, "val")]
+    count = round(packing.val * len(train))
+    if not 0 < count < len(train):
+        raise UserError(f"val={packing.val} of {len(train):,} pictures leaves a split empty; set another share")
+    splits["val"] = {number: train.pop(number) for number in sorted(numbers[:count].tolist())}
 
 
 def check_empty(empty: Mapping[Path, list[dict[str, str]]], shards: int, max_empty: float) -> None:
@@ -106,54 +135,6 @@ def check_empty(empty: Mapping[Path, list[dict[str, str]]], shards: int, max_emp
             f"rerun the same command to resume{allow}"
         )
     logger.warning("%s is not written: none of its %d pictures can be used (%s)", shard, len(dropped), reasons)
-
-
-def claim(out: Path, meaning: dict[str, Any]) -> None:
-    """Claim a directory for these shards.
-
-    Raises:
-        UserError: it holds something else.
-    """
-    own = f"out={out} holds %s; shards need a new or empty directory, or one where the same command was interrupted"
-    note = out / NOTE
-    if note.is_file():
-        try:
-            before = dict(json.loads(note.read_bytes()))
-        except (ValueError, TypeError):  # not ours
-            before = {}
-        changes = [
-            f"{key}={json.dumps(before.get(key))} there, {json.dumps(value)} now"
-            for key, value in meaning.items()
-            if before.get(key) != value
-        ]
-        if changes:
-            raise UserError(own % f"shards with other settings ({'; '.join(changes)})")
-        return
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out} is a file; shards need a new or empty directory")
-    others = [path.name for path in out.iterdir() if WRITING not in path.name] if out.exists() else []
-    if others:
-        raise UserError(own % f"something else ({', '.join(sorted(others)[:3])})")
-    out.mkdir(parents=True, exist_ok=True)
-    write(note, json.dumps(meaning, indent=2) + "\n")
-
-
-def release(out: Path) -> None:
-    """Release a directory in which nothing has been packed."""
-    if [path for path in out.rglob("*") if path.is_file()] == [out / NOTE]:
-        (out / NOTE).unlink()
-        for directory in sorted(out.rglob("*"), reverse=True):
-            directory.rmdir()
-
-
-def fingerprint(splits: dict[str, list[Item]]) -> str:
-    """Hash all picture names and captions."""
-    digest = blake2b(digest_size=8)
-    for split, items in splits.items():
-        digest.update(split.encode())
-        for item in items:
-            digest.update(repr(item).encode())
-    return digest.hexdigest()
 
 
 def drop_duplicates(root: Path, splits: dict[str, dict[int, Item]], workers: int) -> list[dict[str, str]]:
@@ -199,8 +180,9 @@ def by_group(numbers: np.ndarray, items: Mapping[int, Item]) -> np.ndarray:
 
 
 def finish(
-    out: Path, tasks: list[Task], empty: Mapping[Path, list[dict[str, str]]], before: list[Mapping[str, str]]
-) -> dict[str, Any]:
+    out: Path, tasks: list[Task], empty: Mapping[Path, list[dict[str, str]]], before: list[Mapping[str, str]],
+    scores: Mapping[str, float],
+) -> dict[str, Any]:  # fmt: skip
     """Merge the reports of all shards and write report.json and dropped.jsonl."""
     parts = [(task.split, json.loads(task.report.read_bytes())) for task in tasks if task.shard not in empty]
     dropped = [*before, *(row for _, part in parts for row in part["dropped"]), *chain(*empty.values())]
@@ -208,7 +190,7 @@ def finish(
         "splits": merge(parts),
         "dropped": count_reasons(dropped),
         "empty": sorted(shard.relative_to(out).as_posix() for shard in empty),
-    }
+    } | ({"scores": dict(scores)} if scores else {})
     write(out / DROPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
     write(out / REPORT, json.dumps(report, indent=2) + "\n")
     shutil.rmtree(out / PARTS)

@@ -34,17 +34,22 @@ def merge(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     return splits
 
 
-def describe_report(report: Mapping[str, Any], out: Path) -> Iterator[str]:
-    """Yield the report as lines of text."""
+def describe_report(report: Mapping[str, Any], out: Path | None) -> Iterator[str]:
+    """Yield the report as lines of text; ``out`` holds the list of what was left out."""
     for split, total in report["splits"].items():
         yield (
             f"{split:<9} {total['samples']:,} pictures with {total['captions']:,} captions, "
             f"{total['bytes'] / 1e6:,.1f} MB in {total['shards']:,} shards"
         )
+        if not total["samples"]:
+            continue
         yield f"          short side    {describe_histogram(total['short_side'])} pixels"
         yield f"          caption       {describe_histogram(total['caption_words'])} words"
+    if report.get("scores"):
+        yield f"scores    {', '.join(f'{name} {value:.3f}' for name, value in report['scores'].items())}"
     if report["dropped"]:
-        yield f"left out  {listed(report['dropped'])}; see {out / 'dropped.jsonl'}"
+        where = f"; see {out / 'dropped.jsonl'}" if out else ""
+        yield f"left out  {listed(report['dropped'])}{where}"
 
 
 def count_reasons(dropped: Iterable[Mapping[str, str]]) -> dict[str, int]:

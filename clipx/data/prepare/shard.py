@@ -3,16 +3,18 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from clipx.data.files import WRITING
+from clipx.data.prepare.caption_rules import CaptionRules
 from clipx.data.prepare.download import Download
 from clipx.data.prepare.encode import encode
 from clipx.data.prepare.layouts import Item
-from clipx.data.prepare.pictures import encode_all, non_empty_captions
+from clipx.data.prepare.pictures import encode_all
 from clipx.data.prepare.report import write
 from clipx.data.sample import BadSample
 from clipx.data.tar.index import make_index
@@ -28,9 +30,17 @@ class Packing:
     resize: int | None
     encode: str | None
     quality: int
+    val: float
     min_size: int
+    max_aspect: float | None
+    min_words: int
+    max_words: int | None
+    languages: Sequence[str]
     drop_duplicates: bool
     verify: bool
+
+    def caption_rules(self) -> CaptionRules:
+        return CaptionRules(self.min_words, self.max_words, self.languages)
 
 
 class Packed(NamedTuple):
@@ -57,7 +67,19 @@ class Content:
 
     sides: Counter[int] = field(default_factory=Counter)  # pictures by short side, pixels
     words: Counter[int] = field(default_factory=Counter)  # captions by number of words
+    bytes: int = 0  # of the pictures
     dropped: list[dict[str, str]] = field(default_factory=list)
+
+    def report(self, size: int) -> dict[str, Any]:
+        """The report of a shard of this size, bytes."""
+        return {
+            "samples": self.sides.total(),
+            "captions": self.words.total(),
+            "bytes": size,
+            "short_side": self.sides,
+            "caption_words": self.words,
+            "dropped": self.dropped,
+        }
 
 
 def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> Packed:
@@ -76,16 +98,15 @@ def pack_shard(task: Task, root: Path, packing: Packing, download: Download) -> 
         return Packed(task.shard, len(task.items), content.dropped)
     os.replace(temporary, task.shard)
     make_index(task.shard, task.shard.parent)
-    report = {
-        "samples": len(task.items) - len(content.dropped),
-        "captions": content.words.total(),
-        "bytes": task.shard.stat().st_size,
-        "short_side": content.sides,
-        "caption_words": content.words,
-        "dropped": content.dropped,
-    }
-    write(task.report, json.dumps(report))
+    write(task.report, json.dumps(content.report(task.shard.stat().st_size)))
     return Packed(task.shard, len(task.items), None)
+
+
+def survey_shard(task: Task, root: Path, packing: Packing, download: Download) -> tuple[str, dict[str, Any]]:
+    """Return the split and the report of a shard, without writing anything."""
+    with open(os.devnull, "wb") as file:
+        content = write_samples(file, task, root, packing, download)
+    return task.split, content.report(content.bytes)
 
 
 def write_samples(file: BinaryIO, task: Task, root: Path, packing: Packing, download: Download) -> Content:
@@ -99,15 +120,16 @@ def write_samples(file: BinaryIO, task: Task, root: Path, packing: Packing, down
         wanted=packing.encode,
         quality=packing.quality,
         min_size=packing.min_size,
+        max_aspect=packing.max_aspect,
         verify=packing.verify,
     )
-    encoded = encode_all(task.items, root, how, download)
+    encoded = encode_all(task.items, root, packing.caption_rules(), how, download)
     with TarWriter(file, user="clipx", group="clipx", encoder=False, mtime=0) as tar:
-        for number, item, picture in zip(task.numbers, task.items, encoded, strict=True):
-            if isinstance(picture, BadSample):
-                content.dropped.append({"split": task.split, "picture": str(item.picture), "reason": str(picture)})
+        for number, item, ready in zip(task.numbers, task.items, encoded, strict=True):
+            if isinstance(ready, BadSample):
+                content.dropped.append({"split": task.split, "picture": str(item.picture), "reason": str(ready)})
                 continue
-            captions = non_empty_captions(item)
+            picture, captions = ready
             text = {
                 "caption": captions,
                 "height": picture.height,
@@ -116,6 +138,7 @@ def write_samples(file: BinaryIO, task: Task, root: Path, packing: Packing, down
             }
             json_file = json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")
             tar.write({"__key__": f"{number:09d}", picture.kind: picture.file, "json": json_file})
+            content.bytes += len(picture.file)
             content.sides[min(picture.width, picture.height)] += 1
             content.words.update(len(caption.split()) for caption in captions)
     return content

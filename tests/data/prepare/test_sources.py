@@ -201,13 +201,6 @@ def test_keys_that_shape_new_shards_are_refused_for_existing_ones(
         assert message.replace('"', "").startswith(f"{given} has no effect on existing shards")
 
 
-def test_a_directory_for_the_index_alone_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
-    write_tar(tmp_path / "s/a.tar", [("1.jpg", picture(1, "jpeg")), ("1.txt", b"a")])
-    assert refused("source=shards", "src=s", "out=o").startswith(
-        "out=o has no effect on an index; add verify=true, which writes bad.jsonl there"
-    )
-
-
 TEXT = "only on tables of text (.csv, .tsv); leave it out"
 METADATA = "only on imagefolders (metadata.csv, metadata.jsonl, metadata.parquet); leave it out"
 
