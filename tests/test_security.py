@@ -216,7 +216,7 @@ def test_a_model_that_cannot_be_made_from_a_checkpoints_config_is_one_line(
     ("target", "home"),
     [
         ("clipx.training.run.Path", "pathlib"),
-        ("clipx.data.prepare.pack.asdict", "dataclasses"),
+        ("clipx.prepare.asdict", "dataclasses"),
         ("clipx.config.resolve.files", "importlib"),
         ("clipx.data.remote.cache.mkstemp", "tempfile"),
         ("clipx.track.tensorboard.SummaryWriter", "torch"),
