@@ -44,6 +44,8 @@ def wandb_records(path: Path) -> Iterator[Record]:
         if BLOCK - place % BLOCK < 7:  # padding
             place += BLOCK - place % BLOCK
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + 7 + size > len(data):  # still being written
+            return
         whole += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # whole, or the last part
@@ -51,11 +53,21 @@ def wandb_records(path: Path) -> Iterator[Record]:
             whole = b""
 
 
+def finished_records(path: Path) -> list[Record]:
+    """The records of a .wandb file, once W&B's own process has written the last one."""
+    for _ in range(200):
+        records = list(wandb_records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end")
+
+
 def wandb_rows(run: Path) -> list[dict[str, float]]:
     """The history of the only file of an offline run, without what W&B adds."""
     (path,) = run.glob("wandb/offline-run-*/*.wandb")
     rows = []
-    for record in wandb_records(path):
+    for record in finished_records(path):
         if record.WhichOneof("record_type") == "history":
             items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             rows.append({key: value for key, value in items.items() if not key.startswith("_")})
@@ -127,7 +139,7 @@ def test_the_jobs_of_a_sweep_have_a_run_each_in_one_group(train: Train, tmp_path
         run = tmp_path / f"outputs/sweeps/s/seed={seed}"
         assert wandb_rows(run) == by_step(lines(run))
         (path,) = run.glob("wandb/offline-run-*/*.wandb")
-        (about,) = [record.run for record in wandb_records(path) if record.WhichOneof("record_type") == "run"][:1]
+        (about,) = [record.run for record in finished_records(path) if record.WhichOneof("record_type") == "run"][:1]
         assert (about.display_name, about.run_group, [*about.tags]) == (f"seed={seed}", "s", ["a", "b"])
         config = {update.key: update.value_json for update in about.config.update}
         assert config["seed"] == str(seed) and json.loads(config["model"])["image"]["depth"] == 1

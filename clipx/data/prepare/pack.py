@@ -104,10 +104,11 @@ def hold_out(splits: dict[str, dict[int, Item]], packing: Packing) -> None:
     Raises:
         UserError: there is a validation split, or one of the two would be empty.
     """
+    if others := splits.keys() - {"train"}:
+        raise UserError(
+            f"val={packing.val} would split the training pictures, but src has {min(others)}/; leave it out"
+        )
     train = splits["train"]
-    if len(splits) > 1:
-        (other, *_) = splits.keys() - {"train"}
-        raise UserError(f"val={packing.val} would split the training pictures, but src has {other}/; leave it out")
     numbers = np.array(list(train), dtype=np.int64)[permutation(len(train), packing.seed, "val")]
     count = round(packing.val * len(train))
     if not 0 < count < len(train):
