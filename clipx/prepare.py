@@ -130,7 +130,7 @@ def reshard(config: PrepareConfig, tars: Tars, workers: int) -> tuple[Path, str]
     packing, choice, sources = packing_of(config), choice_of(config), open_splits(tars)
     if config.dry_run:
         with TemporaryDirectory() as folder:
-            layout, _ = choose_from(config, tars, sources, Path(folder), workers)
+            layout, _ = choose_from(config, choice, tars.root, sources, Path(folder), workers)
             log_report(survey("shards", layout, packing, workers), None)
         return tars.root, "shards"
     out = out_of(config)
@@ -138,7 +138,7 @@ def reshard(config: PrepareConfig, tars: Tars, workers: int) -> tuple[Path, str]
     meaning = {"source": "shards", **asdict(packing), **asdict(choice), "caption_key": tars.caption_key, "data": ids}
     with claimed(out, meaning) as report:
         if report is None:
-            layout, items = choose_from(config, tars, sources, out / PARTS / "embeddings", workers)
+            layout, items = choose_from(config, choice, tars.root, sources, out / PARTS / "embeddings", workers)
             report = pack("shards", layout, packing, out, workers, config.max_empty)
             from clipx.tools.left_out import draw_pages  # imports matplotlib
 
@@ -148,18 +148,19 @@ def reshard(config: PrepareConfig, tars: Tars, workers: int) -> tuple[Path, str]
 
 
 def choose_from(
-    config: PrepareConfig, tars: Tars, sources: Mapping[str, Shards], folder: Path, workers: int
+    config: PrepareConfig, choice: Choice, root: Path, sources: Mapping[str, Shards], folder: Path, workers: int
 ) -> tuple[Layout, list[Item]]:
     """Return what the rules on features leave, and all items.
 
     Args:
         config: of the command.
-        tars: the source.
+        choice: the rules.
+        root: of the source.
         sources: its splits.
         folder: takes the features.
         workers: processes that read.
     """
-    pool, choice = read_pool(tars.root, sources), choice_of(config)
+    pool = read_pool(root, sources)
     items = [item for split in pool.items.values() for item in split.values()]
     if not choice.rules:
         return pool.layout({}), items

@@ -178,8 +178,7 @@ def test_a_killed_command_resumes_to_the_same_bytes_and_keeps_the_features(
         assert last_line(prepare, *args) == "interrupted; rerun the same command to resume"
     assert list((cwd / "new/.prepare/embeddings/img_emb").iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(EvalEncoder, "read_chunks", kill)  # nothing is encoded again
-        patch.setattr(curation, "write_missing", lambda index, *_: [index.record(n) for n in range(len(index.parts))])
+        patch.setattr(EvalEncoder, "encode_pictures", kill)  # nothing is encoded again
         prepare(*args)
     assert read_tree(cwd / "new") == read_tree(cwd / "whole")
     assert last_line(prepare, *args, "keep=0.6").startswith("out=new holds shards with other settings (keep=0.5 there")
@@ -283,6 +282,9 @@ def test_a_wrong_command_is_refused_in_one_line_and_leaves_nothing(
 
     prepare("source=shards", "src=pool")  # the indexes
     (cwd / "empty").mkdir()
+    (cwd / "folder/images").mkdir(parents=True)
+    (cwd / "folder/images/a.png").write_bytes(samples(cwd / "pool")[0].picture)
+    (cwd / "folder/captions.txt").write_text("a.png\ta thing\n")
     before = read_tree(cwd)
     shards = ("source=shards", "src=pool", "out=new", "workers=0")
     assert refused(*shards, "keep=0.5").startswith("keep=0.5 needs the model whose features decide; ")
@@ -298,7 +300,9 @@ def test_a_wrong_command_is_refused_in_one_line_and_leaves_nothing(
     )
     assert refused(*shards, "languages=[xx]").startswith("languages=['xx']: lingua does not know xx; its codes are ")
     assert refused(*shards, "val=0.1").startswith("val=0.1 would split the training pictures, but src has val/; ")
-    assert refused("source=folder", "src=empty", "out=new", "keep=0.5", "by=outputs/x") != ""
+    assert refused("source=folder", "src=folder", "out=new", "keep=0.5", "by=outputs/x") == (
+        "keep=0.5 chooses among shards; pack these pictures, then use source=shards src=SHARDS out=NEW keep=0.5"
+    )
     monkeypatch.setattr("clipx.data.prepare.caption_rules.find_spec", lambda name: None)
     assert refused(*shards, "languages=[en]").startswith("languages needs lingua, which is not installed; ")
     assert read_tree(cwd) == before

@@ -231,7 +231,7 @@ def select_shards(
     else:
         val_paths = beside
         if beside:
-            by_name = beside[0] in list_shards(Path(str(root)).expanduser())
+            by_name = beside[0].parent == Path(str(root)).expanduser()
             notes.append(f"validating on {f'{beside[0]} and its like' if by_name else beside[0].parent}")
     kept = exclude_validation(train, val_paths)
     if shared := len(train) - len(kept):

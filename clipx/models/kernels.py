@@ -26,12 +26,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, seen: Tenso
         seen: (B, 1, 1, L) bool, the tokens to attend to; None for all.
     """
     in_grid = causal or seen is not None
-    if (in_tiles(q) and not in_grid) or (q.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return plain_attention(q, k, v, causal, seen)
-    if in_tiles(q):  # captions: oneDNN would compile a product for every size of a grid, 1.5 ms each
+    if in_tiles(q) and in_grid:  # captions: oneDNN would compile a product for every size of a grid, 1.5 ms each
         exact = torch.promote_types(q.dtype, torch.float32)
         rows = F.scaled_dot_product_attention(q.to(exact), k.to(exact), v.to(exact), attn_mask=seen, is_causal=causal)
         return rows.to(v.dtype)
+    if in_tiles(q) or (q.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return plain_attention(q, k, v, causal, seen)
     with sdpa_kernel(CUDA_KERNELS) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
 

@@ -9,6 +9,8 @@ The key of a spoilt sample says what was done to it: shuffled-NUMBER or copy-NUM
 import json
 import random
 import sys
+import tarfile
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -42,13 +44,14 @@ def spoil(out: Path) -> None:
     samples: list[Sample] = [source.read(number) for number in range(sum(source.sizes))]
     order = draw.sample(range(len(samples)), len(samples))
     shuffled = order[: round(SHUFFLED * len(order))]
+    moved = set(shuffled)
     captions = {number: sample.captions for number, sample in enumerate(samples)}
     captions |= {one: samples[other].captions for one, other in zip(shuffled, shuffled[1:] + shuffled[:1], strict=True)}
     copied = sorted(order[-round(COPIED * len(order)) :])  # none of them shuffled
     (out / "train").mkdir(parents=True)
     with TarWriter(str(out / "train/000000.tar"), encoder=False) as tar:
         for number, sample in enumerate(samples):
-            key = f"shuffled-{number}" if number in set(shuffled) else f"true-{number}"
+            key = f"shuffled-{number}" if number in moved else f"true-{number}"
             write(tar, key, sample.picture, captions[number])
         for number in copied:
             write(tar, f"copy-{number}", copy(samples[number].picture, draw), captions[number])
@@ -60,14 +63,10 @@ def write(tar: TarWriter, key: str, picture: bytes, captions: list[str]) -> None
 
 
 def count(out: Path, curated: Path) -> None:
-    totals: dict[str, int] = {}
-    for name in (member.name for member in __import__("tarfile").open(out / "train/000000.tar")):
-        totals[name.split("-")[0]] = totals.get(name.split("-")[0], 0) + name.endswith(".json")
-    found: dict[tuple[str, str], int] = {}
-    for line in (curated / "dropped.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        key = row["reason"].partition(":")[0], row["picture"].rpartition("/")[2].split("-")[0]
-        found[key] = found.get(key, 0) + 1
+    with tarfile.open(out / "train/000000.tar") as tar:
+        totals = Counter(name.split("-")[0] for name in tar.getnames() if name.endswith(".json"))
+    rows = map(json.loads, (curated / "dropped.jsonl").read_text().splitlines())
+    found = Counter((row["reason"].partition(":")[0], Path(row["picture"]).name.split("-")[0]) for row in rows)
     for (reason, kind), number in sorted(found.items()):
         print(f"{reason}: {number} of {totals[kind]} {kind} ({number / totals[kind]:.1%})")
 
