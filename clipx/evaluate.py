@@ -1,5 +1,6 @@
 """``python -m clipx.evaluate``: runs or weights -> numbers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -9,6 +10,7 @@ from clipx.config.resolve import check_nodes, typed_values
 from clipx.config.runs import check_exists, check_mix, expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.errors import UserError
+from clipx.tools.benchmark import BenchmarkSet, find_sets, give_sets
 from clipx.tools.score_table import check_outs
 
 
@@ -30,17 +32,17 @@ def evaluate(composed: DictConfig, directory: Path) -> None:
     if values["mix"] and len(runs) > 1:
         raise UserError(f"mix={values['mix']} mixes one run, but run names {len(runs)}: {', '.join(runs)}; give one")
     check_outs(values["out"])
+    sets: Mapping[str, BenchmarkSet] = {}
     if values["sets"] is not None:
-        from clipx.tools.benchmark import find_sets, give_sets
-
-        values["evals"] = give_sets(values["evals"], find_sets(values["sets"]), values.get("data") is not None)
+        sets = find_sets(values["sets"], values["sets_cache"])
+        values["evals"] = give_sets(values["evals"], sets, values.get("data") is not None)
     config = check_nodes(values, EvaluateConfig)
     from clipx.models.numerics import numerics  # imports torch
     from clipx.tools.score import score
 
     try:
         with numerics(config.matmul_precision, config.deterministic):
-            score(config, directory)
+            score(config, directory, sets)
     except KeyboardInterrupt:
         raise UserError("interrupted; the results of the runs scored so far are in their metrics.json") from None
 

@@ -19,7 +19,7 @@ LEVELS = {
     "models.text models.timm models.tower models.vision": 2,
     "loss loss.contrastive loss.distill loss.relations loss.sigmoid loss.tiles muon optim sched tokenizer": 2,
     "data.draw_captions data.origin data.plan data.sample data.files data.captions data.tar.headers data.tar.index": 2,
-    "data.remote.cache data.remote.prefetch data.remote.sizes data.remote.stores": 2.1,
+    "data.remote.cache data.remote.prefetch data.remote.sets data.remote.sizes data.remote.stores": 2.1,
     "data.catalogue data.class_names data.faults data.features data.folder data.handles": 2.2,
     "data.augment data.images data.mix data.pixels data.shard_paths data.shards data.teacher": 2.2,
     "data.class_shards data.dummy data.emoji data.labelled data.loader data.readers": 2.3,

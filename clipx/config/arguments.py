@@ -18,7 +18,7 @@ MAX_NAME_LENGTH = 120  # characters of a directory's name
 # names and paths: their values stay text even if they look like numbers
 TEXT_KEYS = {
     "name", "init_from", "resume", "feature_cache", "teacher",
-    "run", "mix", "sets", "src", "out", "cache", "images", "index", "texts", "search", "json",
+    "run", "mix", "sets", "sets_cache", "src", "out", "cache", "images", "index", "texts", "search", "json",
 }  # fmt: skip
 TEXT_NESTED_KEYS = r"init_from\.(image|text)|data\.(sources\.[^.]+\.)?(root|shards|val_shards|index_dir|cache)"
 

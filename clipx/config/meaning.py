@@ -24,7 +24,7 @@ NEUTRAL = {
     "data.allow_pipe", "data.made_by", "data.max_skipped", "micro_batch_size", "grad_checkpoint", "compile",
     "deterministic", "resume_allow", "feature_cache", "max_bad_steps", "max_rollbacks", "signal_exit_code", "track",
 }  # fmt: skip
-LABELLED_PATHS = r"(labelled|evals\.[^.]+\.sets)\.[^.]+\.(root|folder|shards|train|classes)"
+LABELLED_PATHS = r"(labelled|evals\.[^.]+\.sets)\.[^.]+\.(root|folder|shards|train|classes|cache)"
 
 LENGTH_KEYS = {"epochs", "max_steps"}  # may grow on resume
 RECORDED = {"choices", "varied"}  # for the record only

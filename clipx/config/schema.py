@@ -94,6 +94,7 @@ class EvaluateConfig(ComposedConfig):
     evals: dict[str, dict[str, Any]]
     split: Literal["val", "train"]
     sets: str | list[str] | None
+    sets_cache: str
     labelled: dict[str, dict[str, str]] | None
     bootstrap: PositiveInt | None
     per_class: bool

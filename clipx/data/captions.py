@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipx.data.files import find_sidecar
+from clipx.data.files import DATASET_TYPE, find_sidecar
 from clipx.data.sample import BadSample, check_bytes
 
-DATASET_TYPE = "dataset_type.txt"  # of CLIP_benchmark
 JSON_KEY = "caption"  # what prepare writes
 MAX_KEYS = 8  # keys of a json listed in an error,
 MAX_SHOWN = 200  # characters of them

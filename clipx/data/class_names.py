@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from clipx.data.files import find_sidecar, read_lines
+from clipx.data.files import CLASS_NAMES, find_sidecar, read_lines
 from clipx.data.tar.headers import DataError
 from clipx.tokenizer import open_clip_module
 
@@ -26,7 +26,7 @@ def plain(name: str) -> str:
 
 def read_classnames_file(directory: Path, key: str) -> list[str]:
     """Read classnames.txt next to the tars or, as in CLIP_benchmark, one level up."""
-    listing = find_sidecar(directory, "classnames.txt")
+    listing = find_sidecar(directory, CLASS_NAMES)
     if listing is None:
         raise ValueError(
             f"{key} has no value, and there is no classnames.txt in {directory} or its parent; "

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from clipx.data.captions import dataset_type
-from clipx.data.catalogue import Catalogue, open_catalogue
+from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.class_names import check_label, read_classnames_file
+from clipx.data.remote.cache import UNLIMITED, Cache
 from clipx.data.sample import BadSample, Sample, Source
 from clipx.data.shard_paths import expand, list_shards
 from clipx.data.shards import Shards
 from clipx.data.tar.index import INDEX_DIR, expand_home
 
 MULTILABEL = "multilabel"  # in dataset_type.txt: a picture has several classes
+COPIES = "~/.cache/clipx/sets"  # of remote shards, kept
 Opened: TypeAlias = tuple[Source, list[str]]  # and its class names
 
 
@@ -93,21 +95,24 @@ def read_labels(source: Source, captions: Sequence[str]) -> Tensor:
 
 
 def open_class_shards(key: str, which: Mapping[str, Any], train: bool, names: list[str] | None) -> Opened:
-    """Open local tars, by name or by directory."""
+    """Open tars, by name or by directory; remote ones are copied and kept."""
     kind: Literal["train", "shards"] = "train" if train else "shards"
     place = which[kind]
     root = Path(place).expanduser()
     split = root / ("train" if train else "test")  # CLIP_benchmark's layout
     found = (list_shards(root) or list_shards(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
-    tars = [tar for tar in found if isinstance(tar, Path)]
-    if not tars or len(tars) < len(found):
-        raise ValueError(f"{key}.{kind}={place}: expected local tars; copy remote ones first")
-    kind_of_set = dataset_type(tars[0].parent)
+    if not found:
+        raise ValueError(f"{key}.{kind}={place} holds no shards (*.tar)")
+    copies = Cache(expand_home(which.get("cache", COPIES)), UNLIMITED, expand_home(INDEX_DIR), f"{key}.cache")
+    catalogue = open_all(found, copies)
+    copies.keep(list(catalogue.remotes.values()))
+    directory = next(iter(catalogue.sidecar_dirs()))
+    kind_of_set = dataset_type(directory)
     if kind_of_set not in ("", "classification", MULTILABEL):
         raise ValueError(
             f"{key}.{kind}={place}: dataset_type.txt says {kind_of_set}; expected classification or {MULTILABEL}"
             + "; evaluate it with evals=[retrieval] data=shards" * (kind_of_set == "retrieval")
         )
-    classes = names or read_classnames_file(tars[0].parent, f"{key}.classes")
+    classes = names or read_classnames_file(directory, f"{key}.classes")
     make = MultiLabelShards if kind_of_set == MULTILABEL else ClassShards
-    return make(open_catalogue(tars, expand_home(INDEX_DIR)), classes), classes
+    return make(catalogue, classes), classes

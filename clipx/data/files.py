@@ -13,6 +13,10 @@ from PIL import Image
 from clipx.data.sample import MAX_IMAGE_BYTES, Sample, check_bytes
 from clipx.data.tar.headers import DataError
 
+# text files of a data set in CLIP_benchmark's layout
+DATASET_TYPE, CLASS_NAMES = "dataset_type.txt", "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+
 WRITING = ".writing-"  # in the name of an incomplete file
 WAITS = (0.2, 1.0, 3.0)  # seconds before each retry of a failed read
 CLUTTER = {"@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"}

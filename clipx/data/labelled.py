@@ -38,6 +38,7 @@ class LabelledConfig(TypedDict, total=False):
     split: str  # its split; "test"
     folder: str  # a directory with one directory of pictures per class
     shards: str  # tars with .jpg and .cls (or .npy: several classes), or their directory; next to them classnames.txt
+    cache: str  # directory for copies of remote tars
     train: str  # training data of a probe: another split ("train"), folder or shards
     classes: str  # a file of class names, one per line, or imagenet; else those of the data
     templates: str  # prompts, as in read_templates; else those of the evaluation
@@ -82,11 +83,12 @@ def open_set(key: str, which: LabelledConfig, train: bool) -> LabelledSet:
     if len(chosen) != 1:
         raise ValueError(f"{key}={dict(which)}: give one of dataset=CIFAR10 (with root=DIR), folder=DIR and shards=DIR")
     kind = chosen[0]
-    if kind != "dataset" and (misplaced := which.keys() & {"root", "split"}):
-        raise ValueError(
-            f"{key}.{min(misplaced)} is only for torchvision's data sets (dataset=...), not "
-            f"for {kind}={dict(which)[kind]}"
-        )
+    for owner, what, own in (
+        ("dataset", "torchvision's data sets (dataset=...)", {"root", "split"}),
+        ("shards", "shards", {"cache"}),
+    ):
+        if kind != owner and (misplaced := which.keys() & own):
+            raise ValueError(f"{key}.{min(misplaced)} is only for {what}, not for {kind}={dict(which)[kind]}")
     names = read_names(which["classes"], f"{key}.classes") if "classes" in which else None
     templates = read_templates(which["templates"], f"{key}.templates") if "templates" in which else None
     test, classes = openers[kind](key, which, False, names)

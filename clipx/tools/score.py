@@ -5,7 +5,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,15 +21,18 @@ from clipx.config.instantiate import build
 from clipx.config.runs import expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.data.files import write_atomic
+from clipx.data.remote.cache import UNLIMITED, Cache
 from clipx.data.sample import Data, Source
-from clipx.data.shards import open_shards
+from clipx.data.shard_paths import expand
+from clipx.data.shards import open_shards, open_validation
+from clipx.data.tar.index import INDEX_DIR, expand_home
 from clipx.devices import autocast_dtype, limit_threads, select_amp, select_device, select_workers
 from clipx.errors import UserError
 from clipx.evals.features import Features
 from clipx.evals.figures import figure_name, save_figure
 from clipx.evals.validation import FigureLog, LabelledEvaluation, Validation
 from clipx.models.clip import CLIP
-from clipx.tools.benchmark import find_sets, has_captions, own_shards
+from clipx.tools.benchmark import BenchmarkSet, own_shards, sanitise
 from clipx.tools.score_table import write_outs
 from clipx.training.logs import SilentLog
 from clipx.weights.checkpoint import best_or_last
@@ -100,8 +102,13 @@ class ResultsWriter(FigureLog):
         path.write_text("".join(f"{line}\n" for line in dict.fromkeys([*before, *fresh])), encoding="utf-8")
 
 
-def score(config: EvaluateConfig, directory: Path) -> None:
+def score(config: EvaluateConfig, directory: Path, sets: Mapping[str, BenchmarkSet]) -> None:
     """Evaluate all runs on all data, alone or as one of several ranks.
+
+    Args:
+        config: with the sets that have classes in its evaluations.
+        directory: for results of weights that are not a file.
+        sets: those that ``config.sets`` names.
 
     Raises:
         UserError: a run, the data or an evaluation is wrong.
@@ -113,7 +120,7 @@ def score(config: EvaluateConfig, directory: Path) -> None:
         with distributed.rank0_first(watchdog):
             evals = {name: build(node, f"evals.{name}", config.trust) for name, node in config.evals.items()}
             on_pairs = any(not isinstance(one, LabelledEvaluation) for one in evals.values())
-            sources = open_sources(config) if on_pairs else {}
+            sources = open_sources(config, sets) if on_pairs else {}
         writers = {run: writer_for(run, directory) for run in runs}
         for writer in writers.values() if distributed.rank() == 0 else ():
             check_writable(writer.directory / RESULTS)
@@ -151,11 +158,18 @@ def candidates(
         yield label, model, replace(writer, weights=weights, is_run=False, prefix=prefix)
 
 
-def open_sources(config: EvaluateConfig) -> dict[str, Source]:
+def open_sources(config: EvaluateConfig, sets: Mapping[str, BenchmarkSet]) -> dict[str, Source]:
     """Open the data sets of pictures and captions, by name."""
-    paths = {name: path for name, path in find_sets(config.sets or []).items() if has_captions(path)}
-    sources = {name: open_shards(str(own_shards(path)[0].parent), val=0.0).train for name, path in paths.items()}
+    sources = {name: open_pairs(one) for name, one in sets.items() if one.has_captions}
     return sources if sources and config.data is None else {**open_data(config), **sources}
+
+
+def open_pairs(one: BenchmarkSet) -> Source:
+    """Open a data set of pictures and captions; remote shards are copied and kept."""
+    if "cache" not in one.shards:
+        return open_shards(str(own_shards(one.texts)[0].parent), val=0.0).train
+    copies = Cache(expand_home(one.shards["cache"]), UNLIMITED, expand_home(INDEX_DIR), "sets_cache")
+    return open_validation(expand(one.shards["shards"], "sets"), copies, caption_key=None)
 
 
 def open_data(config: EvaluateConfig) -> dict[str, Source]:
@@ -176,11 +190,6 @@ def open_data(config: EvaluateConfig) -> dict[str, Source]:
     if not data.vals:
         raise UserError(f"split=val: {name} has no validation pictures; split=train scores all, or give data.val=DIR")
     return {sanitise(own) or name: source for own, source in data.vals.items()}
-
-
-def sanitise(name: str) -> str:
-    """Replace the characters that a tag cannot have."""
-    return re.sub(r"[^\w.,=+-]", "-", name)
 
 
 def data_ids(sources: Mapping[str, Source], evals: Mapping[str, Any]) -> dict[str, str]:

@@ -42,7 +42,7 @@ change layer_scale model.image.layer_scale=0.1
 change ema ema=0.98
 change lion optim=lion optim.lr=2e-4 optim.weight_decay=0.5
 change nadam optim=any optim.optimizer=torch.optim.NAdam optim.lr=1e-3 optim.weight_decay=0.1 '+optim.betas=[0.9,0.98]' \
-    +optim.decoupled_weight_decay=true
+    +optim.decoupled_weight_decay=true +optim.eps=1e-6
 change together model=tiny_resnet optim=muon loss.label_smoothing=0.1 data.captions_per_picture=2 \
     sched=warmup_constant_cooldown
 wait

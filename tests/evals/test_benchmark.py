@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 
 from clipx import load
 from clipx.data.labelled import open_sets
+from clipx.data.remote import stores
+from clipx.data.remote.sets import RemoteSet
 from clipx.evals.zero_shot import average_precision
 from clipx.models.clip import CLIP
 from clipx.models.text import TextEncoder
@@ -105,8 +107,7 @@ def print_peer_numbers(root: str) -> None:
 
 def test_all_sets_at_once_have_the_numbers_of_clip_benchmark(sets: Path, evaluate: Callable[..., None]) -> None:
     evaluate("evals=[zero_shot,retrieval]", "sets=sets/*")
-    (scored,) = json.loads((sets.parent / "metrics.json").read_text()).values()
-    every = [(name, one) for name, found in scored.items() for one in found.values()]
+    every = [(name, one) for name, found in scores(sets.parent).items() for one in found.values()]
     ours = {f"{name}/{key}": value for name, one in every for key, value in one.items()}
     folders = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     code = f"import sys; sys.path[:0] = {folders}; import test_benchmark; test_benchmark.print_peer_numbers('sets')"
@@ -118,6 +119,77 @@ def test_all_sets_at_once_have_the_numbers_of_clip_benchmark(sets: Path, evaluat
     assert {key: ours[key] for key in theirs} == pytest.approx(theirs, abs=1e-4)
     assert ours["wds_many/pictures"] == 20 and ours["wds_one/pictures"] == 24
     assert "wds_many/per_class/red" in ours and "wds_many/per_class/pink" not in ours
+
+
+def scores(root: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """The metrics of the only weights, by data set and evaluation."""
+    (scored,) = json.loads((root / "metrics.json").read_text()).values()
+    return scored
+
+
+@pytest.fixture
+def url(tmp_path: Path, sets: Path, serve: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Serves the sets, one of them also for training; the cache of indexes is empty."""
+    benchmark_set(tmp_path / "more", "classification", [("cls", b"%d" % (n % 6)) for n in range(12)])
+    (tmp_path / "more/test").rename(sets / "wds_one/train")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(stores, "WAITS", ())
+    return serve(sets)
+
+
+def test_remote_sets_have_the_numbers_of_local_ones(
+    tmp_path: Path, sets: Path, url: str, evaluate: Callable[..., None]
+) -> None:
+    evaluate("evals=[zero_shot,retrieval]", "sets=sets/*")
+    local = scores(tmp_path)
+    remote = f"sets=[{url}/wds_one,{url}/wds_many/,{url}/wds_text]"
+    for place in ("sets", "away"):  # the second time from the copies
+        (tmp_path / "metrics.json").unlink()
+        evaluate("evals=[zero_shot,retrieval]", remote, "sets_cache=copies")
+        assert scores(tmp_path) == local
+        assert len([*(tmp_path / "copies").rglob("*.tar")]) == 6  # no training shards
+        if place == "sets":
+            sets.rename(tmp_path / "away")
+
+
+def test_a_probe_learns_from_the_training_shards_of_a_remote_set(
+    tmp_path: Path, url: str, evaluate: Callable[..., None]
+) -> None:
+    evaluate("evals=[linear_probe]", "sets=sets/wds_one")
+    local = scores(tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    evaluate("evals=[linear_probe]", f"sets={url}/wds_one", "sets_cache=copies")
+    assert scores(tmp_path) == local and len([*(tmp_path / "copies").rglob("*.tar")]) == 4
+
+
+@pytest.mark.parametrize(
+    ("place", "url", "query"),
+    [
+        ("https://h.org/sets/wds_x/", "https://h.org/sets/wds_x", ""),
+        ("s3://bucket/wds_x?sig=1", "s3://bucket/wds_x", "?sig=1"),
+        ("https://huggingface.co/datasets/a/wds_x", "https://huggingface.co/datasets/a/wds_x/resolve/main", ""),
+        ("https://huggingface.co/datasets/a/wds_x/tree/v2", "https://huggingface.co/datasets/a/wds_x/resolve/v2", ""),
+    ],
+)
+def test_where_the_files_of_a_remote_set_are(place: str, url: str, query: str) -> None:
+    assert RemoteSet.at(place) == ("wds_x", url, query)
+    assert RemoteSet.at(place).file("test/0.tar") == f"{url}/test/0.tar{query}"
+
+
+def test_a_wrong_remote_set_is_one_line(tmp_path: Path, sets: Path, url: str, evaluate: Callable[..., None]) -> None:
+    def line_for(name: str, *args: str) -> str:
+        return last_line(evaluate, "evals=[zero_shot]", f"sets={url}/{name}", *args)
+
+    assert line_for("no") == (
+        f"sets={url}/no: there is no test/nshards.txt, the number of shards in CLIP_benchmark's layout"
+    )
+    assert line_for("*") == f"sets={url}/*: servers do not list data sets; name each: sets=[URL,URL]"
+    (sets / "wds_many/test/nshards.txt").write_text("<html>\nSign in\n")
+    assert line_for("wds_many") == f"sets={url}/wds_many: test/nshards.txt is not a number of shards but '<html>'"
+    (tmp_path / "file").touch()
+    assert line_for("wds_one", "sets_cache=file") == "sets_cache=file cannot be written: File exists"
+    (sets / "wds_one/test/1.tar").unlink()
+    assert line_for("wds_one").startswith(f"{url}/wds_one/test/1.tar cannot be copied (HTTP 404 ")
 
 
 def test_average_precision_is_scikit_learns() -> None:
@@ -140,8 +212,8 @@ def test_samples_of_a_multi_label_set_that_cannot_be_used_are_left_out(
     good = npy([0, 1, 0, 0, 1, 0])
     root = benchmark_set(tmp_path / "odd", "multilabel", [("npy", data) for data in [*bad, good]] + [("cls", b"1")], 1)
     evaluate("evals=[zero_shot]", "sets=odd")
-    (scored,) = json.loads((tmp_path / "metrics.json").read_text()).values()
-    assert (scored["odd"]["zero_shot"]["pictures"], scored["odd"]["zero_shot"]["skipped"]) == (1, 6)
+    scored = scores(tmp_path)["odd"]["zero_shot"]
+    assert (scored["pictures"], scored["skipped"]) == (1, 6)
     reasons = (tmp_path / "evaluate-skipped.jsonl").read_text()
     for reason in ("are not 6 zeros and ones, one for each class name", "cannot be read", "has no classes (.npy)"):
         assert reason in reasons

@@ -274,8 +274,8 @@ def test_labels_without_a_name_are_one_line(model: CLIP, tmp_path: Path) -> None
         ({"folder": "x", "classes": "no"}, "sets.x.classes=no: there is no such file; expected class names"),
         ({"folder": "x", "root": "no"}, "sets.x.root is only for torchvision's data sets (dataset=...)"),
         ({"shards": "no*.tar"}, "sets.x.shards=no*.tar: there is no file no*.tar"),
-        ({"shards": "x"}, "sets.x.shards=x: expected local tars; copy remote ones first"),
-        ({"shards": "http://h/a.tar"}, "sets.x.shards=http://h/a.tar: expected local tars"),
+        ({"shards": "x"}, "sets.x.shards=x holds no shards (*.tar)"),
+        ({"folder": "x", "cache": "no"}, "sets.x.cache is only for shards, not for folder=x"),
     ],
 )
 def test_a_wrong_set_is_one_line(

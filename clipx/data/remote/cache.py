@@ -25,6 +25,7 @@ from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import belongs, make_index, read_head
 
 MAX_PARALLEL = 4  # parallel copies
+UNLIMITED = 1 << 60  # bytes
 LOOK = 0.02  # seconds between two polls for a shard
 
 
@@ -53,10 +54,11 @@ class Cache:
         directory: of the copies (``data.cache``).
         limit: largest size of all copies, bytes.
         index_dir: of their indexes, which are never evicted.
+        key: of the directory in the config, for errors.
     """
 
-    def __init__(self, directory: Path, limit: int, index_dir: Path):
-        self.directory, self.limit, self.index_dir = directory, limit, index_dir
+    def __init__(self, directory: Path, limit: int, index_dir: Path, key: str = "data.cache"):
+        self.directory, self.limit, self.index_dir, self.key = directory, limit, index_dir, key
         self.kept: list[RemoteShard] = []  # never evicted
         self.filled = False  # a prefetcher copies missing shards
         self.failed = directory / "failed"
@@ -81,13 +83,13 @@ class Cache:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock = (self.directory / "lock").open("w")
         except OSError as error:
-            raise DataError(f"data.cache={self.directory} cannot be written: {error.strerror}") from error
+            raise DataError(f"{self.key}={self.directory} cannot be written: {error.strerror}") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DataError(
-                    f"data.cache={self.directory} is in use by another run; use another one: data.cache=DIR"
+                    f"{self.key}={self.directory} is in use by another run; use another one: {self.key}=DIR"
                 ) from error
             try:
                 self.failed.unlink(missing_ok=True)
@@ -139,8 +141,8 @@ class Cache:
 
     def too_small(self, need: int, what: str) -> DataError:
         return DataError(
-            f"data.cache_gb={self.limit / 1e9:g} is too small for {what}; set at least "
-            f"data.cache_gb={1.01 * need / 1e9:.3g}"
+            f"{self.key}_gb={self.limit / 1e9:g} is too small for {what}; set at least "
+            f"{self.key}_gb={1.01 * need / 1e9:.3g}"
         )
 
     def wait_for(self, remote: RemoteShard) -> None:

@@ -10,8 +10,7 @@ from threading import Event
 
 from tqdm import tqdm
 
-from clipx.data.captions import DATASET_TYPE
-from clipx.data.files import write_atomic
+from clipx.data.files import DATASET_TYPE, write_atomic
 from clipx.data.remote.cache import Cache, RemoteShard
 from clipx.data.remote.stores import PIPE, download, is_permanent, run_with_retries, size_of
 from clipx.data.tar.headers import DataError
@@ -103,11 +102,21 @@ def sibling_url(url: str, name: str) -> str:
 
 def fetch_small(url: str) -> bytes | None:
     """Download a small file; None if it is missing or forbidden."""
+    try:
+        return fetch(url)
+    except (OSError, DataError) as error:
+        if is_permanent(error):
+            return None
+        raise
+
+
+def fetch(url: str) -> bytes:
+    """Download a small file.
+
+    Raises:
+        DataError: it is large.
+        OSError: the server fails.
+    """
     with NamedTemporaryFile() as part:
-        try:
-            download(url, Path(part.name), Event(), MAX_SIDECAR)
-        except (OSError, DataError) as error:
-            if is_permanent(error):
-                return None
-            raise
+        download(url, Path(part.name), Event(), MAX_SIDECAR)
         return part.read()

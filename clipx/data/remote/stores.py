@@ -4,6 +4,7 @@ Every failure becomes an ``OSError``: ``FileNotFoundError`` and ``PermissionErro
 ``ConnectionError`` otherwise.
 """
 
+import errno
 import logging
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -193,4 +194,5 @@ def run_with_retries(
 
 def is_permanent(error: BaseException) -> bool:
     """Whether a retry would be useless."""
-    return isinstance(error, (DataError, FileNotFoundError, PermissionError))
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or isinstance(error, (DataError, FileNotFoundError, PermissionError))
