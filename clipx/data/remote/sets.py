@@ -43,7 +43,7 @@ class RemoteSet(NamedTuple):
             texts: the directory that ``copy_texts`` has filled.
 
         Raises:
-            DataError: their number is none.
+            DataError: what says how many there are is not a number.
         """
         path = texts / COUNT.format(split)
         if not path.exists():

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from clipx.data.files import DATASET_TYPE, write_atomic
 from clipx.data.remote.cache import Cache, RemoteShard
-from clipx.data.remote.stores import PIPE, download, is_permanent, run_with_retries, size_of
+from clipx.data.remote.stores import PIPE, download, run_with_retries, size_of
 from clipx.data.tar.headers import DataError
 from clipx.data.tar.index import COUNTS, FORMAT, read_head, successes
 
@@ -104,10 +104,8 @@ def fetch_small(url: str) -> bytes | None:
     """Download a small file; None if it is missing or forbidden."""
     try:
         return fetch(url)
-    except (OSError, DataError) as error:
-        if is_permanent(error):
-            return None
-        raise
+    except (DataError, FileNotFoundError, PermissionError):
+        return None
 
 
 def fetch(url: str) -> bytes:

@@ -1,5 +1,6 @@
 """Remote shards, from local servers that are slow, refuse requests, cut responses short or disappear."""
 
+import errno
 import itertools
 import json
 import logging
@@ -13,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -580,3 +583,18 @@ def test_a_run_trains_from_http_and_resumes_when_the_server_is_back(
     train(*args[:1], *local_args, *args[6:9], "name=near", *args[10:])
     local_summary = json.loads((tmp_path / "outputs/near/summary.json").read_text())
     assert local_summary["final"]["train/loss"] == summary["final"]["train/loss"]
+
+
+def test_a_full_disk_is_not_tried_again() -> None:
+    tried = []
+
+    def write(url: str) -> None:
+        tried.append(url)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        ThreadPool(1) as pool,
+        pytest.raises(DataError, match=r"^a\.tar cannot be copied .*No space left"),
+    ):
+        stores.run_with_retries(pool, write, ["a.tar"], Event())
+    assert tried == ["a.tar"]
