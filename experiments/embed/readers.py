@@ -1,7 +1,7 @@
 """Open what ``clipx.embed`` wrote with clip-retrieval's reader and with autofaiss, in an environment of their own.
 
-    python -m venv peer && peer/bin/pip install 'autofaiss==2.18.0' 'pyarrow<20'
-    peer/bin/python experiments/embed/readers.py DIR
+python -m venv peer && peer/bin/pip install 'autofaiss==2.18.0' 'pyarrow<20'
+peer/bin/python experiments/embed/readers.py DIR
 """
 
 import sys
@@ -28,7 +28,7 @@ def main(directory: Path) -> None:
     exact.add(rows.astype("float32"))
     queries = rows[:QUERIES].astype("float32")
     agree = (exact.search(queries, 2)[1] == index.search(queries, 2)[1]).mean()
-    print(f"autofaiss: {type(index).__name__} of {index.ntotal} rows, {agree:.1%} of the two nearest are the exact ones")
+    print(f"autofaiss: {type(index).__name__} of {index.ntotal} rows, {agree:.1%} of the two nearest are exact")
 
 
 if __name__ == "__main__":
