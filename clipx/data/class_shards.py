@@ -12,11 +12,10 @@ from torch import Tensor
 from clipx.data.captions import dataset_type
 from clipx.data.catalogue import Catalogue, open_all
 from clipx.data.class_names import check_label, read_classnames_file
-from clipx.data.remote.cache import UNLIMITED, Cache
+from clipx.data.remote.cache import Cache
 from clipx.data.sample import BadSample, Sample, Source
 from clipx.data.shard_paths import expand, list_shards
 from clipx.data.shards import Shards
-from clipx.data.tar.index import INDEX_DIR, expand_home
 
 MULTILABEL = "multilabel"  # in dataset_type.txt: a picture has several classes
 COPIES = "~/.cache/clipx/sets"  # of remote shards, kept
@@ -103,7 +102,7 @@ def open_class_shards(key: str, which: Mapping[str, Any], train: bool, names: li
     found = (list_shards(root) or list_shards(split)) if root.is_dir() else expand(place, f"{key}.{kind}")
     if not found:
         raise ValueError(f"{key}.{kind}={place} holds no shards (*.tar)")
-    copies = Cache(expand_home(which.get("cache", COPIES)), UNLIMITED, expand_home(INDEX_DIR), f"{key}.cache")
+    copies = Cache.unlimited(which.get("cache", COPIES), f"{key}.cache")
     catalogue = open_all(found, copies)
     copies.keep(list(catalogue.remotes.values()))
     directory = next(iter(catalogue.sidecar_dirs()))

@@ -21,11 +21,10 @@ from clipx.config.instantiate import build
 from clipx.config.runs import expand_runs
 from clipx.config.schema import EvaluateConfig
 from clipx.data.files import write_atomic
-from clipx.data.remote.cache import UNLIMITED, Cache
+from clipx.data.remote.cache import Cache
 from clipx.data.sample import Data, Source
 from clipx.data.shard_paths import expand
 from clipx.data.shards import open_shards, open_validation
-from clipx.data.tar.index import INDEX_DIR, expand_home
 from clipx.devices import autocast_dtype, limit_threads, select_amp, select_device, select_workers
 from clipx.errors import UserError
 from clipx.evals.features import Features
@@ -168,7 +167,7 @@ def open_pairs(one: BenchmarkSet) -> Source:
     """Open a data set of pictures and captions; remote shards are copied and kept."""
     if "cache" not in one.shards:
         return open_shards(str(own_shards(one.texts)[0].parent), val=0.0).train
-    copies = Cache(expand_home(one.shards["cache"]), UNLIMITED, expand_home(INDEX_DIR), "sets_cache")
+    copies = Cache.unlimited(one.shards["cache"], "sets_cache")
     return open_validation(expand(one.shards["shards"], "sets"), copies, caption_key=None)
 
 

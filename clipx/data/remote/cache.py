@@ -22,7 +22,7 @@ from threading import Event
 
 from clipx.data.remote.stores import PIPE, download, run_with_retries
 from clipx.data.tar.headers import DataError
-from clipx.data.tar.index import belongs, make_index, read_head
+from clipx.data.tar.index import INDEX_DIR, belongs, expand_home, make_index, read_head
 
 MAX_PARALLEL = 4  # parallel copies
 UNLIMITED = 1 << 60  # bytes
@@ -62,6 +62,11 @@ class Cache:
         self.kept: list[RemoteShard] = []  # never evicted
         self.filled = False  # a prefetcher copies missing shards
         self.failed = directory / "failed"
+
+    @classmethod
+    def unlimited(cls, directory: str, key: str) -> "Cache":
+        """A cache that evicts nothing; ``directory`` may begin with ``~``."""
+        return cls(expand_home(directory), UNLIMITED, expand_home(INDEX_DIR), key)
 
     def remote(self, url: str, size: int = 0, samples: int | None = None) -> RemoteShard:
         """Return a shard with the paths of its copy and index."""
